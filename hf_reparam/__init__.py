@@ -1,0 +1,41 @@
+"""Low-rank reparameterization of pretrained Transformers models: W ~ up @ down, from an SVD.
+
+Importing this package makes `AutoConfig`, `AutoModel...`, `pipeline` and friends load converted models.
+"""
+
+from typing import Any
+
+from hf_reparam.convert import convert, summarize
+from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
+from hf_reparam.hf.auto import ReparamConfig, generated_class
+from hf_reparam.merge import merge
+from hf_reparam.nn import LowRankLinear, register_dense
+from hf_reparam.plan import LayerSpec, RankPlan
+from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConversionReport",
+    "LayerReport",
+    "LayerSpec",
+    "LowRankLinear",
+    "PlanError",
+    "RankError",
+    "RankPlan",
+    "ReparamConfig",
+    "ReparamError",
+    "SkippedReport",
+    "TargetError",
+    "WeightError",
+    "convert",
+    "merge",
+    "register_dense",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Generated classes, such as `hf_reparam.ReparamBertForMaskedLM`, are made when they are asked for."""
+    return generated_class(name)

@@ -1,0 +1,103 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import transformers
+from huggingface_hub.utils import disable_progress_bars
+
+from hf_reparam.checkpoint import convert_folder, inspect_folder, merge_folder
+from hf_reparam.errors import ReparamError
+from hf_reparam.report import ConversionReport
+
+__all__ = ["main"]
+
+_RANK_HELP = (
+    "an integer (64), a fraction of min(in, out) (0.25), or PATTERN=RANK ('*.query=32'); repeat it for several patterns, "
+    "the first that matches a layer decides"
+)
+_PATTERN_HELP = "glob ('*.query') or 're:' and a regular expression, over the whole layer name; may be repeated"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 for a user error (one line on standard error), 130 if interrupted."""
+    args = _parser().parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    if args.quiet:
+        transformers.logging.disable_progress_bar()
+        disable_progress_bars()
+    try:
+        report = args.run(args)
+    except ReparamError as error:
+        print(f"hf-reparam: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"hf-reparam: error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-reparam: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-reparam",
+        description="Replace the dense layers of a Hugging Face model by low-rank products, and merge them back.",
+        epilog="SRC is a model folder or a Hub id. Exit code: 0 done, 2 wrong input, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf-reparam')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = _command(commands, "convert", _convert, "convert SRC and save the result in OUT")
+    convert.add_argument("out", metavar="OUT", help="folder to make")
+    convert.add_argument("--rank", metavar="RANK", action="append", required=True, type=_rank, help=_RANK_HELP)
+    convert.add_argument("--include", metavar="PATTERN", action="append", help=f"layers to convert: {_PATTERN_HELP}")
+    convert.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
+    convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+    merge = _command(commands, "merge", _merge, "multiply the factors of SRC out and save the dense model in OUT")
+    merge.add_argument("out", metavar="OUT", help="folder to make")
+    merge.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+    _command(commands, "inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights")
+    return parser
+
+
+def _command(commands, name, run, text):  # type: ignore[no-untyped-def]  # argparse's own types are private
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("source", metavar="SRC", help="model folder or Hub id")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _convert(args: argparse.Namespace) -> ConversionReport:
+    plain = [value for pattern, value in args.rank if pattern is None]
+    if plain and len(args.rank) > 1:
+        _parser().error("--rank: give one number, or PATTERN=RANK several times")
+    rank = plain[0] if plain else dict(args.rank)
+    return convert_folder(
+        args.source, args.out, rank=rank, include=args.include, exclude=args.exclude, force=args.force
+    )
+
+
+def _merge(args: argparse.Namespace) -> ConversionReport:
+    return merge_folder(args.source, args.out, force=args.force)
+
+
+def _inspect(args: argparse.Namespace) -> ConversionReport:
+    return inspect_folder(args.source)
+
+
+def _rank(text: str) -> tuple[str | None, int | float]:
+    pattern, _, number = text.rpartition("=")
+    try:
+        return pattern or None, int(number) if number.lstrip("+-").isdigit() else float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer, fraction or PATTERN=RANK") from None

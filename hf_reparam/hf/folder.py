@@ -1,0 +1,138 @@
+"""Model folders: find, load, build a skeleton from, and write one so that it appears whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from hf_reparam.errors import CheckpointError, PlanError, ReparamError
+from hf_reparam.hf.auto import generated_class
+from hf_reparam.hf.configuration import PREFIX, ReparamConfigMixin
+
+__all__ = ["copy_companions", "load", "locate", "new_folder", "skeleton"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".index.json")
+_OWN = ("config.json", "generation_config.json", "README.md")  # written by the model, or true of the source alone
+_OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "onnx/*", "openvino/*", "coreml/*"]
+
+
+def locate(source: str) -> Path:
+    """The folder of a model: itself, or the local snapshot of a Hub id (downloaded, or from the cache when offline).
+
+    Raises:
+        CheckpointError: there is no such folder, and no such model on the Hub or in the cache.
+    """
+    if os.path.isdir(source):
+        return Path(source)
+    if os.path.exists(source):
+        raise CheckpointError(f"{source} is a file; give a model folder or a Hub id")
+    try:
+        return Path(snapshot_download(source, ignore_patterns=_OTHER_FORMATS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{source} is neither a folder nor a model that the Hub or its cache has: {_line(error)}") from None
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Load a model as the class that saved it, with the dtype it was saved in.
+
+    Raises:
+        CheckpointError: not a loadable model folder, or weights are missing, which would leave random layers.
+        PlanError: the folder's plan is malformed or does not fit.
+    """
+    try:
+        kind = _saved_class(AutoConfig.from_pretrained(folder))
+        model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except ReparamError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing for {kind.__name__}, among them {missing[:3]}")
+    return model
+
+
+def skeleton(source: str) -> PreTrainedModel:
+    """The model of a folder or Hub id on the meta device: every shape, no weight read.
+
+    Raises:
+        CheckpointError: no readable configuration.
+        PlanError: the plan is malformed or does not fit.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = _saved_class(config)(config)
+    except ReparamError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{source} cannot be read: {_line(error)}") from None
+    model.tie_weights()
+    return model
+
+
+def _saved_class(config: PreTrainedConfig) -> Any:
+    name = (config.architectures or [None])[0]
+    if name is None:
+        return AutoModel._model_mapping[type(config)] if isinstance(config, ReparamConfigMixin) else _headless(config)
+    found = generated_class(name) if name.startswith(PREFIX) else getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise CheckpointError(f"its architecture {name!r} is no class of Transformers {transformers.__version__}")
+    if isinstance(config, ReparamConfigMixin) and not name.startswith(PREFIX):
+        raise PlanError(f"config.json has a plan, and its architecture {name!r} is a stock class")
+    return found
+
+
+def _headless(config: PreTrainedConfig) -> Any:
+    if type(config) not in AutoModel._model_mapping:
+        raise CheckpointError(f"config.json names no architecture, and {type(config).__name__} has no default model")
+    return AutoModel._model_mapping[type(config)]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        CheckpointError: `out` exists and `force` is not set, or its parent cannot be written.
+    """
+    if out.exists() and not force:
+        raise CheckpointError(f"{out} exists; choose another place, or replace it with --force")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise CheckpointError(f"{out.parent} cannot be written: {error.strerror or error}") from None
+    try:
+        yield work / "new"
+        if out.exists():
+            out.rename(work / "old")
+        (work / "new").rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights and configuration: tokenizer, processor, pooling settings.
+
+    Files that the target has are kept; weights, hidden files and the source's own model card are not copied.
+    """
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        unwanted = path.name.endswith(_WEIGHTS) or str(relative) in _OWN or any(p.startswith(".") for p in relative.parts)
+        if path.is_file() and not unwanted and not (target / relative).exists():
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)

@@ -1,0 +1,157 @@
+"""Models: for any `BertForMaskedLM` a `ReparamBertForMaskedLM(ReparamMixin, BertForMaskedLM)`, made on demand.
+
+The base class builds its usual skeleton; the mixin then swaps the layers that the plan names for empty low-rank ones
+of the same shape, before anything is initialised, tied or sharded, on whatever device the skeleton is built. Weights
+arrive by Transformers' own loading.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_reparam.errors import CheckpointError, PlanError
+from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
+from hf_reparam.nn.dense import dense_matrix, dense_type
+from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.nn.surgery import low_rank_like, replace_modules
+from hf_reparam.plan import RankPlan
+
+__all__ = ["ReparamMixin", "model_class", "plan_name", "resolve_plan", "stock_model_class"]
+
+
+class ReparamMixin:
+    """What a derived model class adds to its base: low-rank layers by plan, and checkpoints that fail loudly."""
+
+    base_class: type[PreTrainedModel]
+    config: Any
+    _keys_to_ignore_on_load_unexpected: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # the base's contract
+        super().__init__(config, *args, **kwargs)
+        _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
+        ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
+        kind = set if isinstance(ignored, set) else list
+        self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *_marker_patterns(plan_of(self.config))])
+
+    def post_init(self) -> None:
+        """Swap the layers, then let the base initialise, tie and shard what is there."""
+        _swap(self, strict=False)
+        super().post_init()  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # the base's contract
+        """As the base's. Adds an empty tensor under each replaced weight's dense name.
+
+        The stock class would otherwise find its weight missing and go on with random numbers; the marker's shape makes
+        it raise. Names are those of the live modules: conversions to older checkpoint layouts know no factors.
+        """
+        state = dict(kwargs.pop("state_dict", None) or self.state_dict())  # type: ignore[attr-defined]
+        factored = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
+        for name in factored:
+            state.setdefault(f"{name}.weight", torch.empty(0, dtype=torch.uint8))
+        kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
+        """As the base's. Raises CheckpointError when a factor of the base model is not in the checkpoint."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        if kwargs.get("state_dict") is None:
+            _check_factors(model, info["missing_keys"], str(args[0]) if args else "")
+        return (model, info) if output_loading_info else model
+
+
+_model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The derived model class of a stock one; a derived one is returned as it is."""
+    if issubclass(base, ReparamMixin):
+        return base
+    if base not in _model_classes:
+        body = {
+            "__module__": PUBLIC_MODULE,
+            "__doc__": f"`{base.__name__}` with low-rank layers.",
+            "config_class": config_class(base.config_class),
+            "base_class": base,
+        }
+        _model_classes[base] = type(base)(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
+    return _model_classes[base]
+
+
+def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The dense class behind a model."""
+    return model.base_class if isinstance(model, ReparamMixin) else type(model)
+
+
+def plan_name(model: PreTrainedModel, name: str) -> str:
+    """The name a plan uses for a module path: relative to the base model, or to the head model for head modules."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    return name.removeprefix(prefix)
+
+
+def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True) -> dict[str, nn.Module]:
+    """Plan name -> module, for every layer of the plan that this model has.
+
+    Layers of a head that this model does not have are left out: a name is taken for one if neither the base model nor
+    the model has its first component.
+
+    Raises:
+        PlanError: strict, and a name leads nowhere, to no dense layer, or its rank does not fit the layer's shape.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    heads = {n for n, _ in model.named_children()} | {n for n, _ in model.base_model.named_children()}
+    output = model.get_output_embeddings() if plan.modules else None
+    found = {}
+    for name, spec in plan.modules.items():
+        module = modules.get(prefix + name, modules.get(name))
+        if module is None:
+            if strict and name.partition(".")[0] in heads:
+                raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
+            continue
+        _check_layer(name, module, spec.rank, module is output)
+        found[name] = module
+    return found
+
+
+def _check_layer(name: str, module: nn.Module, rank: int, is_output: bool) -> None:
+    low = isinstance(module, LowRankLinear)
+    if not low and dense_type(module) is None:
+        raise PlanError(f"{name}: the plan makes it low-rank, and it is a {type(module).__name__}, no dense layer")
+    if is_output:
+        raise PlanError(f"{name}: the plan makes the output embeddings low-rank, which this version does not")
+    rows, cols = (module.out_features, module.in_features) if low else dense_matrix(module).shape
+    if rank > min(rows, cols):
+        raise PlanError(f"{name}: the plan gives it rank {rank}, above min(in, out) = {min(rows, cols)}")
+    if low and module.rank != rank:
+        raise PlanError(f"{name}: the plan gives it rank {rank}, and the model has it with rank {module.rank}")
+
+
+def _swap(model: Any, *, strict: bool) -> None:
+    """Replace every dense layer that the configuration's plan names by an empty low-rank one."""
+    plan = plan_of(model.config)
+    found = resolve_plan(model, plan, strict=strict)
+    dense = {module: plan.modules[name].rank for name, module in found.items() if not isinstance(module, LowRankLinear)}
+    if dense:
+        replace_modules(model, {module: low_rank_like(module, rank) for module, rank in dense.items()}, inplace=True)
+
+
+def _marker_patterns(plan: RankPlan) -> set[str]:
+    """Regular expressions for the names of the empty markers, one for all layers that differ in numbers only."""
+    folded = {re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", name) for name in plan.modules}
+    return {r"(^|\.)" + re.escape(name).replace(r"\#", r"\d+") + r"\.weight$" for name in folded}
+
+
+def _check_factors(model: Any, missing: Any, source: str) -> None:
+    base = model.base_model
+    names = {f"{n}.{part}" for n, m in base.named_modules() if isinstance(m, LowRankLinear) for part in ("down", "up")}
+    prefix = f"{model.base_model_prefix}." if base is not model else ""
+    lost = sorted(key for key in missing if key.removeprefix(prefix).rpartition(".")[0] in names)
+    if lost:
+        raise CheckpointError(
+            f"{source}: {len(lost)} factor tensors are missing, among them {lost[:3]}. The checkpoint is incomplete or "
+            "its module names are another version's; loading it would leave random layers"
+        )

@@ -1,0 +1,85 @@
+"""Changing what class a model is: stock to derived after its layers were replaced, and back."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_reparam.errors import WeightError
+from hf_reparam.hf.auto import register
+from hf_reparam.hf.configuration import plan_of, stock_config_class
+from hf_reparam.hf.modeling import model_class, plan_name, stock_model_class
+from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.plan import LayerSpec, RankPlan
+
+__all__ = ["check_unquantized", "protected_layers", "to_reparam", "to_stock"]
+
+
+def protected_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Layers that stay dense: the output embeddings, and whatever the model declares as tied."""
+    reasons = {}
+    output = model.get_output_embeddings()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if output is not None and module is output:
+            reasons[name] = "output embeddings"
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        for key in (target, source):
+            reasons.setdefault(key.rpartition(".")[0], "tied: another module holds the same parameter")
+    return reasons
+
+
+def check_unquantized(model: PreTrainedModel) -> None:
+    """Raise WeightError for a model that a quantizer has loaded."""
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+        raise WeightError(
+            f"{type(model).__name__} is quantized: convert the full-precision model, then quantize the result"
+        )
+
+
+def to_reparam(model: Any, method: str) -> Any:
+    """Give a model whose layers were replaced its derived class and a configuration with the plan. Changes the model."""
+    base = stock_config_class(model.config)
+    register(base)
+    low = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    plan = RankPlan({plan_name(model, n): LayerSpec(m.rank) for n, m in low.items()}, base.model_type, method)
+    absent = {n: s for n, s in plan_of(model.config).modules.items() if n not in plan.modules}
+    config = _copy_config(model.config, register(base))
+    config.reparam = RankPlan({**plan.modules, **absent}, base.model_type, method).to_dict()
+    return _retype(model, config, model_class(type(model)))
+
+
+def to_stock(model: Any) -> Any:
+    """Give a model whose layers are dense again its stock class and configuration. Changes the model."""
+    config = _copy_config(model.config, stock_config_class(model.config))
+    vars(config).pop("reparam", None)
+    return _retype(model, config, stock_model_class(model))
+
+
+def _copy_config(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> Any:
+    new = copy.copy(config)
+    new.__dict__ = copy.deepcopy(config.__dict__)
+    new.__class__ = kind
+    return new
+
+
+def _retype(model: Any, config: Any, kind: type[PreTrainedModel]) -> Any:
+    """One new configuration object for every submodule that shared the old one; other models keep theirs."""
+    old = model.config
+    config.architectures = [kind.__name__]
+    if getattr(config, "tie_word_embeddings", False) and not _tied(model):
+        config.tie_word_embeddings = False  # an adapter's merge can leave it set beside two different tensors
+    for module in model.modules():
+        if vars(module).get("config") is old:
+            module.config = config
+    model.__class__ = kind
+    return model
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    """Whether the word embeddings are one tensor; True where the model has no two to compare."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(inputs, nn.Embedding) or outputs is None:
+        return True
+    return inputs.weight is outputs.weight or torch.equal(inputs.weight, outputs.weight)

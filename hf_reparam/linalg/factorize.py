@@ -1,0 +1,195 @@
+"""Singular value decomposition of a weight through the Gram matrix of its smaller side.
+
+For W (m, n) with m <= n the left singular vectors U are the eigenvectors of W W^T, and the best approximation of rank
+r is the projection U_r U_r^T W (Eckart and Young, 1936). One symmetric eigenproblem of order min(m, n) costs a
+fraction of a full SVD. The price, squared singular values, is paid back where it would show: see `_leading`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_reparam.errors import RankError, WeightError
+
+__all__ = ["Decomposition", "Factors", "decompose"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OVERSAMPLING = 32  # eigenvectors beyond the rank that the single-precision search hands to the refinement
+_SMALL = 256  # below this order the double-precision eigenproblem is cheap, and the search gains nothing
+_SEARCH_EXCESS = 1e-7  # energy above the optimum, relative to the tail, that the search is trusted with
+_GRAM_TAIL = 1e-8  # relative tail energy below which the Gram matrix, at ~1e-16, cannot rank directions to 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A product up @ down in place of a weight.
+
+    Args:
+        up: (out, r), dtype and device of the weight.
+        down: (r, in), likewise.
+    """
+
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """W = left @ diag(singular_values) @ right + what was not computed.
+
+    Args:
+        left: (out, k) float64, orthonormal columns.
+        singular_values: (k,) float64, descending.
+        right: (k, in) float64, orthonormal rows (zero where the singular value is zero).
+        energy: ||W||_F^2, the sum of *all* squared singular values.
+        dtype: dtype of the weight, in which factors are returned.
+    """
+
+    left: Tensor
+    singular_values: Tensor
+    right: Tensor
+    energy: float
+    dtype: torch.dtype
+
+    def truncate(self, rank: int) -> Factors:
+        """The factors of the best approximation of this rank, singular values split evenly between the two.
+
+        The even split gives both factors the same norm, which keeps half precision in range and gradients balanced.
+
+        Raises:
+            RankError: rank is below 1 or above the number of computed singular values.
+        """
+        self._check(rank)
+        root = self.singular_values[:rank].sqrt()
+        up, down = self.left[:, :rank] * root, root[:, None] * self.right[:rank]
+        return Factors(up.to(self.dtype).contiguous(), down.to(self.dtype).contiguous())
+
+    def relative_error(self, rank: int) -> float:
+        """||W - W_r||_F / ||W||_F of the approximation of this rank, before it is rounded to `dtype`."""
+        self._check(rank)
+        if self.energy == 0.0:
+            return 0.0
+        tail = self.energy - float(self.singular_values[:rank].square().sum())
+        return (max(tail, 0.0) / self.energy) ** 0.5
+
+    def _check(self, rank: int) -> None:
+        if not 1 <= rank <= len(self.singular_values):
+            raise RankError(f"rank must be in 1..{len(self.singular_values)}, got {rank}")
+
+
+@torch.no_grad()
+def decompose(weight: Tensor, *, max_rank: int | None = None) -> Decomposition:
+    """Decompose a weight so that it can be cut at any rank up to `max_rank`.
+
+    The squared error of every cut is within 1e-6, relative, of the optimum sum_{i>r} sigma_i^2.
+
+    Args:
+        weight: (out, in), float16, bfloat16, float32 or float64, on any device; not modified.
+        max_rank: singular values to compute, 1..min(out, in); None for all.
+
+    Returns:
+        A Decomposition on the weight's device.
+
+    Raises:
+        WeightError: the weight has no data (meta device), is not of a plain floating-point type, or is not finite.
+        RankError: max_rank is out of range.
+
+    Cost: one Gram matrix, m^2 n multiply-adds for m = min(out, in), and one eigenproblem of order m; for
+    max_rank below about m / 2 that eigenproblem is solved in float32 and its leading vectors are refined in float64.
+
+    Source: C. Eckart and G. Young, Psychometrika 1, 1936; Rayleigh-Ritz refinement and its a-posteriori bound as in
+    B. Parlett, The Symmetric Eigenvalue Problem, 1998, chapter 11.
+
+    >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> factors = decompose(w).truncate(2)
+    >>> torch.round(factors.up @ factors.down, decimals=4).abs()
+    tensor([[3., 0., 0.],
+            [0., 2., 0.],
+            [0., 0., 0.]])
+    """
+    check_weight(weight)
+    rows, cols = weight.shape
+    rank = min(rows, cols) if max_rank is None else max_rank
+    if isinstance(rank, bool) or not 1 <= rank <= min(rows, cols):
+        raise RankError(f"rank must be in 1..{min(rows, cols)} for a {rows} x {cols} weight, got {rank}")
+    wide = rows <= cols
+    full = weight.detach().to(torch.float64)
+    scale = float(full.abs().max()) or 1.0  # squares of 1e-200 would vanish
+    a = (full if wide else full.T) / scale
+    near = _leading(a, rank)
+    across = near.T @ a
+    sigma = across.norm(dim=1)
+    far = across / sigma.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    order = sigma.argsort(descending=True, stable=True)
+    near, far, sigma = near[:, order], far[order], sigma[order]
+    left, right = (near, far) if wide else (far.T, near.T)
+    energy = float(a.square().sum()) * scale**2
+    return Decomposition(left, sigma * scale, right, energy, weight.dtype)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise WeightError unless the weight is a finite matrix of a plain floating-point type."""
+    if weight.dim() != 2:
+        raise WeightError(f"a weight must be a matrix, got shape {tuple(weight.shape)}")
+    if weight.device.type == "meta":
+        raise WeightError("the weight is on the meta device and has no data: load the model onto a real device first")
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype not in _DTYPES:
+        raise WeightError(
+            f"the weight is a {type(weight).__name__} of dtype {weight.dtype}; float16, bfloat16, float32 and float64 "
+            "tensors can be factored: convert the model first and quantize or shard it afterwards"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise WeightError(f"{bad} of {weight.numel()} values are NaN or infinite")
+
+
+def _leading(a: Tensor, rank: int) -> Tensor:
+    """Left singular vectors of a (m, n), m <= n, float64, scaled to 1: (m, rank), the largest singular values' ones.
+
+    Three solvers, each used only where its error is known to be far below the tail it leaves: single-precision search
+    with double-precision refinement; the double-precision Gram matrix; a full SVD for a tail near rounding.
+    """
+    order = a.shape[0]
+    if order >= _SMALL and 2 * (rank + _OVERSAMPLING) <= order:
+        found = _search(a, rank)
+        if found is not None:
+            return found
+    vectors = torch.linalg.eigh(_gram(a))[1][:, -rank:]
+    energy = float(a.square().sum())
+    tail = energy - float((vectors.T @ a).square().sum())
+    if rank < order and tail < _GRAM_TAIL * energy:
+        return torch.linalg.svd(a, full_matrices=False)[0][:, :rank]
+    return vectors
+
+
+def _search(a: Tensor, rank: int) -> Tensor | None:
+    """Leading vectors from a float32 eigenproblem and one float64 Rayleigh-Ritz step, or None if they may be off.
+
+    With Ritz vectors X of theta_1..theta_r in the searched space Q, and R = (I - Q Q^T) a a^T X, the energy missed is
+    at most ||R||_F^2 / (theta_r - lambda), lambda the largest eigenvalue outside of Q.
+    """
+    values, vectors = torch.linalg.eigh(_gram(a.float()))
+    width = rank + _OVERSAMPLING
+    q = torch.linalg.qr(vectors[:, -width:].to(torch.float64))[0]
+    projected = q.T @ a
+    theta, rotation = torch.linalg.eigh(projected @ projected.T)
+    rotation = rotation[:, -rank:]
+    image = a @ (projected.T @ rotation)
+    residual = image - q @ (q.T @ image)
+    gap = float(theta[-rank]) - float(values[-width - 1])
+    tail = float(a.square().sum()) - float(theta[-rank:].sum())
+    if gap <= 0 or float(residual.square().sum()) / gap > _SEARCH_EXCESS * tail:
+        return None
+    return q @ rotation
+
+
+def _gram(a: Tensor, block: int = 256) -> Tensor:
+    """a a^T, computing each pair of row blocks once."""
+    order = a.shape[0]
+    gram = a.new_empty(order, order)
+    for i in range(0, order, block):
+        j = min(i + block, order)
+        gram[i:, i:j] = a[i:] @ a[i:j].T
+        gram[i:j, j:] = gram[j:, i:j].T
+    return gram

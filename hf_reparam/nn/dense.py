@@ -1,0 +1,116 @@
+"""The registry of dense layer types: how each is read as a matrix (out, in) and built again.
+
+A type is matched exactly. A subclass may override anything, so it is left alone until somebody vouches for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.nn.linear import LowRankLinear
+
+__all__ = ["DenseType", "build_dense", "dense_matrix", "dense_type", "register_dense", "registered_types"]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseType:
+    """How to read and rebuild one class of dense layer, y = x W^T + b with parameters `weight` and optionally `bias`.
+
+    Args:
+        module_type: the exact class.
+        matrix: module -> its weight as a *view* of shape (out, in), so that copying into it fills the module.
+        build: (in_features, out_features, bias, device, dtype) -> a new module of that shape.
+    """
+
+    module_type: type[nn.Module]
+    matrix: Callable[[Any], Tensor]
+    build: Callable[[int, int, bool, torch.device, torch.dtype], nn.Module]
+
+
+_registry: dict[type[nn.Module], DenseType] = {}
+
+
+def register_dense(
+    module_type: type[nn.Module],
+    *,
+    matrix: Callable[[Any], Tensor],
+    build: Callable[[int, int, bool, torch.device, torch.dtype], nn.Module],
+) -> DenseType:
+    """Make a dense layer type known, for `convert` and `merge` alike. Registering a type again replaces its entry.
+
+    Args:
+        module_type: the exact class; its parameters must be `weight` and optionally `bias` (out,).
+        matrix: module -> view of its weight of shape (out, in).
+        build: (in_features, out_features, bias, device, dtype) -> a new module.
+
+    Raises:
+        TargetError: module_type is not a class of modules.
+
+    >>> class MyLinear(nn.Linear): ...
+    >>> entry = register_dense(
+    ...     MyLinear,
+    ...     matrix=lambda module: module.weight,
+    ...     build=lambda i, o, bias, device, dtype: MyLinear(i, o, bias, device=device, dtype=dtype),
+    ... )
+    >>> entry.module_type.__name__
+    'MyLinear'
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TargetError(f"register_dense takes a class of nn.Module, got {module_type!r}")
+    _registry[module_type] = DenseType(module_type, matrix, build)
+    return _registry[module_type]
+
+
+def dense_type(module: nn.Module) -> DenseType | None:
+    """The entry for exactly this module's class, or None."""
+    return _registry.get(type(module))
+
+
+def registered_types() -> tuple[type[nn.Module], ...]:
+    """Every registered class."""
+    return tuple(_registry)
+
+
+def dense_matrix(module: nn.Module) -> Tensor:
+    """The weight (out, in) of a registered dense layer or of a LowRankLinear, whose product is formed in float64."""
+    if isinstance(module, LowRankLinear):
+        if type(module.up) is not nn.Linear or type(module.down) is not nn.Linear:
+            raise WeightError(
+                f"its factors are {type(module.down).__name__} and {type(module.up).__name__}, not plain Linears: "
+                "merge or unload the adapter (`merge_and_unload()`), or load the model without quantization"
+            )
+        return module.up.weight.detach().double() @ module.down.weight.detach().double()
+    return _registry[type(module)].matrix(module)
+
+
+@torch.no_grad()
+def build_dense(layer: LowRankLinear) -> nn.Module:
+    """The dense layer that a LowRankLinear stands for: W = up @ down, multiplied in float64, cast back.
+
+    Raises:
+        WeightError: its factors are wrapped, quantized or without data.
+    """
+    entry, weight = _registry[layer.dense_type], dense_matrix(layer)
+    like = layer.up.weight
+    if like.is_meta:
+        raise WeightError("the factors are on the meta device and have no data: load the model onto a real device")
+    dense = entry.build(layer.in_features, layer.out_features, layer.bias is not None, like.device, like.dtype)
+    entry.matrix(dense).copy_(weight)
+    dense.get_parameter("weight").requires_grad_(like.requires_grad)
+    if layer.bias is not None:
+        dense.get_parameter("bias").copy_(layer.bias)
+        dense.get_parameter("bias").requires_grad_(layer.bias.requires_grad)
+    return dense.train(layer.training)
+
+
+register_dense(
+    nn.Linear,
+    matrix=lambda module: module.weight,
+    build=lambda n_in, n_out, bias, device, dtype: nn.utils.skip_init(
+        nn.Linear, n_in, n_out, bias=bias, device=device, dtype=dtype
+    ),
+)

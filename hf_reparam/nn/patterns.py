@@ -1,0 +1,64 @@
+"""Patterns that name layers: a glob over the whole name, or `re:` and a regular expression over the whole name."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from hf_reparam.errors import TargetError
+
+__all__ = ["as_patterns", "check_used", "first_match", "matches"]
+
+
+def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ...] | None:
+    """One pattern or several as a tuple; None stays None. TargetError for anything that is no pattern."""
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise TargetError(f"{option}: a pattern is a string such as '*.query' or 're:.*query', got {pattern!r}")
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise TargetError(f"{option}: {pattern!r} is not a regular expression: {error}") from None
+    return patterns
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the pattern covers the whole name. A glob's `*` crosses dots.
+
+    >>> matches("*.query", "encoder.layer.0.attention.self.query"), matches("query", "self.query")
+    (True, False)
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The first pattern that covers one of a layer's names, or None."""
+    return next((pattern for pattern in patterns if any(matches(pattern, name) for name in names)), None)
+
+
+def check_used(patterns: Iterable[str], names: Sequence[str], option: str) -> None:
+    """Raise TargetError for a pattern that covers no name, listing names near to it."""
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            near = _near(pattern, names)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise TargetError(
+                f"{option}: {pattern!r} matches none of the {len(names)} dense layers (a pattern covers the whole "
+                f"name){hint}"
+            )
+
+
+def _near(pattern: str, names: Sequence[str]) -> list[str]:
+    bare = pattern.removeprefix("re:").strip("*.^$\\")
+    last = bare.rpartition(".")[2]
+    endings = {name.rpartition(".")[2] for name in names}
+    if last in endings:
+        return [f"*.{last}"] + [name for name in names if name.endswith(last)][:2]
+    found = difflib.get_close_matches(bare, names, n=2, cutoff=0.5)
+    return [f"*.{end}" for end in difflib.get_close_matches(last, sorted(endings), n=2, cutoff=0.6)] + found

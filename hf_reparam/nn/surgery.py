@@ -1,0 +1,85 @@
+"""Replacing modules: factor one layer, swap by shape, install, restore. Shared modules stay shared."""
+
+import copy
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.linalg import Decomposition, decompose
+from hf_reparam.nn.dense import dense_matrix
+from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.nn.targets import Target
+
+__all__ = ["factor", "low_rank_like", "replace_modules"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def low_rank_like(dense: nn.Module, rank: int) -> LowRankLinear:
+    """A LowRankLinear of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
+
+    Args:
+        dense: a registered dense layer, or a LowRankLinear (to change its rank).
+        rank: the inner width.
+    """
+    if isinstance(dense, LowRankLinear):
+        n_out, n_in, kind, like = dense.out_features, dense.in_features, dense.dense_type, dense.up.weight
+    else:
+        (n_out, n_in), kind, like = dense_matrix(dense).shape, type(dense), dense.get_parameter("weight")
+    layer: LowRankLinear = nn.utils.skip_init(
+        LowRankLinear, n_in, n_out, rank, dense.bias is not None, dense_type=kind, device=like.device, dtype=like.dtype
+    )
+    layer.up.weight.requires_grad_(like.requires_grad)
+    layer.down.weight.requires_grad_(like.requires_grad)
+    if isinstance(dense.bias, nn.Parameter):
+        layer.up.bias.requires_grad_(dense.bias.requires_grad)
+    return layer.train(dense.training)
+
+
+@torch.no_grad()
+def factor(target: Target, rank: int) -> tuple[LowRankLinear, float]:
+    """The low-rank layer that is nearest to a target in the Frobenius norm, and its relative error.
+
+    Returns:
+        The layer, and ||W - W_r||_F / ||W||_F.
+
+    Raises:
+        WeightError: the weight is not finite, has no data, or is quantized; names the layer.
+    """
+    try:
+        decomposition: Decomposition = decompose(dense_matrix(target.module), max_rank=rank)
+    except WeightError as error:
+        raise WeightError(f"{target.name}: {error}") from None
+    layer = low_rank_like(target.module, rank)
+    factors = decomposition.truncate(rank)
+    layer.up.weight.copy_(factors.up)
+    layer.down.weight.copy_(factors.down)
+    if isinstance(target.module.bias, nn.Parameter):
+        layer.up.bias.copy_(target.module.bias)
+    return layer, decomposition.relative_error(rank)
+
+
+def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, inplace: bool) -> M:
+    """Put new modules where old ones hang, at every path at which they hang.
+
+    Args:
+        model: the root.
+        replacements: old module -> new module.
+        inplace: change `model` itself; otherwise `model` stays as it is, and a copy is returned in which the replaced
+            tensors were never copied.
+
+    Raises:
+        TargetError: inplace, and the model itself is to be replaced.
+    """
+    if not inplace:
+        return copy.deepcopy(model, {id(old): new for old, new in replacements.items()})
+    if model in replacements:
+        raise TargetError("a model that is itself one dense layer cannot be replaced in place: use inplace=False")
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+    return model

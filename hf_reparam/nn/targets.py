@@ -1,0 +1,206 @@
+"""Which layers of a model can be factored, and why the others are left alone. All targeting is decided here."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_reparam.nn.dense import dense_matrix, dense_type, registered_types
+from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.nn.patterns import as_patterns, check_used, first_match
+
+__all__ = ["Skipped", "Target", "Targets", "find_targets"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A dense or low-rank layer that can be factored.
+
+    Args:
+        names: every path at which the module hangs in the model, the first one is its name.
+        module: the layer itself.
+        kind: class name of the dense layer.
+        in_features, out_features: the dense shape.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    kind: str
+    in_features: int
+    out_features: int
+
+    @property
+    def name(self) -> str:
+        """The path under which the layer is reported and stored."""
+        return self.names[0]
+
+    @property
+    def rank(self) -> int | None:
+        """The present rank of a low-rank layer, None for a dense one."""
+        return self.module.rank if isinstance(self.module, LowRankLinear) else None
+
+    @property
+    def full_rank(self) -> int:
+        """min(in, out)."""
+        return min(self.in_features, self.out_features)
+
+    @property
+    def bias_parameters(self) -> int:
+        """Numbers in the bias."""
+        return self.out_features if self.module.bias is not None else 0
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the dense layer, bias included."""
+        return self.in_features * self.out_features + self.bias_parameters
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the layer holds now."""
+        return self.pair_parameters(self.rank) if self.rank is not None else self.dense_parameters
+
+    def pair_parameters(self, rank: int) -> int:
+        """Numbers in a pair of this rank, bias included: r (in + out) + bias."""
+        return rank * (self.in_features + self.out_features) + self.bias_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A weight that is left alone, and why."""
+
+    name: str
+    kind: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The layers to factor, and every other weight of two or more dimensions."""
+
+    selected: tuple[Target, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def find_targets(
+    model: nn.Module,
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    protected: Mapping[str, str] | None = None,
+) -> Targets:
+    """Find the layers that can be factored; reads shapes only, so it works on the meta device.
+
+    Args:
+        model: any module.
+        include: glob or `re:` patterns over whole module names; None for all.
+        exclude: patterns of layers to leave alone; wins over include.
+        protected: module name -> reason, for layers that must stay dense whatever the patterns say.
+
+    Returns:
+        Targets in the model's order, each shared module once, under its first name.
+
+    Raises:
+        TargetError: a pattern is malformed or matches no dense layer.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.Embedding(10, 8))
+    >>> found = find_targets(net)
+    >>> [t.name for t in found.selected], [(s.name, s.reason) for s in found.skipped]
+    (['0'], [('1', 'Embedding is no dense layer')])
+    """
+    wanted, unwanted = as_patterns(include, "include"), as_patterns(exclude, "exclude") or ()
+    modules = _group(model)
+    dense = {name: names for name, (names, module) in modules.items() if _looks_dense(module)}
+    every_name = [name for names in dense.values() for name in names]
+    check_used(wanted or (), every_name, "include")
+    check_used(unwanted, every_name, "exclude")
+    owners = Counter(id(p) for _, module in modules.values() for p in module._parameters.values() if p is not None)
+    selected, skipped = [], []
+    for name, (names, module) in modules.items():
+        if name not in dense:
+            skipped += _other_weights(name, module)
+            continue
+        reason = (
+            next((protected[n] for n in names if n in protected), None) if protected else None
+        ) or _unfit(name, module, modules, owners)
+        if reason is None and (pattern := first_match(unwanted, names)):
+            reason = f"excluded by {pattern!r}"
+        if reason is None and wanted is not None and first_match(wanted, names) is None:
+            reason = "not included"
+        if reason is None:
+            selected.append(_target(names, module))
+        else:
+            skipped.append(Skipped(name, _kind(module), _count(module), reason))
+    return Targets(tuple(selected), tuple(skipped))
+
+
+def _group(model: nn.Module) -> dict[str, tuple[tuple[str, ...], nn.Module]]:
+    """First name -> (all names, module), without the factors inside low-rank layers."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    factors = {id(child) for m in model.modules() if isinstance(m, LowRankLinear) for child in m.modules()}
+    factors -= {id(m) for m in model.modules() if isinstance(m, LowRankLinear)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in factors:
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    return {paths[0]: (tuple(paths), modules[key]) for key, paths in names.items()}
+
+
+def _looks_dense(module: nn.Module) -> bool:
+    return isinstance(module, (LowRankLinear, *registered_types()))
+
+
+def _kind(module: nn.Module) -> str:
+    return module.dense_type.__name__ if isinstance(module, LowRankLinear) else type(module).__name__
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _target(names: tuple[str, ...], module: nn.Module) -> Target:
+    if isinstance(module, LowRankLinear):
+        return Target(names, module, _kind(module), module.in_features, module.out_features)
+    n_out, n_in = dense_matrix(module).shape
+    return Target(names, module, _kind(module), n_in, n_out)
+
+
+def _unfit(
+    name: str, module: nn.Module, modules: Mapping[str, tuple[tuple[str, ...], nn.Module]], owners: Counter[int]
+) -> str | None:
+    """Why this dense-looking layer cannot be replaced by a module with the same call, or None."""
+    parent = modules.get(name.rpartition(".")[0])
+    if parent is not None and isinstance(parent[1], nn.MultiheadAttention):
+        return "inside nn.MultiheadAttention, which reads the weight itself"
+    if not isinstance(module, LowRankLinear):
+        if dense_type(module) is None:
+            return f"{type(module).__name__} is a subclass of a dense type; register_dense makes it known"
+        if set(module._parameters) - {"weight", "bias"} or "weight" not in module._parameters or module._modules:
+            return "has parameters other than weight and bias"
+        if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
+            return "tied: another module holds the same parameter"
+        if not module._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
+            return f"quantized: its weight is {module._parameters['weight'].dtype}"  # type: ignore[union-attr]
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(module):
+        return "has hooks, which would be lost"
+    return None
+
+
+def _other_weights(name: str, module: nn.Module) -> list[Skipped]:
+    """Weights of two or more dimensions held by a module that is no dense layer."""
+    found = []
+    for key, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() >= 2:
+            kind = type(module).__name__
+            if isinstance(module, nn.MultiheadAttention):
+                reason = "inside nn.MultiheadAttention, which reads the weight itself"
+            elif key == "weight":
+                reason = f"{kind} is no dense layer"
+            else:
+                reason = f"a bare parameter of {kind}, no module of its own"
+            full = name if key == "weight" else f"{name}.{key}".lstrip(".")
+            found.append(Skipped(full, kind, parameter.numel(), reason))
+    return found

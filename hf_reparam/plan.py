@@ -1,0 +1,156 @@
+"""The rank plan: which layers are low-rank, of which rank, in which form. Small, frozen, JSON in and out.
+
+A plan is the hinge between deciding and applying. It can be printed, edited, stored and compared, and together with
+the base configuration it is all that is needed to build the skeleton of a converted model: loading runs no SVD.
+Whatever comes from disk passes through `RankPlan.from_dict`, which accepts nothing it does not understand.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from hf_reparam.errors import PlanError
+
+__all__ = ["FORMAT_VERSION", "LayerSpec", "RankPlan"]
+
+FORMAT_VERSION = 1
+"""Version of the `reparam` entry in `config.json` that this package writes and reads."""
+
+_FORMS = ("pair",)
+_MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds the work a hostile file can ask for
+_MAX_NAME = 512
+_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_PLAN_KEYS = frozenset({"format_version", "base_model_type", "method", "modules"})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """How one dense layer is stored.
+
+    Args:
+        rank: the inner width r of the factors, 1 <= r. Whether it fits the layer is checked when it is applied.
+        form: "pair" for y = up(down(x)), down (r, in), up (out, r).
+
+    Raises:
+        PlanError: the rank is not a positive int, or the form is unknown.
+
+    >>> LayerSpec(rank=64).to_dict()
+    {'rank': 64, 'form': 'pair'}
+    """
+
+    rank: int
+    form: str = "pair"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise PlanError(f"rank must be an int of at least 1, got {self.rank!r}")
+        if self.form not in _FORMS:
+            raise PlanError(f"form must be one of {list(_FORMS)}, got {_short(self.form)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"rank": self.rank, "form": self.form}
+
+    @classmethod
+    def from_dict(cls, data: object) -> "LayerSpec":
+        """Read the JSON form; PlanError on anything else."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"a layer must be an object with 'rank' and 'form', got {_short(data)}")
+        unknown = sorted(map(str, set(data) - {"rank", "form"}))
+        if unknown:
+            raise PlanError(f"unknown keys {unknown[:3]}; a layer has 'rank' and 'form'")
+        if "rank" not in data:
+            raise PlanError("the key 'rank' is missing")
+        return cls(data["rank"], data.get("form", "pair"))
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The low-rank layers of one model.
+
+    Args:
+        modules: layer name -> LayerSpec. Names are relative to the base model ("encoder.layer.0.attention.self.query"),
+            names of head modules are relative to the head model, so that one plan serves every head.
+        base_model_type: Transformers' `model_type` of the dense model ("bert"), None for a plain `nn.Module`.
+        method: how the factors were made, "svd" for the truncated singular value decomposition of the weight.
+
+    Raises:
+        PlanError: a name is not a dotted module path, or there are more than 100000 of them.
+
+    >>> plan = RankPlan({"encoder.layer.0.output.dense": LayerSpec(32)}, base_model_type="bert")
+    >>> RankPlan.from_dict(plan.to_dict()) == plan
+    True
+    """
+
+    modules: Mapping[str, LayerSpec] = field(default_factory=dict)
+    base_model_type: str | None = None
+    method: str = "svd"
+
+    def __post_init__(self) -> None:
+        if len(self.modules) > _MAX_MODULES:
+            raise PlanError(f"the plan names {len(self.modules)} modules; at most {_MAX_MODULES} are accepted")
+        for name in self.modules:
+            if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+                raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
+        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
+        return type(self), (dict(self.modules), self.base_model_type, self.method)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: what `config.json` holds under `reparam`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model_type": self.base_model_type,
+            "method": self.method,
+            "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> "RankPlan":
+        """Read the JSON form, believing nothing.
+
+        Raises:
+            PlanError: a wrong type, an unknown key, an unknown `format_version`, a bad name or a bad layer.
+        """
+        if not isinstance(data, Mapping):
+            raise PlanError(f"'reparam' must be an object, got {_short(data)}")
+        _check_version(data.get("format_version"))
+        unknown = sorted(map(str, set(data) - _PLAN_KEYS))
+        if unknown:
+            raise PlanError(f"'reparam' has unknown keys {unknown[:3]}; known are {sorted(_PLAN_KEYS)}")
+        base, method, modules = data.get("base_model_type"), data.get("method", "svd"), data.get("modules")
+        if base is not None and not isinstance(base, str):
+            raise PlanError(f"'reparam.base_model_type' must be a string, got {_short(base)}")
+        if not isinstance(method, str):
+            raise PlanError(f"'reparam.method' must be a string, got {_short(method)}")
+        if not isinstance(modules, Mapping):
+            raise PlanError(f"'reparam.modules' must be an object of layer names, got {_short(modules)}")
+        if len(modules) > _MAX_MODULES:
+            raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
+        return cls({name: _read_layer(name, spec) for name, spec in modules.items()}, base, method)
+
+
+def _read_layer(name: object, data: object) -> LayerSpec:
+    try:
+        return LayerSpec.from_dict(data)
+    except PlanError as error:
+        raise PlanError(f"layer {_short(name)}: {error}") from None
+
+
+def _check_version(version: object) -> None:
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise PlanError(f"'reparam.format_version' must be an int, got {_short(version)}")
+    if version != FORMAT_VERSION:
+        raise PlanError(
+            f"this model was saved in format version {_short(version)}, and this hf_reparam reads version "
+            f"{FORMAT_VERSION}: install the hf_reparam that wrote it (pip install -U hf-reparam)"
+        )
+
+
+def _short(value: object) -> str:
+    """A value for an error message: its type, and its beginning."""
+    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    return text if len(text) <= 80 else text[:77] + "..."

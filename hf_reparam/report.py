@@ -1,0 +1,166 @@
+"""What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["ConversionReport", "LayerReport", "SkippedReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One dense layer.
+
+    Args:
+        name: module path in the model.
+        kind: class of the dense layer ("Linear", "Conv1D").
+        in_features, out_features: the dense shape.
+        rank: inner width of the factors; None while the layer is dense.
+        parameters_before, parameters_after: stored numbers, bias included.
+        error: ||W - up @ down||_F / ||W||_F at the conversion; None where nothing was factored in this call.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int | None
+    parameters_before: int
+    parameters_after: int
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedReport:
+    """One weight that was left as it was, and why."""
+
+    name: str
+    kind: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The outcome of a conversion, or the state of a model.
+
+    Args:
+        model: class name of the model.
+        method: how the factors were made.
+        layers: the factored layers (for a dense model: the layers that could be factored).
+        skipped: every other weight of two or more dimensions, with the reason.
+        parameters_before, parameters_after: of the *whole* model, shared parameters counted once.
+
+    >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
+    >>> report = ConversionReport("Net", "svd", (row,), (), 5000, 2952)
+    >>> report.factored_before, report.factored_after
+    (4160, 2112)
+    """
+
+    model: str
+    method: str
+    layers: Sequence[LayerReport]
+    skipped: Sequence[SkippedReport]
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def factored_before(self) -> int:
+        """Dense parameters of the factored layers."""
+        return sum(layer.parameters_before for layer in self.layers)
+
+    @property
+    def factored_after(self) -> int:
+        """Parameters that the factored layers hold now."""
+        return sum(layer.parameters_after for layer in self.layers)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the whole dense model's parameters that lies in the factored layers."""
+        return self.factored_before / self.parameters_before if self.parameters_before else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return {
+            "model": self.model,
+            "method": self.method,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "factored_before": self.factored_before,
+            "factored_after": self.factored_after,
+            "coverage": self.coverage,
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": [asdict(item) for item in self.skipped],
+        }
+
+    def to_markdown(self) -> str:
+        """Two Markdown tables, repeated layers folded into one row."""
+        head = "\n\n".join(self._headline())
+        rows = [_HEADER, ["---"] * len(_HEADER), *_fold_layers(self.layers)]
+        left = [["left alone", "parameters", "why"], ["---"] * 3, *_fold_skipped(self.skipped)]
+        tables = [rows] + ([left] if self.skipped else [])
+        return "\n\n".join([head, *("\n".join("| " + " | ".join(r) + " |" for r in table) for table in tables)])
+
+    def __str__(self) -> str:
+        parts = ["\n".join(self._headline()), _align([_HEADER, *_fold_layers(self.layers)])]
+        if self.skipped:
+            parts.append(_align([["left alone", "parameters", "why"], *_fold_skipped(self.skipped)]))
+        return "\n\n".join(parts)
+
+    def _headline(self) -> list[str]:
+        whole = f"whole model:      {_change(self.parameters_before, self.parameters_after)}"
+        if any(layer.rank is not None for layer in self.layers):
+            count = sum(layer.rank is not None for layer in self.layers)
+            layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
+            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole]
+        whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
+        return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole]
+
+
+_HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
+
+
+def _change(before: int, after: int) -> str:
+    share = f" ({after / before:.1%})" if before else ""
+    return f"{before:,} -> {after:,} parameters{share}"
+
+
+def _star(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+def _fold_layers(layers: Iterable[LayerReport]) -> list[list[str]]:
+    groups: dict[tuple[object, ...], list[LayerReport]] = {}
+    for layer in layers:
+        key = (_star(layer.name), layer.kind, layer.in_features, layer.out_features, layer.rank)
+        groups.setdefault(key, []).append(layer)
+    return [_layer_row(group) for group in groups.values()]
+
+
+def _layer_row(group: list[LayerReport]) -> list[str]:
+    first = group[0]
+    name = first.name if len(group) == 1 else f"{_star(first.name)} (x{len(group)})"
+    before, after = sum(x.parameters_before for x in group), sum(x.parameters_after for x in group)
+    errors = [x.error for x in group if x.error is not None]
+    error = f"{min(errors):.3f}..{max(errors):.3f}" if len(errors) > 1 else "".join(f"{e:.3f}" for e in errors)
+    rank = "dense" if first.rank is None else str(first.rank)
+    count = f"{before:,}" if first.rank is None else f"{before:,} -> {after:,}"
+    return [name, first.kind, f"{first.in_features} x {first.out_features}", rank, count, error or "-"]
+
+
+def _fold_skipped(skipped: Iterable[SkippedReport]) -> list[list[str]]:
+    groups: dict[tuple[str, str], list[SkippedReport]] = {}
+    for item in skipped:
+        groups.setdefault((_star(item.name), item.reason), []).append(item)
+    rows = []
+    for group in groups.values():
+        name = group[0].name if len(group) == 1 else f"{_star(group[0].name)} (x{len(group)})"
+        rows.append([name, f"{sum(x.parameters for x in group):,}", group[0].reason])
+    return rows
+
+
+def _align(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * min(len(max(lines, key=len)), 120), *lines[1:]])
