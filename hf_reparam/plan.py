@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_reparam.errors import PlanError
 
-__all__ = ["FORMAT_VERSION", "LayerSpec", "RankPlan"]
+__all__ = ["FORMAT_VERSION", "LayerSpec", "RankPlan", "layer_kind"]
 
 FORMAT_VERSION = 1
 """Version of the `reparam` entry in `config.json` that this package writes and reads."""
@@ -45,7 +45,7 @@ class LayerSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise PlanError(f"rank must be an int of at least 1, got {self.rank!r}")
+            raise PlanError(f"rank must be an int of at least 1, got {_short(self.rank)}")
         if self.form not in _FORMS:
             raise PlanError(f"form must be one of {list(_FORMS)}, got {_short(self.form)}")
 
@@ -131,6 +131,15 @@ class RankPlan:
         if len(modules) > _MAX_MODULES:
             raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
         return cls({name: _read_layer(name, spec) for name, spec in modules.items()}, base, method)
+
+
+def layer_kind(name: str) -> str:
+    """A layer's name with `*` for its numbers, the same for the layers that repeat in a model.
+
+    >>> layer_kind("encoder.layer.11.output.dense")
+    'encoder.layer.*.output.dense'
+    """
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def _read_layer(name: object, data: object) -> LayerSpec:

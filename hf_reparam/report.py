@@ -1,9 +1,10 @@
 """What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from hf_reparam.plan import layer_kind
 
 __all__ = ["ConversionReport", "LayerReport", "SkippedReport"]
 
@@ -126,21 +127,17 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} parameters{share}"
 
 
-def _star(name: str) -> str:
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-
-
 def _fold_layers(layers: Iterable[LayerReport]) -> list[list[str]]:
     groups: dict[tuple[object, ...], list[LayerReport]] = {}
     for layer in layers:
-        key = (_star(layer.name), layer.kind, layer.in_features, layer.out_features, layer.rank)
+        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.rank)
         groups.setdefault(key, []).append(layer)
     return [_layer_row(group) for group in groups.values()]
 
 
 def _layer_row(group: list[LayerReport]) -> list[str]:
     first = group[0]
-    name = first.name if len(group) == 1 else f"{_star(first.name)} (x{len(group)})"
+    name = first.name if len(group) == 1 else f"{layer_kind(first.name)} (x{len(group)})"
     before, after = sum(x.parameters_before for x in group), sum(x.parameters_after for x in group)
     errors = [x.error for x in group if x.error is not None]
     error = f"{min(errors):.3f}..{max(errors):.3f}" if len(errors) > 1 else "".join(f"{e:.3f}" for e in errors)
@@ -152,10 +149,10 @@ def _layer_row(group: list[LayerReport]) -> list[str]:
 def _fold_skipped(skipped: Iterable[SkippedReport]) -> list[list[str]]:
     groups: dict[tuple[str, str], list[SkippedReport]] = {}
     for item in skipped:
-        groups.setdefault((_star(item.name), item.reason), []).append(item)
+        groups.setdefault((layer_kind(item.name), item.reason), []).append(item)
     rows = []
     for group in groups.values():
-        name = group[0].name if len(group) == 1 else f"{_star(group[0].name)} (x{len(group)})"
+        name = group[0].name if len(group) == 1 else f"{layer_kind(group[0].name)} (x{len(group)})"
         rows.append([name, f"{sum(x.parameters for x in group):,}", group[0].reason])
     return rows
 

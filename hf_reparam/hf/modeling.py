@@ -5,19 +5,22 @@ of the same shape, before anything is initialised, tied or sharded, on whatever 
 arrive by Transformers' own loading.
 """
 
+import contextlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
+from transformers.initialization import no_init_weights
 
 from hf_reparam.errors import CheckpointError, PlanError
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
 from hf_reparam.nn.dense import dense_matrix, dense_type
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
-from hf_reparam.plan import RankPlan
+from hf_reparam.plan import RankPlan, layer_kind
 
 __all__ = ["ReparamMixin", "model_class", "plan_name", "resolve_plan", "stock_model_class"]
 
@@ -30,7 +33,9 @@ class ReparamMixin:
     _keys_to_ignore_on_load_unexpected: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # the base's contract
-        super().__init__(config, *args, **kwargs)
+        on_meta = torch.get_default_device().type == "meta"
+        with no_init_weights() if on_meta else contextlib.nullcontext():  # no number there to draw
+            super().__init__(config, *args, **kwargs)
         _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
         ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
         kind = set if isinstance(ignored, set) else list
@@ -42,24 +47,24 @@ class ReparamMixin:
         super().post_init()  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # the base's contract
-        """As the base's. Adds an empty tensor under each replaced weight's dense name.
+        """As the base's. Adds an empty tensor under the dense weight's name of the first layer of each kind.
 
-        The stock class would otherwise find its weight missing and go on with random numbers; the marker's shape makes
+        The stock class would otherwise find its weights missing and go on with random numbers; the marker's shape makes
         it raise. Names are those of the live modules: conversions to older checkpoint layouts know no factors.
         """
         state = dict(kwargs.pop("state_dict", None) or self.state_dict())  # type: ignore[attr-defined]
-        factored = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
-        for name in factored:
+        names = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
+        for name in {layer_kind(name): name for name in reversed(names)}.values():
             state.setdefault(f"{name}.weight", torch.empty(0, dtype=torch.uint8))
         kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
-        """As the base's. Raises CheckpointError when a factor of the base model is not in the checkpoint."""
+        """As the base's. Raises CheckpointError when a factor of the base model is missing, or left over."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if kwargs.get("state_dict") is None:
-            _check_factors(model, info["missing_keys"], str(args[0]) if args else "")
+            _check_factors(model, info["missing_keys"], info["unexpected_keys"], str(args[0]) if args else "")
         return (model, info) if output_loading_info else model
 
 
@@ -78,7 +83,18 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "base_class": base,
         }
         _model_classes[base] = type(base)(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
+        _record_outputs_as(base, _model_classes[base])
     return _model_classes[base]
+
+
+def _record_outputs_as(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
+    """Let `output_hidden_states` and the like work on instances that no constructor made: retyped, or unpickled.
+
+    Transformers fills this registry, class name -> outputs to record, when a model is constructed.
+    """
+    registry = vars(modeling_utils).get("_CAN_RECORD_REGISTRY")
+    if registry is not None:
+        dict.__setitem__(registry, str(derived), base._can_record_outputs)
 
 
 def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -140,18 +156,23 @@ def _swap(model: Any, *, strict: bool) -> None:
 
 
 def _marker_patterns(plan: RankPlan) -> set[str]:
-    """Regular expressions for the names of the empty markers, one for all layers that differ in numbers only."""
-    folded = {re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", name) for name in plan.modules}
-    return {r"(^|\.)" + re.escape(name).replace(r"\#", r"\d+") + r"\.weight$" for name in folded}
+    """Regular expressions for the names of the empty markers."""
+    kinds = {layer_kind(name) for name in plan.modules}
+    return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}
 
 
-def _check_factors(model: Any, missing: Any, source: str) -> None:
+def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[str], source: str) -> None:
+    """Raise CheckpointError for factors that the base model lacks, and for factors that found only a dense layer."""
     base = model.base_model
-    names = {f"{n}.{part}" for n, m in base.named_modules() if isinstance(m, LowRankLinear) for part in ("down", "up")}
     prefix = f"{model.base_model_prefix}." if base is not model else ""
-    lost = sorted(key for key in missing if key.removeprefix(prefix).rpartition(".")[0] in names)
+    absent = {key.removeprefix(prefix) for key in missing}
+    names = [name for name, module in base.named_modules() if isinstance(module, LowRankLinear)]
+    lost = sorted(absent & {f"{n}.{part}" for n in names for part in ("down.weight", "up.weight", "up.bias")})
+    found = {key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")}
+    lost = lost or sorted(f"{name}.weight" for name in found if f"{name}.weight" in absent)
     if lost:
         raise CheckpointError(
-            f"{source}: {len(lost)} factor tensors are missing, among them {lost[:3]}. The checkpoint is incomplete or "
-            "its module names are another version's; loading it would leave random layers"
+            f"{source}: {len(lost)} tensors of low-rank layers are missing or do not fit the plan, among them {lost[:3]}. "
+            "The checkpoint is incomplete, its plan was edited, or its module names are another version's; loading it "
+            "would leave random layers"
         )

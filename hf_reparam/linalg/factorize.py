@@ -134,9 +134,10 @@ def check_weight(weight: Tensor) -> None:
         raise WeightError(f"a weight must be a matrix, got shape {tuple(weight.shape)}")
     if weight.device.type == "meta":
         raise WeightError("the weight is on the meta device and has no data: load the model onto a real device first")
-    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype not in _DTYPES:
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.layout is torch.strided
+    if not plain or weight.dtype not in _DTYPES:
         raise WeightError(
-            f"the weight is a {type(weight).__name__} of dtype {weight.dtype}; float16, bfloat16, float32 and float64 "
+            f"the weight is a {type(weight).__name__} of {weight.layout}, {weight.dtype}; plain float16, bfloat16, float32 and float64 "
             "tensors can be factored: convert the model first and quantize or shard it afterwards"
         )
     if not bool(torch.isfinite(weight).all()):

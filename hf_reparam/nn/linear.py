@@ -17,34 +17,22 @@ class LowRankLinear(nn.Module):
     them ("cast to `wo.weight.dtype`"): shape, dtype and device cost nothing, arithmetic on `weight` forms the product.
 
     Args:
-        in_features, out_features: the dense shape.
-        rank: the inner width r.
-        bias: whether the layer adds a bias.
+        down: Linear (in -> r) without a bias.
+        up: Linear (r -> out), with the layer's bias or none.
         dense_type: class of the dense layer it stands for, to which `merge` returns.
 
     Cost: r (in + out) multiply-adds for each row of x, against in * out for the dense layer.
 
-    >>> layer = LowRankLinear(16, 8, rank=2)
+    >>> layer = LowRankLinear(nn.Linear(16, 2, bias=False), nn.Linear(2, 8))
     >>> layer(torch.zeros(3, 16)).shape, layer.weight.shape, sum(p.numel() for p in layer.parameters())
     (torch.Size([3, 8]), torch.Size([8, 16]), 56)
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        *,
-        dense_type: type[nn.Module] = nn.Linear,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, down: nn.Linear, up: nn.Linear, *, dense_type: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features, self.out_features, self.rank = down.in_features, up.out_features, up.in_features
         self.dense_type = dense_type
-        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.down, self.up = down, up
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.linalg import Decomposition, decompose
@@ -29,14 +29,21 @@ def low_rank_like(dense: nn.Module, rank: int) -> LowRankLinear:
         n_out, n_in, kind, like = dense.out_features, dense.in_features, dense.dense_type, dense.up.weight
     else:
         (n_out, n_in), kind, like = dense_matrix(dense).shape, type(dense), dense.get_parameter("weight")
-    layer: LowRankLinear = nn.utils.skip_init(
-        LowRankLinear, n_in, n_out, rank, dense.bias is not None, dense_type=kind, device=like.device, dtype=like.dtype
+    bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
+    down, up = _empty_linear(n_in, rank, like, None), _empty_linear(rank, n_out, like, bias)
+    return LowRankLinear(down, up, dense_type=kind).train(dense.training)
+
+
+def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """An nn.Linear whose numbers are not set. Its constructor would draw them, which costs most of a model's loading."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = n_in, n_out
+    linear.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=like.dtype, device=like.device), like.requires_grad)
+    linear.register_parameter(
+        "bias", None if bias is None else nn.Parameter(torch.empty_like(bias, memory_format=torch.contiguous_format), bias.requires_grad)
     )
-    layer.up.weight.requires_grad_(like.requires_grad)
-    layer.down.weight.requires_grad_(like.requires_grad)
-    if isinstance(dense.bias, nn.Parameter):
-        layer.up.bias.requires_grad_(dense.bias.requires_grad)
-    return layer.train(dense.training)
+    return linear
 
 
 @torch.no_grad()

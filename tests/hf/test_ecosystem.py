@@ -1,0 +1,156 @@
+"""generate, pipelines, tokenizers, gradient checkpointing, torch.compile and adapters see an ordinary model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, pipeline
+
+import hf_reparam
+from hf_reparam import LowRankLinear, convert, merge
+from tests import zoo
+
+GENERATIVE = ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel"]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("base", GENERATIVE)
+def test_generate_with_cache(tmp_path, base, beams):
+    case = zoo.BY_BASE[base]
+    convert(case.build(), rank=6).save_pretrained(tmp_path)
+    small = getattr(transformers, case.auto).from_pretrained(tmp_path)
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    cached, uncached = (small.generate(**zoo._text(), **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+    assert torch.equal(cached, merge(small).generate(**zoo._text(), **options))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "eos_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+PIPELINES = {
+    "fill-mask": ("BertForMaskedLM", "a [MASK] c"),
+    "text-classification": ("BertForSequenceClassification", "a b c"),
+    "token-classification": ("BertForTokenClassification", "a b c"),
+    "text-generation": ("GPT2LMHeadModel", "a b c"),
+    "feature-extraction": ("BertModel", "a b c"),
+}
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+def test_pipelines(tmp_path, tokenizer, task, caplog):
+    base, text = PIPELINES[task]
+    small = convert(zoo.BY_BASE[base].build(), rank=6)
+    small.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = {"max_new_tokens": 5, "do_sample": False} if task == "text-generation" else {}
+    loaded = pipeline(task, model=str(tmp_path))
+    assert type(loaded.model) is type(small)
+    assert "not supported" not in caplog.text
+    dense = pipeline(task, model=merge(small), tokenizer=tokenizer)
+    got, expected = loaded(text, **options), dense(text, **options)
+    assert numbers(got) == pytest.approx(numbers(expected), abs=1e-5)
+    assert strings(got) == strings(expected)
+
+
+def walk(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for v in value for x in walk(v)] if isinstance(value, list) else [value]
+
+
+def numbers(value):
+    return [float(v) for v in walk(value) if not isinstance(v, str) and v is not None]
+
+
+def strings(value):
+    return [v for v in walk(value) if isinstance(v, str)]
+
+
+def test_image_pipeline_and_processor(tmp_path):
+    small = convert(zoo.BY_BASE["ViTForImageClassification"].build(), rank=6)
+    small.save_pretrained(tmp_path)
+    processor = {"image_processor_type": "ViTImageProcessorPil", "size": {"height": 16, "width": 16}}
+    if not hasattr(transformers, "ViTImageProcessorPil"):  # before Transformers 5.3
+        processor["image_processor_type"] = "ViTImageProcessor"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    from PIL import Image
+
+    image = Image.new("RGB", (20, 20), (200, 30, 90))
+    result = pipeline("image-classification", model=str(tmp_path))(image)
+    assert len(result) == 4
+    assert sum(r["score"] for r in result) == pytest.approx(1, abs=1e-4)
+
+
+def test_tokenizer_of_a_real_folder(tmp_path, minilm):
+    convert(transformers.AutoModel.from_pretrained(minilm), rank=16).save_pretrained(tmp_path)
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(Path(minilm) / name, tmp_path / name)
+    text = "low-rank models, and their tokenizers"
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is type(AutoTokenizer.from_pretrained(minilm))
+    assert AutoTokenizer.from_pretrained(tmp_path)(text) == AutoTokenizer.from_pretrained(minilm)(text)
+
+
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_gradient_checkpointing(base):
+    case = zoo.BY_BASE[base]
+    small = convert(case.build(), rank=6).train()
+    batch = {**case.batch(), "labels": zoo._ids(2, 5 if "decoder_input_ids" in case.batch() else 7)}
+
+    def gradients():
+        small.zero_grad()
+        torch.manual_seed(0)  # the same dropout; checkpointing replays it
+        small(**batch).loss.backward()
+        return {n: p.grad.clone() for n, p in small.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    small.gradient_checkpointing_enable()
+    saved = gradients()
+    assert plain.keys() == saved.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saved[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_compile(base):
+    case = zoo.BY_BASE[base]
+    small = convert(case.build(), rank=6)
+    expected = zoo.outputs(small, case.batch())
+    compiled = torch.compile(small, backend="aot_eager")
+    for a, b in zip(zoo.outputs(compiled, case.batch()), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_resize_token_embeddings(tmp_path):
+    small = convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), rank=6)
+    small.resize_token_embeddings(120)
+    small.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().weight.shape == (120, 32)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path):
+    import peft
+
+    case = zoo.BY_BASE["LlamaForCausalLM"]
+    small = convert(case.build(), rank=6)
+    reference = zoo.outputs(small, case.batch())
+    adapted = peft.get_peft_model(small, peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
+    changed = zoo.outputs(adapted, case.batch())
+    assert not torch.allclose(changed[0], reference[0], atol=1e-3)
+    with pytest.raises(hf_reparam.WeightError, match="not plain Linears: merge or unload the adapter"):
+        merge(adapted)
+    back = adapted.merge_and_unload()
+    assert all(type(m.up) is torch.nn.Linear for m in back.modules() if isinstance(m, LowRankLinear))
+    torch.testing.assert_close(zoo.outputs(merge(back), case.batch())[0], changed[0], atol=1e-4, rtol=1e-4)

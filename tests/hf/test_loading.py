@@ -1,0 +1,229 @@
+"""save_pretrained -> a fresh process -> the Auto classes give bit-equal outputs, for every head and family."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import hf_reparam
+from hf_reparam import CheckpointError, convert
+from tests import zoo
+
+RANK = 6
+
+FRESH = """
+import sys, torch, transformers
+from transformers import AutoConfig, AutoModel
+import hf_reparam
+from pathlib import Path
+from tests import zoo
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+results = {}
+for number, case in enumerate(zoo.ALL):
+    folder = Path(sys.argv[1]) / str(number)
+    config = AutoConfig.from_pretrained(folder)
+    auto = getattr(transformers, case.auto) if case.auto else getattr(hf_reparam, "Reparam" + case.base)
+    model, headless = auto.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    results[case.id] = {
+        "classes": [type(config).__name__, type(model).__name__, config.model_type],
+        "outputs": zoo.outputs(model, case.batch()),
+        "headless": {k: v for k, v in headless.state_dict().items()},
+    }
+torch.save(results, Path(sys.argv[1]) / "results.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Save every converted case, load them all in one new process, and bring the outputs back."""
+    folder = tmp_path_factory.mktemp("fresh")
+    for number, case in enumerate(zoo.ALL):
+        convert(case.build(), rank=RANK).save_pretrained(folder / str(number))
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", FRESH, str(folder)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
+def test_fresh_process_is_bit_equal(fresh, case):
+    small = convert(case.build(), rank=RANK)
+    result = fresh[1][case.id]
+    base = type(case.build().config)
+    assert result["classes"] == [f"Reparam{base.__name__}", f"Reparam{case.base}", base.model_type]
+    for got, expected in zip(result["outputs"], zoo.outputs(small, case.batch()), strict=True):
+        assert torch.equal(got, expected)
+    saved = {**small.state_dict(), **small.base_model.state_dict()}
+    new = {k for k in result["headless"] if k not in saved}
+    # AutoModel adds a pooler that some heads leave out, and the decoder that an encoder alone does not have
+    assert all("pooler" in k or (case.base == "T5EncoderModel" and "decoder" in k) for k in new)
+    assert all(torch.equal(v, saved[k]) for k, v in result["headless"].items() if k in saved)
+
+
+@pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
+def test_stock_class_fails_loudly(fresh, case):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        getattr(transformers, case.base).from_pretrained(fresh[0] / str(zoo.ALL.index(case)))
+
+
+@pytest.mark.parametrize(
+    ("saved", "stock"),
+    [
+        ("BertForMaskedLM", "BertModel"),
+        ("BertModel", "BertForSequenceClassification"),
+        ("T5ForConditionalGeneration", "T5EncoderModel"),
+        ("BartForConditionalGeneration", "BartForCausalLM"),
+        ("GPT2LMHeadModel", "GPT2Model"),
+    ],
+)
+def test_other_stock_heads_fail_loudly_too(fresh, saved, stock):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        getattr(transformers, stock).from_pretrained(fresh[0] / str(zoo.ALL.index(zoo.BY_BASE[saved])))
+
+
+@pytest.mark.parametrize(
+    ("head", "base"),
+    [
+        ("BertForMaskedLM", "BertModel"),
+        ("GPT2LMHeadModel", "GPT2Model"),
+        ("LlamaForCausalLM", "LlamaModel"),
+        ("T5ForConditionalGeneration", "T5Model"),
+        ("ViTForImageClassification", "ViTModel"),
+        ("BartForConditionalGeneration", "BartModel"),
+    ],
+)
+def test_head_to_headless_and_back(tmp_path, head, base):
+    small = convert(zoo.BY_BASE[head].build(), rank=RANK)
+    small.save_pretrained(tmp_path / "head")
+    headless = getattr(hf_reparam, f"Reparam{base}").from_pretrained(tmp_path / "head")
+    headless.save_pretrained(tmp_path / "base")
+    again = getattr(hf_reparam, f"Reparam{head}").from_pretrained(tmp_path / "base")
+    expected = small.base_model.state_dict()
+    shared = [k for k in headless.state_dict() if k in expected]
+    assert len(shared) > 10
+    assert all(torch.equal(headless.state_dict()[k], expected[k]) for k in shared)
+    assert all(torch.equal(again.base_model.state_dict()[k], expected[k]) for k in shared)
+
+
+def test_half_of_a_base_model_is_an_error(tmp_path):
+    convert(zoo.BY_BASE["T5ForConditionalGeneration"].build(), rank=RANK).save_pretrained(tmp_path / "all")
+    hf_reparam.ReparamT5EncoderModel.from_pretrained(tmp_path / "all").save_pretrained(tmp_path / "encoder")
+    with pytest.raises(CheckpointError, match=r"40 tensors .* missing .*'decoder\.block\.0"):
+        hf_reparam.ReparamT5ForConditionalGeneration.from_pretrained(tmp_path / "encoder")
+
+
+def test_another_head_gets_the_plan_of_the_base(tmp_path):
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK).save_pretrained(tmp_path)
+    model = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=4)
+    assert type(model).__name__ == "ReparamBertForTokenClassification"
+    assert model.classifier.out_features == 4
+    assert isinstance(model.bert.encoder.layer[0].output.dense, hf_reparam.LowRankLinear)
+
+
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_shards(tmp_path, base):
+    case = zoo.BY_BASE[base]
+    small = convert(case.build(), rank=RANK)
+    small.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    loaded = getattr(transformers, case.auto).from_pretrained(tmp_path)
+    for a, b in zip(zoo.outputs(loaded, case.batch()), zoo.outputs(small, case.batch()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+def test_half_precision(tmp_path, base, dtype):
+    case = zoo.BY_BASE[base]
+    small = convert(case.build().to(dtype), rank=RANK)
+    small.save_pretrained(tmp_path)
+    auto = getattr(transformers, case.auto)
+    for loaded in (auto.from_pretrained(tmp_path), auto.from_pretrained(tmp_path, dtype=dtype)):
+        got, expected = loaded.state_dict(), small.state_dict()
+        assert {k for k in got if not torch.equal(got[k].to(dtype), expected[k])} == set()
+    assert {p.dtype for p in auto.from_pretrained(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("where", ["cpu", "auto", "disk"])
+def test_device_map(tmp_path, where):
+    case = zoo.BY_BASE["LlamaForCausalLM"]
+    small = convert(case.build(), rank=RANK)
+    small.save_pretrained(tmp_path / "model")
+    device_map = where
+    if where == "disk":
+        device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    for a, b in zip(zoo.outputs(loaded, case.batch()), zoo.outputs(small, case.batch()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK).save_pretrained(tmp_path)
+    return tmp_path
+
+
+LAYER = "bert.encoder.layer.1.output.dense"
+
+
+def test_missing_factor_is_an_error(saved):
+    rewrite(saved, lambda tensors: tensors.pop(f"{LAYER}.up.weight"))
+    with pytest.raises(CheckpointError, match="1 tensors of low-rank layers are missing.*layer.1.output.dense.up.weight"):
+        transformers.AutoModelForMaskedLM.from_pretrained(saved)
+
+
+def test_factors_that_the_plan_does_not_name_are_an_error(saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["reparam"]["modules"]["encoder.layer.1.output.dense"]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="do not fit the plan.*encoder.layer.1.output.dense.weight"):
+        transformers.AutoModelForMaskedLM.from_pretrained(saved)
+
+
+def test_mis_shaped_factor_is_an_error(saved):
+    rewrite(saved, lambda tensors: tensors.update({f"{LAYER}.up.weight": torch.zeros(32, 5)}))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        transformers.AutoModelForMaskedLM.from_pretrained(saved)
+
+
+def test_unexpected_and_missing_keys_are_reported_by_transformers(saved):
+    def change(tensors):
+        tensors["stray.weight"] = torch.zeros(2)
+        tensors.pop("bert.embeddings.LayerNorm.weight")
+
+    rewrite(saved, change)
+    _, info = transformers.AutoModelForMaskedLM.from_pretrained(saved, output_loading_info=True)
+    assert info["unexpected_keys"] == {"stray.weight"}
+    assert info["missing_keys"] == {"bert.embeddings.LayerNorm.weight"}
+
+
+def test_a_clean_load_reports_nothing(saved):
+    _, info = transformers.AutoModelForMaskedLM.from_pretrained(saved, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+
+
+def test_no_dense_weight_is_ever_initialised(saved, monkeypatch):
+    drawn = []
+    for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
+        original = getattr(torch.nn.init, name)
+        monkeypatch.setattr(torch.nn.init, name, lambda t, *a, _f=original, **k: drawn.append(t.shape) or _f(t, *a, **k))
+    transformers.AutoModelForMaskedLM.from_pretrained(saved)
+    assert drawn == []
+    transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.from_pretrained(saved))
+    assert drawn != []

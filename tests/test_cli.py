@@ -1,0 +1,196 @@
+"""The command line: what it writes, what it prints, exit codes, and that a failure leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import hf_reparam
+from hf_reparam import checkpoint, cli
+from tests import zoo
+
+
+@pytest.fixture
+def dense(tmp_path):
+    folder = tmp_path / "dense"
+    zoo.BY_BASE["BertForMaskedLM"].build().save_pretrained(folder)
+    (folder / "vocab.txt").write_text("a\nb\n")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "README.md").write_text("the dense model's card")
+    (folder / "pytorch_model.bin").write_bytes(b"old weights")
+    return folder
+
+
+def run(*args):
+    return cli.main([str(a) for a in args])
+
+
+def only_line(capsys):
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_convert_inspect_merge(tmp_path, dense, capsys):
+    small, merged = tmp_path / "made" / "small", tmp_path / "merged"
+    assert run("convert", dense, small, "--rank", 6, "--quiet") == 0
+    assert "13 low-rank layers" in capsys.readouterr().out
+    assert sorted(p.name for p in small.iterdir()) == ["1_Pooling", "config.json", "model.safetensors", "vocab.txt"]
+    assert [p.name for p in small.parent.iterdir()] == ["small"]
+    assert run("inspect", small, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {layer["rank"] for layer in report["layers"]} == {6}
+    assert run("merge", small, merged, "--quiet") == 0
+    model = transformers.AutoModelForMaskedLM.from_pretrained(merged)
+    expected = hf_reparam.merge(hf_reparam.convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6))
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in model.state_dict().items())
+    assert (merged / "vocab.txt").read_text() == "a\nb\n"
+
+
+def test_inspect_a_dense_folder(dense, capsys):
+    assert run("inspect", dense) == 0
+    out = capsys.readouterr().out
+    assert "BertForMaskedLM: 13 dense layers that can be converted" in out
+    assert "output embeddings" in out
+
+
+def test_ranks_by_pattern(tmp_path, dense, capsys):
+    assert run("convert", dense, tmp_path / "o", "--rank", "*.query=3", "--rank", "*.key=0.25", "--json", "--quiet") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {x["name"].rpartition(".")[2]: x["rank"] for x in report["layers"]} == {"query": 3, "key": 8}
+
+
+def test_dtype_is_kept(tmp_path):
+    zoo.BY_BASE["BertForMaskedLM"].build().bfloat16().save_pretrained(tmp_path / "dense")
+    assert run("convert", tmp_path / "dense", tmp_path / "o", "--rank", 6, "--quiet") == 0
+    assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "o").dtype is torch.bfloat16
+
+
+def test_existing_out_is_refused_and_replaced_with_force(tmp_path, dense, capsys):
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    assert run("convert", dense, out, "--rank", 6) == 2
+    assert "exists; choose another place, or replace it with --force" in only_line(capsys)
+    assert (out / "mine.txt").read_text() == "precious"
+    assert run("convert", dense, out, "--rank", 6, "--force", "--quiet") == 0
+    assert not (out / "mine.txt").exists()
+    assert (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["convert", "{dense}", "{out}", "--rank", "0"], "rank must be an int of at least 1"),
+        (["convert", "{dense}", "{out}", "--rank", "1.5"], "got 1.5"),
+        (["convert", "{dense}", "{out}", "--rank", "nan"], "got nan"),
+        (["convert", "{dense}", "{out}", "--rank", "500"], "rank 500 is above min(in, out) of every layer"),
+        (["convert", "{dense}", "{out}", "--rank", "6", "--include", "query"], "did you mean '*.query'"),
+        (["convert", "{dense}", "{dense}", "--rank", "6", "--force"], "is the source or holds it"),
+        (["convert", "{dense}", "{dense}/..", "--rank", "6", "--force"], "is the source or holds it"),
+        (["convert", "no/such-model", "{out}", "--rank", "6"], "no/such-model is neither a folder nor a model"),
+        (["convert", "///", "{out}", "--rank", "6"], "cannot be loaded"),
+        (["convert", "{dense}/vocab.txt", "{out}", "--rank", "6"], "is a file; give a model folder or a Hub id"),
+        (["merge", "{dense}", "{out}"], "BertForMaskedLM has no low-rank layer"),
+        (["inspect", "{dense}/1_Pooling"], "cannot be read"),
+        (["inspect", "no/such-model"], "cannot be read"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[3:]) if isinstance(value, list) else "",
+)
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path, dense, capsys, args, message):
+    out = tmp_path / "o"
+    filled = [a.format(dense=dense, out=out) for a in args]
+    assert run(*filled, "--quiet") == 2
+    assert message in only_line(capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["convert", "a", "b"], ["convert", "a", "b", "--rank", "x"], ["convert", "a", "b", "--rank", "3", "--rank", "4"], ["spin"]],
+    ids=" ".join,
+)
+def test_wrong_arguments_exit_2(args, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*args)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_missing_weights_are_an_error(tmp_path, dense, capsys):
+    (dense / "model.safetensors").unlink()
+    (dense / "pytorch_model.bin").unlink()
+    assert run("convert", dense, tmp_path / "o", "--rank", 6, "--quiet") == 2
+    assert "cannot be loaded" in only_line(capsys)
+
+
+def test_a_failure_after_the_long_work_leaves_nothing(tmp_path, dense, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "copy_companions", full)
+    assert run("convert", dense, tmp_path / "o", "--rank", 6, "--quiet") == 2
+    assert "No space left on device" in only_line(capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_interrupt(tmp_path, dense, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "convert", interrupted)
+    assert run("convert", dense, tmp_path / "o", "--rank", 6, "--quiet") == 130
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
+
+
+def test_kill_leaves_no_out(tmp_path, dense):
+    out = tmp_path / "o"
+    code = (
+        "import sys, time, hf_reparam.checkpoint as c, hf_reparam.cli as cli\n"
+        "c.copy_companions = lambda *a: (print('here', flush=True), time.sleep(60))\n"
+        "cli.main(sys.argv[1:])"
+    )
+    args = [sys.executable, "-c", code, "convert", str(dense), str(out), "--rank", "6", "--quiet"]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "here\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.1)
+    assert not out.exists()
+
+
+def test_a_hub_id_from_the_cache(tmp_path, dense, monkeypatch, capsys):
+    commit = "0" * 40
+    repo = tmp_path / "cache" / "models--me--tiny"
+    (repo / "snapshots").mkdir(parents=True)
+    dense.rename(repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run("convert", "me/tiny", tmp_path / "o", "--rank", 6, "--quiet") == 0
+    assert (tmp_path / "o" / "vocab.txt").read_text() == "a\nb\n"
+
+
+def test_module_and_script_are_the_same_command():
+    for command in ([sys.executable, "-m", "hf_reparam"], [str(Path(sys.executable).parent / "hf-reparam")]):
+        out = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+        assert out.strip() == f"hf-reparam {hf_reparam.__version__}"
+
+
+def test_help_names_every_option(capsys):
+    for command in ("convert", "merge", "inspect"):
+        with pytest.raises(SystemExit):
+            run(command, "--help")
+        text = capsys.readouterr().out
+        assert "SRC" in text
+        assert "--json" in text

@@ -1,0 +1,89 @@
+"""The plan round-trips, and believes nothing that comes from disk."""
+
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+
+from hf_reparam import LayerSpec, PlanError, RankPlan
+
+GOOD = {
+    "format_version": 1,
+    "base_model_type": "bert",
+    "method": "svd",
+    "modules": {"encoder.layer.0.output.dense": {"rank": 4, "form": "pair"}},
+}
+
+
+def changed(**fields):
+    return {**copy.deepcopy(GOOD), **fields}
+
+
+def with_layer(spec, name="a.b"):
+    return changed(modules={name: spec})
+
+
+def test_round_trip_through_json():
+    plan = RankPlan.from_dict(GOOD)
+    assert plan.to_dict() == GOOD
+    assert RankPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert copy.deepcopy(plan) == plan
+
+
+def test_frozen():
+    plan = RankPlan.from_dict(GOOD)
+    with pytest.raises(TypeError):
+        plan.modules["x"] = LayerSpec(1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.method = "x"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "must be an object"),
+        ([], "must be an object"),
+        ({}, "format_version"),
+        (changed(format_version=2), "format version 2, and this hf_reparam reads version 1: install"),
+        (changed(format_version=0), "format version 0"),
+        (changed(format_version="1"), "must be an int"),
+        (changed(format_version=True), "must be an int"),
+        (changed(format_version=1.0), "must be an int"),
+        (changed(base_model_type=3), "base_model_type"),
+        (changed(method=None), "method"),
+        (changed(extra=1), "unknown keys \\['extra'\\]"),
+        (changed(modules=None), "modules"),
+        (changed(modules=[["a", 1]]), "modules"),
+        (changed(modules={f"m{i}": {"rank": 1} for i in range(100_001)}), "100001 layers"),
+        (with_layer(4), "layer 'a.b': a layer must be an object"),
+        (with_layer({}), "'rank' is missing"),
+        (with_layer({"rank": 0}), "at least 1, got 0"),
+        (with_layer({"rank": -3}), "got -3"),
+        (with_layer({"rank": True}), "got True"),
+        (with_layer({"rank": 4.0}), "got 4.0"),
+        (with_layer({"rank": "4"}), "got '4'"),
+        (with_layer({"rank": None}), "got None"),
+        (with_layer({"rank": 4, "form": "spiral"}), "form must be one of"),
+        (with_layer({"rank": 4, "form": None}), "form must be one of"),
+        (with_layer({"rank": 4, "shape": 3}), "unknown keys"),
+        (with_layer({"rank": 4}, ""), "not a module path"),
+        (with_layer({"rank": 4}, "a..b"), "not a module path"),
+        (with_layer({"rank": 4}, "../../etc"), "not a module path"),
+        (with_layer({"rank": 4}, "a.b\n"), "not a module path"),
+        (with_layer({"rank": 4}, "a" * 600), "not a module path"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_malformed_plans(data, message):
+    with pytest.raises(PlanError, match=message):
+        RankPlan.from_dict(data)
+
+
+@pytest.mark.parametrize("data", [changed(format_version="9" * 10**6), with_layer({"rank": "9" * 10**6})], ids=["v", "r"])
+def test_messages_stay_short(data):
+    with pytest.raises(PlanError) as caught:
+        RankPlan.from_dict(data)
+    assert len(str(caught.value)) < 200
