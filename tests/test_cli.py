@@ -65,7 +65,9 @@ def test_inspect_a_dense_folder(dense, capsys):
 
 
 def test_ranks_by_pattern(tmp_path, dense, capsys):
-    assert run("convert", dense, tmp_path / "o", "--rank", "*.query=3", "--rank", "*.key=0.25", "--json", "--quiet") == 0
+    assert (
+        run("convert", dense, tmp_path / "o", "--rank", "*.query=3", "--rank", "*.key=0.25", "--json", "--quiet") == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert {x["name"].rpartition(".")[2]: x["rank"] for x in report["layers"]} == {"query": 3, "key": 8}
 
@@ -117,7 +119,13 @@ def test_user_errors_are_one_line_and_exit_code_2(tmp_path, dense, capsys, args,
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["convert", "a", "b"], ["convert", "a", "b", "--rank", "x"], ["convert", "a", "b", "--rank", "3", "--rank", "4"], ["spin"]],
+    [
+        [],
+        ["convert", "a", "b"],
+        ["convert", "a", "b", "--rank", "x"],
+        ["convert", "a", "b", "--rank", "3", "--rank", "4"],
+        ["spin"],
+    ],
     ids=" ".join,
 )
 def test_wrong_arguments_exit_2(args, capsys):

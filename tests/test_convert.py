@@ -179,7 +179,9 @@ def test_quantized_and_meta_models_are_refused():
 
 def test_patterns_over_whole_names():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    small, report = convert(model, rank=4, include=["*.query", "re:.*\\.key"], exclude="*.layer.1.*", return_report=True)
+    small, report = convert(
+        model, rank=4, include=["*.query", "re:.*\\.key"], exclude="*.layer.1.*", return_report=True
+    )
     assert sorted(small.config.reparam["modules"]) == [
         "encoder.layer.0.attention.self.key",
         "encoder.layer.0.attention.self.query",

@@ -27,7 +27,9 @@ def test_merge_undoes_convert(case):
     expected = {**model.config.to_dict(), "architectures": [case.base]}
     assert dense.config.to_dict() == expected
     assert [type(m) for m in dense.modules()] == [type(m) for m in model.modules()]
-    assert {n: p.requires_grad for n, p in dense.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: p.requires_grad for n, p in dense.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
     for a, b in zip(zoo.outputs(dense, batch), zoo.outputs(small, batch), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     for name, low in small.named_modules():

@@ -82,7 +82,9 @@ def test_malformed_plans(data, message):
         RankPlan.from_dict(data)
 
 
-@pytest.mark.parametrize("data", [changed(format_version="9" * 10**6), with_layer({"rank": "9" * 10**6})], ids=["v", "r"])
+@pytest.mark.parametrize(
+    "data", [changed(format_version="9" * 10**6), with_layer({"rank": "9" * 10**6})], ids=["v", "r"]
+)
 def test_messages_stay_short(data):
     with pytest.raises(PlanError) as caught:
         RankPlan.from_dict(data)

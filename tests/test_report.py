@@ -7,7 +7,8 @@ from hf_reparam import ConversionReport, LayerReport, SkippedReport
 
 def report(rank=4):
     layers = tuple(
-        LayerReport(f"layer.{i}.fc", "Linear", 16, 16, rank, 272, 144 if rank else 272, e) for i, e in enumerate((0.1, 0.3))
+        LayerReport(f"layer.{i}.fc", "Linear", 16, 16, rank, 272, 144 if rank else 272, e)
+        for i, e in enumerate((0.1, 0.3))
     )
     skipped = (SkippedReport("layer.0.head", "Linear", 34, "tied"), SkippedReport("layer.1.head", "Linear", 34, "tied"))
     return ConversionReport("Net", "svd", layers, skipped, 1000, 744)

@@ -22,7 +22,11 @@ SUBJECTS = ["the film", "this book", "a song", "our trip", "the meal"]
 @pytest.fixture(scope="module")
 def data(minilm):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    rows = [(f"{s} was {w}", label) for label, words in enumerate((BAD, GOOD)) for s, w in itertools.product(SUBJECTS, words)]
+    rows = [
+        (f"{s} was {w}", label)
+        for label, words in enumerate((BAD, GOOD))
+        for s, w in itertools.product(SUBJECTS, words)
+    ]
     return [{**tokenizer(text, padding="max_length", max_length=12), "labels": label} for text, label in rows]
 
 
@@ -33,7 +37,13 @@ def classifier(minilm):
 
 
 def arguments(folder, **options):
-    defaults = {"max_steps": 30, "per_device_train_batch_size": 10, "learning_rate": 3e-4, "logging_steps": 4, "seed": 3}
+    defaults = {
+        "max_steps": 30,
+        "per_device_train_batch_size": 10,
+        "learning_rate": 3e-4,
+        "logging_steps": 4,
+        "seed": 3,
+    }
     quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False}
     return TrainingArguments(str(folder), **{**defaults, **quiet, "save_strategy": "no", **options})
 
@@ -45,7 +55,10 @@ def accuracy(prediction):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_falls(tmp_path, data, classifier, checkpointing):
     trainer = Trainer(
-        classifier, arguments(tmp_path, gradient_checkpointing=checkpointing), train_dataset=data, eval_dataset=data,
+        classifier,
+        arguments(tmp_path, gradient_checkpointing=checkpointing),
+        train_dataset=data,
+        eval_dataset=data,
         compute_metrics=accuracy,
     )
     before = trainer.evaluate()
@@ -98,10 +111,13 @@ from hf_reparam import convert
 from tests import zoo
 transformers.logging.set_verbosity_error()
 folder, per_device = sys.argv[1], int(sys.argv[2])
-model = convert(zoo.BY_BASE["BertForSequenceClassification"].build(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), rank=6)
+case = zoo.BY_BASE["BertForSequenceClassification"]
+off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+model = convert(case.build(**off), rank=6)
 ids = torch.randint(3, 90, (32, 9), generator=torch.Generator().manual_seed(0))
 data = [{"input_ids": row, "labels": int(row[0]) % 3} for row in ids]
-args = TrainingArguments(folder, use_cpu=True, max_steps=6, per_device_train_batch_size=per_device, learning_rate=0.5, optim="sgd",
+args = TrainingArguments(folder, use_cpu=True, max_steps=6, per_device_train_batch_size=per_device,
+                         learning_rate=0.5, optim="sgd",
                          report_to=[], disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, seed=3,
                          average_tokens_across_devices=False)  # else the Trainer doubles the loss of stock BERT, too
 trainer = Trainer(model, args, train_dataset=data)

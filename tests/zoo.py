@@ -20,7 +20,9 @@ def roberta(**kw):
 
 
 def distilbert(**kw):
-    return tf.DistilBertConfig(vocab_size=99, max_position_embeddings=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48, **kw)
+    return tf.DistilBertConfig(
+        vocab_size=99, max_position_embeddings=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48, **kw
+    )
 
 
 def albert(**kw):
@@ -77,7 +79,13 @@ def marian(**kw):
 
 def vit(**kw):
     return tf.ViTConfig(
-        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, **kw
+        image_size=16,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        **kw,
     )
 
 

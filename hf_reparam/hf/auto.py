@@ -5,7 +5,6 @@ class of the base that it names, and makes the Auto classes, tokenizer and proce
 the derived class too. There is no table of families.
 """
 
-import functools
 import importlib
 from typing import Any
 
@@ -42,12 +41,15 @@ class ReparamConfig(PreTrainedConfig):
         return register(CONFIG_MAPPING[plan.base_model_type])(*args, **kwargs)
 
 
-@functools.cache
+_registered: set[type[PreTrainedConfig]] = set()
+
+
 def register(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Make the derived configuration class of a stock one known wherever the stock one is. Returns the derived class."""
-    derived = config_class(base)
-    if derived is base:
+    """Make the derived configuration class of a stock one known wherever the stock one is, and return it."""
+    derived: type[PreTrainedConfig] = config_class(base)  # type: ignore[arg-type]  # a class is hashable
+    if derived is base or base in _registered:
         return derived
+    _registered.add(base)
     for auto in vars(modeling_auto).values():
         mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
         if isinstance(mapping, auto_factory._LazyAutoMapping) and base in mapping:
@@ -82,11 +84,11 @@ def generated_class(name: str) -> type[Any]:
     Raises:
         AttributeError: Transformers has no class behind the name.
     """
-    base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    base: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if isinstance(base, type) and issubclass(base, PreTrainedConfig):
         return register(base)
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
-        register(base.config_class)
+        register(base.config_class)  # type: ignore[attr-defined]
         return model_class(base)
     raise AttributeError(f"module 'hf_reparam' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries the rank plan."""
+"""Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
 
 import functools
 from typing import Any
@@ -8,7 +8,15 @@ from transformers import PreTrainedConfig
 from hf_reparam.errors import PlanError
 from hf_reparam.plan import RankPlan
 
-__all__ = ["MODEL_TYPE", "PREFIX", "PUBLIC_MODULE", "ReparamConfigMixin", "config_class", "plan_of", "stock_config_class"]
+__all__ = [
+    "MODEL_TYPE",
+    "PREFIX",
+    "PUBLIC_MODULE",
+    "ReparamConfigMixin",
+    "config_class",
+    "plan_of",
+    "stock_config_class",
+]
 
 MODEL_TYPE = "reparam"
 """`model_type` on disk. In memory a configuration has its base's `model_type`, by which Transformers chooses code."""
@@ -32,7 +40,9 @@ class ReparamConfigMixin:
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # base's contract
         """Read `config.json`, naming the type as the base does, so that no mismatch is reported."""
         data, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
-        return ({**data, "model_type": cls.base_class.model_type} if data.get("model_type") == MODEL_TYPE else data), rest
+        return (
+            {**data, "model_type": cls.base_class.model_type} if data.get("model_type") == MODEL_TYPE else data
+        ), rest
 
 
 @functools.cache
@@ -45,7 +55,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     if issubclass(base, ReparamConfigMixin):
         return base
 
-    def __init__(self, *args, reparam=None, **kwargs):  # type: ignore[no-untyped-def]  # explicit: see below
+    def __init__(self, *args, reparam=None, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807
         # Transformers turns config classes into dataclasses and wraps every class without an __init__ of its own.
         kwargs.pop("model_type", None)
         base.__init__(self, *args, **kwargs)
@@ -57,7 +67,8 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         self.reparam = plan.to_dict()
 
     body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", "__init__": __init__}
-    return type(base)(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**body, "base_class": base})
+    make: Any = type(base)
+    return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**body, "base_class": base})
 
 
 def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:

@@ -38,7 +38,9 @@ def locate(source: str) -> Path:
     try:
         return Path(snapshot_download(source, ignore_patterns=_OTHER_FORMATS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{source} is neither a folder nor a model that the Hub or its cache has: {_line(error)}") from None
+        raise CheckpointError(
+            f"{source} is neither a folder nor a model that the Hub or its cache has: {_line(error)}"
+        ) from None
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -57,7 +59,9 @@ def load(folder: Path) -> PreTrainedModel:
         raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from None
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise CheckpointError(f"{folder}: {len(missing)} weights are missing for {kind.__name__}, among them {missing[:3]}")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights are missing for {kind.__name__}, among them {missing[:3]}"
+        )
     return model
 
 
@@ -132,7 +136,9 @@ def copy_companions(source: Path, target: Path) -> None:
     """
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        unwanted = path.name.endswith(_WEIGHTS) or str(relative) in _OWN or any(p.startswith(".") for p in relative.parts)
+        unwanted = (
+            path.name.endswith(_WEIGHTS) or str(relative) in _OWN or any(p.startswith(".") for p in relative.parts)
+        )
         if path.is_file() and not unwanted and not (target / relative).exists():
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)

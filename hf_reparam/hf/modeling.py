@@ -32,10 +32,10 @@ class ReparamMixin:
     config: Any
     _keys_to_ignore_on_load_unexpected: Any
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # the base's contract
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # base's contract
         on_meta = torch.get_default_device().type == "meta"
         with no_init_weights() if on_meta else contextlib.nullcontext():  # no number there to draw
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
         ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
         kind = set if isinstance(ignored, set) else list
@@ -82,7 +82,8 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "config_class": config_class(base.config_class),
             "base_class": base,
         }
-        _model_classes[base] = type(base)(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
+        make: Any = type(base)
+        _model_classes[base] = make(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
         _record_outputs_as(base, _model_classes[base])
     return _model_classes[base]
 
@@ -134,25 +135,32 @@ def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True)
 
 
 def _check_layer(name: str, module: nn.Module, rank: int, is_output: bool) -> None:
-    low = isinstance(module, LowRankLinear)
-    if not low and dense_type(module) is None:
+    if isinstance(module, LowRankLinear):
+        full_rank = min(module.in_features, module.out_features)
+    elif dense_type(module) is not None:
+        full_rank = min(dense_matrix(module).shape)
+    else:
         raise PlanError(f"{name}: the plan makes it low-rank, and it is a {type(module).__name__}, no dense layer")
     if is_output:
         raise PlanError(f"{name}: the plan makes the output embeddings low-rank, which this version does not")
-    rows, cols = (module.out_features, module.in_features) if low else dense_matrix(module).shape
-    if rank > min(rows, cols):
-        raise PlanError(f"{name}: the plan gives it rank {rank}, above min(in, out) = {min(rows, cols)}")
-    if low and module.rank != rank:
+    if rank > full_rank:
+        raise PlanError(f"{name}: the plan gives it rank {rank}, above min(in, out) = {full_rank}")
+    if isinstance(module, LowRankLinear) and module.rank != rank:
         raise PlanError(f"{name}: the plan gives it rank {rank}, and the model has it with rank {module.rank}")
 
 
 def _swap(model: Any, *, strict: bool) -> None:
     """Replace every dense layer that the configuration's plan names by an empty low-rank one."""
     plan = plan_of(model.config)
-    found = resolve_plan(model, plan, strict=strict)
-    dense = {module: plan.modules[name].rank for name, module in found.items() if not isinstance(module, LowRankLinear)}
-    if dense:
-        replace_modules(model, {module: low_rank_like(module, rank) for module, rank in dense.items()}, inplace=True)
+    layers: dict[nn.Module, nn.Module] = {}
+    for name, module in resolve_plan(model, plan, strict=strict).items():
+        if not isinstance(module, LowRankLinear):
+            layers[module] = low = low_rank_like(module, plan.modules[name].rank)
+            if not low.up.weight.is_meta:  # a model drawn at random: not every family's initialiser knows Linears
+                low.down.reset_parameters()
+                low.up.reset_parameters()
+    if layers:
+        replace_modules(model, layers, inplace=True)
 
 
 def _marker_patterns(plan: RankPlan) -> set[str]:
@@ -168,11 +176,13 @@ def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[
     absent = {key.removeprefix(prefix) for key in missing}
     names = [name for name, module in base.named_modules() if isinstance(module, LowRankLinear)]
     lost = sorted(absent & {f"{n}.{part}" for n in names for part in ("down.weight", "up.weight", "up.bias")})
-    found = {key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")}
+    found = {
+        key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")
+    }
     lost = lost or sorted(f"{name}.weight" for name in found if f"{name}.weight" in absent)
     if lost:
         raise CheckpointError(
-            f"{source}: {len(lost)} tensors of low-rank layers are missing or do not fit the plan, among them {lost[:3]}. "
-            "The checkpoint is incomplete, its plan was edited, or its module names are another version's; loading it "
-            "would leave random layers"
+            f"{source}: {len(lost)} tensors of low-rank layers are missing or do not fit the plan, among them "
+            f"{lost[:3]}. The checkpoint is incomplete, its plan was edited, or its names are another version's; "
+            "loading it would leave random layers"
         )

@@ -39,7 +39,7 @@ def check_unquantized(model: PreTrainedModel) -> None:
 
 
 def to_reparam(model: Any, method: str) -> Any:
-    """Give a model whose layers were replaced its derived class and a configuration with the plan. Changes the model."""
+    """Give a model whose layers were replaced its derived class, and a configuration with the plan. Changes it."""
     base = stock_config_class(model.config)
     register(base)
     low = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}

@@ -62,7 +62,9 @@ class LowRankLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_METADATA = frozenset({"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse"})
+_METADATA = frozenset(
+    {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse"}
+)
 
 
 class _Product(Tensor):
@@ -74,7 +76,7 @@ class _Product(Tensor):
     @staticmethod
     def __new__(cls, layer: LowRankLinear) -> "_Product":
         like = layer.up.weight
-        self: _Product = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: _Product = Tensor._make_wrapper_subclass(
             cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
         )
         self._layer = layer
@@ -93,7 +95,7 @@ class _Product(Tensor):
         return func(*map(_formed, args), **{key: _formed(value) for key, value in (kwargs or {}).items()})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return func(*map(_formed, args), **{key: _formed(value) for key, value in (kwargs or {}).items()})

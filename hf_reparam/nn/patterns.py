@@ -59,6 +59,6 @@ def _near(pattern: str, names: Sequence[str]) -> list[str]:
     last = bare.rpartition(".")[2]
     endings = {name.rpartition(".")[2] for name in names}
     if last in endings:
-        return [f"*.{last}"] + [name for name in names if name.endswith(last)][:2]
+        return [f"*.{last}", *[name for name in names if name.endswith(last)][:2]]
     found = difflib.get_close_matches(bare, names, n=2, cutoff=0.5)
     return [f"*.{end}" for end in difflib.get_close_matches(last, sorted(endings), n=2, cutoff=0.6)] + found

@@ -115,6 +115,6 @@ def _nothing(targets: Sequence[Target], skipped: Sequence[Skipped], rank: Rank) 
         return RankError(f"rank {rank} is above min(in, out) of every layer; the largest of them is {largest}")
     useful = max(_break_even(t) for t in targets) - 1
     return TargetError(
-        f"no layer would change: {skipped[0].name}: {skipped[0].reason} (and {len(skipped) - 1} more). The highest rank "
-        f"that makes any layer smaller is {useful}; allow_larger=True converts all the same"
+        f"no layer would change: {skipped[0].name}: {skipped[0].reason} (and {len(skipped) - 1} more). The highest "
+        f"rank that makes any layer smaller is {useful}; allow_larger=True converts all the same"
     )

@@ -35,13 +35,16 @@ def low_rank_like(dense: nn.Module, rank: int) -> LowRankLinear:
 
 
 def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """An nn.Linear whose numbers are not set. Its constructor would draw them, which costs most of a model's loading."""
+    """An nn.Linear whose numbers are not set: drawing them is most of what building a skeleton costs."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = n_in, n_out
     linear.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=like.dtype, device=like.device), like.requires_grad)
     linear.register_parameter(
-        "bias", None if bias is None else nn.Parameter(torch.empty_like(bias, memory_format=torch.contiguous_format), bias.requires_grad)
+        "bias",
+        None
+        if bias is None
+        else nn.Parameter(torch.empty_like(bias, memory_format=torch.contiguous_format), bias.requires_grad),
     )
     return linear
 

@@ -121,9 +121,9 @@ def find_targets(
         if name not in dense:
             skipped += _other_weights(name, module)
             continue
-        reason = (
-            next((protected[n] for n in names if n in protected), None) if protected else None
-        ) or _unfit(name, module, modules, owners)
+        reason = (next((protected[n] for n in names if n in protected), None) if protected else None) or _unfit(
+            name, module, modules, owners
+        )
         if reason is None and (pattern := first_match(unwanted, names)):
             reason = f"excluded by {pattern!r}"
         if reason is None and wanted is not None and first_match(wanted, names) is None:

@@ -58,7 +58,7 @@ def test_from_config_builds_the_same_skeleton_with_random_weights():
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     t5 = convert(zoo.BY_BASE["T5ForConditionalGeneration"].build(), rank=6)
     drawn = transformers.AutoModelForSeq2SeqLM.from_config(t5.config)
-    assert all(bool(torch.isfinite(p).all()) for p in drawn.parameters())
+    assert all(0 < p.std() < 10 for n, p in drawn.named_parameters() if n.endswith(("down.weight", "up.weight")))
 
 
 def test_a_derived_config_without_a_plan_is_the_dense_model():
@@ -70,7 +70,10 @@ def test_deepcopy_and_pickle():
     case, small = zoo.BY_BASE["BertForMaskedLM"], small_bert()
     for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert type(other) is type(small)
-        assert all(torch.equal(a, b) for a, b in zip(zoo.outputs(other, case.batch()), zoo.outputs(small, case.batch()), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(zoo.outputs(other, case.batch()), zoo.outputs(small, case.batch()), strict=True)
+        )
     assert pickle.loads(pickle.dumps(small.config)).reparam == small.config.reparam
 
 
@@ -150,7 +153,10 @@ def put(name, rank):
         (put(LAYER, 0), "at least 1, got 0"),
         (put(LAYER, 33), f"{LAYER}: the plan gives it rank 33, above min.in, out. = 32"),
         (put(LAYER, 10**12), "above min.in, out. = 32"),
-        (put("encoder.layer.9.output.dense", 4), "encoder.layer.9.output.dense: the plan names it, and .* no such module"),
+        (
+            put("encoder.layer.9.output.dense", 4),
+            "encoder.layer.9.output.dense: the plan names it, and .* no such module",
+        ),
         (put("embeddings.word_embeddings", 4), "is a Embedding, no dense layer"),
         (put("encoder.layer.1", 4), "is a BertLayer, no dense layer"),
         (put("cls.predictions.decoder", 4), "output embeddings"),

@@ -14,7 +14,13 @@ import hf_reparam
 from hf_reparam import LowRankLinear, convert, merge
 from tests import zoo
 
-GENERATIVE = ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel"]
+GENERATIVE = [
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "T5ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "MarianMTModel",
+]
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -184,7 +184,9 @@ LAYER = "bert.encoder.layer.1.output.dense"
 
 def test_missing_factor_is_an_error(saved):
     rewrite(saved, lambda tensors: tensors.pop(f"{LAYER}.up.weight"))
-    with pytest.raises(CheckpointError, match="1 tensors of low-rank layers are missing.*layer.1.output.dense.up.weight"):
+    with pytest.raises(
+        CheckpointError, match="1 tensors of low-rank layers are missing.*layer.1.output.dense.up.weight"
+    ):
         transformers.AutoModelForMaskedLM.from_pretrained(saved)
 
 
@@ -222,7 +224,9 @@ def test_no_dense_weight_is_ever_initialised(saved, monkeypatch):
     drawn = []
     for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"):
         original = getattr(torch.nn.init, name)
-        monkeypatch.setattr(torch.nn.init, name, lambda t, *a, _f=original, **k: drawn.append(t.shape) or _f(t, *a, **k))
+        monkeypatch.setattr(
+            torch.nn.init, name, lambda t, *a, _f=original, **k: drawn.append(t.shape) or _f(t, *a, **k)
+        )
     transformers.AutoModelForMaskedLM.from_pretrained(saved)
     assert drawn == []
     transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.from_pretrained(saved))

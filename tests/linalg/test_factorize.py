@@ -35,14 +35,18 @@ def test_error_of_every_cut_is_the_optimum(shape):
         error, best = squared_error(weight, decomposition.truncate(rank)), optimum(weight, rank)
         rounding = 1e-24 * float(weight.square().sum())
         assert error <= best * (1 + EXCESS) + rounding
-        assert decomposition.relative_error(rank) == pytest.approx((best / float(weight.square().sum())) ** 0.5, abs=1e-7)
+        assert decomposition.relative_error(rank) == pytest.approx(
+            (best / float(weight.square().sum())) ** 0.5, abs=1e-7
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 16, 64, 100, 128, 160])
 @pytest.mark.parametrize("shape", [(320, 320), (320, 700), (700, 320)], ids=str)
 def test_partial_decomposition_is_as_good_as_the_full_one(shape, rank):
     weight = torch.randn(shape, dtype=torch.float64)
-    assert squared_error(weight, decompose(weight, max_rank=rank).truncate(rank)) <= optimum(weight, rank) * (1 + EXCESS)
+    assert squared_error(weight, decompose(weight, max_rank=rank).truncate(rank)) <= optimum(weight, rank) * (
+        1 + EXCESS
+    )
 
 
 @pytest.mark.parametrize(

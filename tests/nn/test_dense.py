@@ -64,7 +64,9 @@ def test_a_users_type(registry):
     net = nn.Sequential(Scaled(32, 32))
     with pytest.raises(TargetError, match="no dense layer"):
         hf_reparam.convert(net, rank=4)
-    register_dense(Scaled, matrix=lambda m: m.weight.T, build=lambda i, o, b, device, dtype: Scaled(i, o, b).to(device, dtype))
+    register_dense(
+        Scaled, matrix=lambda m: m.weight.T, build=lambda i, o, b, device, dtype: Scaled(i, o, b).to(device, dtype)
+    )
     back = hf_reparam.merge(hf_reparam.convert(net, rank=32, allow_larger=True))
     assert type(back[0]) is Scaled
     torch.testing.assert_close(back[0].weight, net[0].weight, atol=1e-6, rtol=1e-5)

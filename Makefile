@@ -1,0 +1,45 @@
+# make demo: convert a real BERT and show what happened.  make test: everything that must hold.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-oldest format benchmarks clean
+
+demo: $(VENV)/demo.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
+
+test: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oldest: .venv-oldest/test.stamp
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(VENV)/test.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.foundation
+
+clean:
+	rm -rf $(VENV) .venv-oldest .mypy_cache .ruff_cache .pytest_cache build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip $(PIP) --constraint .ci/constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip $(PIP) --constraint .ci/constraints.txt --editable '.[demo,test]'
+	touch $@
+
+.venv-oldest/test.stamp: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip $(PIP) --constraint .ci/oldest.txt --editable '.[demo,test]'
+	touch $@
