@@ -50,7 +50,7 @@ def test_figures_are_the_results():
         f"`torch.linalg.svd` {seconds['torch.linalg.svd, float32, full_matrices=False']:.1f} s in float32",
         f"{seconds['torch.linalg.svd, float64, full_matrices=False']:.1f} s in float64",
         f"| {data['forward']['ratio']:.2f} of dense",
-        f"{loading['parameter_ratio']:.2f} of the parameters | {loading['weights read, cold cache']['ratio']:.2f} of dense",
+        f"{loading['parameter_ratio']:.2f} of the parameters | {loading['weights read, cold cache']['ratio']:.2f} of",
         f"| {loading['call alone, warm']['ratio']:.2f} of dense: more tensors",
     ]
     readme = (ROOT / "README.md").read_text()
