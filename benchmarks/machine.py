@@ -28,8 +28,13 @@ def describe(seed: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in packages},
         "seed": seed,
-        "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem}" + _options(sys.argv[1:]),
     }
+
+
+def _options(arguments: list[str]) -> str:
+    """Command-line options, folders given by their last component."""
+    return "".join(f" {Path(a).name.upper() if '/' in a else a}" for a in arguments)
 
 
 def write(name: str, results: dict[str, Any], seed: int) -> Path:

@@ -5,12 +5,15 @@ Importing this package makes `AutoConfig`, `AutoModel...`, `pipeline` and friend
 
 from typing import Any
 
+from hf_reparam.calibration import collect_moments
 from hf_reparam.convert import convert, summarize
 from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
 from hf_reparam.hf.auto import ReparamConfig, generated_class
+from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
 from hf_reparam.nn import LowRankLinear, register_dense
 from hf_reparam.plan import LayerSpec, RankPlan
+from hf_reparam.planning import make_plan
 from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
 
 __version__ = "0.1.0"
@@ -21,6 +24,7 @@ __all__ = [
     "LayerReport",
     "LayerSpec",
     "LowRankLinear",
+    "Moments",
     "PlanError",
     "RankError",
     "RankPlan",
@@ -29,7 +33,9 @@ __all__ = [
     "SkippedReport",
     "TargetError",
     "WeightError",
+    "collect_moments",
     "convert",
+    "make_plan",
     "merge",
     "register_dense",
     "summarize",

@@ -39,7 +39,7 @@ def convert_folder(
         ReparamError: as `convert`.
     """
     folder, target = _open(source, Path(out), force)
-    with new_folder(target, force=force) as work:
+    with new_folder(target) as work:
         model, report = convert(
             load(folder), rank=rank, include=include, exclude=exclude, inplace=True, return_report=True
         )
@@ -57,7 +57,7 @@ def merge_folder(source: str, out: str | os.PathLike[str], *, force: bool = Fals
         The report of the model before it was merged.
     """
     folder, target = _open(source, Path(out), force)
-    with new_folder(target, force=force) as work:
+    with new_folder(target) as work:
         model = load(folder)
         report = summarize(model)
         merge(model, inplace=True).save_pretrained(work)

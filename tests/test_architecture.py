@@ -13,7 +13,21 @@ import pytest
 import hf_reparam
 
 ROOT = Path(hf_reparam.__file__).parent
-LAYERS = ["errors", "plan", "report", "linalg", "nn", "hf", "convert", "merge", "checkpoint", "cli", "__main__"]
+LAYERS = [
+    "errors",
+    "plan",
+    "report",
+    "linalg",
+    "nn",
+    "hf",
+    "calibration",
+    "planning",
+    "convert",
+    "merge",
+    "checkpoint",
+    "cli",
+    "__main__",
+]
 STDLIB_ONLY = {"errors", "plan", "report"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "hf_reparam.") if not m.name.endswith("__main__"))
 

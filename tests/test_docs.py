@@ -22,12 +22,14 @@ def blocks(language):
 def test_python_blocks_run_in_order(tmp_path, minilm):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
-    scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data}
-    assert len(blocks("python")) == 4
+    scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 8}
+    scope["TOKENIZER"] = tokenizer
+    assert len(blocks("python")) == 5
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
     assert type(scope["dense"]).__name__ == "BertForSequenceClassification"
     assert {layer.rank for layer in scope["report"].layers} == {32, 96}
+    assert scope["smaller"].num_parameters() < scope["model"].num_parameters()
     assert (tmp_path / "out-dense" / "model.safetensors").exists()
 
 
@@ -55,6 +57,21 @@ def test_figures_are_the_results():
     ]
     readme = (ROOT / "README.md").read_text()
     assert [figure for figure in figures if figure not in readme] == []
+
+
+def test_quality_figures_are_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
+    rows = [
+        row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith(("| plain", "| whit", "| fish"))
+    ]
+    for method, row in zip(
+        ("plain SVD, uniform", "whitening, uniform", "fisher, uniform", "fisher, global"), rows, strict=True
+    ):
+        scores = [results[model]["rows"][method] for model in ("MiniLM-L6", "babyllama105", "gpt2-novels")]
+        expected = " / ".join(f"{scores[0][k]:.3f}" for k in ("0.8", "0.6", "0.4"))
+        for score in scores[1:]:
+            expected += " | " + " / ".join(f"{score[k]:.4f}" for k in ("0.8", "0.6", "0.4"))
+        assert row == f"| {method} | {expected} |"
 
 
 def test_make_targets_exist():

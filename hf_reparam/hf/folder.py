@@ -107,14 +107,12 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
 
     Raises:
-        CheckpointError: `out` exists and `force` is not set, or its parent cannot be written.
+        CheckpointError: the parent of `out` cannot be written.
     """
-    if out.exists() and not force:
-        raise CheckpointError(f"{out} exists; choose another place, or replace it with --force")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

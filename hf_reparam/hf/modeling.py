@@ -46,18 +46,20 @@ class ReparamMixin:
         _swap(self, strict=False)
         super().post_init()  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # the base's contract
+    def save_pretrained(  # base's contract
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> None:
         """As the base's. Adds an empty tensor under the dense weight's name of the first layer of each kind.
 
         The stock class would otherwise find its weights missing and go on with random numbers; the marker's shape makes
         it raise. Names are those of the live modules: conversions to older checkpoint layouts know no factors.
         """
-        state = dict(kwargs.pop("state_dict", None) or self.state_dict())  # type: ignore[attr-defined]
+        state = dict(state_dict or self.state_dict())  # type: ignore[attr-defined]
         names = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
         for name in {layer_kind(name): name for name in reversed(names)}.values():
             state.setdefault(f"{name}.weight", torch.empty(0, dtype=torch.uint8))
         kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract

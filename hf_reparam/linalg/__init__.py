@@ -1,5 +1,19 @@
 """Tensor mathematics: tensors in, tensors out, float64 inside. Knows no module and no model."""
 
-from hf_reparam.linalg.factorize import Decomposition, Factors, decompose
+from hf_reparam.linalg.allocate import Options, allocate
+from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum
+from hf_reparam.linalg.metric import Metric
+from hf_reparam.linalg.moments import METRICS, LayerMoments, Moments
 
-__all__ = ["Decomposition", "Factors", "decompose"]
+__all__ = [
+    "METRICS",
+    "Decomposition",
+    "Factors",
+    "LayerMoments",
+    "Metric",
+    "Moments",
+    "Options",
+    "allocate",
+    "decompose",
+    "spectrum",
+]

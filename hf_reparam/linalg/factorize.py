@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_reparam.errors import RankError, WeightError
+from hf_reparam.linalg.metric import Metric
 
-__all__ = ["Decomposition", "Factors", "decompose"]
+__all__ = ["Decomposition", "Factors", "decompose", "spectrum"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OVERSAMPLING = 32  # eigenvectors beyond the rank that the single-precision search hands to the refinement
@@ -40,9 +41,9 @@ class Decomposition:
     """W = left @ diag(singular_values) @ right + what was not computed.
 
     Args:
-        left: (out, k) float64, orthonormal columns.
+        left: (out, k) float64, L_G^-T U with orthonormal U.
         singular_values: (k,) float64, descending.
-        right: (k, in) float64, orthonormal rows (zero where the singular value is zero).
+        right: (k, in) float64, V L_C^-1 with orthonormal V (zero where the singular value is zero).
         energy: ||W||_F^2, the sum of *all* squared singular values.
         dtype: dtype of the weight, in which factors are returned.
     """
@@ -67,7 +68,7 @@ class Decomposition:
         return Factors(up.to(self.dtype).contiguous(), down.to(self.dtype).contiguous())
 
     def relative_error(self, rank: int) -> float:
-        """||W - W_r||_F / ||W||_F of the approximation of this rank, before it is rounded to `dtype`."""
+        """||W - W_r|| / ||W|| of this rank in the metric's norm, before it is rounded to `dtype`."""
         self._check(rank)
         if self.energy == 0.0:
             return 0.0
@@ -80,7 +81,7 @@ class Decomposition:
 
 
 @torch.no_grad()
-def decompose(weight: Tensor, *, max_rank: int | None = None) -> Decomposition:
+def decompose(weight: Tensor, *, max_rank: int | None = None, metric: Metric | None = None) -> Decomposition:
     """Decompose a weight so that it can be cut at any rank up to `max_rank`.
 
     The squared error of every cut is within 1e-6, relative, of the optimum sum_{i>r} sigma_i^2.
@@ -88,6 +89,8 @@ def decompose(weight: Tensor, *, max_rank: int | None = None) -> Decomposition:
     Args:
         weight: (out, in), float16, bfloat16, float32 or float64, on any device; not modified.
         max_rank: singular values to compute, 1..min(out, in); None for all.
+        metric: what is decomposed is M = L_G^T W L_C instead of W, and the factors are L_G^-T [M]_r L_C^-1; the error
+            and the energy are those of M. None for W itself.
 
     Returns:
         A Decomposition on the weight's device.
@@ -116,6 +119,8 @@ def decompose(weight: Tensor, *, max_rank: int | None = None) -> Decomposition:
         raise RankError(f"rank must be in 1..{min(rows, cols)} for a {rows} x {cols} weight, got {rank}")
     wide = rows <= cols
     full = weight.detach().to(torch.float64)
+    if metric is not None:
+        full = metric.apply(full)
     scale = float(full.abs().max()) or 1.0  # squares of 1e-200 would vanish
     if not math.isfinite(scale):
         bad = int((~torch.isfinite(full)).sum())
@@ -127,8 +132,26 @@ def decompose(weight: Tensor, *, max_rank: int | None = None) -> Decomposition:
     sigma = sigma[order]
     near, far = near[:, order], across[order].div_(sigma.clamp_min(torch.finfo(torch.float64).tiny)[:, None])
     left, right = (near, far) if wide else (far.T, near.T)
+    if metric is not None:
+        left, right = metric.unapply_left(left), metric.unapply_right(right)
     energy = float(a.square().sum()) * scale**2
     return Decomposition(left, sigma * scale, right, energy, weight.dtype)
+
+
+@torch.no_grad()
+def spectrum(weight: Tensor, metric: Metric | None = None) -> Tensor:
+    """All squared singular values of L_G^T W L_C, (min(out, in),) float64, descending, without the vectors.
+
+    Args, Raises: as `decompose`.
+    """
+    _check_weight(weight)
+    full = weight.detach().to(torch.float64)
+    if metric is not None:
+        full = metric.apply(full)
+    if not bool(torch.isfinite(full).all()):
+        raise WeightError("the weight has values that are NaN or infinite")
+    values = torch.linalg.eigvalsh(_gram(full if full.shape[0] <= full.shape[1] else full.T))
+    return values.clamp_min(0).flip(0)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -191,11 +214,10 @@ def _search(a: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _gram(a: Tensor, block: int = 256) -> Tensor:
-    """a a^T, computing each pair of row blocks once."""
+    """The lower triangle of a a^T, which is all that eigh reads; above it only blocks on the diagonal are set."""
     order = a.shape[0]
-    gram = a.new_empty(order, order)
+    gram = a.new_zeros(order, order)
     for i in range(0, order, block):
         j = min(i + block, order)
         gram[i:, i:j] = a[i:] @ a[i:j].T
-        gram[i:j, j:] = gram[j:, i:j].T
     return gram

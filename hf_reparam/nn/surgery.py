@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.linalg import Decomposition, decompose
+from hf_reparam.linalg import Decomposition, Metric, decompose
 from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.targets import Target
@@ -50,25 +50,37 @@ def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None
 
 
 @torch.no_grad()
-def factor(target: Target, rank: int) -> tuple[LowRankLinear, float]:
-    """The low-rank layer that is nearest to a target in the Frobenius norm, and its relative error.
+def factor(
+    target: Target, rank: int, *, metric: Metric | None = None, mean: Tensor | None = None
+) -> tuple[LowRankLinear, float]:
+    """The low-rank layer that is nearest to a target in a metric, and its relative error there.
+
+    Args:
+        target: the layer.
+        rank: the inner width.
+        metric: as in `decompose`; None for the Frobenius norm of the weight.
+        mean: E x (in,), for b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
 
     Returns:
-        The layer, and ||W - W_r||_F / ||W||_F.
+        The layer, and ||W - W_r|| / ||W|| in the metric.
 
     Raises:
         WeightError: the weight is not finite, has no data, or is quantized; names the layer.
     """
+    weight, bias = dense_matrix(target.module), target.module.bias
     try:
-        decomposition: Decomposition = decompose(dense_matrix(target.module), max_rank=rank)
+        decomposition: Decomposition = decompose(weight, max_rank=rank, metric=metric)
     except WeightError as error:
         raise WeightError(f"{target.name}: {error}") from None
     layer = low_rank_like(target.module, rank)
     factors = decomposition.truncate(rank)
     layer.up.weight.copy_(factors.up)
     layer.down.weight.copy_(factors.down)
-    if isinstance(target.module.bias, nn.Parameter):
-        layer.up.bias.copy_(target.module.bias)
+    if isinstance(bias, nn.Parameter):
+        layer.up.bias.copy_(bias)
+        if mean is not None:
+            shift = weight.double() @ mean - factors.up.double() @ (factors.down.double() @ mean)
+            layer.up.bias.copy_(bias.double() + shift)
     return layer, decomposition.relative_error(rank)
 
 

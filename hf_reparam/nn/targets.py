@@ -116,14 +116,13 @@ def find_targets(
     check_used(wanted or (), every_name, "include")
     check_used(unwanted, every_name, "exclude")
     owners = Counter(id(p) for _, module in modules.values() for p in module._parameters.values() if p is not None)
+    kept = protected or {}
     selected, skipped = [], []
     for name, (names, module) in modules.items():
         if name not in dense:
             skipped += _other_weights(name, module)
             continue
-        reason = (next((protected[n] for n in names if n in protected), None) if protected else None) or _unfit(
-            name, module, modules, owners
-        )
+        reason = next((kept[n] for n in names if n in kept), None) or _unfit(name, module, modules, owners)
         if reason is None and (pattern := first_match(unwanted, names)):
             reason = f"excluded by {pattern!r}"
         if reason is None and wanted is not None and first_match(wanted, names) is None:

@@ -183,6 +183,13 @@ def test_head_of_another_model_is_not_missed(saved):
     assert "cls.predictions.transform.dense" in model.config.reparam["modules"]
 
 
+def test_converting_a_headless_model_again_keeps_the_plan_of_the_head(saved):
+    again = convert(AutoModel.from_pretrained(saved), rank=3)
+    modules = again.config.reparam["modules"]
+    assert modules["cls.predictions.transform.dense"]["rank"] == 6
+    assert modules["encoder.layer.0.output.dense"]["rank"] == 3
+
+
 def test_plan_of_another_family():
     plan = small_bert().config.reparam
     with pytest.raises(PlanError, match="made for model type 'bert', and this is 'gpt2'"):

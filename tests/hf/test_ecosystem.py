@@ -98,6 +98,13 @@ def test_image_pipeline_and_processor(tmp_path):
     assert sum(r["score"] for r in result) == pytest.approx(1, abs=1e-4)
 
 
+def test_processor_is_found_by_the_family(tmp_path):
+    convert(zoo.BY_BASE["ViTForImageClassification"].build(), rank=6).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 16, "width": 16}}))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(processor).__name__.startswith("ViTImageProcessor")
+
+
 def test_tokenizer_of_a_real_folder(tmp_path, minilm):
     convert(transformers.AutoModel.from_pretrained(minilm), rank=16).save_pretrained(tmp_path)
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

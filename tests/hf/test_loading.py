@@ -215,6 +215,14 @@ def test_unexpected_and_missing_keys_are_reported_by_transformers(saved):
     assert info["missing_keys"] == {"bert.embeddings.LayerNorm.weight"}
 
 
+def test_saving_a_given_state_dict(tmp_path):
+    small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK)
+    state = {key: torch.zeros_like(value) for key, value in small.state_dict().items()}
+    small.save_pretrained(tmp_path, True, state)
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert not any(bool(p.any()) for p in loaded.parameters())
+
+
 def test_a_clean_load_reports_nothing(saved):
     _, info = transformers.AutoModelForMaskedLM.from_pretrained(saved, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))

@@ -1,0 +1,106 @@
+"""The scalar whose gradient the Fisher metric measures: the log-likelihood of labels, summed over tokens.
+
+Without labels they are drawn from the model's own predictions, which makes the second moment of the gradient the true
+Fisher information; a model that predicts nothing gets a random projection of its last hidden states. Draws depend on an
+example's own content alone, so that neither batch size nor order nor padding changes a result.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_reparam.errors import TargetError
+
+__all__ = ["batch_masks", "objective"]
+
+_IGNORED = -100  # Transformers' label of positions without a label
+
+
+def batch_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The padding masks of a batch as booleans, (batch, length), decoder's and encoder's."""
+    masks = (batch.get("decoder_attention_mask"), batch.get("attention_mask"))
+    return tuple(mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2)
+
+
+def objective(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> Tensor:
+    """Summed loss of a batch: the model's own if it has labels, otherwise that of labels drawn from its predictions.
+
+    Args:
+        outputs: what the model returned.
+        batch: what it was called with.
+        masks: as `batch_masks` gives them.
+
+    Raises:
+        TargetError: the outputs hold neither a loss, logits nor hidden states.
+    """
+    labels = batch.get("labels")
+    if labels is not None and outputs.get("loss") is not None:  # a mean: over labels, or over rows of a regression
+        count = labels.shape[0] if labels.is_floating_point() else int((labels != _IGNORED).sum())
+        return outputs["loss"] * max(count, 1)
+    seeds = _seeds(batch, masks)
+    logits = {key: value for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)}
+    if logits:
+        return torch.stack([_drawn(key, value, seeds, masks) for key, value in logits.items()]).sum()
+    hidden = outputs.get("last_hidden_state")
+    if hidden is None:
+        raise TargetError("the model returned no loss, logits or last_hidden_state: give a loss_fn(model, batch)")
+    return (_mask(hidden, masks) * _noise(hidden, seeds, masks)).sum()
+
+
+def _drawn(key: str, logits: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
+    """Negative log-likelihood of labels drawn from the predictions, summed."""
+    if key in ("start_logits", "end_logits"):
+        for mask in masks:
+            if mask.shape == logits.shape:
+                logits = logits.masked_fill(~mask.to(logits.device), torch.finfo(logits.dtype).min)
+        logits = logits[:, None]
+    if logits.shape[-1] == 1:  # a regression, of unit variance
+        return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
+    log_p = logits.float().log_softmax(-1)
+    uniform = _uniform(log_p, seeds, masks)
+    labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
+    return -_mask(log_p.gather(-1, labels), masks).sum()
+
+
+def _seeds(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
+    """One seed for each example, from the bytes of its unpadded inputs."""
+    name = next(key for key, value in batch.items() if isinstance(value, Tensor) and not key.endswith("mask"))
+    rows = batch[name].detach().cpu()
+    mask = next((m.cpu() for m in masks if m.shape == rows.shape[:2]), None)
+    kept = [row if mask is None else row[mask[i]] for i, row in enumerate(rows)]
+    return [zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in kept]
+
+
+def _positions(like: Tensor, masks: tuple[Tensor, ...]) -> Tensor | None:
+    return next((mask for mask in masks if like.dim() > 2 and mask.shape == like.shape[:2]), None)
+
+
+def _mask(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    mask = _positions(values, masks)
+    return values if mask is None else values * mask[..., None].to(values.device)
+
+
+def _fill(like: Tensor, width: int, seeds: list[int], masks: tuple[Tensor, ...], draw: Any) -> Tensor:
+    """Numbers (..., width) drawn example by example, in the order of the unpadded positions."""
+    out = torch.zeros(*like.shape[:-1], width)
+    mask = _positions(like, masks)
+    for row, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        if mask is None:
+            out[row] = draw(out[row].shape, generator)
+        else:
+            kept = mask[row].cpu()
+            out[row, kept] = draw((int(kept.sum()), width), generator)
+    return out.to(like.device)
+
+
+def _uniform(like: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
+    return _fill(like, 1, seeds, masks, lambda shape, generator: torch.rand(shape, generator=generator))
+
+
+def _noise(like: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
+    draws = _fill(like, like.shape[-1], seeds, masks, lambda shape, g: torch.randn(shape, generator=g))
+    return draws.to(like.dtype)

@@ -1,0 +1,87 @@
+"""Moments are sums: any split of the data gives the same, and they survive a file."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_reparam.errors import CheckpointError, WeightError
+from hf_reparam.linalg import LayerMoments, Moments
+
+
+def layer(x, g=None):
+    moments = LayerMoments.zeros(x.shape[1], 3, gradients=g is not None)
+    moments.add_inputs(x)
+    if g is not None:
+        moments.add_gradients(g)
+    return moments
+
+
+def test_sums():
+    x, g = torch.randn(50, 4), torch.randn(50, 3)
+    m = layer(x, g)
+    assert m.tokens == 50
+    torch.testing.assert_close(m.mean(), x.double().mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(m.input_products, x.double().T @ x.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(m.gradient_products, g.double().T @ g.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_halves_merged_are_the_whole():
+    x, g = torch.randn(40, 4).double(), torch.randn(40, 3).double()
+    whole = Moments("fisher", {"a": layer(x, g)})
+    halves = Moments("fisher", {"a": layer(x[:15], g[:15])}) + Moments("fisher", {"a": layer(x[15:], g[15:])})
+    assert halves.layers["a"].tokens == 40
+    torch.testing.assert_close(halves.layers["a"].input_products, whole.layers["a"].input_products)
+    torch.testing.assert_close(halves.layers["a"].gradient_products, whole.layers["a"].gradient_products)
+
+
+def test_metrics():
+    x, g = torch.randn(400, 4).double() + 3, torch.randn(400, 3).double()
+    m = layer(x, g)
+    assert m.metric("svd", centred=True).input_root is None
+    centred = m.metric("activation", centred=True)
+    assert centred.output_root is None
+    covariance = (x - x.mean(0)).T @ (x - x.mean(0)) / 400
+    torch.testing.assert_close(centred.input_root @ centred.input_root.T, covariance, rtol=0.02, atol=0.01)
+    raw = m.metric("activation", centred=False).input_root
+    torch.testing.assert_close(raw @ raw.T, x.T @ x / 400, rtol=0.02, atol=0.02)
+    assert m.metric("fisher", centred=True).output_root.shape == (3, 3)
+    assert m.metric("fisher", centred=True).scale == 400
+
+
+def test_what_cannot_be_done():
+    x, g = torch.randn(5, 4), torch.randn(5, 3)
+    with pytest.raises(WeightError, match="needs gradients"):
+        layer(x).metric("fisher", centred=True)
+    with pytest.raises(WeightError, match="without gradients"):
+        layer(x).add_gradients(g)
+    with pytest.raises(WeightError, match="cannot be merged"):
+        layer(x) + layer(x, g)
+    with pytest.raises(WeightError, match="cannot be merged"):
+        Moments("fisher", {"a": layer(x, g)}) + Moments("fisher", {"b": layer(x, g)})
+    with pytest.raises(WeightError, match="inputs of this layer are not finite"):
+        layer(x * torch.nan).metric("activation", centred=True)
+    with pytest.raises(WeightError, match="gradients of this layer are not finite"):
+        layer(x, g * torch.inf).metric("fisher", centred=True)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_file(tmp_path, gradients):
+    moments = Moments("fisher", {"a.b": layer(torch.randn(5, 4), torch.randn(5, 3) if gradients else None)})
+    moments.save(tmp_path / "m.safetensors")
+    loaded = Moments.load(tmp_path / "m.safetensors")
+    assert loaded.metric == "fisher"
+    assert loaded.layers.keys() == moments.layers.keys()
+    for key in ("tokens", "input_sum", "input_products", "gradient_products"):
+        a, b = getattr(loaded.layers["a.b"], key), getattr(moments.layers["a.b"], key)
+        assert a == b if key == "tokens" or b is None else torch.equal(a, b)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Moments.load(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Moments.load(tmp_path / "text.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="holds no moments"):
+        Moments.load(tmp_path / "other.safetensors")

@@ -1,0 +1,204 @@
+"""Calibration sees real tokens only, does not depend on how data is batched, and leaves the model as it was."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from hf_reparam import Moments, TargetError, collect_moments
+from tests import zoo
+
+FLOAT32_SUMS = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def rows(case, count=6, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for i in range(count):
+        size = length - i % 4
+        ids = torch.randint(3, 90, (1, size), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return batches
+
+
+def pad(batches, width, left=False):
+    def one(t):
+        gap = width - t.shape[1]
+        return nn.functional.pad(t, (gap, 0) if left else (0, gap))
+
+    return {key: torch.cat([one(b[key]) for b in batches]) for key in batches[0]}
+
+
+def assert_same(a: Moments, b: Moments):
+    assert a.layers.keys() == b.layers.keys()
+    for name, layer in a.layers.items():
+        other = b.layers[name]
+        assert layer.tokens == other.tokens, name
+        torch.testing.assert_close(layer.input_products, other.input_products, **FLOAT32_SUMS)
+        if layer.gradient_products is not None:
+            scale = float(layer.gradient_products.abs().max()) or 1.0
+            torch.testing.assert_close(
+                layer.gradient_products / scale, other.gradient_products / scale, rtol=1e-3, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    "base",
+    ["BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForQuestionAnswering", "GPT2LMHeadModel"],
+)
+def test_batching_padding_and_order_do_not_matter(base):
+    case = zoo.BY_BASE[base]
+    model, data = case.build().double(), rows(case)
+    one_by_one = collect_moments(model, data)
+    together = collect_moments(model, [pad(data[3:], 12), pad(data[:3], 9)])
+    assert_same(one_by_one, together)
+
+
+def test_inputs_are_those_of_the_layer():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False))
+    x = torch.randn(7, 6)
+    moments = collect_moments(net, [{"input": x[:3]}, {"input": x[3:]}], metric="activation")
+    hidden = net[0](x).detach().double()
+    torch.testing.assert_close(moments.layers["1"].input_products, hidden.T @ hidden, **FLOAT32_SUMS)
+    assert moments.layers["1"].gradient_products is None
+
+
+def test_gradients_are_those_of_the_loss():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    x = torch.randn(7, 6)
+    moments = collect_moments(net, [{"input": x}], loss_fn=lambda model, batch: model(**batch).square().sum() / 2)
+    out = net(x).detach()
+    torch.testing.assert_close(moments.layers["2"].gradient_products, (out.T @ out).double(), **FLOAT32_SUMS)
+    hidden = net[0](x).detach().requires_grad_()
+    net[1:](hidden).square().sum().div(2).backward()
+    torch.testing.assert_close(
+        moments.layers["0"].gradient_products, (hidden.grad.T @ hidden.grad).double(), **FLOAT32_SUMS
+    )
+
+
+def test_labels_use_the_models_loss():
+    case = zoo.BY_BASE["BertForSequenceClassification"]
+    model = case.build()
+    batch = {**case.batch(), "labels": torch.tensor([2, 0])}
+    layer = collect_moments(model, [batch]).layers["classifier"]
+    logits = model(**case.batch()).logits.detach()
+    gradient = logits.softmax(-1) - nn.functional.one_hot(batch["labels"], 3)
+    torch.testing.assert_close(layer.gradient_products, (gradient.T @ gradient).double(), **FLOAT32_SUMS)
+
+
+def test_drawn_labels_give_the_fisher_information():
+    """Averaged over many draws, E g g^T at the logits of a classifier is diag(p) - p p^T."""
+    model = zoo.BY_BASE["BertForSequenceClassification"].build()
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    ids = torch.randint(3, 90, (4000, 4), generator=torch.Generator().manual_seed(0))
+    layer = collect_moments(model, [{"input_ids": part} for part in ids.split(500)]).layers["classifier"]
+    p = model(input_ids=ids[:100]).logits.softmax(-1).mean(0).detach().double()
+    expected = torch.diag(p) - torch.outer(p, p)
+    torch.testing.assert_close(layer.gradient_products / 4000, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("same_length", [True, False])
+def test_encoder_and_decoder_masks_are_told_apart(same_length):
+    model = zoo.BY_BASE["T5ForConditionalGeneration"].build()
+    width = 7 if same_length else 5
+    batch = {**zoo._text(), "decoder_input_ids": zoo._ids(2, width, seed=2)}
+    batch["decoder_attention_mask"] = torch.ones(2, width, dtype=torch.long)
+    batch["decoder_attention_mask"][0, 3:] = 0
+    moments = collect_moments(model, [batch])
+    encoder, decoder = int(batch["attention_mask"].sum()), int(batch["decoder_attention_mask"].sum())
+    for name, layer in moments.layers.items():
+        own = name.startswith("decoder") and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        assert layer.tokens == (decoder if own else encoder), name
+
+
+def test_seq2seq_labels_stand_for_the_decoder_mask():
+    model = zoo.BY_BASE["T5ForConditionalGeneration"].build()
+    labels = zoo._ids(2, 7, seed=2)
+    labels[1, 4:] = -100
+    moments = collect_moments(model, [{**zoo._text(), "labels": labels}])
+    assert moments.layers["decoder.block.0.layer.0.SelfAttention.q"].tokens == 11
+    assert moments.layers["encoder.block.0.layer.0.SelfAttention.q"].tokens == 12
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_model_is_as_it_was(fails):
+    case = zoo.BY_BASE["BertForMaskedLM"]
+    model = case.build()
+    model.train()
+    model.bert.encoder.layer[1].eval()
+    model.bert.embeddings.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    grads = {n: p.requires_grad for n, p in model.named_parameters()}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+
+    def data():
+        yield case.batch()
+        if fails:
+            raise OSError("the iterator broke")
+
+    try:
+        collect_moments(model, data())
+        assert not fails
+    except OSError:
+        assert fails
+    assert [m.training for m in model.modules()] == modes
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_texts_with_a_tokenizer(minilm):
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    model = zoo.BY_BASE["BertModel"].build()
+    model.resize_token_embeddings(len(tokenizer))
+    texts = ["one", "two words", "three words here"] * 15
+    moments = collect_moments(model, texts, metric="activation", tokenizer=tokenizer)
+    tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+    assert moments.layers["encoder.layer.0.output.dense"].tokens == tokens
+    with pytest.raises(TargetError, match="need a tokenizer"):
+        collect_moments(model, texts)
+
+
+@pytest.mark.parametrize("base", [c.base for c in zoo.ALL if not c.options or c.base != "LlamaForCausalLM"])
+def test_every_family(base):
+    case = zoo.BY_BASE[base]
+    moments = collect_moments(case.build(), [case.batch()])
+    assert all(layer.tokens > 0 for name, layer in moments.layers.items())
+    deep = [layer for name, layer in moments.layers.items() if "layer" in name or ".h." in name or "h." in name]
+    assert all(float(layer.gradient_products.diagonal().sum()) > 0 for layer in deep)
+
+
+def test_a_layer_that_saw_nothing_is_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.warns(UserWarning, match=r"1 layers saw no data .*\['unused'\]"):
+        moments = collect_moments(Net(), [{"x": torch.ones(2, 4)}], metric="activation")
+    assert moments.layers["unused"].tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ([], {}, "data is empty"),
+        ([[1, 2]], {}, "a calibration batch is a dict"),
+        ([{}], {"metric": "svd"}, "metric must be one of"),
+        ([{"x": torch.ones(1, 4)}], {}, "no loss, logits or last_hidden_state"),
+    ],
+)
+def test_wrong_arguments(data, options, message):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return {"y": super().forward(x)}
+
+    with pytest.raises(TargetError, match=message):
+        collect_moments(Net(nn.Linear(4, 4)), data, **options)
