@@ -16,7 +16,7 @@ from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import factor, replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import RankPlan
-from hf_reparam.planning import layer_metric, make_plan
+from hf_reparam.planning import check_budget, layer_metric, make_plan
 from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
 
 __all__ = ["convert", "summarize"]
@@ -133,6 +133,10 @@ def convert(
     targets = find_targets(
         model, include=include, exclude=exclude, protected=protected_layers(model) if pretrained else None
     )
+    if keep is None:
+        ranks, left = _ranks(model, targets.selected, rank, plan, allow_larger)  # errors before any long work
+    else:
+        check_budget(keep, multiple_of)
     moments = _moments(model, calibration, metric, tokenizer)
     if keep is not None:
         plan = make_plan(
@@ -145,7 +149,7 @@ def convert(
             include=include,
             exclude=exclude,
         )
-    ranks, left = _ranks(model, targets.selected, rank, plan, allow_larger)
+        ranks, left = _ranks(model, targets.selected, None, plan, allow_larger)
     method = _method(metric, plan, moments)
     before, name = count_parameters(model), type(model).__name__
     layers, rows = {}, []
@@ -194,6 +198,8 @@ def _ranks(
     unknown = sorted(set(plan.modules) - set(named))
     if unknown:
         raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
+    if not plan.modules:
+        raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
     ranks = {}
     for name, spec in plan.modules.items():
         if spec.rank > (named[name].rank or named[name].full_rank):

@@ -15,7 +15,7 @@ from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.targets import Target, find_targets
 from hf_reparam.plan import LayerSpec, RankPlan
 
-__all__ = ["layer_metric", "make_plan"]
+__all__ = ["check_budget", "layer_metric", "make_plan"]
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -60,10 +60,7 @@ def make_plan(
     >>> [spec.rank for spec in plan.modules.values()]
     [16, 16]
     """
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-        raise RankError(f"keep must be in (0, 1], the share of the targeted layers' weights, got {keep!r}")
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise RankError(f"multiple_of must be an int of at least 1, got {multiple_of!r}")
+    check_budget(keep, multiple_of)
     metric = metric or (moments.metric if moments is not None else "svd")
     allocation = allocation or ("global" if metric == "fisher" else "uniform")
     if metric not in METRICS or allocation not in ALLOCATIONS:
@@ -80,6 +77,14 @@ def make_plan(
     base = model.config.model_type if isinstance(model, PreTrainedModel) else None
     modules = {layer_name(model, t): LayerSpec(ranks[t.name]) for t in targets if ranks[t.name] > 0}
     return RankPlan(modules, base, metric)
+
+
+def check_budget(keep: float, multiple_of: int) -> None:
+    """Raise RankError unless keep is in (0, 1] and multiple_of an int of at least 1."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+        raise RankError(f"keep must be in (0, 1], the share of the targeted layers' weights, got {keep!r}")
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise RankError(f"multiple_of must be an int of at least 1, got {multiple_of!r}")
 
 
 def layer_metric(moments: Moments | None, name: str, metric: str, *, has_bias: bool) -> tuple[Metric, Tensor | None]:
@@ -105,12 +110,24 @@ def _size(target: Target) -> int:
 
 
 def _uniform(targets: tuple[Target, ...], keep: float, multiple_of: int) -> dict[str, int]:
-    """The largest rank within `keep` of each layer on its own; 0 for layers that stay dense at keep = 1."""
-    ranks = {}
+    """The same share for every layer; 0 where a layer stays dense.
+
+    Layers too narrow for one multiple take any rank. What rounding up to rank 1 or staying dense costs a narrow layer,
+    such as a classifier of two classes, is taken from the widest ones.
+    """
+    if keep == 1:
+        return {t.name: 0 for t in targets}
+    ranks, width = {}, {t.name: t.in_features + t.out_features for t in targets}
     for t in targets:
-        rank = int(keep * _size(t) / (t.in_features + t.out_features)) // multiple_of * multiple_of
-        rank = max(rank, min(multiple_of, t.full_rank))
-        ranks[t.name] = 0 if keep == 1 else rank
+        share = int(keep * _size(t) / width[t.name])
+        rank = share // multiple_of * multiple_of or max(share, 1)
+        ranks[t.name] = rank if rank * width[t.name] < _size(t) else 0
+    budget = keep * sum(_size(t) for t in targets)
+    while sum(ranks[t.name] * width[t.name] or _size(t) for t in targets) > budget:
+        widest = max(ranks, key=lambda name: ranks[name] * width[name])
+        if ranks[widest] <= multiple_of:
+            raise RankError(f"keep={keep} is below the smallest size: a pair of rank {multiple_of} in every layer")
+        ranks[widest] -= multiple_of
     return ranks
 
 
@@ -136,7 +153,8 @@ def _global(
 def _options(target: Target, squares: Tensor, multiple_of: int) -> tuple[Tensor, Options]:
     """Every rank whose pair is smaller than the dense layer, and 0 for the dense layer itself."""
     width = target.in_features + target.out_features
-    ranks = torch.arange(multiple_of, target.full_rank + 1, multiple_of)
+    step = multiple_of if multiple_of * width < _size(target) else 1  # too narrow for one multiple
+    ranks = torch.arange(step, target.full_rank + 1, step)
     ranks = ranks[ranks * width < _size(target)]
     tails = squares.sum() - squares.cumsum(0)
     errors = torch.cat([tails[ranks - 1].clamp_min(0), torch.zeros(1, dtype=torch.float64)])

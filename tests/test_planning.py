@@ -180,6 +180,26 @@ def test_a_layer_without_gradient_keeps_its_share(bert):
     assert plan.modules["idle"].rank == plan.modules["used"].rank == 8
 
 
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("multiple_of", [1, 8])
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+def test_narrow_heads_never_grow_and_the_budget_holds(keep, multiple_of, allocation):
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2), nn.Linear(2, 64))
+    plan = make_plan(net, keep=keep, multiple_of=multiple_of, allocation=allocation)
+    used = 0
+    for name, module in net.named_children():
+        dense, width = module.weight.numel(), sum(module.weight.shape)
+        pair = plan.modules[name].rank * width if name in plan.modules else dense
+        assert name not in plan.modules or pair < dense
+        used += pair
+    assert used <= keep * sum(m.weight.numel() for m in net)
+
+
+def test_uniform_below_the_smallest_size():
+    with pytest.raises(RankError, match="below the smallest size"):
+        make_plan(nn.Sequential(nn.Linear(8, 8)), keep=0.1)
+
+
 @pytest.mark.parametrize("keep", [0, -0.5, 1.1, True, "0.5", math.nan])
 def test_keep_out_of_range(bert, keep):
     with pytest.raises(RankError, match=r"keep must be in \(0, 1\]"):
@@ -206,6 +226,16 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     for sizes in ({}, {"rank": 4, "keep": 0.5}):
         with pytest.raises(TargetError, match="exactly one of rank, keep and plan"):
             convert(model, **sizes)
+    with pytest.raises(TargetError, match="nothing to convert"):
+        convert(model, keep=1.0)
+
+    def touched():
+        raise AssertionError("calibration began")
+        yield
+
+    for wrong in ({"rank": 0}, {"rank": {"nope": 4}}, {"keep": 2}, {"keep": 0.5, "multiple_of": -1}):
+        with pytest.raises((RankError, TargetError)):
+            convert(model, calibration=touched(), **wrong)
     with pytest.raises(TargetError, match="needs calibration data"):
         convert(model, keep=0.5, metric="fisher")
     plan = make_plan(model, moments, keep=0.5)
