@@ -14,7 +14,8 @@ from hf_reparam.errors import TargetError
 from hf_reparam.hf.modeling import plan_name
 from hf_reparam.hf.objective import batch_masks, objective
 from hf_reparam.hf.retype import protected_layers
-from hf_reparam.linalg import METRICS, LayerMoments, Moments
+from hf_reparam.linalg import LayerMoments, Moments
+from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
 from hf_reparam.nn.targets import Target, find_targets
 

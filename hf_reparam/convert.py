@@ -11,7 +11,8 @@ from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.hf.configuration import plan_of
 from hf_reparam.hf.retype import check_unquantized, protected_layers, to_reparam
-from hf_reparam.linalg import METRICS, Moments
+from hf_reparam.linalg import Moments
+from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import factor, replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets

@@ -10,7 +10,8 @@ from transformers.utils.logging import tqdm
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import RankError, TargetError, WeightError
 from hf_reparam.hf.retype import protected_layers
-from hf_reparam.linalg import METRICS, LayerMoments, Metric, Moments, Options, allocate, spectrum
+from hf_reparam.linalg import LayerMoments, Metric, Moments, Options, allocate, spectrum
+from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.targets import Target, find_targets
 from hf_reparam.plan import LayerSpec, RankPlan

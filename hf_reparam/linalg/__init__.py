@@ -3,10 +3,9 @@
 from hf_reparam.linalg.allocate import Options, allocate
 from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum
 from hf_reparam.linalg.metric import Metric
-from hf_reparam.linalg.moments import METRICS, LayerMoments, Moments
+from hf_reparam.linalg.moments import LayerMoments, Moments
 
 __all__ = [
-    "METRICS",
     "Decomposition",
     "Factors",
     "LayerMoments",

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.linalg.metric import Metric, root
 
-__all__ = ["METRICS", "LayerMoments", "Moments"]
+__all__ = ["LayerMoments", "Moments"]
 
 METRICS = ("svd", "activation", "fisher")
 _SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
