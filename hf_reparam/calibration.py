@@ -67,7 +67,7 @@ def collect_moments(
     """
     if metric not in METRICS[1:]:
         raise TargetError(f"metric must be one of {list(METRICS[1:])} to collect moments, got {metric!r}")
-    targets = find_targets(model, protected=protected_layers(model) if isinstance(model, PreTrainedModel) else None)
+    targets = find_targets(model, protected=protected_layers(model))
     if not targets.selected:
         raise TargetError(f"{type(model).__name__} has no layer that can be factored")
     named = {layer_name(model, t): t for t in targets.selected}

@@ -131,9 +131,7 @@ def convert(
     pretrained = isinstance(model, PreTrainedModel)
     if pretrained:
         check_unquantized(model)
-    targets = find_targets(
-        model, include=include, exclude=exclude, protected=protected_layers(model) if pretrained else None
-    )
+    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
     if keep is None:
         ranks, left = _ranks(model, targets.selected, rank, plan, allow_larger)  # errors before any long work
     else:
@@ -230,8 +228,7 @@ def summarize(model: nn.Module) -> ConversionReport:
     ----------------------------------------------------
     0      Linear  64 x 64   16    4,160 -> 2,112  -
     """
-    protected = protected_layers(model) if isinstance(model, PreTrainedModel) else None
-    targets = find_targets(model, protected=protected)
+    targets = find_targets(model, protected=protected_layers(model))
     low = [t for t in targets.selected if t.rank is not None]
     dense = [t for t in targets.selected if t.rank is None]
     after = count_parameters(model)

@@ -66,8 +66,7 @@ def make_plan(
     allocation = allocation or ("global" if metric == "fisher" else "uniform")
     if metric not in METRICS or allocation not in ALLOCATIONS:
         raise TargetError(f"metric is one of {METRICS} and allocation of {ALLOCATIONS}; got {metric!r}, {allocation!r}")
-    protected = protected_layers(model) if isinstance(model, PreTrainedModel) else None
-    targets = find_targets(model, include=include, exclude=exclude, protected=protected).selected
+    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model)).selected
     if any(t.rank is not None for t in targets):
         raise TargetError("the model is converted already: make plans from the dense model")
     if not targets:

@@ -17,9 +17,11 @@ from hf_reparam.plan import LayerSpec, RankPlan
 __all__ = ["check_unquantized", "protected_layers", "to_reparam", "to_stock"]
 
 
-def protected_layers(model: PreTrainedModel) -> dict[str, str]:
-    """Layers that stay dense: the output embeddings, and whatever the model declares as tied."""
-    reasons = {}
+def protected_layers(model: nn.Module) -> dict[str, str]:
+    """Layers that stay dense: the output embeddings, and whatever a model declares as tied; none of a plain module."""
+    reasons: dict[str, str] = {}
+    if not isinstance(model, PreTrainedModel):
+        return reasons
     output = model.get_output_embeddings()
     for name, module in model.named_modules(remove_duplicate=False):
         if output is not None and module is output:
