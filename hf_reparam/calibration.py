@@ -1,34 +1,34 @@
 """`collect_moments`: run calibration batches through a model once, for every size that may be wanted of it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
+from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.modeling import plan_name
-from hf_reparam.hf.objective import batch_masks, objective
+from hf_reparam.hf.objective import objective
 from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import LayerMoments, Moments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
 from hf_reparam.nn.targets import Target, find_targets
 
-__all__ = ["collect_moments", "layer_name"]
-
-_TEXTS_PER_BATCH = 32
+__all__ = ["collect_moments", "frozen", "layer_name"]
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 def collect_moments(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]] | Iterable[str],
+    batches: Batches,
     *,
     metric: str = "fisher",
     tokenizer: Any = None,
@@ -44,7 +44,8 @@ def collect_moments(
 
     Args:
         model: a dense or converted model.
-        batches: dicts for `model(**batch)` (a list, a DataLoader, a generator), or texts with a tokenizer.
+        batches: dicts for `model(**batch)` (a list, a DataLoader, a generator), a `datasets.Dataset` of examples, or
+            texts with a tokenizer. In a distributed run every process gives its own share, and all get the sum.
         metric: "activation" for inputs alone, "fisher" for gradients, too.
         tokenizer: for texts; needs a padding token.
         loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above.
@@ -74,15 +75,14 @@ def collect_moments(
     fisher = metric == "fisher"
     moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in named.items()}
     seen = 0
-    with _frozen(model), watch({n: t.module for n, t in named.items()}, moments) as watcher:
-        for batch in tqdm(_batches(batches, tokenizer), desc="Calibrating", unit="batch"):
+    with frozen(model), watch({n: t.module for n, t in named.items()}, moments) as watcher:
+        for batch, watcher.masks in prepare(model, batches, tokenizer):
             seen += 1
-            batch = _on_device(_distinct_lengths(model, batch), model)
-            watcher.masks = batch_masks(batch)
             with torch.set_grad_enabled(fisher):
                 loss = _loss(model, batch, watcher.masks, loss_fn if fisher else None, fisher)
             if fisher:
                 loss.backward()
+    seen = _sum_over_processes(moments, seen)
     if not seen:
         raise TargetError("the calibration data is empty: give at least one batch")
     unseen = [name for name, layer in moments.items() if layer.tokens == 0]
@@ -102,55 +102,25 @@ def _loss(
     if loss_fn is not None:
         return loss_fn(model, batch)
     outputs = model(**batch)
-    return objective(outputs, batch, masks) if fisher else torch.zeros(())
+    if not fisher:
+        return torch.zeros(())
+    multi_label = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+    return objective(outputs, batch, masks, multi_label=multi_label)
 
 
-def _batches(batches: Iterable[Any], tokenizer: Any) -> Iterator[Mapping[str, Any]]:
-    texts: list[str] = []
-    for item in batches:
-        if isinstance(item, str):
-            texts.append(item)
-            if len(texts) == _TEXTS_PER_BATCH:
-                yield _tokenize(texts, tokenizer)
-                texts = []
-        elif isinstance(item, Mapping):
-            yield item
-        else:
-            raise TargetError(f"a calibration batch is a dict for model(**batch) or a text, got {type(item).__name__}")
-    if texts:
-        yield _tokenize(texts, tokenizer)
-
-
-def _tokenize(texts: list[str], tokenizer: Any) -> Mapping[str, Any]:
-    if tokenizer is None:
-        raise TargetError("calibration texts need a tokenizer: collect_moments(model, texts, tokenizer=...)")
-    longest = min(tokenizer.model_max_length, 512)
-    batch: Mapping[str, Any] = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-    return batch
-
-
-def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _distinct_lengths(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """For an encoder-decoder: a mask and a length of its own for each, so that a shape tells whose tokens are seen."""
-    decoded = batch.get("decoder_input_ids", batch.get("labels"))
-    ids = batch.get("input_ids")
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or ids is None or decoded is None:
-        return dict(batch)
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    decoder_mask = batch.get("decoder_attention_mask")
-    if decoder_mask is None:
-        decoder_mask = (decoded != -100).long()
-    if decoded.shape == ids.shape:
-        ids, mask = nn.functional.pad(ids, (0, 1)), nn.functional.pad(mask, (0, 1))
-    return {**batch, "input_ids": ids, "attention_mask": mask, "decoder_attention_mask": decoder_mask}
+def _sum_over_processes(moments: Mapping[str, LayerMoments], seen: int) -> int:
+    """Add up what the processes of a distributed run saw, so that all of them hold the same moments."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return seen
+    device = PartialState().device
+    for layer in moments.values():
+        total = layer.map(lambda tensor: reduce(tensor.to(device), "sum").cpu())
+        vars(layer).update(vars(total))
+    return int(reduce(torch.tensor(seen, device=device), "sum"))
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter gradients, put back afterwards."""
     modes = {module: module.training for module in model.modules()}
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -1,6 +1,8 @@
 """`convert`: the whole flow, top to bottom. `summarize`: the same report for a model as it stands."""
 
-from collections.abc import Iterable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
@@ -8,22 +10,27 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_reparam.calibration import collect_moments, layer_name
-from hf_reparam.errors import PlanError, TargetError
+from hf_reparam.decomposition import Decompositions, as_decompositions, decompose
+from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.hf.configuration import plan_of
 from hf_reparam.hf.retype import check_unquantized, protected_layers, to_reparam
 from hf_reparam.linalg import Moments
-from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import factor, replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets
-from hf_reparam.plan import RankPlan
-from hf_reparam.planning import check_budget, layer_metric, make_plan
+from hf_reparam.plan import FORMS, LayerSpec, RankPlan
+from hf_reparam.planning import check_budget, count_parameters, make_plan
+from hf_reparam.refitting import refit as refit_layers
 from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
 
 __all__ = ["convert", "summarize"]
 
 M = TypeVar("M", bound=nn.Module)
-Calibration = Moments | Iterable[Mapping[str, Any]] | Iterable[str]
+Calibration = Moments | Decompositions | Iterable[Mapping[str, Any]] | Iterable[str]
+Chosen = tuple[Mapping[str, LayerSpec], tuple[Skipped, ...]]
+Evaluate = Callable[[Any], float]
+
+_HALVINGS = 7
 
 
 @overload
@@ -32,11 +39,16 @@ def convert(
     *,
     rank: Rank | None = ...,
     keep: float | None = ...,
+    target_params: int | None = ...,
+    tolerance: float | None = ...,
     plan: RankPlan | None = ...,
     calibration: Calibration | None = ...,
+    evaluate: Evaluate | None = ...,
     metric: str | None = ...,
     allocation: str | None = ...,
+    form: str | None = ...,
     multiple_of: int = ...,
+    refit: bool = ...,
     tokenizer: Any = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
@@ -50,11 +62,16 @@ def convert(
     *,
     rank: Rank | None = ...,
     keep: float | None = ...,
+    target_params: int | None = ...,
+    tolerance: float | None = ...,
     plan: RankPlan | None = ...,
     calibration: Calibration | None = ...,
+    evaluate: Evaluate | None = ...,
     metric: str | None = ...,
     allocation: str | None = ...,
+    form: str | None = ...,
     multiple_of: int = ...,
+    refit: bool = ...,
     tokenizer: Any = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
@@ -67,11 +84,16 @@ def convert(
     *,
     rank: Rank | None = None,
     keep: float | None = None,
+    target_params: int | None = None,
+    tolerance: float | None = None,
     plan: RankPlan | None = None,
     calibration: Calibration | None = None,
+    evaluate: Evaluate | None = None,
     metric: str | None = None,
     allocation: str | None = None,
+    form: str | None = None,
     multiple_of: int = 1,
+    refit: bool = False,
     tokenizer: Any = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
@@ -86,18 +108,27 @@ def convert(
     `requires_grad` and training mode are kept, shared modules stay shared, and a low-rank model can be converted again
     to lower ranks. If anything fails, the model is as it was.
 
-    Give one of `rank`, `keep` and `plan`. With calibration data the factors minimise the error on that data instead of
-    the error of the weights, and `keep` is spent where it lowers the loss most; without, they are truncated SVDs.
+    Give one of `rank`, `keep`, `target_params`, `tolerance` and `plan`. With calibration data the factors minimise the
+    error on that data instead of the error of the weights, and the budget is spent where it lowers the loss most;
+    without, they are truncated SVDs.
 
     Args:
         model: any `PreTrainedModel` or `nn.Module`.
         rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
             which the first match decides and layers that none matches stay dense.
         keep: in (0, 1], share of the *targeted* layers' weights that together they may hold; ranks are chosen.
+        target_params: parameters that the *whole* model may have; ranks are chosen.
+        tolerance: how much lower than the dense model's the score of `evaluate` may be; the smallest size that holds it
+            is sought by bisection over `keep`, in steps of 1/128.
         plan: ranks from `make_plan`, or edited by hand.
-        calibration: Moments from `collect_moments`, or what it takes: dicts for `model(**batch)`, or texts.
+        calibration: Moments from `collect_moments`, or what it takes (dicts for `model(**batch)`, or texts), or what
+            `decompose` returned.
+        evaluate: model -> score, higher is better; with `tolerance`.
         metric: "svd", "activation" or "fisher" (the default with calibration data).
-        allocation, multiple_of: how `keep` is spent, as in `make_plan`.
+        allocation, multiple_of: how the budget is spent, as in `make_plan`.
+        form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
+        refit: fit the factors once more to the inputs that the low-rank layers before them give, as `refit` does; takes
+            the calibration data itself, which is then held in memory.
         tokenizer: for calibration texts.
         include: patterns of layers to convert, globs or `re:` expressions over the whole name; None for all.
         exclude: patterns of layers to leave alone; wins over include.
@@ -109,105 +140,171 @@ def convert(
         The converted model, or the model and a ConversionReport.
 
     Raises:
-        TargetError: a pattern matches nothing, or nothing would change; none or several of rank, keep and plan.
-        RankError: a rank or `keep` is out of range, or higher than a low-rank layer's own.
+        TargetError: a pattern matches nothing, or nothing would change; none or several sizes were given.
+        RankError: a size is out of range, or higher than a low-rank layer's own, or no size holds the tolerance.
         WeightError: a weight is not finite, on the meta device, or quantized.
         PlanError: the plan does not fit the model.
 
     Cost: one Gram matrix and one symmetric eigenproblem of order min(in, out) for each layer, and what
-    `collect_moments` and `make_plan` cost.
+    `collect_moments` and `make_plan` cost; with `tolerance` eight evaluations.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> small, report = convert(net, rank=16, return_report=True)
     >>> small[0], report.factored_before, report.factored_after
     (LowRankLinear(
-      in_features=64, out_features=64, rank=16
+      in_features=64, out_features=64, rank=16, form=pair
       (down): Linear(in_features=64, out_features=16, bias=False)
       (up): Linear(in_features=16, out_features=64, bias=True)
     ), 4160, 2112)
     """
-    if sum(option is not None for option in (rank, keep, plan)) != 1:
-        raise TargetError("give exactly one of rank, keep and plan")
-    pretrained = isinstance(model, PreTrainedModel)
-    if pretrained:
+    _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of)
+    data = _kept_for_refit(calibration) if refit else None
+    if isinstance(model, PreTrainedModel):
         check_unquantized(model)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
-    if keep is None:
-        ranks, left = _ranks(model, targets.selected, rank, plan, allow_larger)  # errors before any long work
-    else:
-        check_budget(keep, multiple_of)
-    moments = _moments(model, calibration, metric, tokenizer)
-    if keep is not None:
-        plan = make_plan(
+    chosen: Chosen | None = None  # ranks that are given are judged before any long work
+    if rank is not None:
+        chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
+    elif plan is not None:
+        chosen = _planned(model, targets.selected, plan)
+    source = _calibrate(model, data or calibration, metric or (plan.method if plan is not None else None), tokenizer)
+    if chosen is None:
+        plan_for = functools.partial(
+            make_plan,
             model,
-            moments,
-            keep=keep,
-            metric=metric,
             allocation=allocation,
+            form=form or "pivoted",
             multiple_of=multiple_of,
             include=include,
             exclude=exclude,
         )
-        ranks, left = _ranks(model, targets.selected, None, plan, allow_larger)
-    method = _method(metric, plan, moments)
+        if tolerance is not None and evaluate is not None:
+            source = decompose(model, source.moments, metric=source.metric, include=include, exclude=exclude)
+            plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
+        else:
+            plan = plan_for(source, keep=keep, target_params=target_params)
+        chosen = _planned(model, targets.selected, plan)
     before, name = count_parameters(model), type(model).__name__
-    layers, rows = {}, []
-    for target in tqdm([t for t in targets.selected if t.name in ranks], desc="Factoring layers", unit="layer"):
-        has_bias = target.bias_parameters > 0
-        coordinates, mean = layer_metric(moments, layer_name(model, target), method, has_bias=has_bias)
-        layer, error = factor(target, ranks[target.name], metric=coordinates, mean=mean)
-        layers[target.module] = layer
-        rows.append(_row(target, ranks[target.name], target.pair_parameters(ranks[target.name]), error))
-    result = replace_modules(model, layers, inplace=inplace)
-    if pretrained:
-        result = to_reparam(result, method=method)
+    specs, left = chosen
+    layers, rows = _factor(model, targets.selected, specs, source)
+    refitted = None
+    if data is not None:
+        trial = replace_modules(model, layers, inplace=False)  # holds the new layers themselves
+        refitted = refit_layers(trial, model, data, moments=source.moments, tokenizer=tokenizer)
+    result = _install(model, layers, source.metric, inplace=inplace)
     if not return_report:
         return result
     skipped = _skipped([*left, *targets.skipped])
-    return result, ConversionReport(name, method, tuple(rows), skipped, before, count_parameters(result))
+    after = count_parameters(result)
+    return result, ConversionReport(name, source.metric, tuple(rows), skipped, before, after, refitted)
 
 
-def _moments(model: nn.Module, calibration: Calibration | None, metric: str | None, tokenizer: Any) -> Moments | None:
-    if calibration is None or isinstance(calibration, Moments):
-        if metric not in (None, "svd") and calibration is None:
-            raise TargetError(f"the metric {metric!r} needs calibration data: give calibration=")
-        return calibration
-    return collect_moments(model, calibration, metric=metric or "fisher", tokenizer=tokenizer)
+def _check_options(
+    rank: Rank | None,
+    keep: float | None,
+    target_params: int | None,
+    tolerance: float | None,
+    plan: RankPlan | None,
+    evaluate: Evaluate | None,
+    form: str | None,
+    multiple_of: int,
+) -> None:
+    if sum(option is not None for option in (rank, keep, target_params, tolerance, plan)) != 1:
+        raise TargetError("give exactly one of rank, keep, target_params, tolerance and plan")
+    if form is not None and (form not in FORMS or plan is not None):
+        raise TargetError(f"form must be one of {list(FORMS)}, and a plan has forms of its own; got {form!r}")
+    if keep is not None or target_params is not None:
+        check_budget(keep, target_params, multiple_of)
+    if (tolerance is None) != (evaluate is None):
+        raise TargetError("tolerance= and evaluate= belong together: evaluate(model) gives a score, higher is better")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < math.inf):
+        raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
 
 
-def _method(metric: str | None, plan: RankPlan | None, moments: Moments | None) -> str:
-    method = metric or (plan.method if plan is not None else moments.metric if moments is not None else "svd")
-    if method not in METRICS:
-        raise TargetError(f"metric must be one of {list(METRICS)}, got {method!r}")
-    if method != "svd" and moments is None:
-        raise TargetError(f"the plan was made in the {method} metric: give the same moments as calibration=")
-    return method
+def _calibrate(model: nn.Module, calibration: Calibration | None, metric: str | None, tokenizer: Any) -> Decompositions:
+    if calibration is None or isinstance(calibration, (Moments, Decompositions)):
+        return as_decompositions(calibration, metric)
+    return as_decompositions(
+        collect_moments(model, calibration, metric=metric or "fisher", tokenizer=tokenizer), metric
+    )
 
 
-def _ranks(
-    model: nn.Module, targets: tuple[Target, ...], rank: Rank | None, plan: RankPlan | None, allow_larger: bool
-) -> tuple[dict[str, int], list[Skipped]]:
-    """The rank of each layer to convert, and the reason why the others stay."""
-    if plan is None:
-        if rank is None:
-            raise TargetError("give exactly one of rank, keep and plan")
-        chosen, skipped = choose_ranks(targets, rank, allow_larger=allow_larger)
-        return chosen, list(skipped)
+def _planned(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> Chosen:
+    """The layers to convert by a plan, and the reason why the others stay."""
     named = {layer_name(model, target): target for target in targets}
     unknown = sorted(set(plan.modules) - set(named))
     if unknown:
         raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
     if not plan.modules:
         raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
-    ranks = {}
     for name, spec in plan.modules.items():
-        if spec.rank > (named[name].rank or named[name].full_rank):
-            raise PlanError(
-                f"{name}: the plan gives it rank {spec.rank}, above the {named[name].full_rank} it can have"
-            )
-        ranks[named[name].name] = spec.rank
-    dense = [t for t in targets if t.name not in ranks]
-    return ranks, [Skipped(t.name, t.kind, t.parameters, "the plan leaves it dense") for t in dense]
+        target = named[name]
+        most = spec.limit(target.in_features, target.out_features) if target.spec is None else target.spec.rank
+        if spec.rank > most:
+            raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above the {most} it can have")
+    specs = {named[name].name: spec for name, spec in plan.modules.items()}
+    dense = [t for t in targets if t.name not in specs]
+    return specs, tuple(Skipped(t.name, t.kind, t.parameters, "the plan leaves it dense") for t in dense)
+
+
+def _search(
+    model: nn.Module,
+    targets: tuple[Target, ...],
+    source: Decompositions,
+    tolerance: float,
+    evaluate: Evaluate,
+    plan_for: Callable[..., RankPlan],
+) -> RankPlan:
+    """The plan of the smallest size, found by bisection, whose score is within the tolerance of the dense model's."""
+    floor = float(evaluate(model)) - tolerance
+    low, high, best, nearest = 0.0, 1.0, None, -math.inf
+    for _ in tqdm(range(_HALVINGS), desc="Searching a size", unit="size"):
+        keep = (low + high) / 2
+        try:
+            plan = plan_for(source, keep=keep)
+        except RankError:  # below the smallest size
+            low = keep
+            continue
+        layers, _ = _factor(model, targets, _planned(model, targets, plan)[0], source)
+        small = _install(model, layers, source.metric, inplace=False)
+        nearest = max(nearest, score := float(evaluate(small)))
+        if score >= floor:
+            high, best = keep, plan
+        else:
+            low = keep
+    if best is None:
+        raise RankError(
+            f"no size has a score of {floor:.6g} or above; the best had {nearest:.6g}: allow more tolerance"
+        )
+    return best
+
+
+def _kept_for_refit(calibration: Calibration | None) -> list[Any]:
+    if calibration is None or isinstance(calibration, (Moments, Decompositions)):
+        raise TargetError(
+            "refit=True needs the calibration data itself: give calibration=batches, or call refit() with it afterwards"
+        )
+    return list(calibration)
+
+
+def _factor(
+    model: nn.Module, targets: tuple[Target, ...], specs: Mapping[str, LayerSpec], source: Decompositions
+) -> tuple[dict[nn.Module, nn.Module], list[LayerReport]]:
+    """Dense layer -> low-rank layer, and what the report says of it."""
+    layers: dict[nn.Module, nn.Module] = {}
+    rows = []
+    for target in tqdm([t for t in targets if t.name in specs], desc="Factoring layers", unit="layer"):
+        name, spec = layer_name(model, target), specs[target.name]
+        decomposition = source.layer(name, target, max_rank=spec.rank)
+        layers[target.module] = factor(target.module, spec, decomposition, mean=source.mean(name, target))
+        rows.append(_row(target, spec, target.parameters_as(spec), decomposition.relative_error(spec.rank)))
+    return layers, rows
+
+
+def _install(model: M, layers: Mapping[nn.Module, nn.Module], method: str, *, inplace: bool) -> M:
+    """Put the layers in place, and give a `PreTrainedModel` its derived class."""
+    result = replace_modules(model, layers, inplace=inplace)
+    return to_reparam(result, method=method) if isinstance(result, PreTrainedModel) else result
 
 
 def summarize(model: nn.Module) -> ConversionReport:
@@ -229,24 +326,20 @@ def summarize(model: nn.Module) -> ConversionReport:
     0      Linear  64 x 64   16    4,160 -> 2,112  -
     """
     targets = find_targets(model, protected=protected_layers(model))
-    low = [t for t in targets.selected if t.rank is not None]
-    dense = [t for t in targets.selected if t.rank is None]
+    low = [t for t in targets.selected if t.spec is not None]
+    dense = [t for t in targets.selected if t.spec is None]
     after = count_parameters(model)
     before = after + sum(t.dense_parameters - t.parameters for t in low)
-    rows = tuple(_row(t, t.rank, t.parameters, None) for t in low or dense)
+    rows = tuple(_row(t, t.spec, t.parameters, None) for t in low or dense)
     left = [Skipped(t.name, t.kind, t.parameters, "dense") for t in dense] if low else []
     method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else "svd"
     return ConversionReport(type(model).__name__, method, rows, _skipped([*left, *targets.skipped]), before, after)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in a model's parameters, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def _row(target: Target, rank: int | None, after: int, error: float | None) -> LayerReport:
+def _row(target: Target, spec: LayerSpec | None, after: int, error: float | None) -> LayerReport:
     shape = (target.in_features, target.out_features)
-    return LayerReport(target.name, target.kind, *shape, rank, target.dense_parameters, after, error)
+    rank, form = (None, None) if spec is None else (spec.rank, spec.form)
+    return LayerReport(target.name, target.kind, *shape, rank, target.dense_parameters, after, error, form)
 
 
 def _skipped(items: Iterable[Skipped]) -> tuple[SkippedReport, ...]:

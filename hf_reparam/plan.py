@@ -13,12 +13,14 @@ from typing import Any
 
 from hf_reparam.errors import PlanError
 
-__all__ = ["FORMAT_VERSION", "LayerSpec", "RankPlan", "layer_kind"]
+__all__ = ["FORMAT_VERSION", "FORMS", "LayerSpec", "RankPlan", "layer_kind"]
 
 FORMAT_VERSION = 1
 """Version of the `reparam` entry in `config.json` that this package writes and reads."""
 
-_FORMS = ("pair",)
+FORMS = ("pair", "pivoted")
+"""How a layer of rank r can be stored."""
+
 _MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds the work a hostile file can ask for
 _MAX_NAME = 512
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -31,7 +33,8 @@ class LayerSpec:
 
     Args:
         rank: the inner width r of the factors, 1 <= r. Whether it fits the layer is checked when it is applied.
-        form: "pair" for y = up(down(x)), down (r, in), up (out, r).
+        form: "pair" for y = up(down(x)), down (r, in), up (out, r); "pivoted" for y = up(x[p] + down(x[rest])),
+            down (r, in - r), up (out, r), r^2 numbers fewer.
 
     Raises:
         PlanError: the rank is not a positive int, or the form is unknown.
@@ -46,8 +49,20 @@ class LayerSpec:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise PlanError(f"rank must be an int of at least 1, got {_short(self.rank)}")
-        if self.form not in _FORMS:
-            raise PlanError(f"form must be one of {list(_FORMS)}, got {_short(self.form)}")
+        if self.form not in FORMS:
+            raise PlanError(f"form must be one of {list(FORMS)}, got {_short(self.form)}")
+
+    def weights(self, n_in: int, n_out: int) -> int:
+        """Numbers that a layer of this shape stores, without its bias.
+
+        >>> LayerSpec(2).weights(16, 8), LayerSpec(2, "pivoted").weights(16, 8)
+        (48, 44)
+        """
+        return self.rank * (n_in + n_out - (self.rank if self.form == "pivoted" else 0))
+
+    def limit(self, n_in: int, n_out: int) -> int:
+        """The highest rank that a layer of this shape can have in this form: pivots need inputs beside them."""
+        return min(n_in - 1 if self.form == "pivoted" else n_in, n_out)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

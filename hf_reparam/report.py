@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_reparam.plan import layer_kind
 
-__all__ = ["ConversionReport", "LayerReport", "SkippedReport"]
+__all__ = ["ConversionReport", "LayerReport", "RefitReport", "SkippedReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,8 @@ class LayerReport:
         in_features, out_features: the dense shape.
         rank: inner width of the factors; None while the layer is dense.
         parameters_before, parameters_after: stored numbers, bias included.
-        error: ||W - up @ down||_F / ||W||_F at the conversion; None where nothing was factored in this call.
+        error: ||W - up @ down|| / ||W|| in the metric's norm; None where nothing was factored in this call.
+        form: "pair" or "pivoted"; None while the layer is dense.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerReport:
     parameters_before: int
     parameters_after: int
     error: float | None = None
+    form: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,26 @@ class SkippedReport:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RefitReport:
+    """What refitting changed.
+
+    Args:
+        layers: names of the layers whose factors were fitted anew; the others kept theirs.
+        of: how many low-rank layers there are.
+        before, after: divergence of the predictions from the dense model's on held-out batches, per example.
+    """
+
+    layers: Sequence[str]
+    of: int
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} per example"
+        return f"refit:            {len(self.layers)} of {self.of} layers, {change}"
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """The outcome of a conversion, or the state of a model.
@@ -52,6 +74,7 @@ class ConversionReport:
         layers: the factored layers (for a dense model: the layers that could be factored).
         skipped: every other weight of two or more dimensions, with the reason.
         parameters_before, parameters_after: of the *whole* model, shared parameters counted once.
+        refit: what refitting changed; None without it.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
     >>> report = ConversionReport("Net", "svd", (row,), (), 5000, 2952)
@@ -65,6 +88,7 @@ class ConversionReport:
     skipped: Sequence[SkippedReport]
     parameters_before: int
     parameters_after: int
+    refit: RefitReport | None = None
 
     @property
     def factored_before(self) -> int:
@@ -91,12 +115,13 @@ class ConversionReport:
             "factored_before": self.factored_before,
             "factored_after": self.factored_after,
             "coverage": self.coverage,
+            "refit": None if self.refit is None else asdict(self.refit),
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [asdict(item) for item in self.skipped],
         }
 
     def to_markdown(self) -> str:
-        """Two Markdown tables, repeated layers folded into one row."""
+        """Two Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
         head = "\n\n".join(self._headline())
         rows = [_HEADER, ["---"] * len(_HEADER), *_fold_layers(self.layers)]
         left = [["left alone", "parameters", "why"], ["---"] * 3, *_fold_skipped(self.skipped)]
@@ -114,7 +139,8 @@ class ConversionReport:
         if any(layer.rank is not None for layer in self.layers):
             count = sum(layer.rank is not None for layer in self.layers)
             layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
-            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole]
+            refit = [] if self.refit is None else [str(self.refit)]
+            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *refit]
         whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
         return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole]
 
@@ -130,7 +156,7 @@ def _change(before: int, after: int) -> str:
 def _fold_layers(layers: Iterable[LayerReport]) -> list[list[str]]:
     groups: dict[tuple[object, ...], list[LayerReport]] = {}
     for layer in layers:
-        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.rank)
+        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.form)
         groups.setdefault(key, []).append(layer)
     return [_layer_row(group) for group in groups.values()]
 
@@ -140,10 +166,16 @@ def _layer_row(group: list[LayerReport]) -> list[str]:
     name = first.name if len(group) == 1 else f"{layer_kind(first.name)} (x{len(group)})"
     before, after = sum(x.parameters_before for x in group), sum(x.parameters_after for x in group)
     errors = [x.error for x in group if x.error is not None]
-    error = f"{min(errors):.3f}..{max(errors):.3f}" if len(errors) > 1 else "".join(f"{e:.3f}" for e in errors)
-    rank = "dense" if first.rank is None else str(first.rank)
+    error = _range(errors, ".3f") if errors else "-"
+    rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
+    rank += " pivoted" if first.form == "pivoted" else ""
     count = f"{before:,}" if first.rank is None else f"{before:,} -> {after:,}"
-    return [name, first.kind, f"{first.in_features} x {first.out_features}", rank, count, error or "-"]
+    return [name, first.kind, f"{first.in_features} x {first.out_features}", rank, count, error]
+
+
+def _range(values: Sequence[float], style: str) -> str:
+    low, high = format(min(values), style), format(max(values), style)
+    return low if low == high else f"{low}..{high}"
 
 
 def _fold_skipped(skipped: Iterable[SkippedReport]) -> list[list[str]]:

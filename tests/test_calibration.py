@@ -86,6 +86,17 @@ def test_labels_use_the_models_loss():
     torch.testing.assert_close(layer.gradient_products, (gradient.T @ gradient).double(), **FLOAT32_SUMS)
 
 
+def test_drawn_answers_of_a_multi_label_head_give_the_fisher_information():
+    """Averaged over many draws, E g g^T at independent yes-or-no logits is diag(p (1 - p))."""
+    model = zoo.BY_BASE["BertForSequenceClassification"].build(problem_type="multi_label_classification")
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([2.0, 0.0, -2.0]))
+    ids = torch.randint(3, 90, (4000, 4), generator=torch.Generator().manual_seed(0))
+    layer = collect_moments(model, [{"input_ids": part} for part in ids.split(500)]).layers["classifier"]
+    p = model(input_ids=ids[:100]).logits.sigmoid().mean(0).detach().double()
+    torch.testing.assert_close(layer.gradient_products / 4000, torch.diag(p * (1 - p)), atol=0.02, rtol=0)
+
+
 def test_drawn_labels_give_the_fisher_information():
     """Averaged over many draws, E g g^T at the logits of a classifier is diag(p) - p p^T."""
     model = zoo.BY_BASE["BertForSequenceClassification"].build()

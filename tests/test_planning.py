@@ -16,9 +16,11 @@ from hf_reparam import (
     WeightError,
     collect_moments,
     convert,
+    decompose,
     make_plan,
     merge,
 )
+from hf_reparam.nn.dense import dense_matrix
 from tests import zoo
 
 
@@ -34,6 +36,13 @@ def bert():
     return model, collect_moments(model, data), data
 
 
+def size(spec, weight):
+    """Counted here once more: r (in + out), and r^2 fewer with pivots."""
+    if spec is None:
+        return weight.numel()
+    return spec.rank * sum(weight.shape) - (spec.rank**2 if spec.form == "pivoted" else 0)
+
+
 def weights(model, plan):
     """Weights that the targeted layers hold under a plan, and dense."""
     low = convert(model, plan=plan) if plan.method == "svd" else None
@@ -42,19 +51,22 @@ def weights(model, plan):
         if isinstance(module, nn.Linear):
             spec = plan.modules.get(name)
             total += module.weight.numel()
-            used += spec.rank * sum(module.weight.shape) if spec else module.weight.numel()
+            used += size(spec, module.weight)
     transform = plan.modules.get("cls.predictions.transform.dense")
     total += 32 * 32
-    used += transform.rank * 64 if transform else 32 * 32
+    used += size(transform, torch.empty(32, 32))
     assert low is None or isinstance(low, type(model))
     return used, total
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.8, 0.95])
-def test_budget_is_kept_and_nearly_used(bert, keep, allocation):
+def test_budget_is_kept_and_nearly_used(bert, keep, allocation, form):
     model, moments, _ = bert
-    used, total = weights(model, make_plan(model, moments, keep=keep, allocation=allocation))
+    plan = make_plan(model, moments, keep=keep, allocation=allocation, form=form)
+    assert {spec.form for spec in plan.modules.values()} == {form}
+    used, total = weights(model, plan)
     assert used <= keep * total
     if allocation == "global":
         assert used > keep * total - (32 + 48)  # one step of the widest layer
@@ -62,7 +74,7 @@ def test_budget_is_kept_and_nearly_used(bert, keep, allocation):
 
 def test_without_data_it_is_plain_svd_with_equal_shares(bert):
     model = bert[0]
-    plan = make_plan(model, keep=0.5)
+    plan = make_plan(model, keep=0.5, form="pair")
     assert plan.method == "svd"
     assert {
         name.rpartition(".")[2]: spec.rank for name, spec in plan.modules.items() if "self" in name
@@ -125,6 +137,105 @@ def test_plan_is_json_and_convert_applies_it(bert):
     assert {s.reason for s in report.skipped if s.kind == "Linear"} <= {"the plan leaves it dense", "output embeddings"}
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize("target_params", [13_000, 18_000, 20_000])
+def test_target_params_counts_the_whole_model(bert, target_params, form):
+    model, moments, _ = bert
+    small = convert(model, target_params=target_params, calibration=moments, form=form)
+    assert target_params - 80 < small.num_parameters() <= target_params
+
+
+def test_target_params_above_the_model_is_nothing_to_do(bert):
+    with pytest.raises(TargetError, match="nothing to convert"):
+        convert(bert[0], target_params=10**9)
+
+
+@pytest.mark.parametrize("metric", ["svd", "activation", "fisher"])
+def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypatch):
+    model, moments, _ = bert
+    found = decompose(model, moments, metric=metric)
+    plans = [make_plan(model, moments, keep=keep, metric=metric) for keep in (0.3, 0.6)]
+    models = [convert(model, plan=plan, calibration=moments) for plan in plans]
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("decomposed again")
+
+    for name in ("decompose_weight", "spectrum"):
+        monkeypatch.setattr(f"hf_reparam.decomposition.{name}", forbidden)
+    assert [make_plan(model, found, keep=keep) for keep in (0.3, 0.6)] == plans
+    for plan, expected in zip(plans, models, strict=True):
+        small = convert(model, plan=plan, calibration=found)
+        for key, value in expected.base_model.state_dict().items():
+            scale = float(value.abs().max()) or 1.0
+            other = small.base_model.state_dict()[key]
+            if value.dtype.is_floating_point and not key.endswith(("up.weight", "down.weight")):
+                torch.testing.assert_close(other / scale, value / scale, atol=1e-9, rtol=0)
+        for name, layer in expected.named_modules():
+            if isinstance(layer, LowRankLinear):
+                torch.testing.assert_close(dense_matrix(small.get_submodule(name)), dense_matrix(layer))
+    with pytest.raises(AssertionError, match="decomposed again"):
+        make_plan(model, moments, keep=0.5, allocation="global")
+
+
+def test_decompositions_have_one_metric(bert):
+    found = decompose(bert[0], bert[1], metric="activation")
+    with pytest.raises(TargetError, match="made in the activation metric, not in fisher"):
+        convert(bert[0], keep=0.5, calibration=found, metric="fisher")
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 2.0, 8.0])
+def test_tolerance_finds_the_smallest_size_that_holds_it(bert, tolerance):
+    model, moments, data = bert
+    evaluated = []
+
+    @torch.no_grad()
+    def evaluate(candidate):
+        """Minus ten times the relative change of the logits: 0 for the dense model."""
+        evaluated.append(candidate)
+        pairs = [(candidate(**b).logits, model(**b).logits) for b in data[:2]]
+        return -sum(float((a - b).norm() / b.norm()) for a, b in pairs) * 10
+
+    small = convert(model, tolerance=tolerance, evaluate=evaluate, calibration=moments)
+    assert len(evaluated) == 8
+    assert evaluate(small) >= -tolerance
+    kept = 1 - (model.num_parameters() - small.num_parameters()) / 15_360
+    assert evaluate(convert(model, keep=kept - 2 / 128, calibration=moments)) < -tolerance
+
+
+def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
+    small = convert(bert[0], tolerance=0, evaluate=lambda m: 1.0, calibration=bert[1])
+    assert {m.rank for m in small.modules() if isinstance(m, LowRankLinear)} <= {1, 2}
+
+
+def test_tolerance_that_no_size_holds(bert):
+    scores = iter([1.0] + [0.0] * 7)
+    with pytest.raises(RankError, match="no size has a score of 0.99 or above; the best had 0:"):
+        convert(bert[0], tolerance=0.01, evaluate=lambda m: next(scores))
+    for wrong in ({"tolerance": 0.1}, {"keep": 0.5, "evaluate": len}):
+        with pytest.raises(TargetError, match="belong together"):
+            convert(bert[0], **wrong)
+    for wrong in (-1, math.nan, "1"):
+        with pytest.raises(RankError, match="tolerance must be a number"):
+            convert(bert[0], tolerance=wrong, evaluate=len)
+
+
+def test_default_forms(bert):
+    model, moments, _ = bert
+    plan = make_plan(model, moments, keep=0.5, form="pair")
+    for options, form in (
+        ({"rank": 4}, "pair"),
+        ({"keep": 0.5}, "pivoted"),
+        ({"plan": plan, "calibration": moments}, "pair"),
+        ({"rank": 4, "form": "pivoted"}, "pivoted"),
+    ):
+        small = convert(model, **options)
+        assert {m.form for m in small.modules() if isinstance(m, LowRankLinear)} == {form}
+        assert {layer["form"] for layer in small.config.reparam["modules"].values()} == {form}
+    for wrong in ({"rank": 4, "form": "magic"}, {"plan": plan, "form": "pair"}):
+        with pytest.raises(TargetError, match="form must be one of"):
+            convert(model, **wrong)
+
+
 def test_calibration_data_may_be_given_directly(bert):
     model, moments, data = bert
     a, b = convert(model, keep=0.5, calibration=data), convert(model, keep=0.5, calibration=moments)
@@ -176,22 +287,23 @@ def test_a_layer_without_gradient_keeps_its_share(bert):
     data = [{"x": torch.randn(50, 32)}]
     net = Net()
     moments = collect_moments(net, data, loss_fn=lambda m, b: m(**b).square().sum())
-    plan = make_plan(net, moments, keep=0.5)
-    assert plan.modules["idle"].rank == plan.modules["used"].rank == 8
+    for form, rank in (("pair", 8), ("pivoted", 9)):  # 9 (64 - 9) = 495 of 512
+        plan = make_plan(net, moments, keep=0.5, form=form)
+        assert plan.modules["idle"].rank == plan.modules["used"].rank == rank
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("multiple_of", [1, 8])
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
-def test_narrow_heads_never_grow_and_the_budget_holds(keep, multiple_of, allocation):
+def test_narrow_heads_never_grow_and_the_budget_holds(keep, multiple_of, allocation, form):
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2), nn.Linear(2, 64))
-    plan = make_plan(net, keep=keep, multiple_of=multiple_of, allocation=allocation)
+    plan = make_plan(net, keep=keep, multiple_of=multiple_of, allocation=allocation, form=form)
     used = 0
     for name, module in net.named_children():
-        dense, width = module.weight.numel(), sum(module.weight.shape)
-        pair = plan.modules[name].rank * width if name in plan.modules else dense
-        assert name not in plan.modules or pair < dense
-        used += pair
+        dense, low = module.weight.numel(), size(plan.modules.get(name), module.weight)
+        assert name not in plan.modules or low < dense
+        used += low
     assert used <= keep * sum(m.weight.numel() for m in net)
 
 
@@ -211,9 +323,14 @@ def test_keep_out_of_range(bert, keep):
     [
         ({"keep": 0.001, "allocation": "global"}, RankError, "below the smallest size"),
         ({"keep": 0.5, "multiple_of": 0}, RankError, "multiple_of"),
-        ({"keep": 0.5, "metric": "magic"}, TargetError, "metric is one of"),
-        ({"keep": 0.5, "allocation": "magic"}, TargetError, "allocation of"),
+        ({"keep": 0.5, "metric": "magic"}, TargetError, "metric must be one of"),
+        ({"keep": 0.5, "allocation": "magic"}, TargetError, "allocation is one of"),
         ({"keep": 0.5, "include": "magic"}, TargetError, "matches none"),
+        ({"keep": 0.5, "form": "magic"}, TargetError, "form of"),
+        ({}, RankError, "one of keep and target_params"),
+        ({"keep": 0.5, "target_params": 1000}, RankError, "one of keep and target_params"),
+        ({"target_params": 1e4}, RankError, "target_params must be an int"),
+        ({"target_params": 3000}, RankError, "parameters lie outside of the targeted layers"),
     ],
 )
 def test_wrong_options(bert, options, error, message):
@@ -224,7 +341,7 @@ def test_wrong_options(bert, options, error, message):
 def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     model, moments, _ = bert
     for sizes in ({}, {"rank": 4, "keep": 0.5}):
-        with pytest.raises(TargetError, match="exactly one of rank, keep and plan"):
+        with pytest.raises(TargetError, match="exactly one of rank, keep, target_params"):
             convert(model, **sizes)
     with pytest.raises(TargetError, match="nothing to convert"):
         convert(model, keep=1.0)
@@ -239,7 +356,7 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     with pytest.raises(TargetError, match="needs calibration data"):
         convert(model, keep=0.5, metric="fisher")
     plan = make_plan(model, moments, keep=0.5)
-    with pytest.raises(TargetError, match="give the same moments"):
+    with pytest.raises(TargetError, match="needs calibration data"):
         convert(model, plan=plan)
     with pytest.raises(PlanError, match="cannot be converted here"):
         convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), plan=plan, calibration=moments)

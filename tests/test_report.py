@@ -7,7 +7,7 @@ from hf_reparam import ConversionReport, LayerReport, SkippedReport
 
 def report(rank=4):
     layers = tuple(
-        LayerReport(f"layer.{i}.fc", "Linear", 16, 16, rank, 272, 144 if rank else 272, e)
+        LayerReport(f"layer.{i}.fc", "Linear", 16, 16, rank, 272, 144 if rank else 272, e, "pair" if rank else None)
         for i, e in enumerate((0.1, 0.3))
     )
     skipped = (SkippedReport("layer.0.head", "Linear", 34, "tied"), SkippedReport("layer.1.head", "Linear", 34, "tied"))
@@ -53,6 +53,7 @@ def test_dict_is_json():
         "parameters_before": 272,
         "parameters_after": 144,
         "error": 0.3,
+        "form": "pair",
     }
     assert data["factored_after"] == 288
     assert data["skipped"][0]["reason"] == "tied"

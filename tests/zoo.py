@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import transformers as tf
 
+FORMS = ("pair", "pivoted")
 TEXT = {"vocab_size": 99, "max_position_embeddings": 64}
 BERT_LIKE = {**TEXT, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA_LIKE = {**BERT_LIKE, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}

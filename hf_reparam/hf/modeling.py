@@ -18,9 +18,9 @@ from transformers.initialization import no_init_weights
 from hf_reparam.errors import CheckpointError, PlanError
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
 from hf_reparam.nn.dense import dense_matrix, dense_type
-from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
-from hf_reparam.plan import RankPlan, layer_kind
+from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
 
 __all__ = ["ReparamMixin", "model_class", "plan_name", "resolve_plan", "stock_model_class"]
 
@@ -65,8 +65,10 @@ class ReparamMixin:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
         """As the base's. Raises CheckpointError when a factor of the base model is missing, or left over."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        source = str(args[0]) if args else ""
         if kwargs.get("state_dict") is None:
-            _check_factors(model, info["missing_keys"], info["unexpected_keys"], str(args[0]) if args else "")
+            _check_factors(model, info["missing_keys"], info["unexpected_keys"], source)
+        _check_orders(model, info["missing_keys"], source)
         return (model, info) if output_loading_info else model
 
 
@@ -131,24 +133,25 @@ def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True)
             if strict and name.partition(".")[0] in heads:
                 raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
             continue
-        _check_layer(name, module, spec.rank, module is output)
+        _check_layer(name, module, spec, module is output)
         found[name] = module
     return found
 
 
-def _check_layer(name: str, module: nn.Module, rank: int, is_output: bool) -> None:
+def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool) -> None:
     if isinstance(module, LowRankLinear):
-        full_rank = min(module.in_features, module.out_features)
+        n_out, n_in = module.out_features, module.in_features
     elif dense_type(module) is not None:
-        full_rank = min(dense_matrix(module).shape)
+        n_out, n_in = dense_matrix(module).shape
     else:
         raise PlanError(f"{name}: the plan makes it low-rank, and it is a {type(module).__name__}, no dense layer")
     if is_output:
         raise PlanError(f"{name}: the plan makes the output embeddings low-rank, which this version does not")
-    if rank > full_rank:
-        raise PlanError(f"{name}: the plan gives it rank {rank}, above min(in, out) = {full_rank}")
-    if isinstance(module, LowRankLinear) and module.rank != rank:
-        raise PlanError(f"{name}: the plan gives it rank {rank}, and the model has it with rank {module.rank}")
+    if spec.rank > spec.limit(n_in, n_out):
+        limit = "min(in - 1, out)" if spec.form == "pivoted" else "min(in, out)"
+        raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}")
+    if isinstance(module, LowRankLinear) and module.spec != spec:
+        raise PlanError(f"{name}: the plan makes it {spec}, and the model has it as {module.spec}")
 
 
 def _swap(model: Any, *, strict: bool) -> None:
@@ -157,7 +160,7 @@ def _swap(model: Any, *, strict: bool) -> None:
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in resolve_plan(model, plan, strict=strict).items():
         if not isinstance(module, LowRankLinear):
-            layers[module] = low = low_rank_like(module, plan.modules[name].rank)
+            layers[module] = low = low_rank_like(module, plan.modules[name])
             if not low.up.weight.is_meta:  # a model drawn at random: not every family's initialiser knows Linears
                 low.down.reset_parameters()
                 low.up.reset_parameters()
@@ -171,13 +174,16 @@ def _marker_patterns(plan: RankPlan) -> set[str]:
     return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}
 
 
+_PARTS = ("down.weight", "up.weight", "up.bias", "order")
+
+
 def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[str], source: str) -> None:
     """Raise CheckpointError for factors that the base model lacks, and for factors that found only a dense layer."""
     base = model.base_model
     prefix = f"{model.base_model_prefix}." if base is not model else ""
     absent = {key.removeprefix(prefix) for key in missing}
     names = [name for name, module in base.named_modules() if isinstance(module, LowRankLinear)]
-    lost = sorted(absent & {f"{n}.{part}" for n in names for part in ("down.weight", "up.weight", "up.bias")})
+    lost = sorted(absent & {f"{n}.{part}" for n in names for part in _PARTS})
     found = {
         key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")
     }
@@ -188,3 +194,15 @@ def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[
             f"{lost[:3]}. The checkpoint is incomplete, its plan was edited, or its names are another version's; "
             "loading it would leave random layers"
         )
+
+
+def _check_orders(model: Any, missing: Collection[str], source: str) -> None:
+    """Raise CheckpointError for pivots that are no permutation; give the layers of a new head one."""
+    for name, module in model.named_modules():
+        if isinstance(module, PivotedLinear) and not module.order.is_meta:
+            identity = torch.arange(module.in_features, device=module.order.device)
+            if f"{name}.order" in missing:
+                module.order = identity
+            module.order = module.order.to(torch.int64)  # families that keep layers in float32 cast this, too
+            if not torch.equal(module.order.sort()[0], identity):
+                raise CheckpointError(f"{source}: {name}.order is no permutation of its {module.in_features} inputs")

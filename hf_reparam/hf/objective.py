@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_reparam.errors import TargetError
 
-__all__ = ["batch_masks", "objective"]
+__all__ = ["batch_masks", "divergence", "objective"]
 
 _IGNORED = -100  # Transformers' label of positions without a label
 
@@ -25,13 +26,16 @@ def batch_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return tuple(mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2)
 
 
-def objective(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> Tensor:
+def objective(
+    outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...], *, multi_label: bool = False
+) -> Tensor:
     """Summed loss of a batch: the model's own if it has labels, otherwise that of labels drawn from its predictions.
 
     Args:
         outputs: what the model returned.
         batch: what it was called with.
         masks: as `batch_masks` gives them.
+        multi_label: the model's logits are independent yes-or-no answers.
 
     Raises:
         TargetError: the outputs hold neither a loss, logits nor hidden states.
@@ -43,26 +47,72 @@ def objective(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...])
     seeds = _seeds(batch, masks)
     logits = {key: value for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)}
     if logits:
-        return torch.stack([_drawn(key, value, seeds, masks) for key, value in logits.items()]).sum()
+        draw = _drawn_answers if multi_label else _drawn
+        return torch.stack([draw(key, value, seeds, masks) for key, value in logits.items()]).sum()
     hidden = outputs.get("last_hidden_state")
     if hidden is None:
         raise TargetError("the model returned no loss, logits or last_hidden_state: give a loss_fn(model, batch)")
     return (_mask(hidden, masks) * _noise(hidden, seeds, masks)).sum()
 
 
+def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float:
+    """How far predictions are from a reference's, summed over real tokens.
+
+    The Kullback-Leibler divergence from the reference for logits, half the squared difference for hidden states,
+    regressions and plain tensors.
+
+    Args:
+        outputs, reference: what two models returned for the same batch.
+        masks: as `batch_masks` gives them.
+
+    Raises:
+        TargetError: the outputs hold neither logits nor hidden states.
+    """
+    if isinstance(outputs, Tensor):
+        return float((outputs.float() - reference.float()).square().sum()) / 2
+    keys = [key for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)]
+    if not keys and outputs.get("last_hidden_state") is None:
+        raise TargetError("the model returned neither logits nor last_hidden_state: it cannot be refitted")
+    return sum(
+        _distance(key, outputs[key].float(), reference[key].float(), masks) for key in keys or ["last_hidden_state"]
+    )
+
+
+def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> float:
+    if key == "last_hidden_state" or value.shape[-1] == 1:
+        return float(_mask((value - reference).square(), masks).sum()) / 2
+    if key in ("start_logits", "end_logits"):
+        value, reference = (_over_positions(logits, masks) for logits in (value, reference))
+    log_p, log_q = reference.log_softmax(-1), value.log_softmax(-1)
+    return float(_mask(log_p.exp() * (log_p - log_q), masks).sum())
+
+
+def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """(batch, length) scores of positions as (batch, 1, length), padding out of reach."""
+    for mask in masks:
+        if mask.shape == logits.shape:
+            logits = logits.masked_fill(~mask.to(logits.device), torch.finfo(logits.dtype).min)
+    return logits[:, None]
+
+
 def _drawn(key: str, logits: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Negative log-likelihood of labels drawn from the predictions, summed."""
     if key in ("start_logits", "end_logits"):
-        for mask in masks:
-            if mask.shape == logits.shape:
-                logits = logits.masked_fill(~mask.to(logits.device), torch.finfo(logits.dtype).min)
-        logits = logits[:, None]
+        logits = _over_positions(logits, masks)
     if logits.shape[-1] == 1:  # a regression, of unit variance
         return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
     log_p = logits.float().log_softmax(-1)
     uniform = _uniform(log_p, seeds, masks)
     labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
     return -_mask(log_p.gather(-1, labels), masks).sum()
+
+
+def _drawn_answers(key: str, logits: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
+    """Negative log-likelihood of a yes or no drawn for each logit, summed."""
+    logits = logits.float()
+    uniform = _fill(logits, logits.shape[-1], seeds, masks, _rand)
+    losses = F.binary_cross_entropy_with_logits(logits, (uniform < logits.detach().sigmoid()).float(), reduction="none")
+    return _mask(losses, masks).sum()
 
 
 def _seeds(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
@@ -98,7 +148,11 @@ def _fill(like: Tensor, width: int, seeds: list[int], masks: tuple[Tensor, ...],
 
 
 def _uniform(like: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
-    return _fill(like, 1, seeds, masks, lambda shape, generator: torch.rand(shape, generator=generator))
+    return _fill(like, 1, seeds, masks, _rand)
+
+
+def _rand(shape: Any, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator)
 
 
 def _noise(like: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:

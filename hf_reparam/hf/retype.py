@@ -12,7 +12,7 @@ from hf_reparam.hf.auto import register
 from hf_reparam.hf.configuration import plan_of, stock_config_class
 from hf_reparam.hf.modeling import model_class, plan_name, stock_model_class
 from hf_reparam.nn.linear import LowRankLinear
-from hf_reparam.plan import LayerSpec, RankPlan
+from hf_reparam.plan import RankPlan
 
 __all__ = ["check_unquantized", "protected_layers", "to_reparam", "to_stock"]
 
@@ -45,7 +45,7 @@ def to_reparam(model: Any, method: str) -> Any:
     base = stock_config_class(model.config)
     register(base)
     low = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    plan = RankPlan({plan_name(model, n): LayerSpec(m.rank) for n, m in low.items()}, base.model_type, method)
+    plan = RankPlan({plan_name(model, n): m.spec for n, m in low.items()}, base.model_type, method)
     absent = {n: s for n, s in plan_of(model.config).modules.items() if n not in plan.modules}
     config = _copy_config(model.config, register(base))
     config.reparam = RankPlan({**plan.modules, **absent}, base.model_type, method).to_dict()

@@ -4,6 +4,8 @@ from hf_reparam.linalg.allocate import Options, allocate
 from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum
 from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import LayerMoments, Moments
+from hf_reparam.linalg.paired import PairedMoments, Refit
+from hf_reparam.linalg.pivot import Pivots, pivot
 
 __all__ = [
     "Decomposition",
@@ -12,7 +14,11 @@ __all__ = [
     "Metric",
     "Moments",
     "Options",
+    "PairedMoments",
+    "Pivots",
+    "Refit",
     "allocate",
     "decompose",
+    "pivot",
     "spectrum",
 ]

@@ -28,8 +28,8 @@ class Factors:
     """A product up @ down in place of a weight.
 
     Args:
-        up: (out, r), dtype and device of the weight.
-        down: (r, in), likewise.
+        up: (out, r).
+        down: (r, in).
     """
 
     up: Tensor
@@ -58,14 +58,19 @@ class Decomposition:
         """The factors of the best approximation of this rank, singular values split evenly between the two.
 
         The even split gives both factors the same norm, which keeps half precision in range and gradients balanced.
+        Dtype and device are the weight's.
 
         Raises:
             RankError: rank is below 1 or above the number of computed singular values.
         """
+        factors = self.cut(rank)
+        return Factors(factors.up.to(self.dtype).contiguous(), factors.down.to(self.dtype).contiguous())
+
+    def cut(self, rank: int) -> Factors:
+        """As `truncate`, in float64."""
         self._check(rank)
         root = self.singular_values[:rank].sqrt()
-        up, down = self.left[:, :rank] * root, root[:, None] * self.right[:rank]
-        return Factors(up.to(self.dtype).contiguous(), down.to(self.dtype).contiguous())
+        return Factors(self.left[:, :rank] * root, root[:, None] * self.right[:rank])
 
     def relative_error(self, rank: int) -> float:
         """||W - W_r|| / ||W|| of this rank in the metric's norm, before it is rounded to `dtype`."""

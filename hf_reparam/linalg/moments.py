@@ -1,6 +1,6 @@
 """Streaming moments of what goes into a layer and of the gradient that comes back to its output."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from hf_reparam.linalg.metric import Metric, root
 __all__ = ["LayerMoments", "Moments"]
 
 METRICS = ("svd", "activation", "fisher")
-_SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
+SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
+"""Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
 _FORMAT = "hf_reparam.moments.1"
 
 
@@ -64,6 +65,13 @@ class LayerMoments:
         sums, products = self.input_sum + other.input_sum, self.input_products + other.input_products
         return LayerMoments(self.tokens + other.tokens, sums, products, gradients)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LayerMoments":
+        """The same function of every sum, the count of tokens first."""
+        tokens = int(function(torch.tensor(self.tokens)))
+        sums, products = function(self.input_sum), function(self.input_products)
+        gradients = None if self.gradient_products is None else function(self.gradient_products)
+        return LayerMoments(tokens, sums, products, gradients)
+
     def mean(self) -> Tensor:
         """E x, (in,)."""
         return self.input_sum / max(self.tokens, 1)
@@ -81,14 +89,14 @@ class LayerMoments:
             covariance = covariance - torch.outer(self.mean(), self.mean())
         if not bool(torch.isfinite(covariance).all()):
             raise WeightError("the calibration inputs of this layer are not finite")
-        inputs = root(covariance, _SHRINKAGE["input"])
+        inputs = root(covariance, SHRINKAGE["input"])
         if name == "activation":
             return Metric(inputs, scale=float(self.tokens))
         if self.gradient_products is None:
             raise WeightError("the fisher metric needs gradients: collect moments with metric='fisher'")
         if not bool(torch.isfinite(self.gradient_products).all()):
             raise WeightError("the calibration gradients of this layer are not finite")
-        return Metric(inputs, root(self.gradient_products / self.tokens, _SHRINKAGE["gradient"]), float(self.tokens))
+        return Metric(inputs, root(self.gradient_products / self.tokens, SHRINKAGE["gradient"]), float(self.tokens))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Hooks that watch what goes into layers and what gradient comes back, padding left out. They leave with the block."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +10,70 @@ from torch import Tensor, nn
 
 from hf_reparam.linalg.moments import LayerMoments
 
-__all__ = ["Watcher", "watch"]
+__all__ = ["Watcher", "inputs_of", "order_of", "rows", "watch"]
+
+
+def rows(x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """(..., d) -> (tokens, d), without the tokens that a mask of the same leading shape marks as padding."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    for mask in masks:
+        if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
+            return flat[mask.reshape(-1).to(flat.device)]
+    return flat
+
+
+class _Reached(Exception):  # noqa: N818  # ends a forward pass early; it is no error
+    pass
+
+
+def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
+    """What goes into each layer, (..., in), the first time that `run` reaches it; the pass ends at the last of them."""
+    found: dict[str, Tensor] = {}
+
+    def watch_layer(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.setdefault(name, args[0].detach())
+            if len(found) == len(layers):
+                raise _Reached
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(watch_layer(name)) for name, module in layers.items()]
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def order_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
+    """The layers in the order in which `run` reaches them, those that get one and the same tensor together.
+
+    Layers that are not reached, or more than once, are left out.
+    """
+    calls: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
+        for name, module in layers.items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    times = Counter(name for name, _ in calls)
+    stages: list[list[str]] = []
+    previous = None
+    for name, tensor in calls:
+        if times[name] == 1:
+            if tensor is not previous:
+                stages.append([])
+            stages[-1].append(name)
+            previous = tensor
+    return stages
 
 
 class Watcher:
@@ -23,27 +87,19 @@ class Watcher:
         self.moments = moments
         self.masks: tuple[Tensor, ...] = ()
 
-    def rows(self, x: Tensor) -> Tensor:
-        """(..., d) -> (tokens, d), without the tokens that a mask of the same leading shape marks as padding."""
-        flat = x.detach().reshape(-1, x.shape[-1])
-        for mask in self.masks:
-            if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
-                return flat[mask.reshape(-1).to(flat.device)]
-        return flat
-
     def watch_layer(self, name: str, module: nn.Module) -> list[Any]:
         """Install the hooks of one layer and return their handles."""
         layer = self.moments[name]
 
         def inputs(_: nn.Module, args: tuple[Any, ...]) -> None:
-            layer.add_inputs(self.rows(args[0]))
+            layer.add_inputs(rows(args[0], self.masks))
 
         def output(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
             if layer.gradient_products is None:
                 return None
             if not out.requires_grad:  # parameters are frozen: the first layers to be reached start the graph
                 out = out.detach().requires_grad_()
-            out.register_hook(lambda gradient: layer.add_gradients(self.rows(gradient)))
+            out.register_hook(lambda gradient: layer.add_gradients(rows(gradient, self.masks)))
             return out
 
         return [module.register_forward_pre_hook(inputs), module.register_forward_hook(output)]

@@ -83,7 +83,8 @@ def dense_matrix(module: nn.Module) -> Tensor:
                 f"its factors are {type(module.down).__name__} and {type(module.up).__name__}, not plain Linears: "
                 "merge or unload the adapter (`merge_and_unload()`), or load the model without quantization"
             )
-        return module.up.weight.detach().double() @ module.down.weight.detach().double()
+        up, down = module.factors()
+        return up.detach().double() @ down.detach().double()
     return _registry[type(module)].matrix(module)
 
 

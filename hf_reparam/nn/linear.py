@@ -1,4 +1,4 @@
-"""The low-rank layer: two ordinary Linears that stand where one dense layer stood."""
+"""The low-rank layers: two ordinary Linears that stand where one dense layer stood, as a pair or with pivots."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LowRankLinear"]
+from hf_reparam.plan import LayerSpec
+
+__all__ = ["LowRankLinear", "PivotedLinear"]
 
 
 class LowRankLinear(nn.Module):
@@ -28,6 +30,8 @@ class LowRankLinear(nn.Module):
     (torch.Size([3, 8]), torch.Size([8, 16]), 56)
     """
 
+    form = "pair"
+
     def __init__(self, down: nn.Linear, up: nn.Linear, *, dense_type: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = down.in_features, up.out_features, up.in_features
@@ -40,10 +44,20 @@ class LowRankLinear(nn.Module):
         return out
 
     @property
+    def spec(self) -> LayerSpec:
+        """Its entry in a plan."""
+        return LayerSpec(self.rank, self.form)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, r) and (r, in), whose product is the weight."""
+        return self.up.weight, self.down.weight
+
+    @property
     def weight(self) -> Tensor:
         """The product (out, in), formed when arithmetic asks for it, with gradients into both factors."""
         if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
-            return self.up.weight @ self.down.weight
+            up, down = self.factors()
+            return up @ down
         return _Product(self)
 
     @property
@@ -52,7 +66,7 @@ class LowRankLinear(nn.Module):
         return self.up.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, form={self.form}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Ignore the empty marker that saved checkpoints carry under the dense weight's name."""
@@ -60,6 +74,50 @@ class LowRankLinear(nn.Module):
         if marker is not None and marker.numel() == 0:
             del state_dict[f"{prefix}weight"]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PivotedLinear(LowRankLinear):
+    """y = up(x[p] + down(x[rest])): a product of rank r that holds r^2 numbers fewer than the pair of the same rank.
+
+    The columns of `up` are r columns of the product W, the pivots p; `down` says how every other column is combined
+    from them. No entry of a fresh `down` is above 1.05, so that low precision and quantizers keep their range.
+
+    Args:
+        down: Linear (in - r -> r) without a bias.
+        up: Linear (r -> out), with the layer's bias or none.
+        order: (in,) int64, a permutation of the inputs: pivots first. A buffer, stored with the weights.
+        dense_type: class of the dense layer it stands for, to which `merge` returns.
+
+    Cost: r (in + out - r) multiply-adds for each row of x, and one gather of x.
+
+    Source: PIFA, arXiv 2501.19090, which pivots rows; columns need one gather instead of a copy and a gather.
+
+    >>> layer = PivotedLinear(nn.Linear(14, 2, bias=False), nn.Linear(2, 8), order=torch.arange(16))
+    >>> layer(torch.zeros(3, 16)).shape, layer.weight.shape, sum(p.numel() for p in layer.parameters())
+    (torch.Size([3, 8]), torch.Size([8, 16]), 52)
+    """
+
+    form = "pivoted"
+    order: Tensor
+
+    def __init__(
+        self, down: nn.Linear, up: nn.Linear, *, order: Tensor, dense_type: type[nn.Module] = nn.Linear
+    ) -> None:
+        super().__init__(down, up, dense_type=dense_type)
+        self.in_features = order.numel()
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        pivots, rest = x.gather(-1, self.order.expand_as(x)).tensor_split((self.rank,), -1)
+        out: Tensor = self.up(pivots + self.down(rest))
+        return out
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, r) and (r, in), whose product is the weight."""
+        combinations = self.down.weight
+        identity = torch.eye(self.rank, dtype=combinations.dtype, device=combinations.device)
+        return self.up.weight, torch.cat([identity, combinations], 1)[:, self.order.argsort()]
 
 
 _METADATA = frozenset(
@@ -103,7 +161,8 @@ class _Product(Tensor):
 
 def _formed(value: Any) -> Any:
     if isinstance(value, _Product):
-        return value._layer.up.weight @ value._layer.down.weight
+        up, down = value._layer.factors()
+        return up @ down
     if isinstance(value, (list, tuple)):
         return type(value)(map(_formed, value))
     return value

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
 from hf_reparam.nn.targets import Skipped, Target
+from hf_reparam.plan import LayerSpec
 
 __all__ = ["Rank", "choose_ranks"]
 
@@ -14,17 +15,18 @@ Rank = int | float | Mapping[str, int | float]
 
 
 def choose_ranks(
-    targets: Sequence[Target], rank: Rank, *, allow_larger: bool = False
-) -> tuple[dict[str, int], tuple[Skipped, ...]]:
+    targets: Sequence[Target], rank: Rank, *, form: str = "pair", allow_larger: bool = False
+) -> tuple[dict[str, LayerSpec], tuple[Skipped, ...]]:
     """One rank for each target, or the reason why it stays as it is.
 
     Args:
         targets: the layers.
         rank: see `Rank`. In a mapping the first pattern that matches a layer decides; layers that none matches stay.
-        allow_larger: also factor layers whose pair would hold as many numbers as the layer, or more.
+        form: "pair" or "pivoted", for all layers.
+        allow_larger: also factor layers whose product would hold as many numbers as the layer, or more.
 
     Returns:
-        name -> rank, and the skipped layers.
+        name -> LayerSpec, and the skipped layers.
 
     Raises:
         RankError: not an int >= 1 or a float in (0, 1]; above min(in, out) of a layer that a pattern names, or of every
@@ -34,22 +36,23 @@ def choose_ranks(
     rules = _rules(rank)
     if isinstance(rank, Mapping):
         check_used(rules, [name for t in targets for name in t.names], "rank")
-    ranks: dict[str, int] = {}
+    specs: dict[str, LayerSpec] = {}
     skipped = []
     for target in targets:
         pattern = first_match(rules, target.names)
         if pattern is None:
             skipped.append(_skip(target, "no pattern of `rank` matches"))
             continue
-        wanted = _wanted(target, rules[pattern], explicit=isinstance(rank, Mapping) and target.name == pattern)
-        reason = _useless(target, wanted, allow_larger)
+        explicit = isinstance(rank, Mapping) and target.name == pattern
+        spec = LayerSpec(_wanted(target, rules[pattern], explicit=explicit), form)
+        reason = _useless(target, spec, allow_larger)
         if reason is None:
-            ranks[target.name] = wanted
+            specs[target.name] = spec
         else:
             skipped.append(_skip(target, reason))
-    if not ranks:
-        raise _nothing(targets, skipped, rank)
-    return ranks, tuple(skipped)
+    if not specs:
+        raise _nothing(targets, skipped, rank, form)
+    return specs, tuple(skipped)
 
 
 def _rules(rank: Rank) -> dict[str, int | float]:
@@ -76,26 +79,31 @@ def _wanted(target: Target, value: int | float, *, explicit: bool) -> int:
     wanted = max(1, round(value * target.full_rank)) if isinstance(value, float) else value
     if explicit and wanted > target.full_rank:
         raise RankError(f"{target.name}: rank {wanted} is above min(in, out) = {target.full_rank} ({_shape(target)})")
-    if target.rank is not None and target.rank < wanted <= target.full_rank:
+    if target.spec is not None and target.spec.rank < wanted <= target.full_rank:
         raise RankError(
-            f"{target.name}: it already has rank {target.rank}, and rank {wanted} cannot be won back from its factors; "
-            "ask for a lower rank, exclude the layer, or convert the original dense model"
+            f"{target.name}: it already has rank {target.spec.rank}, and rank {wanted} cannot be won back from its "
+            "factors; ask for a lower rank, exclude the layer, or convert the original dense model"
         )
     return wanted
 
 
-def _useless(target: Target, wanted: int, allow_larger: bool) -> str | None:
-    if target.rank == wanted:
-        return f"already has rank {wanted}"
-    if wanted > target.full_rank:
-        return f"rank {wanted} is above min(in, out) = {target.full_rank}"
-    if not allow_larger and target.pair_parameters(wanted) >= target.parameters:
-        return f"a pair of rank {wanted} would not be smaller: {_shape(target)} pays below {_break_even(target)}"
+def _useless(target: Target, spec: LayerSpec, allow_larger: bool) -> str | None:
+    if target.spec == spec:
+        return f"already has rank {spec.rank}"
+    if spec.rank > target.full_rank:
+        return f"rank {spec.rank} is above min(in, out) = {target.full_rank}"
+    if spec.form == "pivoted" and spec.rank == target.in_features:
+        return f"in pivoted form its rank must be below its {target.in_features} inputs"
+    if not allow_larger and target.parameters_as(spec) >= target.parameters:
+        pays = f"{_shape(target)} pays below {_break_even(target, spec.form)}"
+        return f"a {'pair' if spec.form == 'pair' else 'pivoted form'} of rank {spec.rank} would not be smaller: {pays}"
     return None
 
 
-def _break_even(target: Target) -> int:
-    """The smallest rank at which a pair holds at least as many numbers as the dense weight."""
+def _break_even(target: Target, form: str) -> int:
+    """The smallest rank at which a layer in this form holds at least as many numbers as the dense weight."""
+    if form == "pivoted":
+        return target.full_rank
     return math.ceil(target.in_features * target.out_features / (target.in_features + target.out_features))
 
 
@@ -107,13 +115,13 @@ def _shape(target: Target) -> str:
     return f"{target.in_features} x {target.out_features}"
 
 
-def _nothing(targets: Sequence[Target], skipped: Sequence[Skipped], rank: Rank) -> TargetError | RankError:
+def _nothing(targets: Sequence[Target], skipped: Sequence[Skipped], rank: Rank, form: str) -> TargetError | RankError:
     if not targets:
         return TargetError("the model has no dense layer that can be factored")
     largest = max(t.full_rank for t in targets)
     if isinstance(rank, int) and rank > largest:
         return RankError(f"rank {rank} is above min(in, out) of every layer; the largest of them is {largest}")
-    useful = max(_break_even(t) for t in targets) - 1
+    useful = max(_break_even(t, form) for t in targets) - 1
     return TargetError(
         f"no layer would change: {skipped[0].name}: {skipped[0].reason} (and {len(skipped) - 1} more). The highest "
         f"rank that makes any layer smaller is {useful}; allow_larger=True converts all the same"

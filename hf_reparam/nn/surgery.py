@@ -7,31 +7,36 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.linalg import Decomposition, Metric, decompose
+from hf_reparam.errors import TargetError
+from hf_reparam.linalg import Decomposition, Factors, pivot
 from hf_reparam.nn.dense import dense_matrix
-from hf_reparam.nn.linear import LowRankLinear
-from hf_reparam.nn.targets import Target
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
+from hf_reparam.plan import LayerSpec
 
-__all__ = ["factor", "low_rank_like", "replace_modules"]
+__all__ = ["factor", "low_rank_like", "replace_modules", "set_factors"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def low_rank_like(dense: nn.Module, rank: int) -> LowRankLinear:
-    """A LowRankLinear of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
+def low_rank_like(dense: nn.Module, spec: LayerSpec) -> LowRankLinear:
+    """A low-rank layer of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
 
     Args:
-        dense: a registered dense layer, or a LowRankLinear (to change its rank).
-        rank: the inner width.
+        dense: a registered dense layer, or a LowRankLinear (to change its rank or form).
+        spec: rank and form; a pivoted layer needs more inputs than its rank.
     """
     if isinstance(dense, LowRankLinear):
         n_out, n_in, kind, like = dense.out_features, dense.in_features, dense.dense_type, dense.up.weight
     else:
         (n_out, n_in), kind, like = dense_matrix(dense).shape, type(dense), dense.get_parameter("weight")
     bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
-    down, up = _empty_linear(n_in, rank, like, None), _empty_linear(rank, n_out, like, bias)
-    return LowRankLinear(down, up, dense_type=kind).train(dense.training)
+    up = _empty_linear(spec.rank, n_out, like, bias)
+    if spec.form == "pair":
+        low = LowRankLinear(_empty_linear(n_in, spec.rank, like, None), up, dense_type=kind)
+    else:
+        down, order = _empty_linear(n_in - spec.rank, spec.rank, like, None), torch.arange(n_in, device=like.device)
+        low = PivotedLinear(down, up, order=order, dense_type=kind)
+    return low.train(dense.training)
 
 
 def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None) -> nn.Linear:
@@ -51,37 +56,39 @@ def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None
 
 @torch.no_grad()
 def factor(
-    target: Target, rank: int, *, metric: Metric | None = None, mean: Tensor | None = None
-) -> tuple[LowRankLinear, float]:
-    """The low-rank layer that is nearest to a target in a metric, and its relative error there.
+    dense: nn.Module, spec: LayerSpec, decomposition: Decomposition, *, mean: Tensor | None = None
+) -> LowRankLinear:
+    """The low-rank layer that a decomposition gives in place of a layer.
 
     Args:
-        target: the layer.
-        rank: the inner width.
-        metric: as in `decompose`; None for the Frobenius norm of the weight.
+        dense: the layer, dense or low-rank.
+        spec: rank and form.
+        decomposition: of its weight, in any metric.
         mean: E x (in,), for b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
-
-    Returns:
-        The layer, and ||W - W_r|| / ||W|| in the metric.
-
-    Raises:
-        WeightError: the weight is not finite, has no data, or is quantized; names the layer.
     """
-    weight, bias = dense_matrix(target.module), target.module.bias
-    try:
-        decomposition: Decomposition = decompose(weight, max_rank=rank, metric=metric)
-    except WeightError as error:
-        raise WeightError(f"{target.name}: {error}") from None
-    layer = low_rank_like(target.module, rank)
-    factors = decomposition.truncate(rank)
-    layer.up.weight.copy_(factors.up)
-    layer.down.weight.copy_(factors.down)
-    if isinstance(bias, nn.Parameter):
-        layer.up.bias.copy_(bias)
+    layer = low_rank_like(dense, spec)
+    set_factors(layer, decomposition.cut(spec.rank))
+    if isinstance(dense.bias, nn.Parameter):
+        layer.up.bias.copy_(dense.bias)
         if mean is not None:
-            shift = weight.double() @ mean - factors.up.double() @ (factors.down.double() @ mean)
-            layer.up.bias.copy_(bias.double() + shift)
-    return layer, decomposition.relative_error(rank)
+            mean = mean.to(dense.bias.device)
+            up, down = layer.factors()
+            shift = dense_matrix(dense).double() @ mean - up.double() @ (down.double() @ mean)
+            layer.up.bias.copy_(dense.bias.double() + shift)
+    return layer
+
+
+@torch.no_grad()
+def set_factors(layer: LowRankLinear, factors: Factors) -> None:
+    """Make a layer's product that of factors (float64) of its rank."""
+    if isinstance(layer, PivotedLinear):
+        pivots = pivot(factors.up, factors.down)
+        layer.up.weight.copy_(pivots.columns)
+        layer.down.weight.copy_(pivots.combinations)
+        layer.order.copy_(pivots.order)
+    else:
+        layer.up.weight.copy_(factors.up)
+        layer.down.weight.copy_(factors.down)
 
 
 def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, inplace: bool) -> M:

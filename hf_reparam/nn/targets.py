@@ -9,6 +9,7 @@ from torch import nn
 from hf_reparam.nn.dense import dense_matrix, dense_type, registered_types
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
+from hf_reparam.plan import LayerSpec
 
 __all__ = ["Skipped", "Target", "Targets", "find_targets"]
 
@@ -36,9 +37,9 @@ class Target:
         return self.names[0]
 
     @property
-    def rank(self) -> int | None:
-        """The present rank of a low-rank layer, None for a dense one."""
-        return self.module.rank if isinstance(self.module, LowRankLinear) else None
+    def spec(self) -> LayerSpec | None:
+        """The present rank and form of a low-rank layer, None for a dense one."""
+        return self.module.spec if isinstance(self.module, LowRankLinear) else None
 
     @property
     def full_rank(self) -> int:
@@ -58,11 +59,11 @@ class Target:
     @property
     def parameters(self) -> int:
         """Numbers that the layer holds now."""
-        return self.pair_parameters(self.rank) if self.rank is not None else self.dense_parameters
+        return self.dense_parameters if self.spec is None else self.parameters_as(self.spec)
 
-    def pair_parameters(self, rank: int) -> int:
-        """Numbers in a pair of this rank, bias included: r (in + out) + bias."""
-        return rank * (self.in_features + self.out_features) + self.bias_parameters
+    def parameters_as(self, spec: LayerSpec) -> int:
+        """Numbers that the layer would hold in this rank and form, bias included."""
+        return spec.weights(self.in_features, self.out_features) + self.bias_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ def _unfit(
         if not module._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
             return f"quantized: its weight is {module._parameters['weight'].dtype}"  # type: ignore[union-attr]
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
+    if any(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook")):  # accelerate's may be replaced
         return "has hooks, which would be lost"
     return None
 

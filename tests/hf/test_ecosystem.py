@@ -23,11 +23,12 @@ GENERATIVE = [
 ]
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("base", GENERATIVE)
-def test_generate_with_cache(tmp_path, base, beams):
+def test_generate_with_cache(tmp_path, base, beams, form):
     case = zoo.BY_BASE[base]
-    convert(case.build(), rank=6).save_pretrained(tmp_path)
+    convert(case.build(), rank=6, form=form).save_pretrained(tmp_path)
     small = getattr(transformers, case.auto).from_pretrained(tmp_path)
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
     cached, uncached = (small.generate(**zoo._text(), **options, use_cache=use) for use in (True, False))
@@ -114,10 +115,11 @@ def test_tokenizer_of_a_real_folder(tmp_path, minilm):
     assert AutoTokenizer.from_pretrained(tmp_path)(text) == AutoTokenizer.from_pretrained(minilm)(text)
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_gradient_checkpointing(base):
+def test_gradient_checkpointing(base, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=6).train()
+    small = convert(case.build(), rank=6, form=form).train()
     batch = {**case.batch(), "labels": zoo._ids(2, 5 if "decoder_input_ids" in case.batch() else 7)}
 
     def gradients():
@@ -134,10 +136,11 @@ def test_gradient_checkpointing(base):
         torch.testing.assert_close(saved[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_compile(base):
+def test_compile(base, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=6)
+    small = convert(case.build(), rank=6, form=form)
     expected = zoo.outputs(small, case.batch())
     compiled = torch.compile(small, backend="aot_eager")
     for a, b in zip(zoo.outputs(compiled, case.batch()), expected, strict=True):
@@ -153,11 +156,12 @@ def test_resize_token_embeddings(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
-def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path):
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
     import peft
 
     case = zoo.BY_BASE["LlamaForCausalLM"]
-    small = convert(case.build(), rank=6)
+    small = convert(case.build(), rank=6, form=form)
     reference = zoo.outputs(small, case.batch())
     adapted = peft.get_peft_model(small, peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
     changed = zoo.outputs(adapted, case.batch())

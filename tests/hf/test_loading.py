@@ -39,21 +39,21 @@ torch.save(results, Path(sys.argv[1]) / "results.pt")
 """
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
+@pytest.fixture(scope="module", params=zoo.FORMS)
+def fresh(request, tmp_path_factory):
     """Save every converted case, load them all in one new process, and bring the outputs back."""
     folder = tmp_path_factory.mktemp("fresh")
     for number, case in enumerate(zoo.ALL):
-        convert(case.build(), rank=RANK).save_pretrained(folder / str(number))
+        convert(case.build(), rank=RANK, form=request.param).save_pretrained(folder / str(number))
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", FRESH, str(folder)], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, torch.load(folder / "results.pt", weights_only=True)
+    return folder, torch.load(folder / "results.pt", weights_only=True), request.param
 
 
 @pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
 def test_fresh_process_is_bit_equal(fresh, case):
-    small = convert(case.build(), rank=RANK)
+    small = convert(case.build(), rank=RANK, form=fresh[2])
     result = fresh[1][case.id]
     base = type(case.build().config)
     assert result["classes"] == [f"Reparam{base.__name__}", f"Reparam{case.base}", base.model_type]
@@ -87,6 +87,7 @@ def test_other_stock_heads_fail_loudly_too(fresh, saved, stock):
         getattr(transformers, stock).from_pretrained(fresh[0] / str(zoo.ALL.index(zoo.BY_BASE[saved])))
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize(
     ("head", "base"),
     [
@@ -98,8 +99,8 @@ def test_other_stock_heads_fail_loudly_too(fresh, saved, stock):
         ("BartForConditionalGeneration", "BartModel"),
     ],
 )
-def test_head_to_headless_and_back(tmp_path, head, base):
-    small = convert(zoo.BY_BASE[head].build(), rank=RANK)
+def test_head_to_headless_and_back(tmp_path, head, base, form):
+    small = convert(zoo.BY_BASE[head].build(), rank=RANK, form=form)
     small.save_pretrained(tmp_path / "head")
     headless = getattr(hf_reparam, f"Reparam{base}").from_pretrained(tmp_path / "head")
     headless.save_pretrained(tmp_path / "base")
@@ -126,10 +127,11 @@ def test_another_head_gets_the_plan_of_the_base(tmp_path):
     assert isinstance(model.bert.encoder.layer[0].output.dense, hf_reparam.LowRankLinear)
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_shards(tmp_path, base):
+def test_shards(tmp_path, base, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=RANK)
+    small = convert(case.build(), rank=RANK, form=form)
     small.save_pretrained(tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -138,23 +140,26 @@ def test_shards(tmp_path, base):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
-def test_half_precision(tmp_path, base, dtype):
+def test_half_precision(tmp_path, base, dtype, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build().to(dtype), rank=RANK)
+    small = convert(case.build().to(dtype), rank=RANK, form=form)
     small.save_pretrained(tmp_path)
     auto = getattr(transformers, case.auto)
     for loaded in (auto.from_pretrained(tmp_path), auto.from_pretrained(tmp_path, dtype=dtype)):
         got, expected = loaded.state_dict(), small.state_dict()
-        assert {k for k in got if not torch.equal(got[k].to(dtype), expected[k])} == set()
+        assert {k for k in got if not torch.equal(got[k].to(expected[k].dtype), expected[k])} == set()
+        assert {v.dtype for k, v in got.items() if k.endswith(".order")} <= {torch.int64}
     assert {p.dtype for p in auto.from_pretrained(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("where", ["cpu", "auto", "disk"])
-def test_device_map(tmp_path, where):
+def test_device_map(tmp_path, where, form):
     case = zoo.BY_BASE["LlamaForCausalLM"]
-    small = convert(case.build(), rank=RANK)
+    small = convert(case.build(), rank=RANK, form=form)
     small.save_pretrained(tmp_path / "model")
     device_map = where
     if where == "disk":
@@ -188,6 +193,25 @@ def test_missing_factor_is_an_error(saved):
         CheckpointError, match="1 tensors of low-rank layers are missing.*layer.1.output.dense.up.weight"
     ):
         transformers.AutoModelForMaskedLM.from_pretrained(saved)
+
+
+@pytest.fixture
+def saved_pivoted(tmp_path):
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK, form="pivoted").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_missing_order_is_an_error(saved_pivoted):
+    rewrite(saved_pivoted, lambda tensors: tensors.pop(f"{LAYER}.order"))
+    with pytest.raises(CheckpointError, match=r"1 tensors of low-rank layers are missing.*output.dense.order"):
+        transformers.AutoModelForMaskedLM.from_pretrained(saved_pivoted)
+
+
+@pytest.mark.parametrize("value", [0, -1, 48, 2**62])
+def test_an_order_that_is_no_permutation_is_an_error(saved_pivoted, value):
+    rewrite(saved_pivoted, lambda tensors: tensors[f"{LAYER}.order"].__setitem__(1, value))
+    with pytest.raises(CheckpointError, match=r"layer.1.output.dense.order is no permutation of its 48 inputs"):
+        transformers.AutoModelForMaskedLM.from_pretrained(saved_pivoted)
 
 
 def test_factors_that_the_plan_does_not_name_are_an_error(saved):

@@ -9,6 +9,7 @@ import hf_reparam
 from hf_reparam import TargetError, WeightError, register_dense
 from hf_reparam.nn import dense
 from hf_reparam.nn.surgery import low_rank_like
+from hf_reparam.plan import LayerSpec
 
 
 class Scaled(nn.Linear):
@@ -43,7 +44,7 @@ def test_matrix_is_out_by_in(kind):
 def test_build_gives_the_layer_back(kind, dtype):
     original = layers()[kind].to(dtype).eval()
     original.get_parameter("weight").requires_grad_(False)
-    low = low_rank_like(original, 4)
+    low = low_rank_like(original, LayerSpec(4))
     with torch.no_grad():
         low.up.weight.copy_(torch.eye(4))
         low.down.weight.copy_(dense.dense_matrix(original))
@@ -78,9 +79,9 @@ def test_register_wants_a_module_class():
 
 
 def test_wrapped_or_absent_factors_cannot_be_merged():
-    low = low_rank_like(nn.Linear(6, 4), 2)
+    low = low_rank_like(nn.Linear(6, 4), LayerSpec(2))
     low.up = nn.Sequential(low.up)
     with pytest.raises(WeightError, match="not plain Linears"):
         dense.dense_matrix(low)
     with pytest.raises(WeightError, match="meta device"):
-        dense.build_dense(low_rank_like(nn.Linear(6, 4, device="meta"), 2))
+        dense.build_dense(low_rank_like(nn.Linear(6, 4, device="meta"), LayerSpec(2)))

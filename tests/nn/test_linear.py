@@ -8,28 +8,44 @@ import torch
 from torch import nn
 
 from hf_reparam import LowRankLinear
+from hf_reparam.nn.linear import PivotedLinear
 
 
-def make(bias=True, n_in=12, n_out=8, rank=3):
-    return LowRankLinear(nn.Linear(n_in, rank, bias=False), nn.Linear(rank, n_out, bias=bias))
+@pytest.fixture(params=["pair", "pivoted"])
+def make(request):
+    def build(bias=True, n_in=12, n_out=8, rank=3):
+        up = nn.Linear(rank, n_out, bias=bias)
+        if request.param == "pair":
+            return LowRankLinear(nn.Linear(n_in, rank, bias=False), up)
+        return PivotedLinear(nn.Linear(n_in - rank, rank, bias=False), up, order=torch.randperm(n_in))
+
+    return build
+
+
+def product_of(layer):
+    if layer.form == "pair":
+        return layer.up.weight @ layer.down.weight
+    product = torch.empty(8, 12)
+    columns = torch.cat([layer.up.weight, layer.up.weight @ layer.down.weight], 1)
+    return product.index_copy(1, layer.order, columns)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_is_the_dense_layer_of_the_product(bias):
+def test_forward_is_the_dense_layer_of_the_product(make, bias):
     layer, x = make(bias), torch.randn(2, 5, 12)
-    dense = nn.functional.linear(x, layer.up.weight @ layer.down.weight, layer.bias)
+    dense = nn.functional.linear(x, product_of(layer), layer.bias)
     torch.testing.assert_close(layer(x), dense, atol=1e-6, rtol=1e-5)
 
 
-def test_attributes_of_a_dense_layer():
+def test_attributes_of_a_dense_layer(make):
     layer = make()
     assert (layer.in_features, layer.out_features, layer.rank) == (12, 8, 3)
     assert layer.bias is layer.up.bias
     assert make(bias=False).bias is None
-    assert "in_features=12, out_features=8, rank=3" in repr(layer)
+    assert "in_features=12, out_features=8, rank=3, form=" in repr(layer)
 
 
-def test_metadata_of_the_weight_multiplies_nothing(monkeypatch):
+def test_metadata_of_the_weight_multiplies_nothing(make, monkeypatch):
     weight = make().to(torch.bfloat16).weight
 
     def forbidden(*args, **kwargs):
@@ -45,9 +61,9 @@ def test_metadata_of_the_weight_multiplies_nothing(monkeypatch):
         weight.sum()
 
 
-def test_arithmetic_on_the_weight_is_the_product_with_gradients():
+def test_arithmetic_on_the_weight_is_the_product_with_gradients(make):
     layer, x = make(bias=False), torch.randn(4, 12)
-    product = layer.up.weight @ layer.down.weight
+    product = product_of(layer)
     for value, expected in [
         (layer.weight + 0, product),
         (layer.weight.T, product.T),
@@ -64,24 +80,24 @@ def test_arithmetic_on_the_weight_is_the_product_with_gradients():
     assert layer.down.weight.grad is not None
 
 
-def test_copies_and_pickles():
+def test_copies_and_pickles(make):
     layer = make()
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other.weight + 0, layer.weight + 0)
         assert other.up.weight is not layer.up.weight
 
 
-def test_state_dict_holds_the_factors_and_ignores_the_marker():
+def test_state_dict_holds_the_factors_and_ignores_the_marker(make):
     layer, other = make(), make()
     state = layer.state_dict()
-    assert sorted(state) == ["down.weight", "up.bias", "up.weight"]
+    assert sorted(set(state) - {"order"}) == ["down.weight", "up.bias", "up.weight"]
     other.load_state_dict({**state, "weight": torch.empty(0)})
     assert torch.equal(other.up.weight, layer.up.weight)
     with pytest.raises(RuntimeError, match="Unexpected"):
         other.load_state_dict({**state, "weight": torch.ones(8, 12)})
 
 
-def test_compiled_forward_and_weight():
+def test_compiled_forward_and_weight(make):
     layer, x = make(), torch.randn(3, 12)
     compiled = torch.compile(lambda v: layer(v.to(layer.weight.dtype)), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))

@@ -6,21 +6,28 @@ import pytest
 from torch import nn
 
 from hf_reparam.errors import RankError, TargetError
-from hf_reparam.nn import find_targets
-from hf_reparam.nn.ranks import choose_ranks
+from hf_reparam.nn import find_targets, ranks
 from hf_reparam.nn.surgery import low_rank_like
+from hf_reparam.plan import LayerSpec
 
 
 def targets(**layers):
     return find_targets(nn.ModuleDict(layers)).selected
 
 
+def choose_ranks(layers, rank, **options):
+    """Plain numbers where every layer is a pair."""
+    specs, skipped = ranks.choose_ranks(layers, rank, **options)
+    assert {spec.form for spec in specs.values()} == {"pair"}
+    return {name: spec.rank for name, spec in specs.items()}, skipped
+
+
 NET = {"big": nn.Linear(64, 64), "wide": nn.Linear(64, 16), "head": nn.Linear(64, 3)}
 
 
 def test_int():
-    ranks, skipped = choose_ranks(targets(**NET), 8)
-    assert ranks == {"big": 8, "wide": 8}
+    chosen, skipped = choose_ranks(targets(**NET), 8)
+    assert chosen == {"big": 8, "wide": 8}
     assert {s.name: s.reason for s in skipped} == {"head": "rank 8 is above min(in, out) = 3"}
 
 
@@ -29,14 +36,14 @@ def test_fraction_of_the_smaller_side():
 
 
 def test_mapping_first_match_decides_and_the_rest_stays():
-    ranks, skipped = choose_ranks(targets(**NET), {"big": 20, "*i*": 5})
-    assert ranks == {"big": 20, "wide": 5}
+    chosen, skipped = choose_ranks(targets(**NET), {"big": 20, "*i*": 5})
+    assert chosen == {"big": 20, "wide": 5}
     assert {s.name: s.reason for s in skipped} == {"head": "no pattern of `rank` matches"}
 
 
 def test_pairs_that_would_not_be_smaller():
-    ranks, skipped = choose_ranks(targets(**NET), {"big": 32, "wide": 12, "head": 2})
-    assert ranks == {"wide": 12, "head": 2}
+    chosen, skipped = choose_ranks(targets(**NET), {"big": 32, "wide": 12, "head": 2})
+    assert chosen == {"wide": 12, "head": 2}
     assert skipped[0].reason == "a pair of rank 32 would not be smaller: 64 x 64 pays below 32"
 
 
@@ -90,10 +97,28 @@ def test_nothing_to_do():
 
 
 def test_low_rank_layers_go_down_only():
-    low = targets(a=low_rank_like(nn.Linear(64, 64), 16), b=nn.Linear(64, 64))
+    low = targets(a=low_rank_like(nn.Linear(64, 64), LayerSpec(16)), b=nn.Linear(64, 64))
     assert choose_ranks(low, 8)[0] == {"a": 8, "b": 8}
-    ranks, skipped = choose_ranks(low, 16)
-    assert ranks == {"b": 16}
+    chosen, skipped = choose_ranks(low, 16)
+    assert chosen == {"b": 16}
     assert skipped[0].reason == "already has rank 16"
     with pytest.raises(RankError, match="a: it already has rank 16, and rank 17 cannot be won back"):
         choose_ranks(low, 17)
+
+
+def test_pivoted_form_pays_up_to_full_rank():
+    specs, skipped = ranks.choose_ranks(targets(**NET), {"big": 63, "wide": 16, "head": 2}, form="pivoted")
+    assert specs == {"big": LayerSpec(63, "pivoted"), "head": LayerSpec(2, "pivoted")}
+    assert skipped[0].reason == "a pivoted form of rank 16 would not be smaller: 64 x 16 pays below 16"
+
+
+def test_pivots_need_inputs_beside_them():
+    layers = targets(tall=nn.Linear(8, 64), wide=nn.Linear(64, 8))
+    specs, skipped = ranks.choose_ranks(layers, 8, form="pivoted", allow_larger=True)
+    assert specs == {"wide": LayerSpec(8, "pivoted")}
+    assert skipped[0].reason == "in pivoted form its rank must be below its 8 inputs"
+
+
+def test_a_pair_can_become_pivoted_at_its_own_rank():
+    low = targets(a=low_rank_like(nn.Linear(64, 64), LayerSpec(16)))
+    assert ranks.choose_ranks(low, 16, form="pivoted")[0] == {"a": LayerSpec(16, "pivoted")}

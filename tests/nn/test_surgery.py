@@ -5,22 +5,23 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.nn import find_targets
+from hf_reparam.errors import TargetError
+from hf_reparam.linalg import decompose
+from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.surgery import factor, low_rank_like, replace_modules
+from hf_reparam.plan import LayerSpec
+
+FORMS = ["pair", "pivoted"]
 
 
-def target(module):
-    return find_targets(nn.ModuleDict({"layer": module})).selected[0]
-
-
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("build", [nn.Linear, lambda i, o: nn.Linear(i, o, bias=False), lambda i, o: Conv1D(o, i)])
-def test_factor_keeps_dtype_bias_gradients_and_mode(dtype, build):
+def test_factor_keeps_dtype_bias_gradients_and_mode(dtype, build, form):
     dense = build(12, 8).to(dtype).eval()
     dense.weight.requires_grad_(False)
     before = {k: v.clone() for k, v in dense.state_dict().items()}
-    low, error = factor(target(dense), 4)
+    low = factor(dense, LayerSpec(4, form), decompose(dense_matrix(dense)))
     assert low.dense_type is type(dense)
     assert not low.training
     assert {p.dtype for p in low.parameters()} == {dtype}
@@ -32,28 +33,40 @@ def test_factor_keeps_dtype_bias_gradients_and_mode(dtype, build):
         assert low.bias.requires_grad
         assert low.bias is not dense.bias
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
-    assert 0 < error < 1
+    assert low.spec == LayerSpec(4, form)
 
 
-def test_factor_at_full_rank_is_the_layer():
+@pytest.mark.parametrize("form", FORMS)
+def test_factor_at_full_rank_is_the_layer(form):
     dense, x = nn.Linear(12, 8).double(), torch.randn(5, 12).double()
-    low, error = factor(target(dense), 8)
-    assert error < 1e-7
+    low = factor(dense, LayerSpec(8, form), decompose(dense.weight))
     torch.testing.assert_close(low(x), dense(x), atol=1e-12, rtol=1e-12)
 
 
-def test_factor_names_the_layer():
-    bad = nn.Linear(4, 4)
-    with torch.no_grad():
-        bad.weight[0, 0] = torch.nan
-    with pytest.raises(WeightError, match="^layer: 1 of 16 values are NaN"):
-        factor(target(bad), 2)
-    with pytest.raises(WeightError, match="^layer: .*meta device"):
-        factor(target(nn.Linear(4, 4, device="meta")), 2)
+def test_the_mean_goes_into_the_bias():
+    dense, mean = nn.Linear(12, 8).double(), torch.randn(12).double()
+    for form in FORMS:
+        low = factor(dense, LayerSpec(2, form), decompose(dense.weight), mean=mean)
+        torch.testing.assert_close(low(mean), dense(mean), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (20, 20)], ids=str)
+@pytest.mark.parametrize("rank", [1, 5, 7])
+def test_pivoted_is_the_same_function_in_fewer_numbers(shape, rank):
+    dense, x = nn.Linear(*shape), torch.randn(3, 4, shape[0])
+    found = decompose(dense.weight)
+    pair, pivoted = (factor(dense, LayerSpec(rank, form), found) for form in FORMS)
+    torch.testing.assert_close(pivoted(x), pair(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pivoted.weight + 0, pair.weight + 0, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(dense_matrix(pivoted), dense_matrix(pair), atol=1e-6, rtol=1e-5)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in (pair, pivoted)]
+    assert sizes[0] - sizes[1] == rank**2
+    assert pivoted.down.weight.abs().max() <= 1.0501
+    assert sorted(pivoted.order.tolist()) == list(range(shape[0]))
 
 
 def test_low_rank_like_on_meta_allocates_nothing():
-    low = low_rank_like(nn.Linear(1 << 20, 1 << 20, device="meta"), 1 << 10)
+    low = low_rank_like(nn.Linear(1 << 20, 1 << 20, device="meta"), LayerSpec(1 << 10))
     assert low.up.weight.is_meta
     assert low.down.weight.is_meta
 

@@ -1,0 +1,170 @@
+"""Real models with their data: how each is calibrated, and how its quality is measured."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from benchmarks.demo import minilm_folder
+
+__all__ = ["SEED", "Task", "gpt2", "llama", "sentiment", "similarity"]
+
+SEED = 0
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dense model, calibration batches, and a function model -> named scores; the first, `lost`, is plotted."""
+
+    name: str
+    lost: str
+    model: nn.Module
+    batches: list[dict[str, Any]]
+    score: Callable[[nn.Module], Scores]
+    keeps: list[float]
+    exclude: tuple[str, ...] = ()
+
+
+def llama(data: Path, models: Path) -> Task:
+    """A character-level Llama on TinyStories: calibrated on the first half of the text, measured on the second."""
+    text = (data / "tinystories" / "tinystories.txt").read_text()
+    half = len(text) // 2
+    parts = text[:half], text[half:]
+    return _language_model("Llama 0.9M", models / "babyllama105", *parts, "character", 256, None, [0.9, 0.8, 0.6, 0.4])
+
+
+def gpt2(data: Path, models: Path) -> Task:
+    """A small GPT-2 on novels: calibrated on 400 chunks of 128 tokens, measured on other novels."""
+    parts = [(data / "novels" / f"{name}.txt").read_text() for name in ("calibration", "heldout")]
+    return _language_model("GPT-2 2.2M", models / "gpt2-novels", *parts, "token", 128, 400, [0.8, 0.6, 0.4])
+
+
+def _language_model(
+    name: str,
+    folder: Path,
+    calibration: str,
+    heldout: str,
+    token: str,
+    length: int,
+    count: int | None,
+    keeps: list[float],
+) -> Task:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    encode = lambda text: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    batches = [{"input_ids": part} for part in _chunks(encode(calibration), length)[:count].split(16)]
+    test = _chunks(encode(heldout), length)
+    dense = _mean_loss(model, test)
+    score = lambda small: {"lost": (loss := _mean_loss(small, test)) - dense, "loss": loss}  # noqa: E731
+    return Task(name, f"loss above dense, nats per {token}", model, batches, score, keeps)
+
+
+def _chunks(ids: torch.Tensor, length: int) -> torch.Tensor:
+    """(chunks, length) of consecutive tokens."""
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, data: torch.Tensor, batch: int = 32) -> float:
+    """Mean next-token loss in nats over chunks."""
+    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in data.split(batch)]
+    return sum(losses) / len(data)
+
+
+def similarity(data: Path) -> Task:
+    """MiniLM sentence embeddings: calibrated on 2,000 random STS-B training sentences, measured on all test pairs."""
+    folder = minilm_folder()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    train, test = ([line.split("\t") for line in _lines(data / "stsb" / f"sts-{s}.csv")] for s in ("train", "test"))
+    texts = random.Random(SEED).sample(sorted({text for row in train for text in row[5:7]}), 2000)
+    batches = [dict(tokenizer(texts[i : i + 32], padding=True, return_tensors="pt")) for i in range(0, 2000, 32)]
+    sentences, gold = [text for row in test for text in row[5:7]], [float(row[4]) for row in test]
+    genres = sorted({row[0] for row in test})
+    dense = _embeddings(model, tokenizer, sentences)
+
+    def score(small: nn.Module) -> Scores:
+        found = _embeddings(small, tokenizer, sentences)
+        distance = 1 - (found * dense).sum(-1).view(-1, 2).mean(1)
+        of_genre = {g: distance[[row[0] == g for row in test]].mean().item() for g in genres}
+        similar = (found[::2] * found[1::2]).sum(-1)
+        return {"lost": distance.mean().item(), "spearman": float(spearmanr(similar, gold).statistic), **of_genre}
+
+    return Task(
+        "MiniLM",
+        "1 - cosine to the dense embedding",
+        model,
+        batches,
+        score,
+        [0.8, 0.6, 0.4, 0.25],
+        exclude=("pooler.*",),
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+@torch.no_grad()
+def _embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Mean-pooled sentence embeddings of unit length, (texts, hidden)."""
+    parts = []
+    for i in range(0, len(texts), 128):
+        batch = tokenizer(texts[i : i + 128], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        mask = batch["attention_mask"][..., None]
+        parts.append(nn.functional.normalize((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(parts)
+
+
+def sentiment(data: Path, work: str) -> Task:
+    """MiniLM fine-tuned on SST-2 by the Trainer, two epochs: calibrated on 2,000 training examples with labels."""
+    folder = minilm_folder()
+    set_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    rows = {}
+    for split in ("train", "test"):
+        pairs = [line.rsplit("\t", 1) for line in _lines(data / "sst2" / f"{split}.tsv")]
+        rows[split] = [{**tokenizer(text, truncation=True, max_length=128), "labels": int(y)} for text, y in pairs]
+    arguments = TrainingArguments(
+        work,
+        num_train_epochs=2,
+        per_device_train_batch_size=32,
+        learning_rate=1e-4,
+        warmup_steps=0.1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=SEED,
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=rows["train"], processing_class=tokenizer).train()
+    model.eval()
+    pad = lambda part: dict(tokenizer.pad(part, return_tensors="pt"))  # noqa: E731
+    chosen = random.Random(SEED).sample(rows["train"], 2000)
+    batches = [pad(chosen[i : i + 32]) for i in range(0, 2000, 32)]
+    test = [pad(rows["test"][i : i + 64]) for i in range(0, len(rows["test"]), 64)]
+
+    @torch.no_grad()
+    def accuracy(small: nn.Module) -> float:
+        right = sum(int((small(**batch).logits.argmax(-1) == batch["labels"]).sum()) for batch in test)
+        return right / len(rows["test"])
+
+    dense = accuracy(model)
+    score = lambda small: {"lost": dense - (found := accuracy(small)), "accuracy": found}  # noqa: E731
+    return Task(
+        "SST-2", "accuracy below dense", model, batches, score, [0.8, 0.5, 0.25], exclude=("*pooler*", "classifier")
+    )

@@ -1,0 +1,94 @@
+"""Least squares between a dense layer on its own inputs and a low-rank layer on the inputs that it really gets.
+
+Once the layers before it are low-rank, a layer sees x' where the dense one saw x. The W' that is best for
+E ||W x - W' x'||^2 is W E[x x'^T] E[x' x'^T]^-1, cut in the coordinates of E[x' x'^T].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_reparam.linalg.metric import Metric, root
+from hf_reparam.linalg.moments import SHRINKAGE
+
+__all__ = ["PairedMoments", "Refit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """What to decompose, and in which coordinates.
+
+    Args:
+        weight: (out, in) float64, the unconstrained least-squares solution.
+        metric: coordinates of the inputs x', and of the outputs where a gradient moment is known.
+        shift: (out,) float64, W E x: with W' E x' taken from it, what the bias has to make up for.
+        mean: E x' (in,) float64.
+    """
+
+    weight: Tensor
+    metric: Metric
+    shift: Tensor
+    mean: Tensor
+
+
+@dataclass
+class PairedMoments:
+    """Sums over tokens of x, the input in the dense model, and x', in the low-rank one; float64 on the CPU.
+
+    Args:
+        tokens: rows that were seen.
+        dense_sum, low_sum: (in,) sums of x and x'.
+        cross: (in, in) sum of x x'^T.
+        products: (in, in) sum of x' x'^T.
+    """
+
+    tokens: int
+    dense_sum: Tensor
+    low_sum: Tensor
+    cross: Tensor
+    products: Tensor
+
+    @classmethod
+    def zeros(cls, n_in: int) -> "PairedMoments":
+        """No tokens yet."""
+        vectors = [torch.zeros(n_in, dtype=torch.float64) for _ in range(2)]
+        matrices = [torch.zeros(n_in, n_in, dtype=torch.float64) for _ in range(2)]
+        return cls(0, *vectors, *matrices)
+
+    def add(self, dense: Tensor, low: Tensor) -> None:
+        """Add rows x and x' (tokens, in), of the same tokens. Products in float32 or better, sums in float64."""
+        dense, low = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dense, low))
+        self.tokens += dense.shape[0]
+        self.dense_sum += dense.sum(0, dtype=torch.float64).cpu()
+        self.low_sum += low.sum(0, dtype=torch.float64).cpu()
+        self.cross += (dense.T @ low).to("cpu", torch.float64)
+        self.products += (low.T @ low).to("cpu", torch.float64)
+
+    def refit(self, weight: Tensor, gradient_products: Tensor | None, *, centred: bool) -> Refit:
+        """The least-squares problem of a layer with dense weight W (out, in).
+
+        Relative shrinkage adds the same noise to x and x', which draws the solution to W where data are few.
+
+        Args:
+            weight: W, float64.
+            gradient_products: (out, out) sum of g g^T, of any scale, to weigh errors of the output; None for equal
+                weights.
+            centred: means are left to the bias.
+
+        Source: AA-SVD, arXiv 2604.02119; with shrinkage, centring and output weights added here.
+        """
+        n, means = self.tokens, (self.dense_sum / self.tokens, self.low_sum / self.tokens)
+        cross, second = self.cross / n, self.products / n
+        if centred:
+            cross = cross - torch.outer(means[0], means[1])
+            second = second - torch.outer(means[1], means[1])
+        part, variance = SHRINKAGE["input"], second.diagonal().mean()
+        inputs = root(second, part)
+        solution = weight
+        if variance > 0:
+            cross = (1 - part) * cross
+            cross.diagonal().add_(part * variance)
+            solution = torch.cholesky_solve((weight @ cross).T, inputs).T
+        outputs = None if gradient_products is None else root(gradient_products, SHRINKAGE["gradient"])
+        return Refit(solution, Metric(inputs, outputs), weight @ means[0], means[1])

@@ -1,0 +1,115 @@
+"""Calibration data of every kind give the same moments; several processes give the moments of all their data."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from hf_reparam import Moments, TargetError, collect_moments
+from tests import zoo
+from tests.test_calibration import assert_same
+
+TEXTS = ["a short text", "a text that is somewhat longer than the first", "three", "the last one of four texts"] * 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm):
+    return AutoTokenizer.from_pretrained(minilm)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    model = zoo.BY_BASE["BertForSequenceClassification"].build()
+    model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(model, tokenizer):
+    labels = torch.arange(48) % 3
+    batches = [dict(tokenizer(TEXTS[i : i + 8], padding=True, return_tensors="pt")) for i in range(0, 48, 8)]
+    return collect_moments(model, [{**b, "labels": labels[8 * i : 8 * i + 8]} for i, b in enumerate(batches)])
+
+
+@pytest.mark.parametrize("torch_format", [True, False])
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_dataset_of_examples(model, tokenizer, expected, torch_format, padding):
+    rows = {**tokenizer(TEXTS, padding=padding), "label": [i % 3 for i in range(48)], "text": TEXTS}
+    data = datasets.Dataset.from_dict(rows)
+    if torch_format:
+        data = data.with_format("torch")
+    assert_same(collect_moments(model, data), expected)
+
+
+def test_a_dataset_of_texts(model, tokenizer, expected):
+    data = datasets.Dataset.from_dict({"id": list("abcd" * 12), "text": TEXTS, "label": [i % 3 for i in range(48)]})
+    assert_same(collect_moments(model, data, tokenizer=tokenizer), expected)
+    with pytest.raises(TargetError, match="need a tokenizer"):
+        collect_moments(model, data)
+
+
+def test_a_data_loader(model, tokenizer, expected):
+    rows = [{**tokenizer(text), "labels": i % 3} for i, text in enumerate(TEXTS)]
+    loader = torch.utils.data.DataLoader(
+        rows, batch_size=5, collate_fn=lambda r: dict(tokenizer.pad(r, return_tensors="pt"))
+    )
+    assert_same(collect_moments(model, loader), expected)
+
+
+def test_images_one_by_one():
+    case = zoo.BY_BASE["ViTForImageClassification"]
+    model, images = case.build(), case.batch()["pixel_values"]
+    assert_same(collect_moments(model, [{"pixel_values": i} for i in images]), collect_moments(model, [case.batch()]))
+
+
+def test_a_dispatched_model(tmp_path):
+    import transformers
+
+    case = zoo.BY_BASE["LlamaForCausalLM"]
+    case.build().save_pretrained(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert_same(collect_moments(model, [case.batch()]), collect_moments(case.build(), [case.batch()]))
+
+
+WORKER = """
+import sys, torch
+from accelerate import Accelerator
+from hf_reparam import collect_moments
+from tests import zoo
+accelerator = Accelerator(cpu=True)
+case = zoo.BY_BASE["BertForMaskedLM"]
+ids = torch.randint(3, 90, (12, 7), generator=torch.Generator().manual_seed(0))
+loader = accelerator.prepare(torch.utils.data.DataLoader([{"input_ids": row} for row in ids], batch_size=2))
+moments = collect_moments(case.build(), loader)
+moments.save(f"{sys.argv[1]}/{accelerator.process_index}")
+"""
+
+
+def test_two_processes_share_the_data(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[1]
+    workers = []
+    for rank in range(2):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(root)}
+        command = [sys.executable, "-c", WORKER, str(tmp_path)]
+        workers.append(subprocess.Popen(command, env=env, cwd=root, stderr=subprocess.PIPE, text=True))
+    for worker in workers:
+        assert worker.wait(timeout=300) == 0, worker.stderr.read()[-3000:]
+    ids = torch.randint(3, 90, (12, 7), generator=torch.Generator().manual_seed(0))
+    alone = collect_moments(zoo.BY_BASE["BertForMaskedLM"].build(), [{"input_ids": ids}])
+    for rank in range(2):
+        assert_same(Moments.load(tmp_path / str(rank)), alone)

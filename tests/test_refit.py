@@ -1,0 +1,139 @@
+"""Refitting brings the predictions nearer to the dense model's, keeps ranks and forms, and keeps nothing that hurts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_reparam import LowRankLinear, TargetError, collect_moments, convert, make_plan, refit
+from tests import zoo
+
+
+def data(count=10, rows=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(3, 90, (rows, 9), generator=generator)} for _ in range(count)]
+
+
+def sharp(base):
+    """A model whose layers matter: with fresh weights every prediction is almost the same."""
+    model = zoo.BY_BASE[base].build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
+                parameter *= 6
+    return model
+
+
+@torch.no_grad()
+def distance(model, dense, batches):
+    """Kullback-Leibler divergence from the dense model's predictions."""
+    total = 0.0
+    for batch in batches:
+        p, q = (m(**batch).logits.log_softmax(-1) for m in (dense, model))
+        total += float((p.exp() * (p - q)).sum())
+    return total
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_predictions_come_nearer_on_unseen_data(base, form):
+    dense, batches = sharp(base), data(20)
+    moments = collect_moments(dense, batches)
+    plan = make_plan(dense, moments, keep=0.5, form=form)
+    small = convert(dense, plan=plan, calibration=moments)
+    before = distance(small, dense, data(5, seed=1))
+    report = refit(small, dense, batches, moments=moments)
+    assert distance(small, dense, data(5, seed=1)) < before
+    assert 0 < len(report.layers) <= report.of == len(plan.modules)
+    assert report.after < report.before
+    assert {n: m.spec for n, m in small.base_model.named_modules() if isinstance(m, LowRankLinear)} == {
+        n: s for n, s in plan.modules.items() if not n.startswith("cls")
+    }
+
+
+def test_convert_refits_and_says_so():
+    dense, batches = sharp("BertForMaskedLM"), data()
+    original = copy.deepcopy(dense.state_dict())
+    small, report = convert(dense, keep=0.5, calibration=iter(batches), refit=True, return_report=True)
+    by_hand = convert(dense, keep=0.5, calibration=batches)
+    assert refit(by_hand, dense, batches, moments=collect_moments(dense, batches)) == report.refit
+    assert all(torch.equal(v, by_hand.state_dict()[k]) for k, v in small.state_dict().items())
+    assert "refit:" in str(report)
+    assert f"{len(report.refit.layers)} of {report.refit.of} layers" in report.to_markdown()
+    assert report.to_dict()["refit"]["after"] == report.refit.after
+    assert all(torch.equal(v, original[k]) for k, v in dense.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in [*dense.modules(), *small.modules()])
+    inplace = convert(dense, keep=0.5, calibration=batches, refit=True, inplace=True)
+    assert inplace is dense
+    assert all(torch.equal(v, inplace.state_dict()[k]) for k, v in small.state_dict().items())
+
+
+def test_a_fit_that_does_not_help_is_not_kept(monkeypatch):
+    dense, batches = sharp("BertForMaskedLM"), data()
+    small = convert(dense, keep=0.5, calibration=batches)
+    before = copy.deepcopy(small.state_dict())
+
+    def harmful(layer, *_):
+        layer.up.weight.mul_(30.0)
+
+    monkeypatch.setattr("hf_reparam.refitting._fit", harmful)
+    report = refit(small, dense, batches)
+    assert report.layers == ()
+    assert report.after == report.before
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+
+
+def test_least_squares_is_solved():
+    """One layer behind a perturbed one, full rank: the solution is that of ordinary least squares."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6, bias=False)).double()
+    small = convert(dense, rank={"0": 2, "2": 6}, allow_larger=True)
+    batches = [{"input": torch.randn(4000, 6).double()} for _ in range(5)]
+    x = torch.cat([b["input"] for b in batches[1:]])  # the first batch is held out
+    refit(small, dense, batches)
+    seen = small[1](small[0](x)).detach()
+    best = torch.linalg.lstsq(seen, dense(x).detach()).solution
+    fitted, least = ((out - dense(x)).square().mean().item() for out in (small(x), seen @ best))
+    converted = (dense[2](seen) - dense(x)).square().mean().item()
+    assert least <= fitted < 1.001 * least < 0.99 * converted
+
+
+def test_padding_does_not_matter():
+    dense = sharp("BertForMaskedLM")
+    batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in data(6, rows=4)]
+    padded = [{k: nn.functional.pad(v, (0, 4)) for k, v in b.items()} for b in batches]
+    moments = collect_moments(dense, batches)
+    models = [convert(dense, keep=0.5, calibration=moments) for _ in range(2)]
+    reports = [refit(m, dense, b, moments=moments) for m, b in zip(models, (batches, padded), strict=True)]
+    assert reports[0].layers == reports[1].layers
+    assert reports[0].after == pytest.approx(reports[1].after, rel=1e-3)
+
+
+@pytest.mark.parametrize("base", ["BertModel", "BertForSequenceClassification", "BertForQuestionAnswering"])
+def test_heads_and_no_head(base):
+    dense, batches = sharp(base), data()
+    small, report = convert(dense, keep=0.4, calibration=batches, refit=True, return_report=True)
+    assert report.refit.after < report.refit.before
+    assert type(small).__name__ == f"Reparam{base}"
+
+
+def test_shared_layers_keep_their_factors():
+    small, report = convert(sharp("AlbertForMaskedLM"), rank=4, calibration=data(), refit=True, return_report=True)
+    assert not any("albert_layers" in name for name in report.refit.layers)
+    assert isinstance(small, nn.Module)
+
+
+def test_wrong_arguments():
+    dense, batches = sharp("BertForMaskedLM"), data(1)
+    moments = collect_moments(dense, batches)
+    with pytest.raises(TargetError, match="refit=True needs the calibration data itself"):
+        convert(dense, keep=0.5, calibration=moments, refit=True)
+    with pytest.raises(TargetError, match="refit=True needs the calibration data itself"):
+        convert(dense, keep=0.5, refit=True)
+    with pytest.raises(TargetError, match="1 were given: give at least two"):
+        convert(dense, keep=0.5, calibration=batches, refit=True)
+    with pytest.raises(TargetError, match="no low-rank layer"):
+        refit(dense, dense, batches)
+    with pytest.raises(TargetError, match="the dense model has no Linear of this shape by that name"):
+        refit(convert(dense, rank=4), zoo.BY_BASE["GPT2LMHeadModel"].build(), batches)
