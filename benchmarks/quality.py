@@ -1,6 +1,6 @@
 """Quality at equal stored weights of the factored layers, without retraining, on real models.
 
-    python -m benchmarks.quality --data DATA --models MODELS        about 45 minutes on 2 cores
+    python -m benchmarks.quality --data DATA --models MODELS        about 45 minutes on one core
 
 DATA holds stsb/ (STS benchmark: sts-train.csv, sts-test.csv, tab-separated, CC BY-SA 4.0), sst2/ (SST-2 sentences:
 train.tsv, test.tsv, sentence and label separated by a tab), tinystories/tinystories.txt (a sample of TinyStories,

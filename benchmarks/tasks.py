@@ -91,6 +91,7 @@ def similarity(data: Path) -> Task:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     train, test = ([line.split("\t") for line in _lines(data / "stsb" / f"sts-{s}.csv")] for s in ("train", "test"))
     texts = random.Random(SEED).sample(sorted({text for row in train for text in row[5:7]}), 2000)
+    texts = sorted(texts, key=len)  # less padding
     batches = [dict(tokenizer(texts[i : i + 32], padding=True, return_tensors="pt")) for i in range(0, 2000, 32)]
     sentences, gold = [text for row in test for text in row[5:7]], [float(row[4]) for row in test]
     genres = sorted({row[0] for row in test})
@@ -154,8 +155,9 @@ def sentiment(data: Path, work: str) -> Task:
     Trainer(model, arguments, train_dataset=rows["train"], processing_class=tokenizer).train()
     model.eval()
     pad = lambda part: dict(tokenizer.pad(part, return_tensors="pt"))  # noqa: E731
-    chosen = random.Random(SEED).sample(rows["train"], 2000)
+    chosen = sorted(random.Random(SEED).sample(rows["train"], 2000), key=lambda row: len(row["input_ids"]))
     batches = [pad(chosen[i : i + 32]) for i in range(0, 2000, 32)]
+    rows["test"].sort(key=lambda row: len(row["input_ids"]))
     test = [pad(rows["test"][i : i + 64]) for i in range(0, len(rows["test"]), 64)]
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ Batches = Iterable[Mapping[str, Any]] | Iterable[str]
 """Dicts for `model(**batch)`, rows of a `datasets.Dataset`, or texts."""
 
 _SIZE = 32  # texts or rows in a batch
+_SORTED = 32 * _SIZE  # texts that are sorted by length before they are put into batches: less padding, less time
 _ROW_DIMENSIONS = {"input_ids": 1, "inputs_embeds": 2, "pixel_values": 3, "input_values": 1, "input_features": 2}
 
 
@@ -54,13 +55,12 @@ def _batched(model: nn.Module, items: Iterable[Any], tokenizer: Any) -> Iterator
             yield item
         elif isinstance(item, str):
             texts.append(item)
-            if len(texts) == _SIZE:
-                yield _tokenize(texts, tokenizer)
+            if len(texts) == _SORTED:
+                yield from _by_length(texts, tokenizer)
                 texts = []
         else:
             raise TargetError(f"a calibration batch is a dict for model(**batch) or a text, got {type(item).__name__}")
-    if texts:
-        yield _tokenize(texts, tokenizer)
+    yield from _by_length(texts, tokenizer)
     yield from (default_collate(alike) for alike in rows.values() if alike)
 
 
@@ -77,6 +77,12 @@ def _as_row(model: nn.Module, item: Mapping[str, Any], tokenizer: Any) -> dict[s
     accepted = inspect.signature(model.forward).parameters
     named = {"labels" if key in ("label", "label_ids") else key: value for key, value in item.items()}
     return {key: torch.as_tensor(value) for key, value in named.items() if key in accepted and value is not None}
+
+
+def _by_length(texts: list[str], tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+    ordered = sorted(texts, key=len)
+    for i in range(0, len(ordered), _SIZE):
+        yield _tokenize(ordered[i : i + _SIZE], tokenizer)
 
 
 def _tokenize(texts: list[str] | str, tokenizer: Any) -> Mapping[str, Any]:
