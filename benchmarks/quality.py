@@ -17,6 +17,7 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -141,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--again", metavar="JSON", type=Path, help="compare with an earlier run, write nothing")
     args = parser.parse_args()
     torch.manual_seed(tasks.SEED)
     transformers.logging.disable_progress_bar()
@@ -155,8 +157,20 @@ def main() -> None:
         ):
             task = make()
             results[task.name] = {"lost": task.lost, **measure(task)}
-    write("quality", {"results": results}, tasks.SEED)
-    draw(results, RESULTS / "quality.png")
+            if args.again is not None:
+                print(
+                    f"largest difference to the earlier run: {difference(task.name, results, args.again):.2g}",
+                    flush=True,
+                )
+    if args.again is None:
+        write("quality", {"results": results}, tasks.SEED)
+        draw(results, RESULTS / "quality.png")
+
+
+def difference(name: str, results: Mapping[str, Any], earlier: Path) -> float:
+    """The largest difference between two runs' scores of one model."""
+    rows, old = results[name]["rows"], json.loads(earlier.read_text())["results"][name]["rows"]
+    return max(abs(rows[m][k]["lost"] - old[m][k]["lost"]) for m in METHODS for k in rows[m])
 
 
 if __name__ == "__main__":
