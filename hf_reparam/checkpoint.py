@@ -3,10 +3,12 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hf_reparam.convert import convert, summarize
 from hf_reparam.errors import CheckpointError
-from hf_reparam.hf.folder import copy_companions, load, locate, new_folder, skeleton
+from hf_reparam.hf.folder import copy_companions, load, load_tokenizer, locate, new_folder, skeleton
+from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
 from hf_reparam.nn.ranks import Rank
 from hf_reparam.report import ConversionReport
@@ -18,7 +20,11 @@ def convert_folder(
     source: str,
     out: str | os.PathLike[str],
     *,
-    rank: Rank,
+    rank: Rank | None = None,
+    keep: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    form: str | None = None,
+    refit: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     force: bool = False,
@@ -28,20 +34,33 @@ def convert_folder(
     Args:
         source: a folder or a Hub id.
         out: the folder to make.
-        rank, include, exclude: as in `convert`.
+        rank, keep, form, refit, include, exclude: as in `convert`.
+        calibration: a text file, one text a line, read with the source's tokenizer, or Moments in a .safetensors file.
         force: replace `out` if it exists.
 
     Returns:
         The report of the conversion.
 
     Raises:
-        CheckpointError: the source cannot be loaded, or `out` exists, is the source, or cannot be written.
+        CheckpointError: the source or the calibration data cannot be loaded, or `out` exists, is the source, or cannot
+            be written.
         ReparamError: as `convert`.
     """
     folder, target = _open(source, Path(out), force)
+    data, tokenizer = _calibration(calibration, folder)
     with new_folder(target) as work:
         model, report = convert(
-            load(folder), rank=rank, include=include, exclude=exclude, inplace=True, return_report=True
+            load(folder),
+            rank=rank,
+            keep=keep,
+            calibration=data,
+            form=form,
+            refit=refit,
+            tokenizer=tokenizer,
+            include=include,
+            exclude=exclude,
+            inplace=True,
+            return_report=True,
         )
         model.save_pretrained(work)
         copy_companions(folder, work)
@@ -73,6 +92,19 @@ def inspect_folder(source: str) -> ConversionReport:
         PlanError: its plan is malformed or does not fit.
     """
     return summarize(skeleton(source))
+
+
+def _calibration(path: str | os.PathLike[str] | None, folder: Path) -> tuple[Moments | list[str] | None, Any]:
+    """Moments, or texts and the tokenizer that reads them."""
+    if path is None:
+        return None, None
+    if Path(path).suffix == ".safetensors":
+        return Moments.load(Path(path)), None
+    try:
+        texts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
+    return texts, load_tokenizer(folder)
 
 
 def _open(source: str, out: Path, force: bool) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from hf_reparam.checkpoint import convert_folder, inspect_folder, merge_folder
 from hf_reparam.errors import ReparamError
+from hf_reparam.plan import FORMS
 from hf_reparam.report import ConversionReport
 
 __all__ = ["main"]
@@ -55,7 +56,14 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = _command(commands, "convert", _convert, "convert SRC and save the result in OUT")
     convert.add_argument("out", metavar="OUT", help="folder to make")
-    convert.add_argument("--rank", metavar="RANK", action="append", required=True, type=_rank, help=_RANK_HELP)
+    size = convert.add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", metavar="RANK", action="append", type=_rank, help=_RANK_HELP)
+    size.add_argument("--keep", metavar="SHARE", type=float, help="share of the targeted layers' weights, in (0, 1]")
+    convert.add_argument(
+        "--calibration", metavar="FILE", help="texts, one a line, or moments (.safetensors) that `Moments.save` wrote"
+    )
+    convert.add_argument("--form", choices=FORMS, help="pair (default with --rank) or pivoted (default with --keep)")
+    convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
     convert.add_argument("--include", metavar="PATTERN", action="append", help=f"layers to convert: {_PATTERN_HELP}")
     convert.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
     convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -80,12 +88,23 @@ def _command(commands, name, run, text):  # type: ignore[no-untyped-def]  # argp
 
 
 def _convert(args: argparse.Namespace) -> ConversionReport:
-    plain = [value for pattern, value in args.rank if pattern is None]
-    if plain and len(args.rank) > 1:
-        _parser().error("--rank: give one number, or PATTERN=RANK several times")
-    rank = plain[0] if plain else dict(args.rank)
+    rank = None
+    if args.rank is not None:
+        plain = [value for pattern, value in args.rank if pattern is None]
+        if plain and len(args.rank) > 1:
+            _parser().error("--rank: give one number, or PATTERN=RANK several times")
+        rank = plain[0] if plain else dict(args.rank)
     return convert_folder(
-        args.source, args.out, rank=rank, include=args.include, exclude=args.exclude, force=args.force
+        args.source,
+        args.out,
+        rank=rank,
+        keep=args.keep,
+        calibration=args.calibration,
+        form=args.form,
+        refit=args.refit,
+        include=args.include,
+        exclude=args.exclude,
+        force=args.force,
     )
 
 

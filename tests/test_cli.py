@@ -57,6 +57,54 @@ def test_convert_inspect_merge(tmp_path, dense, capsys):
     assert (merged / "vocab.txt").read_text() == "a\nb\n"
 
 
+def test_calibrated_conversion(tmp_path, minilm, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"the {a} {b} went home" for a in ("old", "young", "tall") for b in GUESTS) + "\n")
+    for number, options in enumerate((["--keep", 0.5], ["--rank", 64, "--form", "pivoted"])):
+        out = tmp_path / str(number)
+        assert run("convert", minilm, out, *options, "--calibration", texts, "--quiet", "--exclude", "pooler.*") == 0
+        assert "low-rank layers (fisher)" in capsys.readouterr().out
+        assert "pivoted" in (out / "config.json").read_text()
+    model = transformers.AutoModel.from_pretrained(minilm)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    lines = [line for line in texts.read_text().splitlines() if line]
+    moments = hf_reparam.collect_moments(model, lines, tokenizer=tokenizer)
+    moments.save(tmp_path / "moments.safetensors")
+    command = ["convert", minilm, tmp_path / "again", "--keep", 0.5, "--calibration", tmp_path / "moments.safetensors"]
+    assert run(*command, "--quiet", "--exclude", "pooler.*") == 0
+    direct = hf_reparam.convert(model, keep=0.5, calibration=moments, exclude="pooler.*")
+    for name in ("0", "again"):
+        loaded = transformers.AutoModel.from_pretrained(tmp_path / name)
+        assert loaded.config.reparam == direct.config.reparam
+        for a, b in zip(loaded.state_dict().values(), direct.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+GUESTS = ("king", "baker", "teacher", "sailor", "doctor", "friend")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", 0.5, "--calibration", "nowhere.txt"], "nowhere.txt cannot be read as text"),
+        (["--keep", 0.5, "--calibration", "nowhere.safetensors"], "cannot be read as moments"),
+        (["--keep", 2], "keep must be in"),
+        (["--keep", 0.5, "--refit"], "refit=True needs the calibration data itself"),
+    ],
+)
+def test_wrong_calibration(tmp_path, dense, capsys, options, message):
+    assert run("convert", dense, tmp_path / "out", *options, "--quiet") == 2
+    assert message in only_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_need_a_tokenizer(tmp_path, dense, capsys):
+    (dense / "vocab.txt").unlink()
+    (tmp_path / "texts.txt").write_text("a b\n")
+    assert run("convert", dense, tmp_path / "out", "--keep", 0.5, "--calibration", tmp_path / "texts.txt") == 2
+    assert "has no tokenizer to read calibration texts with" in capsys.readouterr().err
+
+
 def test_inspect_a_dense_folder(dense, capsys):
     assert run("inspect", dense) == 0
     out = capsys.readouterr().out

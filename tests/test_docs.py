@@ -22,19 +22,24 @@ def blocks(language):
 def test_python_blocks_run_in_order(tmp_path, minilm):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
-    scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 8}
+    scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 40}
     scope["TOKENIZER"] = tokenizer
-    assert len(blocks("python")) == 5
+    scope["ACCURACY"] = lambda candidate: 1.0 - candidate.num_parameters() / 1e10
+    assert len(blocks("python")) == 6
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
     assert type(scope["dense"]).__name__ == "BertForSequenceClassification"
     assert {layer.rank for layer in scope["report"].layers} == {32, 96}
-    assert scope["smaller"].num_parameters() < scope["model"].num_parameters()
+    sizes = [scope[name].num_parameters() for name in ("smaller", "better", "small", "model")]
+    assert sizes == sorted(sizes)
+    assert 14_400_000 < scope["fits"].num_parameters() <= 14_500_000
+    assert scope["good"].num_parameters() < sizes[0]
     assert (tmp_path / "out-dense" / "model.safetensors").exists()
 
 
 def test_shell_commands_run(tmp_path, minilm, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-reparam")]
     assert len(commands) == 3
     for command in commands:

@@ -30,10 +30,11 @@ def data(minilm):
     return [{**tokenizer(text, padding="max_length", max_length=12), "labels": label} for text, label in rows]
 
 
-@pytest.fixture
-def classifier(minilm):
+@pytest.fixture(params=["pair", "pivoted"])
+def classifier(request, minilm):
     torch.manual_seed(0)
-    return convert(AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2), rank=128)
+    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
+    return convert(model, rank=128, form=request.param)
 
 
 def arguments(folder, **options):

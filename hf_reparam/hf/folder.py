@@ -12,13 +12,13 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError
 from hf_reparam.hf.auto import generated_class
 from hf_reparam.hf.configuration import PREFIX, ReparamConfigMixin
 
-__all__ = ["copy_companions", "load", "locate", "new_folder", "skeleton"]
+__all__ = ["copy_companions", "load", "load_tokenizer", "locate", "new_folder", "skeleton"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".index.json")
 _OWN = ("config.json", "generation_config.json", "README.md")  # written by the model, or true of the source alone
@@ -63,6 +63,23 @@ def load(folder: Path) -> PreTrainedModel:
             f"{folder}: {len(missing)} weights are missing for {kind.__name__}, among them {missing[:3]}"
         )
     return model
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with a padding token.
+
+    Raises:
+        CheckpointError: there is none that can be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: {_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
+        raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: its vocabulary is empty")
+    if tokenizer.pad_token is None:  # GPT-2 and Llama; padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def skeleton(source: str) -> PreTrainedModel:

@@ -49,8 +49,9 @@ class Metric:
 def root(second_moment: Tensor, shrinkage: float) -> Tensor:
     """Lower-triangular L with L L^T = (1 - a) C + a mean(diag C) I: C (d, d), symmetric and positive semidefinite.
 
-    Relative shrinkage makes the Cholesky factorization succeed for any amount of data and any scale of C, and keeps
-    what calibration did not span. A zero moment gives the identity.
+    Relative shrinkage makes C positive definite for any amount of data and any scale, and keeps what calibration did
+    not span. Where rounding of the data is larger than that (all tokens nearly the same), its negative eigenvalues are
+    raised to the shrinkage. A zero moment gives the identity.
 
     Raises:
         ValueError: shrinkage is not in (0, 1].
@@ -65,4 +66,10 @@ def root(second_moment: Tensor, shrinkage: float) -> Tensor:
         return torch.eye(size, dtype=torch.float64, device=second_moment.device)
     shrunk = (1 - shrinkage) * second_moment
     shrunk.diagonal().add_(shrinkage * mean)
-    return torch.linalg.cholesky(shrunk)
+    factor, failed = torch.linalg.cholesky_ex(shrunk)
+    if not failed:
+        return factor
+    values, vectors = torch.linalg.eigh(shrunk)
+    upright = vectors * values.clamp_min(shrinkage * mean).sqrt()
+    upper = torch.linalg.qr(upright.T)[1]
+    return upper.T * upper.diagonal().sign()

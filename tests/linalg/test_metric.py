@@ -66,3 +66,18 @@ def test_root_of_nothing_is_the_identity():
 def test_shrinkage_out_of_range(shrinkage):
     with pytest.raises(ValueError, match="shrinkage"):
         root(torch.eye(2, dtype=torch.float64), shrinkage)
+
+
+@pytest.mark.parametrize("noise", [0.1, 10.0])
+def test_rounding_below_zero_is_raised_to_the_shrinkage(noise):
+    """A moment of rank 2 whose other eigenvalues are negative, as float32 sums of nearly equal tokens leave them."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    values = torch.tensor([60.0, 40.0, *[-noise] * 4], dtype=torch.float64)
+    moment = (q * values) @ q.T
+    lower = root(moment, 1e-3)
+    assert torch.equal(lower, lower.tril())
+    assert bool((lower.diagonal() > 0).all())
+    mean = float(values.mean())
+    expected = ((1 - 1e-3) * values + 1e-3 * mean).clamp_min(1e-3 * mean)
+    torch.testing.assert_close(lower @ lower.T, (q * expected) @ q.T, atol=1e-9, rtol=1e-9)
