@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, overload
 
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
@@ -113,7 +114,8 @@ def convert(
     without, they are truncated SVDs.
 
     Args:
-        model: any `PreTrainedModel` or `nn.Module`.
+        model: any `PreTrainedModel` or `nn.Module`. One that accelerate has dispatched (`device_map=`) gets its new
+            layers on the devices where the old ones compute.
         rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
             which the first match decides and layers that none matches stay dense.
         keep: in (0, 1], share of the *targeted* layers' weights that together they may hold; ranks are chosen.
@@ -296,7 +298,8 @@ def _factor(
     for target in tqdm([t for t in targets if t.name in specs], desc="Factoring layers", unit="layer"):
         name, spec = layer_name(model, target), specs[target.name]
         decomposition = source.layer(name, target, max_rank=spec.rank)
-        layers[target.module] = factor(target.module, spec, decomposition, mean=source.mean(name, target))
+        with align_module_device(target.module):
+            layers[target.module] = factor(target.module, spec, decomposition, mean=source.mean(name, target))
         rows.append(_row(target, spec, target.parameters_as(spec), decomposition.relative_error(spec.rank)))
     return layers, rows
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
@@ -43,7 +44,8 @@ class Decompositions:
             return self.layers[name]
         coordinates = self._coordinates(name, target)
         try:
-            return decompose_weight(dense_matrix(target.module), max_rank=max_rank, metric=coordinates)
+            with align_module_device(target.module):  # offloaded weights are brought in, one layer at a time
+                return decompose_weight(dense_matrix(target.module), max_rank=max_rank, metric=coordinates)
         except WeightError as error:
             raise WeightError(f"{target.name}: {error}") from None
 
@@ -59,7 +61,8 @@ class Decompositions:
             squares = self.layers[name].singular_values.square()
         else:
             try:
-                squares = spectrum(dense_matrix(target.module), coordinates)
+                with align_module_device(target.module):
+                    squares = spectrum(dense_matrix(target.module), coordinates)
             except WeightError as error:
                 raise WeightError(f"{target.name}: {error}") from None
         return squares.cpu() * coordinates.scale

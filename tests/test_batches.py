@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_reparam import Moments, TargetError, collect_moments
+from hf_reparam import LowRankLinear, Moments, TargetError, collect_moments, convert, merge
 from tests import zoo
 from tests.test_calibration import assert_same
 
@@ -68,18 +68,37 @@ def test_images_one_by_one():
     assert_same(collect_moments(model, [{"pixel_values": i} for i in images]), collect_moments(model, [case.batch()]))
 
 
-def test_a_dispatched_model(tmp_path):
+@pytest.fixture
+def dispatched(tmp_path):
     import transformers
 
-    case = zoo.BY_BASE["LlamaForCausalLM"]
-    case.build().save_pretrained(tmp_path / "model")
+    zoo.BY_BASE["LlamaForCausalLM"].build().save_pretrained(tmp_path / "model")
     device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload")
     )
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
-    assert_same(collect_moments(model, [case.batch()]), collect_moments(case.build(), [case.batch()]))
+    return model
+
+
+def test_a_dispatched_model(dispatched):
+    case = zoo.BY_BASE["LlamaForCausalLM"]
+    assert_same(collect_moments(dispatched, [case.batch()]), collect_moments(case.build(), [case.batch()]))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("size", [{"rank": 6}, {"keep": 0.5}])
+def test_a_dispatched_model_is_converted(dispatched, inplace, size):
+    case = zoo.BY_BASE["LlamaForCausalLM"]
+    small = convert(dispatched, calibration=[case.batch()], inplace=inplace, **size)
+    expected = convert(case.build(), calibration=[case.batch()], **size)
+    assert not any(p.is_meta for m in small.modules() if isinstance(m, LowRankLinear) for p in m.parameters())
+    for a, b in zip(zoo.outputs(small, case.batch()), zoo.outputs(expected, case.batch()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    merged = merge(small)
+    for a, b in zip(zoo.outputs(merged, case.batch()), zoo.outputs(expected, case.batch()), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 WORKER = """

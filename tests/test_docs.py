@@ -66,17 +66,53 @@ def test_figures_are_the_results():
 
 def test_quality_figures_are_the_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
-    rows = [
-        row for row in (ROOT / "README.md").read_text().splitlines() if row.startswith(("| plain", "| whit", "| fish"))
+    readme = (ROOT / "README.md").read_text()
+    columns = {
+        "MiniLM": (("0.8", "0.6", "0.4", "0.25"), "lost", ".3f"),
+        "Llama 0.9M": (("0.8", "0.6", "0.4"), "lost", ".4f"),
+        "GPT-2 2.2M": (("0.8", "0.6", "0.4"), "lost", ".4f"),
+        "SST-2": (("0.8", "0.5", "0.25"), "accuracy", ".3f"),
+    }
+    methods = [method for method in results["MiniLM"]["rows"] if method != "dense"]
+    assert len(methods) == 8
+    for method in methods:
+        cells = [
+            " / ".join(format(results[model]["rows"][method][keep][score], style) for keep in keeps)
+            for model, (keeps, score, style) in columns.items()
+        ]
+        assert f"| {method} | {' | '.join(cells)} |" in readme
+    refitted, seconds = results["MiniLM"]["rows"][methods[-1]], {k: r["seconds"] for k, r in results.items()}
+    genres = [f"{refitted['0.4'][f'main-{genre}']:.3f} on {genre}" for genre in ("captions", "news")]
+    spearman = [
+        results["MiniLM"]["rows"]["dense"]["1.0"]["spearman"],
+        *(refitted[k]["spearman"] for k in ("0.8", "0.4")),
     ]
-    for method, row in zip(
-        ("plain SVD, uniform", "whitening, uniform", "fisher, uniform", "fisher, global"), rows, strict=True
-    ):
-        scores = [results[model]["rows"][method] for model in ("MiniLM-L6", "babyllama105", "gpt2-novels")]
-        expected = " / ".join(f"{scores[0][k]:.3f}" for k in ("0.8", "0.6", "0.4"))
-        for score in scores[1:]:
-            expected += " | " + " / ".join(f"{score[k]:.4f}" for k in ("0.8", "0.6", "0.4"))
-        assert row == f"| {method} | {expected} |"
+    figures = [
+        f"(dense {results['SST-2']['rows']['dense']['1.0']['accuracy']:.3f})",
+        *genres,
+        "{:.3f} dense, {:.3f} at keep 0.8 and {:.3f} at keep 0.4".format(*spearman),
+        f"calibration {seconds['MiniLM']['calibration']:.0f} s for the 2,000 sentences",
+    ]
+    assert [figure for figure in figures if figure not in " ".join(readme.split())] == []
+
+
+def test_speed_figures_are_the_results():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())["summary"]
+    ratio = lambda dtype, compiled: [  # noqa: E731
+        [f"{r['pivoted / pair']:.2f}" for r in rows if (r["dtype"], r["compiled"], r["tokens"]) == (dtype, compiled, n)]
+        for n in (1, 32, 1024)
+    ]
+    decision = (ROOT / "docs" / "decisions" / "0005-pivoted-form.md").read_text()
+    for dtype in ("float32", "bfloat16"):
+        for compiled in (False, True):
+            cells = " | ".join(" / ".join(column) for column in ratio(dtype, compiled))
+            assert re.search(
+                rf"^\| {dtype}, {'compiled' if compiled else 'eager'}[^|]*\| {re.escape(cells)} \|$", decision, re.M
+            )
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    compiled, eager = (sorted(v for column in ratio("float32", kind) for v in column) for kind in (True, False))
+    assert f"{compiled[0]} to {compiled[-1]} of the time of a pair" in readme
+    assert f"up to {eager[-1]} in eager mode" in readme
 
 
 def test_make_targets_exist():

@@ -1,5 +1,6 @@
 """Plans from a budget: kept, monotone, reviewable, and applied by `convert` as they are."""
 
+import contextlib
 import json
 import math
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_reparam import (
+    LayerSpec,
     LowRankLinear,
     PlanError,
     RankError,
@@ -203,8 +205,14 @@ def test_tolerance_finds_the_smallest_size_that_holds_it(bert, tolerance):
 
 
 def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
-    small = convert(bert[0], tolerance=0, evaluate=lambda m: 1.0, calibration=bert[1])
-    assert {m.rank for m in small.modules() if isinstance(m, LowRankLinear)} <= {1, 2}
+    model, moments, _ = bert
+    small = convert(model, tolerance=0, evaluate=lambda m: 1.0, calibration=moments)
+    plans = []
+    for step in range(1, 16):
+        with contextlib.suppress(RankError):
+            plans.append(make_plan(model, moments, keep=step / 128))
+    assert 1 < len(plans) < 15
+    assert small.config.reparam == plans[0].to_dict()
 
 
 def test_tolerance_that_no_size_holds(bert):
@@ -217,6 +225,17 @@ def test_tolerance_that_no_size_holds(bert):
     for wrong in (-1, math.nan, "1"):
         with pytest.raises(RankError, match="tolerance must be a number"):
             convert(bert[0], tolerance=wrong, evaluate=len)
+
+
+def test_pivots_need_more_inputs_than_the_rank(bert):
+    model = bert[0]
+    plan = RankPlan({"encoder.layer.0.attention.self.query": LayerSpec(32, "pivoted")}, "bert")
+    with pytest.raises(PlanError, match="rank 32, above the 31 it can have"):
+        convert(model, plan=plan)
+    config = convert(model, rank=4).config
+    config.reparam = plan.to_dict()
+    with pytest.raises(PlanError, match=r"rank 32, above min\(in - 1, out\) = 31"):
+        type(convert(model, rank=4))(config)
 
 
 def test_default_forms(bert):

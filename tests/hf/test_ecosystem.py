@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, pipeline
 
 import hf_reparam
+from benchmarks.demo import embed, load_batch
 from hf_reparam import LowRankLinear, convert, merge
 from tests import zoo
 
@@ -171,3 +172,15 @@ def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
     back = adapted.merge_and_unload()
     assert all(type(m.up) is torch.nn.Linear for m in back.modules() if isinstance(m, LowRankLinear))
     torch.testing.assert_close(zoo.outputs(merge(back), case.batch())[0], changed[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_int8_on_top_of_the_factors(minilm, form):
+    small = convert(transformers.AutoModel.from_pretrained(minilm).eval(), rank=200, form=form, allow_larger=True)
+    quantizer = torch.ao.quantization
+    int8 = quantizer.quantize_dynamic(small, {torch.nn.Linear: quantizer.per_channel_dynamic_qconfig})
+    layer = int8.encoder.layer[0].output.dense
+    assert type(layer.up).__module__ == type(layer.down).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear"
+    batch = load_batch(minilm)
+    assert (embed(small, batch) * embed(int8, batch)).sum(-1).mean() > 0.9  # dense 0.974, pair 0.949, pivoted 0.969
