@@ -22,6 +22,8 @@ from hf_reparam import (
     make_plan,
     merge,
 )
+from hf_reparam.decomposition import as_decompositions
+from hf_reparam.nn import find_targets
 from hf_reparam.nn.dense import dense_matrix
 from tests import zoo
 
@@ -177,6 +179,18 @@ def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypat
                 torch.testing.assert_close(dense_matrix(small.get_submodule(name)), dense_matrix(layer))
     with pytest.raises(AssertionError, match="decomposed again"):
         make_plan(model, moments, keep=0.5, allocation="global")
+
+
+def test_a_layers_losses_count_its_tokens(bert):
+    """One unit for all layers: what a direction costs over all the tokens that the layer saw, once or twice."""
+    model, moments, _ = bert
+    target = find_targets(model, include="*.0.output.dense").selected[0]
+    name = "encoder.layer.0.output.dense"
+    once, twice = (decompose(model, m).losses(name, target) for m in (moments, moments + moments))
+    torch.testing.assert_close(twice, 2 * once)
+    torch.testing.assert_close(
+        as_decompositions(moments, None).losses(name, target), once, atol=1e-9 * float(once[0]), rtol=0
+    )
 
 
 def test_decompositions_have_one_metric(bert):
