@@ -69,13 +69,17 @@ def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float
         TargetError: the outputs hold neither logits nor hidden states.
     """
     if isinstance(outputs, Tensor):
-        return float((outputs.float() - reference.float()).square().sum()) / 2
+        return float((_wide(outputs) - _wide(reference)).square().sum()) / 2
     keys = [key for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)]
     if not keys and outputs.get("last_hidden_state") is None:
         raise TargetError("the model returned neither logits nor last_hidden_state: it cannot be refitted")
     return sum(
         _distance(key, outputs[key].float(), reference[key].float(), masks) for key in keys or ["last_hidden_state"]
     )
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> float:
