@@ -74,7 +74,7 @@ def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float
     if not keys and outputs.get("last_hidden_state") is None:
         raise TargetError("the model returned neither logits nor last_hidden_state: it cannot be refitted")
     return sum(
-        _distance(key, outputs[key].float(), reference[key].float(), masks) for key in keys or ["last_hidden_state"]
+        _distance(key, _wide(outputs[key]), _wide(reference[key]), masks) for key in keys or ["last_hidden_state"]
     )
 
 
