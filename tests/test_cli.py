@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hf_reparam
 from hf_reparam import checkpoint, cli
@@ -81,6 +82,16 @@ def test_calibrated_conversion(tmp_path, minilm, capsys):
 
 
 GUESTS = ("king", "baker", "teacher", "sailor", "doctor", "friend")
+
+
+def test_a_tokenizer_without_padding_token(tmp_path):
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[UNK]", "[END]", *"abcdefg"])}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    zoo.BY_BASE["GPT2LMHeadModel"].build().save_pretrained(tmp_path / "dense")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[END]").save_pretrained(tmp_path / "dense")
+    (tmp_path / "texts.txt").write_text("a b c\na b\ng f e d c b a\n")
+    command = ["convert", tmp_path / "dense", tmp_path / "out", "--keep", 0.5, "--calibration", tmp_path / "texts.txt"]
+    assert run(*command, "--quiet") == 0
 
 
 @pytest.mark.parametrize(
