@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_reparam.calibration import collect_moments, layer_name
-from hf_reparam.decomposition import Decompositions, as_decompositions, decompose
+from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.hf.configuration import plan_of
 from hf_reparam.hf.retype import check_unquantized, protected_layers, to_reparam
@@ -181,7 +181,6 @@ def convert(
             exclude=exclude,
         )
         if tolerance is not None and evaluate is not None:
-            source = decompose(model, source.moments, metric=source.metric, include=include, exclude=exclude)
             plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
         else:
             plan = plan_for(source, keep=keep, target_params=target_params)
@@ -258,6 +257,7 @@ def _search(
     plan_for: Callable[..., RankPlan],
 ) -> RankPlan:
     """The plan of the smallest size, found by bisection, whose score is within the tolerance of the dense model's."""
+    source = source.complete({layer_name(model, target): target for target in targets})
     floor = float(evaluate(model)) - tolerance
     low, high, best, nearest = 0.0, 1.0, None, -math.inf
     for _ in tqdm(range(_HALVINGS), desc="Searching a size", unit="size"):

@@ -49,6 +49,11 @@ class Decompositions:
         except WeightError as error:
             raise WeightError(f"{target.name}: {error}") from None
 
+    def complete(self, targets: Mapping[str, Target]) -> "Decompositions":
+        """The same with every one of these layers decomposed and kept."""
+        steps = tqdm(targets.items(), desc="Decomposing", unit="layer")
+        return Decompositions(self.metric, self.moments, {name: self.layer(name, target) for name, target in steps})
+
     def losses(self, name: str, target: Target) -> Tensor | None:
         """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending; one unit for all layers.
 
@@ -119,9 +124,7 @@ def decompose(
     """
     lazy = as_decompositions(moments, metric)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model)).selected
-    named = {layer_name(model, target): target for target in targets}
-    steps = tqdm(named.items(), desc="Decomposing", unit="layer")
-    return Decompositions(lazy.metric, moments, {name: lazy.layer(name, target) for name, target in steps})
+    return lazy.complete({layer_name(model, target): target for target in targets})
 
 
 def as_decompositions(source: Moments | Decompositions | None, metric: str | None) -> Decompositions:
