@@ -21,8 +21,8 @@ from hf_reparam.nn.surgery import factor, replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 from hf_reparam.planning import check_budget, count_parameters, make_plan
-from hf_reparam.refitting import refit as refit_layers
-from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
+from hf_reparam.refitting import refit
+from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
 
 __all__ = ["convert", "summarize"]
 
@@ -188,10 +188,7 @@ def convert(
     before, name = count_parameters(model), type(model).__name__
     specs, left = chosen
     layers, rows = _factor(model, targets.selected, specs, source)
-    refitted = None
-    if data is not None:
-        trial = replace_modules(model, layers, inplace=False)  # holds the new layers themselves
-        refitted = refit_layers(trial, model, data, moments=source.moments, tokenizer=tokenizer)
+    refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
     result = _install(model, layers, source.metric, inplace=inplace)
     if not return_report:
         return result
@@ -302,6 +299,14 @@ def _factor(
             layers[target.module] = factor(target.module, spec, decomposition, mean=source.mean(name, target))
         rows.append(_row(target, spec, target.parameters_as(spec), decomposition.relative_error(spec.rank)))
     return layers, rows
+
+
+def _refit(
+    model: nn.Module, layers: Mapping[nn.Module, nn.Module], data: list[Any], moments: Moments | None, tokenizer: Any
+) -> RefitReport:
+    """Refit new layers in a copy of the model, which holds these very layers."""
+    trial = replace_modules(model, layers, inplace=False)
+    return refit(trial, model, data, moments=moments, tokenizer=tokenizer)
 
 
 def _install(model: M, layers: Mapping[nn.Module, nn.Module], method: str, *, inplace: bool) -> M:
