@@ -22,8 +22,9 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/test.stamp
+benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.foundation
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed --compile
 
 clean:
 	rm -rf $(VENV) .venv-oldest .mypy_cache .ruff_cache .pytest_cache build dist
@@ -37,6 +38,10 @@ $(VENV)/demo.stamp: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 
 $(VENV)/test.stamp: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip $(PIP) --constraint .ci/constraints.txt --editable '.[demo,test]'
+	touch $@
+
+$(VENV)/benchmark.stamp: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip $(PIP) --constraint .ci/constraints.txt --editable '.[benchmark]'
 	touch $@
 
 .venv-oldest/test.stamp: pyproject.toml .ci/oldest.txt

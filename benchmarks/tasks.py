@@ -1,6 +1,7 @@
 """Real models with their data: how each is calibrated, and how its quality is measured."""
 
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def _mean_loss(model: nn.Module, data: torch.Tensor, batch: int = 32) -> float:
     return sum(losses) / len(data)
 
 
-def similarity(data: Path) -> Task:
+def similarity(data: Path, models: Path) -> Task:
     """MiniLM sentence embeddings: calibrated on 2,000 random STS-B training sentences, measured on all test pairs."""
     folder = minilm_folder()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
@@ -130,7 +131,7 @@ def _embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Ten
     return torch.cat(parts)
 
 
-def sentiment(data: Path, work: str) -> Task:
+def sentiment(data: Path, models: Path) -> Task:
     """MiniLM fine-tuned on SST-2 by the Trainer, one epoch: calibrated on 2,000 training examples with labels."""
     folder = minilm_folder()
     set_seed(SEED)
@@ -141,7 +142,7 @@ def sentiment(data: Path, work: str) -> Task:
         pairs = [line.rsplit("\t", 1) for line in _lines(data / "sst2" / f"{split}.tsv")]
         rows[split] = [{**tokenizer(text, truncation=True, max_length=128), "labels": int(y)} for text, y in pairs]
     arguments = TrainingArguments(
-        work,
+        tempfile.mkdtemp(),  # nothing is saved
         num_train_epochs=1,
         per_device_train_batch_size=32,
         learning_rate=1e-4,
@@ -167,6 +168,4 @@ def sentiment(data: Path, work: str) -> Task:
 
     dense = accuracy(model)
     score = lambda small: {"lost": dense - (found := accuracy(small)), "accuracy": found}  # noqa: E731
-    return Task(
-        "SST-2", "accuracy below dense", model, batches, score, [0.8, 0.5, 0.25], exclude=("*pooler*", "classifier")
-    )
+    return Task("SST-2", "accuracy below dense", model, batches, score, [0.5, 0.25], exclude=("*pooler*", "classifier"))

@@ -71,7 +71,7 @@ def test_quality_figures_are_the_results():
         "MiniLM": (("0.8", "0.6", "0.4", "0.25"), "lost", ".3f"),
         "Llama 0.9M": (("0.8", "0.6", "0.4"), "lost", ".4f"),
         "GPT-2 2.2M": (("0.8", "0.6", "0.4"), "lost", ".4f"),
-        "SST-2": (("0.8", "0.5", "0.25"), "accuracy", ".3f"),
+        "SST-2": (("0.5", "0.25"), "accuracy", ".3f"),
     }
     methods = [method for method in results["MiniLM"]["rows"] if method != "dense"]
     assert len(methods) == 8
@@ -81,7 +81,7 @@ def test_quality_figures_are_the_results():
             for model, (keeps, score, style) in columns.items()
         ]
         assert f"| {method} | {' | '.join(cells)} |" in readme
-    refitted, seconds = results["MiniLM"]["rows"][methods[-1]], {k: r["seconds"] for k, r in results.items()}
+    refitted = results["MiniLM"]["rows"][methods[-1]]
     genres = [f"{refitted['0.4'][f'main-{genre}']:.3f} on {genre}" for genre in ("captions", "news")]
     spearman = [
         results["MiniLM"]["rows"]["dense"]["1.0"]["spearman"],
@@ -91,7 +91,7 @@ def test_quality_figures_are_the_results():
         f"(dense {results['SST-2']['rows']['dense']['1.0']['accuracy']:.3f})",
         *genres,
         "{:.3f} dense, {:.3f} at keep 0.8 and {:.3f} at keep 0.4".format(*spearman),
-        f"calibration {seconds['MiniLM']['calibration']:.0f} s for the 2,000 sentences",
+        f"calibration {results['SST-2']['seconds']['calibration']:.0f} s for the 2,000 sentences",
     ]
     assert [figure for figure in figures if figure not in " ".join(readme.split())] == []
 

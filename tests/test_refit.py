@@ -101,12 +101,12 @@ def test_least_squares_is_solved():
 
 def test_padding_does_not_matter():
     dense = sharp("BertForMaskedLM").double()
-    batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in data(6, rows=4)]
+    batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in data()]
     padded = [{k: nn.functional.pad(v, (0, 40)) for k, v in b.items()} for b in batches]
     moments = collect_moments(dense, batches)
     models = [convert(dense, keep=0.5, calibration=moments) for _ in range(2)]
     reports = [refit(m, dense, b, moments=moments) for m, b in zip(models, (batches, padded), strict=True)]
-    assert reports[0].layers == reports[1].layers
+    assert reports[0].layers == reports[1].layers != ()
     assert reports[0].after == pytest.approx(reports[1].after, rel=1e-6)
 
 
