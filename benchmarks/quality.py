@@ -87,7 +87,7 @@ def peers(task: tasks.Task, moments: hf_reparam.Moments) -> dict[str, Decomposit
         return Metric(input_root=root(seen.input_products / seen.tokens, 1e-3))
 
     def all_layers(metric: Callable[[Target, LayerMoments], Metric]) -> Decompositions:
-        named = {layer_name(task.model, t): t for t in found.selected}
+        named = {layer_name(task.model, t.name): t for t in found.selected}
         weights = {name: (dense_matrix(t.module), metric(t, moments.layers[name])) for name, t in named.items()}
         return Decompositions("svd", None, {n: decompose(w, metric=m) for n, (w, m) in weights.items()})
 

@@ -19,7 +19,7 @@ from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import LayerMoments, Moments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
-from hf_reparam.nn.targets import Target, find_targets
+from hf_reparam.nn.targets import find_targets
 
 __all__ = ["collect_moments", "frozen", "layer_name"]
 
@@ -71,7 +71,7 @@ def collect_moments(
     targets = find_targets(model, protected=protected_layers(model))
     if not targets.selected:
         raise TargetError(f"{type(model).__name__} has no layer that can be factored")
-    named = {layer_name(model, t): t for t in targets.selected}
+    named = {layer_name(model, t.name): t for t in targets.selected}
     fisher = metric == "fisher"
     moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in named.items()}
     seen = 0
@@ -91,9 +91,9 @@ def collect_moments(
     return Moments(metric, moments)
 
 
-def layer_name(model: nn.Module, target: Target) -> str:
-    """The name under which plans and moments know a layer."""
-    return plan_name(model, target.name) if isinstance(model, PreTrainedModel) else target.name
+def layer_name(model: nn.Module, name: str) -> str:
+    """The name under which plans and moments know the layer at this module path."""
+    return plan_name(model, name) if isinstance(model, PreTrainedModel) else name
 
 
 def _loss(

@@ -123,8 +123,8 @@ def convert(
         tolerance: how much lower than the dense model's the score of `evaluate` may be; the smallest size that holds it
             is sought by bisection over `keep`, in steps of 1/128.
         plan: ranks from `make_plan`, or edited by hand.
-        calibration: Moments from `collect_moments`, or what it takes (dicts for `model(**batch)`, or texts), or what
-            `decompose` returned.
+        calibration: Moments from `collect_moments`, or what it takes (dicts for `model(**batch)`, a `datasets.Dataset`,
+            texts), or what `decompose` returned.
         evaluate: model -> score, higher is better; with `tolerance`.
         metric: "svd", "activation" or "fisher" (the default with calibration data).
         allocation, multiple_of: how the budget is spent, as in `make_plan`.
@@ -229,7 +229,7 @@ def _calibrate(model: nn.Module, calibration: Calibration | None, metric: str | 
 
 def _planned(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> Chosen:
     """The layers to convert by a plan, and the reason why the others stay."""
-    named = {layer_name(model, target): target for target in targets}
+    named = {layer_name(model, target.name): target for target in targets}
     unknown = sorted(set(plan.modules) - set(named))
     if unknown:
         raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
@@ -254,7 +254,7 @@ def _search(
     plan_for: Callable[..., RankPlan],
 ) -> RankPlan:
     """The plan of the smallest size, found by bisection, whose score is within the tolerance of the dense model's."""
-    source = source.complete({layer_name(model, target): target for target in targets})
+    source = source.complete({layer_name(model, target.name): target for target in targets})
     floor = float(evaluate(model)) - tolerance
     low, high, best, nearest = 0.0, 1.0, None, -math.inf
     for _ in tqdm(range(_HALVINGS), desc="Searching a size", unit="size"):
@@ -293,7 +293,7 @@ def _factor(
     layers: dict[nn.Module, nn.Module] = {}
     rows = []
     for target in tqdm([t for t in targets if t.name in specs], desc="Factoring layers", unit="layer"):
-        name, spec = layer_name(model, target), specs[target.name]
+        name, spec = layer_name(model, target.name), specs[target.name]
         decomposition = source.layer(name, target, max_rank=spec.rank)
         with align_module_device(target.module):
             layers[target.module] = factor(target.module, spec, decomposition, mean=source.mean(name, target))

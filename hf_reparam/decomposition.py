@@ -59,7 +59,8 @@ class Decompositions:
 
         None for a layer without a gradient in the fisher metric: it has no such unit.
         """
-        if self.metric == "fisher" and not _has_gradient(self._moments(name)):
+        moments = self._moments(name)
+        if self.metric == "fisher" and not (moments is not None and moments.has_gradient()):
             return None
         coordinates = self._coordinates(name, target)
         if name in self.layers:
@@ -85,7 +86,7 @@ class Decompositions:
         moments = self._moments(name)
         if moments is None:
             return Metric()
-        metric = self.metric if _has_gradient(moments) else "activation"
+        metric = self.metric if moments.has_gradient() else "activation"
         try:
             return moments.metric(metric, centred=target.bias_parameters > 0)
         except WeightError as error:
@@ -124,7 +125,7 @@ def decompose(
     """
     lazy = as_decompositions(moments, metric)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model)).selected
-    return lazy.complete({layer_name(model, target): target for target in targets})
+    return lazy.complete({layer_name(model, target.name): target for target in targets})
 
 
 def as_decompositions(source: Moments | Decompositions | None, metric: str | None) -> Decompositions:
@@ -146,9 +147,3 @@ def as_decompositions(source: Moments | Decompositions | None, metric: str | Non
     if metric == "fisher" and source is not None and source.metric != "fisher":
         raise WeightError("the fisher metric needs gradients: collect moments with metric='fisher'")
     return Decompositions(metric, source)
-
-
-def _has_gradient(layer: LayerMoments | None) -> bool:
-    return (
-        layer is not None and layer.gradient_products is not None and bool(layer.gradient_products.diagonal().sum() > 0)
-    )

@@ -81,7 +81,7 @@ def make_plan(
     if allocation == "global":
         specs.update(_global(model, targets, source, budget, form, multiple_of))
     base = model.config.model_type if isinstance(model, PreTrainedModel) else None
-    modules = {layer_name(model, t): spec for t in targets if (spec := specs[t.name]) is not None}
+    modules = {layer_name(model, t.name): spec for t in targets if (spec := specs[t.name]) is not None}
     return RankPlan(modules, base, source.metric)
 
 
@@ -161,7 +161,7 @@ def _global(
     options: dict[str, Options] = {}
     choices: dict[str, list[LayerSpec | None]] = {}
     for t in tqdm(targets, desc="Spectra", unit="layer"):
-        losses = source.losses(layer_name(model, t), t)
+        losses = source.losses(layer_name(model, t.name), t)
         if losses is not None:  # without the common unit a layer keeps its uniform share
             choices[t.name], options[t.name] = _options(t, losses, form, multiple_of)
     share = budget / sum(map(_size, targets))

@@ -5,19 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_reparam.batches import Batches, prepare
-from hf_reparam.calibration import frozen
+from hf_reparam.calibration import frozen, layer_name
 from hf_reparam.errors import TargetError
-from hf_reparam.hf.modeling import plan_name
 from hf_reparam.hf.objective import divergence
 from hf_reparam.linalg import Moments, PairedMoments, decompose
 from hf_reparam.nn.calibrate import inputs_of, order_of, rows
 from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.linear import LowRankLinear
-from hf_reparam.nn.surgery import set_factors
+from hf_reparam.nn.surgery import set_bias, set_factors
 from hf_reparam.report import RefitReport
 
 __all__ = ["refit"]
@@ -123,17 +121,13 @@ def _collect(
 
 
 def _gradient(model: nn.Module, moments: Moments | None, name: str) -> Tensor | None:
-    key = plan_name(model, name) if isinstance(model, PreTrainedModel) else name
-    layer = moments.layers.get(key) if moments is not None else None
-    products = layer.gradient_products if layer is not None else None
-    return products if products is not None and bool(products.diagonal().sum() > 0) else None
+    layer = moments.layers.get(layer_name(model, name)) if moments is not None else None
+    return layer.gradient_products if layer is not None and layer.has_gradient() else None
 
 
 def _fit(layer: LowRankLinear, original: nn.Module, paired: PairedMoments, gradient: Tensor | None) -> None:
-    weight, bias = dense_matrix(original).double(), original.bias
-    fit = paired.refit(weight.cpu(), gradient, centred=bias is not None)
+    has_bias = original.bias is not None
+    fit = paired.refit(dense_matrix(original).double().cpu(), gradient, centred=has_bias)
     set_factors(layer, decompose(fit.weight, max_rank=layer.rank, metric=fit.metric).cut(layer.rank))
-    if isinstance(bias, Tensor):
-        up, down = layer.factors()
-        made = up.double() @ (down.double() @ fit.mean.to(up.device))
-        layer.up.bias.copy_(bias.double() + fit.shift.to(up.device) - made)
+    if has_bias:
+        set_bias(layer, original, fit.dense_mean, fit.low_mean)

@@ -72,6 +72,10 @@ class LayerMoments:
         gradients = None if self.gradient_products is None else function(self.gradient_products)
         return LayerMoments(tokens, sums, products, gradients)
 
+    def has_gradient(self) -> bool:
+        """Whether a gradient ever came back to the layer."""
+        return self.gradient_products is not None and bool(self.gradient_products.diagonal().sum() > 0)
+
     def mean(self) -> Tensor:
         """E x, (in,)."""
         return self.input_sum / max(self.tokens, 1)

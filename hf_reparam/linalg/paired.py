@@ -22,14 +22,13 @@ class Refit:
     Args:
         weight: (out, in) float64, the unconstrained least-squares solution.
         metric: coordinates of the inputs x', and of the outputs where a gradient moment is known.
-        shift: (out,) float64, W E x: with W' E x' taken from it, what the bias has to make up for.
-        mean: E x' (in,) float64.
+        dense_mean, low_mean: E x and E x' (in,) float64.
     """
 
     weight: Tensor
     metric: Metric
-    shift: Tensor
-    mean: Tensor
+    dense_mean: Tensor
+    low_mean: Tensor
 
 
 @dataclass
@@ -91,4 +90,4 @@ class PairedMoments:
             cross.diagonal().add_(part * variance)
             solution = torch.cholesky_solve((weight @ cross).T, inputs).T
         outputs = None if gradient_products is None else root(gradient_products, SHRINKAGE["gradient"])
-        return Refit(solution, Metric(inputs, outputs), weight @ means[0], means[1])
+        return Refit(solution, Metric(inputs, outputs), *means)

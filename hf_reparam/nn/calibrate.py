@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -26,26 +26,31 @@ class _Reached(Exception):  # noqa: N818  # ends a forward pass early; it is no 
     pass
 
 
+@contextmanager
+def _seeing(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call see(name, x) whenever a layer is about to be called with x, until the block ends, however it ends."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name, module in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
     """What goes into each layer, (..., in), the first time that `run` reaches it; the pass ends at the last of them."""
     found: dict[str, Tensor] = {}
 
-    def watch_layer(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            found.setdefault(name, args[0].detach())
-            if len(found) == len(layers):
-                raise _Reached
+    def keep(name: str, x: Tensor) -> None:
+        found.setdefault(name, x.detach())
+        if len(found) == len(layers):
+            raise _Reached
 
-        return keep
-
-    handles = [module.register_forward_pre_hook(watch_layer(name)) for name, module in layers.items()]
-    try:
+    with suppress(_Reached), _seeing(layers, keep):
         run()
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -55,15 +60,8 @@ def order_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list
     Layers that are not reached, or more than once, are left out.
     """
     calls: list[tuple[str, Tensor]] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
-        for name, module in layers.items()
-    ]
-    try:
+    with _seeing(layers, lambda name, x: calls.append((name, x))):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     times = Counter(name for name, _ in calls)
     stages: list[list[str]] = []
     previous = None

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["factor", "low_rank_like", "replace_modules", "set_factors"]
+__all__ = ["factor", "low_rank_like", "replace_modules", "set_bias", "set_factors"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,11 +71,18 @@ def factor(
     if isinstance(dense.bias, nn.Parameter):
         layer.up.bias.copy_(dense.bias)
         if mean is not None:
-            mean = mean.to(dense.bias.device)
-            up, down = layer.factors()
-            shift = dense_matrix(dense).double() @ mean - up.double() @ (down.double() @ mean)
-            layer.up.bias.copy_(dense.bias.double() + shift)
+            set_bias(layer, dense, mean, mean)
     return layer
+
+
+@torch.no_grad()
+def set_bias(layer: LowRankLinear, dense: nn.Module, mean: Tensor, low_mean: Tensor) -> None:
+    """b' = b + W E x - W' E x', with x (in,) what the dense layer gets on average and x' what the low-rank one gets."""
+    bias: Any = dense.bias
+    mean, low_mean = mean.to(bias.device), low_mean.to(bias.device)
+    up, down = layer.factors()
+    shift = dense_matrix(dense).double() @ mean - up.double() @ (down.double() @ low_mean)
+    layer.up.bias.copy_(bias.double() + shift)
 
 
 @torch.no_grad()
