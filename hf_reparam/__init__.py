@@ -6,7 +6,8 @@ Importing this package makes `AutoConfig`, `AutoModel...`, `pipeline` and friend
 from typing import Any
 
 from hf_reparam.calibration import collect_moments
-from hf_reparam.convert import convert, summarize
+from hf_reparam.checkpoint import convert_checkpoint, merge_checkpoint
+from hf_reparam.convert import convert
 from hf_reparam.decomposition import Decompositions, decompose
 from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
 from hf_reparam.hf.auto import ReparamConfig, generated_class
@@ -17,6 +18,7 @@ from hf_reparam.plan import LayerSpec, RankPlan
 from hf_reparam.planning import make_plan
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
+from hf_reparam.summary import summarize
 
 __version__ = "0.1.0"
 
@@ -40,9 +42,11 @@ __all__ = [
     "WeightError",
     "collect_moments",
     "convert",
+    "convert_checkpoint",
     "decompose",
     "make_plan",
     "merge",
+    "merge_checkpoint",
     "refit",
     "register_dense",
     "summarize",

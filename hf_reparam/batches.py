@@ -11,8 +11,9 @@ from transformers.utils.logging import tqdm
 
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.objective import batch_masks
+from hf_reparam.hf.offload import execution_device
 
-__all__ = ["Batches", "prepare"]
+__all__ = ["Batches", "batched", "prepare"]
 
 Batches = Iterable[Mapping[str, Any]] | Iterable[str]
 """Dicts for `model(**batch)`, rows of a `datasets.Dataset`, or texts."""
@@ -34,14 +35,15 @@ def prepare(
         TargetError: an item that is neither dict nor text, a row without a column that the model takes, or texts
             without a tokenizer.
     """
-    device = next(model.parameters()).device
-    for batch in tqdm(_batched(model, batches, tokenizer), desc=desc, unit="batch"):
+    device = execution_device(model)
+    for batch in tqdm(batched(model, batches, tokenizer), desc=desc, unit="batch"):
         moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         moved = _distinct_lengths(model, moved)
         yield moved, batch_masks(moved)
 
 
-def _batched(model: nn.Module, items: Iterable[Any], tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+def batched(model: nn.Module, items: Iterable[Any], tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+    """Batches as `prepare` makes them of any data, not yet moved to a device."""
     texts: list[str] = []
     rows: dict[Any, list[dict[str, Tensor]]] = {}
     for item in items:

@@ -1,13 +1,14 @@
 """`collect_moments`: run calibration batches through a model once, for every size that may be wanted of it."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,11 +16,12 @@ from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.modeling import plan_name
 from hf_reparam.hf.objective import objective
+from hf_reparam.hf.processes import distributed, total
 from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import LayerMoments, Moments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
-from hf_reparam.nn.targets import find_targets
+from hf_reparam.nn.targets import Target, find_targets
 
 __all__ = ["collect_moments", "frozen", "layer_name"]
 
@@ -33,6 +35,8 @@ def collect_moments(
     metric: str = "fisher",
     tokenizer: Any = None,
     loss_fn: LossFunction | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
 ) -> Moments:
     """Moments of every layer that can be factored, over calibration data.
 
@@ -49,15 +53,19 @@ def collect_moments(
         metric: "activation" for inputs alone, "fisher" for gradients, too.
         tokenizer: for texts; needs a padding token.
         loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above.
+        folder: where moments go, in place of memory; `Moments.load` opens it again.
+        max_memory: bytes, or a text such as "8GB", that moments may take in memory: layers are watched in groups, in
+            one pass over the data each, and every group goes to `folder`. The data must allow several passes.
 
     Returns:
         Moments, which can be saved, merged and used for any number of conversions.
 
     Raises:
-        TargetError: no such metric, no layer to watch, no batch, a batch that is no dict, or texts without a tokenizer.
+        TargetError: no such metric, no layer to watch, no batch, a batch that is no dict, texts without a tokenizer,
+            `max_memory` without `folder` or too small for one layer, or data for one pass only.
 
-    Cost: one forward pass for each batch, and one backward pass for "fisher"; tokens * (in^2 + out^2) multiply-adds
-    and in^2 + out^2 float64 numbers for each layer.
+    Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
+    (in^2 + out^2) multiply-adds and in^2 + out^2 float64 numbers for each layer.
 
     Source: K-FAC, J. Martens and R. Grosse, arXiv 1503.05671.
 
@@ -71,24 +79,72 @@ def collect_moments(
     targets = find_targets(model, protected=protected_layers(model))
     if not targets.selected:
         raise TargetError(f"{type(model).__name__} has no layer that can be factored")
+    if max_memory is not None and folder is None:
+        raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
     named = {layer_name(model, t.name): t for t in targets.selected}
+    groups = _groups(named, metric, max_memory)
+    if len(groups) > 1 and iter(batches) is batches:
+        raise TargetError(
+            f"max_memory={max_memory!r} takes {len(groups)} passes over the data: give a list, no iterator"
+        )
+    layers: dict[str, LayerMoments] = {}
+    unseen: list[str] = []
+    for number, group in enumerate(groups):
+        moments = _watch_group(model, group, batches, metric, tokenizer, loss_fn)
+        unseen += [name for name, layer in moments.items() if layer.tokens == 0]
+        if folder is None:
+            layers.update(moments)
+        else:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Moments(metric, moments).save(Path(folder) / f"{number:05}.safetensors")
+    if unseen:
+        warnings.warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}", stacklevel=2)
+    return Moments(metric, layers) if folder is None else Moments.load(folder)
+
+
+def _groups(named: dict[str, Target], metric: str, max_memory: int | str | None) -> list[dict[str, Target]]:
+    """The layers in groups whose moments fit into `max_memory`, in the model's order."""
+    if max_memory is None:
+        return [named]
+    most = convert_file_size_to_int(max_memory)
+    groups: list[dict[str, Target]] = []
+    room = 0
+    for name, t in named.items():
+        size = 8 * (t.in_features**2 + (t.out_features**2 if metric == "fisher" else 0))
+        if size > most:
+            raise TargetError(f"{name}: its moments take {size:,} bytes, and max_memory allows {most:,}")
+        if size > room:
+            groups.append({})
+            room = most
+        groups[-1][name] = t
+        room -= size
+    return groups
+
+
+def _watch_group(
+    model: nn.Module,
+    group: Mapping[str, Target],
+    batches: Batches,
+    metric: str,
+    tokenizer: Any,
+    loss_fn: LossFunction | None,
+) -> dict[str, LayerMoments]:
+    """The moments of some layers, from one pass over the data."""
     fisher = metric == "fisher"
-    moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in named.items()}
+    moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in group.items()}
     seen = 0
-    with frozen(model), watch({n: t.module for n, t in named.items()}, moments) as watcher:
+    with frozen(model), watch({n: t.module for n, t in group.items()}, moments) as watcher:
         for batch, watcher.masks in prepare(model, batches, tokenizer):
             seen += 1
             with torch.set_grad_enabled(fisher):
                 loss = _loss(model, batch, watcher.masks, loss_fn if fisher else None, fisher)
             if fisher:
                 loss.backward()
-    seen = _sum_over_processes(moments, seen)
-    if not seen:
+    if isinstance(model, PreTrainedModel) and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+        model.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
+    if not _sum_over_processes(moments, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
-    unseen = [name for name, layer in moments.items() if layer.tokens == 0]
-    if unseen:
-        warnings.warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}", stacklevel=2)
-    return Moments(metric, moments)
+    return moments
 
 
 def layer_name(model: nn.Module, name: str) -> str:
@@ -110,13 +166,9 @@ def _loss(
 
 def _sum_over_processes(moments: Mapping[str, LayerMoments], seen: int) -> int:
     """Add up what the processes of a distributed run saw, so that all of them hold the same moments."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return seen
-    device = PartialState().device
-    for layer in moments.values():
-        total = layer.map(lambda tensor: reduce(tensor.to(device), "sum").cpu())
-        vars(layer).update(vars(total))
-    return int(reduce(torch.tensor(seen, device=device), "sum"))
+    for layer in moments.values() if distributed() else ():
+        vars(layer).update(vars(layer.map(total)))
+    return int(total(torch.tensor(seen)))
 
 
 @contextmanager

@@ -1,41 +1,74 @@
 """From model folder to model folder: what the command line does, for use from Python."""
 
+import hashlib
+import json
 import os
+import shutil
+import warnings
 from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_reparam.convert import convert, summarize
-from hf_reparam.errors import CheckpointError
+from hf_reparam.batches import batched
+from hf_reparam.calibration import collect_moments
+from hf_reparam.convert import convert
+from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.hf.folder import copy_companions, load, load_tokenizer, locate, new_folder, skeleton
+from hf_reparam.hf.processes import is_first, own_share, wait_for_all
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
 from hf_reparam.nn.ranks import Rank
+from hf_reparam.plan import RankPlan
+from hf_reparam.planning import make_plan
+from hf_reparam.refitting import refit as refit_factors
 from hf_reparam.report import ConversionReport
+from hf_reparam.summary import summarize
 
-__all__ = ["convert_folder", "inspect_folder", "merge_folder"]
+__all__ = ["convert_checkpoint", "inspect_checkpoint", "merge_checkpoint"]
+
+_STREAMED_SHARD = "500MB"
 
 
-def convert_folder(
-    source: str,
+def convert_checkpoint(
+    source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     rank: Rank | None = None,
     keep: float | None = None,
-    calibration: str | os.PathLike[str] | None = None,
+    plan: RankPlan | None = None,
+    moments: Moments | str | os.PathLike[str] | None = None,
+    texts: str | os.PathLike[str] | None = None,
     form: str | None = None,
     refit: bool = False,
+    solver: str = "exact",
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
+    stream: bool = True,
+    max_memory: int | str | None = None,
+    max_shard_size: int | str | None = None,
     force: bool = False,
 ) -> ConversionReport:
-    """Load a model, convert it and save it with its tokenizer; `out` appears whole or not at all.
+    """Convert a model folder into another, layer by layer: the model need not fit in memory.
+
+    Every weight stays in the source's files until its layer's turn, and every new layer goes to a work folder beside
+    `out`, from which the result is put together at the end. `out` appears whole or not at all. A run that was broken
+    off goes on where it stopped when it is started again with the same arguments on the same files. The tensors are
+    those that loading, `convert` and `save_pretrained` would give. In a distributed run (`accelerate launch`) every
+    process has to call this: texts and layers are shared out, and the first process writes.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, or a Hub id.
         out: the folder to make.
-        rank, keep, form, refit, include, exclude: as in `convert`.
-        calibration: a text file, one text a line, read with the source's tokenizer, or Moments in a .safetensors file.
+        rank, keep, plan: one of them, as in `convert`.
+        moments: Moments, or a file or folder of them.
+        texts: a text file to calibrate with instead, one text a line, read with the source's tokenizer.
+        form, refit, solver, include, exclude: as in `convert`; `refit` needs `texts`, and `stream=False`.
+        stream: False to hold the model in memory, which is faster where it fits.
+        max_memory: what moments of `texts` may take, as for `collect_moments`.
+        max_shard_size: of the files written, as for `save_pretrained`; "500MB" when streaming, because one is held in
+            memory at a time.
         force: replace `out` if it exists.
 
     Returns:
@@ -45,72 +78,169 @@ def convert_folder(
         CheckpointError: the source or the calibration data cannot be loaded, or `out` exists, is the source, or cannot
             be written.
         ReparamError: as `convert`.
+
+    Cost: as `convert`, and disk space for the result twice. Memory, when streaming: about three times the largest layer
+    in float64, in the metric of moments its moments, too, or a shard; at least twice the largest tensor.
     """
     folder, target = _open(source, Path(out), force)
-    data, tokenizer = _calibration(calibration, folder)
-    with new_folder(target) as work:
-        model, report = convert(
-            load(folder),
+    if refit and texts is None:
+        raise TargetError("refit needs the calibration texts themselves: give texts= (--calibration FILE)")
+    if refit and stream:
+        raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
+    if (keep is not None) + (rank is not None) + (plan is not None) != 1:
+        raise TargetError("give exactly one of rank, keep and plan")
+    lines, tokenizer = (None, None) if texts is None else (_read_lines(texts), load_tokenizer(folder))
+    patterns: dict[str, Any] = {"include": include, "exclude": exclude}
+    options = [rank, keep, plan and plan.to_dict(), form, solver, include, exclude, max_memory]
+    fingerprint = _fingerprint(folder, moments, lines, options) if stream else None
+    with new_folder(target, resume=fingerprint) as work:
+        model = load(folder, offload_folder=work / "source" if stream else None)
+        known = _moments(model, moments, lines, tokenizer, max_memory, work, shared=stream)
+        if keep is not None:
+            plan = _plan(model, known, keep, form, patterns, work)
+        small, report = convert(
+            model,
             rank=rank,
-            keep=keep,
-            calibration=data,
-            form=form,
-            refit=refit,
-            tokenizer=tokenizer,
-            include=include,
-            exclude=exclude,
-            inplace=True,
+            plan=plan,
+            calibration=known,
+            form=None if plan is not None else form,
+            solver=solver,
+            **patterns,
+            inplace=not refit,
+            offload_folder=work / "layers" if stream else None,
             return_report=True,
         )
-        model.save_pretrained(work)
-        copy_companions(folder, work)
+        if refit and lines is not None:
+            fitted = refit_factors(small, model, lines, moments=known, tokenizer=tokenizer)
+            report = replace(report, refit=fitted)
+        _save(small, folder, work, stream, max_shard_size)
     return report
 
 
-def merge_folder(source: str, out: str | os.PathLike[str], *, force: bool = False) -> ConversionReport:
-    """Load a converted model, multiply its factors out and save the plain dense model with its tokenizer.
+def merge_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    stream: bool = True,
+    max_shard_size: int | str | None = None,
+    force: bool = False,
+) -> ConversionReport:
+    """Multiply the factors of a converted model's folder out and save the plain dense model, layer by layer.
 
-    Args and Raises: as `convert_folder`.
+    Args, Raises, Cost: as `convert_checkpoint`.
 
     Returns:
         The report of the model before it was merged.
     """
     folder, target = _open(source, Path(out), force)
-    with new_folder(target) as work:
-        model = load(folder)
+    fingerprint = _fingerprint(folder, None, None, ["merge"]) if stream else None
+    with new_folder(target, resume=fingerprint) as work:
+        model = load(folder, offload_folder=work / "source" if stream else None)
         report = summarize(model)
-        merge(model, inplace=True).save_pretrained(work)
-        copy_companions(folder, work)
+        dense = merge(model, inplace=True, offload_folder=work / "layers" if stream else None)
+        _save(dense, folder, work, stream, max_shard_size)
     return report
 
 
-def inspect_folder(source: str) -> ConversionReport:
+def inspect_checkpoint(source: str | os.PathLike[str]) -> ConversionReport:
     """Report on a folder or Hub id from its configuration alone: low-rank layers, or what could be converted.
 
     Raises:
         CheckpointError: no readable configuration.
         PlanError: its plan is malformed or does not fit.
     """
-    return summarize(skeleton(source))
+    return summarize(skeleton(os.fspath(source)))
 
 
-def _calibration(path: str | os.PathLike[str] | None, folder: Path) -> tuple[Moments | list[str] | None, Any]:
-    """Moments, or texts and the tokenizer that reads them."""
-    if path is None:
-        return None, None
-    if Path(path).suffix == ".safetensors":
-        return Moments.load(Path(path)), None
-    try:
-        texts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
-    return texts, load_tokenizer(folder)
-
-
-def _open(source: str, out: Path, force: bool) -> tuple[Path, Path]:
+def _open(source: str | os.PathLike[str], out: Path, force: bool) -> tuple[Path, Path]:
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists; choose another place, or replace it with --force")
-    folder = locate(source)
+    folder = locate(os.fspath(source))
     if out.resolve() == folder.resolve() or folder.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(f"{out} is the source or holds it; choose another place")
     return folder, out
+
+
+def _read_lines(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
+
+
+def _moments(
+    model: Any,
+    given: Any,
+    lines: list[str] | None,
+    tokenizer: Any,
+    max_memory: int | str | None,
+    work: Path,
+    *,
+    shared: bool,
+) -> Moments | None:
+    """Moments that were given, or those of the texts; in a work folder that all processes share they are kept there."""
+    if given is not None:
+        return given if isinstance(given, Moments) else Moments.load(given)
+    if lines is None:
+        return None
+    place, unfinished = work / "moments", work / "moments~"
+    mine = own_share(list(batched(model, lines, tokenizer)))  # whole batches, for the same rounding as in one process
+    if not shared:
+        return collect_moments(model, mine, folder=None if max_memory is None else place, max_memory=max_memory)
+    if not place.exists():
+        collect_moments(model, mine, folder=unfinished, max_memory=max_memory)
+        wait_for_all()
+        if is_first():
+            unfinished.rename(place)
+        wait_for_all()
+    return Moments.load(place)
+
+
+def _plan(
+    model: Any, moments: Moments | None, keep: float, form: str | None, patterns: dict[str, Any], work: Path
+) -> RankPlan:
+    """The plan of this size; an earlier, broken run may have left it in the work folder."""
+    place = work / "plan.json"
+    if place.exists():
+        return RankPlan.from_dict(json.loads(place.read_text()))
+    plan = make_plan(model, moments, keep=keep, form=form or "pivoted", **patterns)
+    if is_first():
+        unfinished = work / "plan.json~"
+        unfinished.write_text(json.dumps(plan.to_dict()))
+        unfinished.rename(place)
+    return plan
+
+
+def _save(model: Any, source: Path, work: Path, stream: bool, max_shard_size: int | str | None) -> None:
+    """Write the result into the work folder, by the first process alone."""
+    wait_for_all()
+    if not is_first():
+        return
+    shutil.rmtree(work / "new", ignore_errors=True)  # of a broken run
+    size = max_shard_size or (_STREAMED_SHARD if stream else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(work / "new", **({} if size is None else {"max_shard_size": size}))
+    copy_companions(source, work / "new")
+
+
+def _fingerprint(source: Path, moments: Any, lines: list[str] | None, options: list[Any]) -> str:
+    """The same for the same work: source files, calibration data and options."""
+    parts: list[Any] = [version("hf-reparam"), options, lines, *map(_stamp, _files(source))]
+    if isinstance(moments, Moments):
+        parts += [(name, layer.tokens, float(layer.input_sum.sum())) for name, layer in moments.layers.items()]
+    elif moments is not None:
+        parts += map(_stamp, _files(Path(moments)))
+    return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()[:12]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return path.name, state.st_size, state.st_mtime_ns

@@ -5,12 +5,15 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from hf_reparam.checkpoint import convert_folder, inspect_folder, merge_folder
+from hf_reparam.checkpoint import convert_checkpoint, inspect_checkpoint, merge_checkpoint
 from hf_reparam.errors import ReparamError
+from hf_reparam.hf.processes import connected, is_first
+from hf_reparam.linalg.factorize import SOLVERS
 from hf_reparam.plan import FORMS
 from hf_reparam.report import ConversionReport
 
@@ -27,29 +30,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for a user error (one line on stderr), 130 if interrupted."""
     args = _parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
-    if args.quiet:
-        transformers.logging.disable_progress_bar()
-        disable_progress_bars()
+    with connected():
+        if args.quiet or not is_first():
+            transformers.logging.disable_progress_bar()
+            disable_progress_bars()
+        code, text = _run(args)
+        if is_first():
+            print(text, file=sys.stderr if code else sys.stdout)
+    return code
+
+
+def _run(args: argparse.Namespace) -> tuple[int, str]:
+    """Exit code, and what to print."""
     try:
         report = args.run(args)
     except ReparamError as error:
-        print(f"hf-reparam: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2, f"hf-reparam: error: {' '.join(str(error).split())}"
     except OSError as error:
-        print(f"hf-reparam: error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return 2
+        return 2, f"hf-reparam: error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except KeyboardInterrupt:
-        print("hf-reparam: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
-    return 0
+        kept = "; the same command goes on from here" if getattr(args, "stream", False) else ""
+        return 130, f"hf-reparam: interrupted, OUT was not written{kept}"
+    return 0, json.dumps(report.to_dict(), indent=2) if args.json else str(report)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-reparam",
         description="Replace the dense layers of a Hugging Face model by low-rank products, and merge them back.",
-        epilog="SRC is a model folder or a Hub id. Exit code: 0 done, 2 wrong input, 130 interrupted.",
+        epilog="SRC is a model folder or a Hub id. Exit code: 0 done, 2 wrong input, 130 interrupted. With several "
+        "processes: accelerate launch -m hf_reparam COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf-reparam')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -60,17 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--rank", metavar="RANK", action="append", type=_rank, help=_RANK_HELP)
     size.add_argument("--keep", metavar="SHARE", type=float, help="share of the targeted layers' weights, in (0, 1]")
     convert.add_argument(
-        "--calibration", metavar="FILE", help="texts, one a line, or moments (.safetensors) that `Moments.save` wrote"
+        "--calibration", metavar="FILE", help="texts, one a line, or moments (.safetensors, or a folder of them)"
     )
     convert.add_argument("--form", choices=FORMS, help="pair (default with --rank) or pivoted (default with --keep)")
     convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
     convert.add_argument("--include", metavar="PATTERN", action="append", help=f"layers to convert: {_PATTERN_HELP}")
     convert.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
-    convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    convert.add_argument("--solver", choices=SOLVERS, default="exact", help="randomized: faster for small ranks")
+    convert.add_argument(
+        "--max-memory", metavar="SIZE", help="memory for moments, such as 8GB; more passes over the data"
+    )
+    _writing(convert)
 
     merge = _command(commands, "merge", _merge, "multiply the factors of SRC out and save the dense model in OUT")
     merge.add_argument("out", metavar="OUT", help="folder to make")
-    merge.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    _writing(merge)
 
     _command(
         commands, "inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights"
@@ -87,6 +101,19 @@ def _command(commands, name, run, text):  # type: ignore[no-untyped-def]  # argp
     return parser
 
 
+def _writing(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that write a model."""
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="layer by layer from file to file, for models that exceed memory; goes on where a broken run stopped",
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of the files written (500MB with --stream, else 50GB)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
 def _convert(args: argparse.Namespace) -> ConversionReport:
     rank = None
     if args.rank is not None:
@@ -94,26 +121,35 @@ def _convert(args: argparse.Namespace) -> ConversionReport:
         if plain and len(args.rank) > 1:
             _parser().error("--rank: give one number, or PATTERN=RANK several times")
         rank = plain[0] if plain else dict(args.rank)
-    return convert_folder(
+    data = args.calibration
+    stored = data is not None and (Path(data).is_dir() or data.endswith(".safetensors"))
+    return convert_checkpoint(
         args.source,
         args.out,
         rank=rank,
         keep=args.keep,
-        calibration=args.calibration,
+        moments=data if stored else None,
+        texts=None if stored else data,
         form=args.form,
         refit=args.refit,
+        solver=args.solver,
         include=args.include,
         exclude=args.exclude,
+        stream=args.stream,
+        max_memory=args.max_memory,
+        max_shard_size=args.max_shard_size,
         force=args.force,
     )
 
 
 def _merge(args: argparse.Namespace) -> ConversionReport:
-    return merge_folder(args.source, args.out, force=args.force)
+    return merge_checkpoint(
+        args.source, args.out, stream=args.stream, max_shard_size=args.max_shard_size, force=args.force
+    )
 
 
 def _inspect(args: argparse.Namespace) -> ConversionReport:
-    return inspect_folder(args.source)
+    return inspect_checkpoint(args.source)
 
 
 def _rank(text: str) -> tuple[str | None, int | float]:

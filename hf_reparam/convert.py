@@ -1,11 +1,14 @@
-"""`convert`: the whole flow, top to bottom. `summarize`: the same report for a model as it stands."""
+"""`convert`: the whole flow, top to bottom."""
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar, overload
 
-from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
@@ -13,18 +16,21 @@ from transformers.utils.logging import tqdm
 from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import PlanError, RankError, TargetError
-from hf_reparam.hf.configuration import plan_of
+from hf_reparam.factoring import factor_layers
+from hf_reparam.hf.offload import mark_offloaded, recall
+from hf_reparam.hf.processes import distributed
 from hf_reparam.hf.retype import check_unquantized, protected_layers, to_reparam
 from hf_reparam.linalg import Moments
 from hf_reparam.nn.ranks import Rank, choose_ranks
-from hf_reparam.nn.surgery import factor, replace_modules
+from hf_reparam.nn.surgery import replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 from hf_reparam.planning import check_budget, count_parameters, make_plan
 from hf_reparam.refitting import refit
-from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
+from hf_reparam.report import ConversionReport, RefitReport
+from hf_reparam.summary import layer_report, skipped_reports
 
-__all__ = ["convert", "summarize"]
+__all__ = ["convert"]
 
 M = TypeVar("M", bound=nn.Module)
 Calibration = Moments | Decompositions | Iterable[Mapping[str, Any]] | Iterable[str]
@@ -50,11 +56,14 @@ def convert(
     form: str | None = ...,
     multiple_of: int = ...,
     refit: bool = ...,
+    solver: str = ...,
     tokenizer: Any = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
     inplace: bool = ...,
     allow_larger: bool = ...,
+    max_memory: int | str | None = ...,
+    offload_folder: str | os.PathLike[str] | None = ...,
     return_report: Literal[False] = ...,
 ) -> M: ...
 @overload
@@ -73,11 +82,14 @@ def convert(
     form: str | None = ...,
     multiple_of: int = ...,
     refit: bool = ...,
+    solver: str = ...,
     tokenizer: Any = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
     inplace: bool = ...,
     allow_larger: bool = ...,
+    max_memory: int | str | None = ...,
+    offload_folder: str | os.PathLike[str] | None = ...,
     return_report: Literal[True],
 ) -> tuple[M, ConversionReport]: ...
 def convert(
@@ -95,11 +107,14 @@ def convert(
     form: str | None = None,
     multiple_of: int = 1,
     refit: bool = False,
+    solver: str = "exact",
     tokenizer: Any = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     inplace: bool = False,
     allow_larger: bool = False,
+    max_memory: int | str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     return_report: bool = False,
 ) -> M | tuple[M, ConversionReport]:
     """Replace dense layers by low-rank products W ~ up @ down.
@@ -131,11 +146,18 @@ def convert(
         form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
         refit: fit the factors once more to the inputs that the low-rank layers before them give, as `refit` does; takes
             the calibration data itself, which is then held in memory.
+        solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.decompose`.
         tokenizer: for calibration texts.
         include: patterns of layers to convert, globs or `re:` expressions over the whole name; None for all.
         exclude: patterns of layers to leave alone; wins over include.
-        inplace: change `model` itself. Otherwise the result is a copy, without a copy of the replaced tensors.
+        inplace: change `model` itself; new layers wait in a temporary folder until the old ones are freed. Otherwise
+            the result is a copy, without a copy of the replaced tensors.
         allow_larger: with `rank`, also convert layers whose product would hold no fewer numbers than the layer.
+        max_memory: what moments of calibration data may take, as for `collect_moments`; they are kept in a temporary
+            folder.
+        offload_folder: where new layers stay until they compute, for models that exceed memory, loaded with a
+            `device_map` that leaves layers on disk. A layer that is there from an earlier, broken run of the same
+            conversion is not made again.
         return_report: also return what was done, layer by layer, and what was left alone and why.
 
     Returns:
@@ -148,7 +170,9 @@ def convert(
         PlanError: the plan does not fit the model.
 
     Cost: one Gram matrix and one symmetric eigenproblem of order min(in, out) for each layer, and what
-    `collect_moments` and `make_plan` cost; with `tolerance` eight evaluations.
+    `collect_moments` and `make_plan` cost; with `tolerance` eight evaluations. Memory: with `inplace`, that of the
+    model and about three times the largest layer in float64, in the metric of calibration data its moments, too. In a
+    distributed run every process has to call this; layers are shared out, and all get the whole model.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> small, report = convert(net, rank=16, return_report=True)
@@ -160,7 +184,7 @@ def convert(
     ), 4160, 2112)
     """
     _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of)
-    data = _kept_for_refit(calibration) if refit else None
+    data = _kept_for_refit(calibration, offload_folder) if refit else None
     if isinstance(model, PreTrainedModel):
         check_unquantized(model)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
@@ -169,32 +193,43 @@ def convert(
         chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
     elif plan is not None:
         chosen = _planned(model, targets.selected, plan)
-    source = _calibrate(model, data or calibration, metric or (plan.method if plan is not None else None), tokenizer)
-    if chosen is None:
-        plan_for = functools.partial(
-            make_plan,
-            model,
-            allocation=allocation,
-            form=form or "pivoted",
-            multiple_of=multiple_of,
-            include=include,
-            exclude=exclude,
-        )
-        if tolerance is not None and evaluate is not None:
-            plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
-        else:
-            plan = plan_for(source, keep=keep, target_params=target_params)
-        chosen = _planned(model, targets.selected, plan)
-    before, name = count_parameters(model), type(model).__name__
-    specs, left = chosen
-    layers, rows = _factor(model, targets.selected, specs, source)
-    refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
-    result = _install(model, layers, source.metric, inplace=inplace)
+    with ExitStack() as scratch:
+        moments = _moments(model, data or calibration, metric, tokenizer, max_memory, scratch)
+        source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
+        if chosen is None:
+            plan_for = functools.partial(
+                make_plan,
+                model,
+                allocation=allocation,
+                form=form or "pivoted",
+                multiple_of=multiple_of,
+                include=include,
+                exclude=exclude,
+            )
+            if tolerance is not None and evaluate is not None:
+                plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
+            else:
+                plan = plan_for(source, keep=keep, target_params=target_params)
+            chosen = _planned(model, targets.selected, plan)
+        before, name = count_parameters(model), type(model).__name__
+        specs, left = chosen
+        skipped = skipped_reports([*left, *targets.skipped])
+        folder = _folder(offload_folder, scratch, temporary=inplace and not refit)
+        layers, errors = factor_layers(model, targets.selected, specs, source, folder)
+        converted = [t for t in targets.selected if t.name in specs]
+        rows = tuple(layer_report(t, specs[t.name], t.parameters_as(specs[t.name]), errors[t.name]) for t in converted)
+        refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
+        result = _install(model, layers, source.metric, inplace=inplace)
+        if offload_folder is not None and isinstance(result, PreTrainedModel):
+            mark_offloaded(result, specs)
+        elif folder is not None:
+            made = list(layers.values())
+            del targets, converted, layers  # the dense weights go before their successors come
+            for layer in made:
+                recall(layer)
     if not return_report:
         return result
-    skipped = _skipped([*left, *targets.skipped])
-    after = count_parameters(result)
-    return result, ConversionReport(name, source.metric, tuple(rows), skipped, before, after, refitted)
+    return result, ConversionReport(name, source.metric, rows, skipped, before, count_parameters(result), refitted)
 
 
 def _check_options(
@@ -219,12 +254,30 @@ def _check_options(
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
 
 
-def _calibrate(model: nn.Module, calibration: Calibration | None, metric: str | None, tokenizer: Any) -> Decompositions:
+def _moments(
+    model: nn.Module,
+    calibration: Calibration | None,
+    metric: str | None,
+    tokenizer: Any,
+    max_memory: int | str | None,
+    scratch: ExitStack,
+) -> Moments | Decompositions | None:
     if calibration is None or isinstance(calibration, (Moments, Decompositions)):
-        return as_decompositions(calibration, metric)
-    return as_decompositions(
-        collect_moments(model, calibration, metric=metric or "fisher", tokenizer=tokenizer), metric
+        return calibration
+    folder = None if max_memory is None else scratch.enter_context(TemporaryDirectory(prefix="hf_reparam-"))
+    return collect_moments(
+        model, calibration, metric=metric or "fisher", tokenizer=tokenizer, folder=folder, max_memory=max_memory
     )
+
+
+def _folder(given: str | os.PathLike[str] | None, scratch: ExitStack, *, temporary: bool) -> Path | None:
+    """Where new layers go: the folder that was given, a temporary one, or None for into memory."""
+    if given is not None:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        return Path(given)
+    if temporary and not distributed():  # processes need not share their temporary folders
+        return Path(scratch.enter_context(TemporaryDirectory(prefix="hf_reparam-")))
+    return None
 
 
 def _planned(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> Chosen:
@@ -264,7 +317,7 @@ def _search(
         except RankError:  # below the smallest size
             low = keep
             continue
-        layers, _ = _factor(model, targets, _planned(model, targets, plan)[0], source)
+        layers, _ = factor_layers(model, targets, _planned(model, targets, plan)[0], source)
         small = _install(model, layers, source.metric, inplace=False)
         nearest = max(nearest, score := float(evaluate(small)))
         if score >= floor:
@@ -278,27 +331,14 @@ def _search(
     return best
 
 
-def _kept_for_refit(calibration: Calibration | None) -> list[Any]:
+def _kept_for_refit(calibration: Calibration | None, offload_folder: object) -> list[Any]:
     if calibration is None or isinstance(calibration, (Moments, Decompositions)):
         raise TargetError(
             "refit=True needs the calibration data itself: give calibration=batches, or call refit() with it afterwards"
         )
+    if offload_folder is not None:
+        raise TargetError("refit=True fits layers in memory: leave offload_folder out")
     return list(calibration)
-
-
-def _factor(
-    model: nn.Module, targets: tuple[Target, ...], specs: Mapping[str, LayerSpec], source: Decompositions
-) -> tuple[dict[nn.Module, nn.Module], list[LayerReport]]:
-    """Dense layer -> low-rank layer, and what the report says of it."""
-    layers: dict[nn.Module, nn.Module] = {}
-    rows = []
-    for target in tqdm([t for t in targets if t.name in specs], desc="Factoring layers", unit="layer"):
-        name, spec = layer_name(model, target.name), specs[target.name]
-        decomposition = source.layer(name, target, max_rank=spec.rank)
-        with align_module_device(target.module):
-            layers[target.module] = factor(target.module, spec, decomposition, mean=source.mean(name, target))
-        rows.append(_row(target, spec, target.parameters_as(spec), decomposition.relative_error(spec.rank)))
-    return layers, rows
 
 
 def _refit(
@@ -313,42 +353,3 @@ def _install(model: M, layers: Mapping[nn.Module, nn.Module], method: str, *, in
     """Put the layers in place, and give a `PreTrainedModel` its derived class."""
     result = replace_modules(model, layers, inplace=inplace)
     return to_reparam(result, method=method) if isinstance(result, PreTrainedModel) else result
-
-
-def summarize(model: nn.Module) -> ConversionReport:
-    """Report on a model as it stands, from shapes alone: its low-rank layers, or the layers that could be converted.
-
-    Args:
-        model: any module, on any device, the meta device included.
-
-    Returns:
-        A ConversionReport without errors. For a converted model, `parameters_before` are those of the dense model.
-
-    >>> print(summarize(convert(nn.Sequential(nn.Linear(64, 64)), rank=16)))
-    Sequential: 1 low-rank layers (svd)
-    factored layers:  4,160 -> 2,112 parameters (50.8%)
-    whole model:      4,160 -> 2,112 parameters (50.8%)
-    <BLANKLINE>
-    layer  type    in x out  rank  parameters      error
-    ----------------------------------------------------
-    0      Linear  64 x 64   16    4,160 -> 2,112  -
-    """
-    targets = find_targets(model, protected=protected_layers(model))
-    low = [t for t in targets.selected if t.spec is not None]
-    dense = [t for t in targets.selected if t.spec is None]
-    after = count_parameters(model)
-    before = after + sum(t.dense_parameters - t.parameters for t in low)
-    rows = tuple(_row(t, t.spec, t.parameters, None) for t in low or dense)
-    left = [Skipped(t.name, t.kind, t.parameters, "dense") for t in dense] if low else []
-    method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else "svd"
-    return ConversionReport(type(model).__name__, method, rows, _skipped([*left, *targets.skipped]), before, after)
-
-
-def _row(target: Target, spec: LayerSpec | None, after: int, error: float | None) -> LayerReport:
-    shape = (target.in_features, target.out_features)
-    rank, form = (None, None) if spec is None else (spec.rank, spec.form)
-    return LayerReport(target.name, target.kind, *shape, rank, target.dense_parameters, after, error, form)
-
-
-def _skipped(items: Iterable[Skipped]) -> tuple[SkippedReport, ...]:
-    return tuple(SkippedReport(item.name, item.kind, item.parameters, item.reason) for item in items)

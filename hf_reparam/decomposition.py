@@ -1,17 +1,19 @@
 """`decompose`: every layer of a model decomposed once, in one metric, to be cut at any rank in no time."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from accelerate.utils import align_module_device
+import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.hf.offload import aligned
+from hf_reparam.hf.processes import distributed, spread
 from hf_reparam.hf.retype import protected_layers
-from hf_reparam.linalg import Decomposition, LayerMoments, Metric, Moments, spectrum
+from hf_reparam.linalg import Decomposition, LayerMoments, Metric, Moments, spectrum, working_device
 from hf_reparam.linalg import decompose as decompose_weight
+from hf_reparam.linalg.factorize import SOLVERS
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.targets import Target, find_targets
@@ -28,11 +30,13 @@ class Decompositions:
         moments: what the metric was made of; None for "svd".
         layers: layer name -> Decomposition, names as in a plan. A layer that is not there is decomposed when it is
             asked for, and not kept.
+        solver: "exact" or "randomized", for layers that are not there.
     """
 
     metric: str
     moments: Moments | None = None
     layers: Mapping[str, Decomposition] = field(default_factory=dict)
+    solver: str = "exact"
 
     def layer(self, name: str, target: Target, *, max_rank: int | None = None) -> Decomposition:
         """The decomposition of a layer, up to `max_rank` or further.
@@ -42,17 +46,30 @@ class Decompositions:
         """
         if name in self.layers:
             return self.layers[name]
-        coordinates = self._coordinates(name, target)
         try:
-            with align_module_device(target.module):  # offloaded weights are brought in, one layer at a time
-                return decompose_weight(dense_matrix(target.module), max_rank=max_rank, metric=coordinates)
+            with aligned(target.module):  # offloaded weights are brought in, one layer at a time
+                weight = dense_matrix(target.module)
+                metric = self._coordinates(name, target, working_device(weight))
+                return decompose_weight(weight, max_rank=max_rank, metric=metric, solver=self.solver)
         except WeightError as error:
             raise WeightError(f"{target.name}: {error}") from None
 
     def complete(self, targets: Mapping[str, Target]) -> "Decompositions":
         """The same with every one of these layers decomposed and kept."""
-        steps = tqdm(targets.items(), desc="Decomposing", unit="layer")
-        return Decompositions(self.metric, self.moments, {name: self.layer(name, target) for name, target in steps})
+
+        def work(name: str) -> Decomposition:
+            made = self.layer(name, targets[name])
+            return made.to(torch.device("cpu")) if distributed() else made
+
+        return replace(self, layers=spread(self.costs(targets), work, desc="Decomposing"))
+
+    def costs(self, targets: Mapping[str, Target]) -> dict[str, float]:
+        """Relative costs of decomposing layers: products, the eigenproblem, and the roots of moments."""
+        costs = {}
+        for name, t in targets.items():
+            roots = 0.0 if self.metric == "svd" else (t.in_features**3 + t.out_features**3) / 3
+            costs[name] = t.full_rank**2 * (t.in_features + t.out_features + 10 * t.full_rank) + roots
+        return costs
 
     def losses(self, name: str, target: Target) -> Tensor | None:
         """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending; one unit for all layers.
@@ -62,16 +79,16 @@ class Decompositions:
         moments = self._moments(name)
         if self.metric == "fisher" and not (moments is not None and moments.has_gradient()):
             return None
-        coordinates = self._coordinates(name, target)
         if name in self.layers:
             squares = self.layers[name].singular_values.square()
         else:
             try:
-                with align_module_device(target.module):
-                    squares = spectrum(dense_matrix(target.module), coordinates)
+                with aligned(target.module):
+                    weight = dense_matrix(target.module)
+                    squares = spectrum(weight, self._coordinates(name, target, working_device(weight)))
             except WeightError as error:
                 raise WeightError(f"{target.name}: {error}") from None
-        return squares.cpu() * coordinates.scale
+        return squares.cpu() * (1 if moments is None else moments.tokens)
 
     def mean(self, name: str, target: Target) -> Tensor | None:
         """E x (in,), where a bias can absorb the error in it."""
@@ -82,15 +99,12 @@ class Decompositions:
         layer = self.moments.layers.get(name) if self.moments is not None and self.metric != "svd" else None
         return layer if layer is not None and layer.tokens else None
 
-    def _coordinates(self, name: str, target: Target) -> Metric:
+    def _coordinates(self, name: str, target: Target, device: torch.device) -> Metric:
         moments = self._moments(name)
         if moments is None:
             return Metric()
         metric = self.metric if moments.has_gradient() else "activation"
-        try:
-            return moments.metric(metric, centred=target.bias_parameters > 0)
-        except WeightError as error:
-            raise WeightError(f"{target.name}: {error}") from None
+        return moments.metric(metric, centred=target.bias_parameters > 0, device=device)
 
 
 def decompose(
@@ -128,22 +142,26 @@ def decompose(
     return lazy.complete({layer_name(model, target.name): target for target in targets})
 
 
-def as_decompositions(source: Moments | Decompositions | None, metric: str | None) -> Decompositions:
+def as_decompositions(
+    source: Moments | Decompositions | None, metric: str | None, solver: str = "exact"
+) -> Decompositions:
     """Decompositions in a metric, made when they are asked for; those that are made already stay.
 
     Raises:
-        TargetError: unknown metric, or not the one of the decompositions.
+        TargetError: unknown metric or solver, or not the metric of the decompositions.
         WeightError: the metric needs moments, or gradients, that are not there.
     """
     metric = metric or (source.metric if source is not None else "svd")
     if metric not in METRICS:
         raise TargetError(f"metric must be one of {list(METRICS)}, got {metric!r}")
+    if solver not in SOLVERS:
+        raise TargetError(f"solver must be one of {list(SOLVERS)}, got {solver!r}")
     if isinstance(source, Decompositions):
         if metric != source.metric:
             raise TargetError(f"the decompositions were made in the {source.metric} metric, not in {metric}")
-        return source
+        return replace(source, solver=solver)
     if metric != "svd" and source is None:
         raise TargetError(f"the metric {metric!r} needs calibration data: give calibration=")
     if metric == "fisher" and source is not None and source.metric != "fisher":
         raise WeightError("the fisher metric needs gradients: collect moments with metric='fisher'")
-    return Decompositions(metric, source)
+    return Decompositions(metric, source, solver=solver)

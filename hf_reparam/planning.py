@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import tqdm
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import RankError, TargetError
+from hf_reparam.hf.processes import spread
 from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import Moments, Options, allocate
 from hf_reparam.nn.targets import Target, find_targets
@@ -99,7 +99,8 @@ def check_budget(keep: float | None, target_params: int | None, multiple_of: int
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers in a model's parameters, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device sharing cannot be seen
+    return sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in tied))
 
 
 def _budget(model: nn.Module, targets: tuple[Target, ...], keep: float | None, target_params: int | None) -> float:
@@ -160,8 +161,10 @@ def _global(
     """Ranks by one Lagrangian, for the layers that have a common unit of error; None where a layer stays dense."""
     options: dict[str, Options] = {}
     choices: dict[str, list[LayerSpec | None]] = {}
-    for t in tqdm(targets, desc="Spectra", unit="layer"):
-        losses = source.losses(layer_name(model, t.name), t)
+    named = {layer_name(model, t.name): t for t in targets}
+    spectra = spread(source.costs(named), lambda name: source.losses(name, named[name]), desc="Spectra")
+    for name, t in named.items():
+        losses = spectra[name]
         if losses is not None:  # without the common unit a layer keeps its uniform share
             choices[t.name], options[t.name] = _options(t, losses, form, multiple_of)
     share = budget / sum(map(_size, targets))

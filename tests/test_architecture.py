@@ -24,6 +24,8 @@ LAYERS = [
     "calibration",
     "decomposition",
     "planning",
+    "summary",
+    "factoring",
     "refitting",
     "convert",
     "merge",

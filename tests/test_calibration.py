@@ -1,12 +1,17 @@
 """Calibration sees real tokens only, does not depend on how data is batched, and leaves the model as it was."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from hf_reparam import Moments, TargetError, collect_moments
+from hf_reparam import Moments, TargetError, collect_moments, convert
 from tests import zoo
+
+convert_module = importlib.import_module("hf_reparam.convert")
 
 FLOAT32_SUMS = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -213,3 +218,61 @@ def test_wrong_arguments(data, options, message):
 
     with pytest.raises(TargetError, match=message):
         collect_moments(Net(nn.Linear(4, 4)), data, **options)
+
+
+def net_and_data():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    return net, [{"input": torch.randn(20, 8)} for _ in range(3)]
+
+
+@pytest.mark.parametrize(("max_memory", "files"), [(None, 1), ("1MB", 1), (4096, 3), ("7KB", 2)])
+def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
+    """Layers of 8 x 16, 16 x 16 and 16 x 4 take 2,560, 4,096 and 2,176 bytes."""
+    net, data = net_and_data()
+    whole = collect_moments(net, data, loss_fn=squares)
+    grouped = collect_moments(net, data, loss_fn=squares, folder=tmp_path / "moments", max_memory=max_memory)
+    assert len(list((tmp_path / "moments").iterdir())) == files
+    assert grouped.metric == whole.metric
+    assert set(grouped.layers) == set(whole.layers)
+    for name, layer in whole.layers.items():
+        assert torch.equal(grouped.layers[name].input_products, layer.input_products)
+        assert torch.equal(grouped.layers[name].gradient_products, layer.gradient_products)
+    small = [convert(net, keep=0.5, calibration=m) for m in (whole, grouped, Moments.load(tmp_path / "moments"))]
+    for other in small[1:]:
+        assert all(map(torch.equal, small[0].state_dict().values(), other.state_dict().values()))
+
+
+def squares(model, batch):
+    return model(**batch).square().sum()
+
+
+def test_limits_that_cannot_be_kept(tmp_path):
+    net, data = net_and_data()
+    with pytest.raises(TargetError, match="needs folder="):
+        collect_moments(net, data, loss_fn=squares, max_memory="1MB")
+    with pytest.raises(TargetError, match=r"0: its moments take 2,560 bytes, and max_memory allows 1,000"):
+        collect_moments(net, data, loss_fn=squares, folder=tmp_path, max_memory=1000)
+    with pytest.raises(TargetError, match="takes 3 passes over the data: give a list, no iterator"):
+        collect_moments(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory=4096)
+    assert list(tmp_path.iterdir()) == []
+    collect_moments(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory="1MB")
+
+
+def test_convert_calibrates_within_memory(monkeypatch):
+    net, data = net_and_data()
+    seen = []
+    collect = convert_module.collect_moments
+
+    def watched(*args, **kwargs):
+        seen.append((kwargs["folder"], kwargs["max_memory"]))
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(convert_module, "collect_moments", watched)
+    options = {"keep": 0.5, "metric": "activation", "allocation": "uniform"}
+    expected = convert(net, calibration=data, **options)
+    small = convert(net, calibration=data, max_memory="3KB", **options)
+    assert all(map(torch.equal, small.state_dict().values(), expected.state_dict().values()))
+    assert seen[0] == (None, None)
+    assert seen[1][1] == "3KB"
+    assert not Path(seen[1][0]).exists()

@@ -84,11 +84,16 @@ def test_calibrated_conversion(tmp_path, minilm, capsys):
 GUESTS = ("king", "baker", "teacher", "sailor", "doctor", "friend")
 
 
-def test_a_tokenizer_without_padding_token(tmp_path):
+def tiny_tokenizer():
+    """Reads the letters a to g; has no padding token."""
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[UNK]", "[END]", *"abcdefg"])}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[END]", pad_token=None)
+
+
+def test_a_tokenizer_without_padding_token(tmp_path):
     zoo.BY_BASE["GPT2LMHeadModel"].build().save_pretrained(tmp_path / "dense")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[END]").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "texts.txt").write_text("a b c\na b\ng f e d c b a\n")
     command = ["convert", tmp_path / "dense", tmp_path / "out", "--keep", 0.5, "--calibration", tmp_path / "texts.txt"]
     assert run(*command, "--quiet") == 0
@@ -100,7 +105,8 @@ def test_a_tokenizer_without_padding_token(tmp_path):
         (["--keep", 0.5, "--calibration", "nowhere.txt"], "nowhere.txt cannot be read as text"),
         (["--keep", 0.5, "--calibration", "nowhere.safetensors"], "cannot be read as moments"),
         (["--keep", 2], "keep must be in"),
-        (["--keep", 0.5, "--refit"], "refit=True needs the calibration data itself"),
+        (["--keep", 0.5, "--refit"], "refit needs the calibration texts themselves"),
+        (["--keep", 0.5, "--refit", "--stream", "--calibration", __file__], "refit needs the model in memory"),
     ],
 )
 def test_wrong_calibration(tmp_path, dense, capsys, options, message):

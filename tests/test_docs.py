@@ -8,15 +8,15 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from hf_reparam import cli
 
 ROOT = Path(__file__).parents[1]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+def blocks(language, page="README.md"):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
 def test_python_blocks_run_in_order(tmp_path, minilm):
@@ -45,6 +45,27 @@ def test_shell_commands_run(tmp_path, minilm, monkeypatch):
     for command in commands:
         words = [minilm if word == "SRC" else word for word in shlex.split(command)[1:]]
         assert cli.main([*words, "--quiet"]) == 0
+
+
+def test_the_page_on_big_models_runs(tmp_path, minilm, monkeypatch):
+    page = "docs/big-models.md"
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
+    scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "model": model, "TOKENIZER": tokenizer}
+    scope["TEXTS"] = ["so good", "so bad"] * 4
+    assert len(blocks("python", page)) == 3
+    for block in blocks("python", page):
+        exec(compile(block, page, "exec"), scope)
+    assert scope["report"].factored_after < scope["report"].factored_before
+    assert {path.name for path in tmp_path.iterdir()} >= {"out", "out-dense", "out-small", "out-saved"}
+    commands = [line for block in blocks("bash", page) for line in block.splitlines() if line.startswith("hf-reparam")]
+    assert len(commands) == 2
+    for command in commands:
+        words = [minilm if word == "SRC" else word for word in shlex.split(command)[1:]]
+        assert cli.main([*words, "--quiet"]) == 0
+    launched = [line for block in blocks("bash", page) for line in block.splitlines() if "-m hf_reparam" in line]
+    for line in launched:  # what follows the launcher is the command line's
+        assert cli._parser().parse_args(shlex.split(line.partition("-m hf_reparam ")[2])).keep == 0.5
 
 
 def test_figures_are_the_results():

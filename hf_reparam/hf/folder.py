@@ -1,5 +1,6 @@
 """Model folders: find, load, build a skeleton from, and write one so that it appears whole or not at all."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -12,11 +13,14 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError
 from hf_reparam.hf.auto import generated_class
 from hf_reparam.hf.configuration import PREFIX, ReparamConfigMixin
+from hf_reparam.hf.offload import check_stored
+from hf_reparam.hf.processes import is_first
 
 __all__ = ["copy_companions", "load", "load_tokenizer", "locate", "new_folder", "skeleton"]
 
@@ -43,8 +47,13 @@ def locate(source: str) -> Path:
         ) from None
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel:
     """Load a model as the class that saved it, with the dtype it was saved in.
+
+    Args:
+        folder: of the model.
+        offload_folder: leave every weight on disk until it is used: in the model's own files where it is used as it is
+            stored, else in this folder. None to load all into memory.
 
     Raises:
         CheckpointError: not a loadable model folder, or weights are missing, which would leave random layers.
@@ -52,17 +61,34 @@ def load(folder: Path) -> PreTrainedModel:
     """
     try:
         kind = _saved_class(AutoConfig.from_pretrained(folder))
-        model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
+        with _unsaid("accelerate.big_modeling"):  # that parameters are on disk, as they were asked to be
+            model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **on_disk)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise CheckpointError(
+                f"{folder}: {len(missing)} weights are missing for {kind.__name__}, among them {missing[:3]}"
+            )
+        if on_disk:
+            check_stored(model)
+            model.tie_weights()  # tied weights that were stored twice
     except ReparamError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise CheckpointError(
-            f"{folder}: {len(missing)} weights are missing for {kind.__name__}, among them {missing[:3]}"
-        )
     return model
+
+
+@contextmanager
+def _unsaid(logger: str) -> Iterator[None]:
+    """Without a logger's warnings."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -124,24 +150,40 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
+    """A work folder beside `out`; its subfolder `new` takes the place of `out` when the block ends well.
+
+    Args:
+        out: the folder to make. In a distributed run the first process makes it.
+        resume: a fingerprint of the work. A work folder that a broken run of the same work left is taken up again, and
+            this one is left when the block fails, unless for a ReparamError. None for a new one that always vanishes.
 
     Raises:
         CheckpointError: the parent of `out` cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        if resume is None:
+            work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        else:
+            work = out.parent / f".{out.name}-{resume}"
+            work.mkdir(exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out.parent} cannot be written: {error.strerror or error}") from None
+    done = resume is None
     try:
-        yield work / "new"
-        if out.exists():
-            out.rename(work / "old")
-        (work / "new").rename(out)
+        yield work
+        if is_first():
+            if out.exists():
+                out.rename(work / "old")
+            (work / "new").rename(out)
+        done = True
+    except ReparamError:
+        done = True
+        raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if done and (is_first() or resume is None):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path) -> None:

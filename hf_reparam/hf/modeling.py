@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from hf_reparam.errors import CheckpointError, PlanError
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
+from hf_reparam.hf.parallel import factor_rules
 from hf_reparam.nn.dense import dense_matrix, dense_type
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
@@ -45,6 +46,14 @@ class ReparamMixin:
         """Swap the layers, then let the base initialise, tie and shard what is there."""
         _swap(self, strict=False)
         super().post_init()  # type: ignore[misc]
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """Where each tensor-parallel rule applies: the base's answer, with a low-rank layer's rule for its factors."""
+        rules: dict[str, str] = super()._expand_parallel_plan(plan)  # type: ignore[misc]
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            if isinstance(module, LowRankLinear):
+                rules = factor_rules(rules, name, module)
+        return rules
 
     def save_pretrained(  # base's contract
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any

@@ -11,6 +11,7 @@ from hf_reparam.errors import WeightError
 from hf_reparam.hf.auto import register
 from hf_reparam.hf.configuration import plan_of, stock_config_class
 from hf_reparam.hf.modeling import model_class, plan_name, stock_model_class
+from hf_reparam.hf.offload import aligned
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.plan import RankPlan
 
@@ -84,4 +85,7 @@ def _tied(model: PreTrainedModel) -> bool:
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(inputs, nn.Embedding) or outputs is None:
         return True
-    return inputs.weight is outputs.weight or torch.equal(inputs.weight, outputs.weight)
+    if inputs.weight is outputs.weight:
+        return True
+    with aligned(inputs), aligned(outputs):
+        return torch.equal(inputs.weight, outputs.weight)

@@ -1,7 +1,7 @@
 """Tensor mathematics: tensors in, tensors out, float64 inside. Knows no module and no model."""
 
 from hf_reparam.linalg.allocate import Options, allocate
-from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum
+from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum, working_device
 from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import LayerMoments, Moments
 from hf_reparam.linalg.paired import PairedMoments, Refit
@@ -21,4 +21,5 @@ __all__ = [
     "decompose",
     "pivot",
     "spectrum",
+    "working_device",
 ]

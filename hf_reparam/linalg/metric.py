@@ -20,17 +20,14 @@ class Metric:
     Args:
         input_root: L_C (in, in), float64, lower triangular.
         output_root: L_G (out, out), float64, lower triangular.
-        scale: weight of this layer's squared error against other layers', the number of tokens it saw.
     """
 
     input_root: Tensor | None = None
     output_root: Tensor | None = None
-    scale: float = 1.0
 
     def apply(self, weight: Tensor) -> Tensor:
-        """M = L_G^T W L_C, for W (out, in) float64."""
-        if self.input_root is not None:
-            weight = weight @ self.input_root
+        """M = L_G^T W L_C, a new tensor, for W (out, in) float64."""
+        weight = weight.clone() if self.input_root is None else weight @ self.input_root
         return weight if self.output_root is None else self.output_root.T @ weight
 
     def unapply_left(self, left: Tensor) -> Tensor:

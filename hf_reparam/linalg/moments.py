@@ -1,6 +1,7 @@
 """Streaming moments of what goes into a layer and of the gradient that comes back to its output."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ METRICS = ("svd", "activation", "fisher")
 SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
 """Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
 _FORMAT = "hf_reparam.moments.1"
+_SUMS = frozenset({"tokens", "input_sum", "input_products"})
+_ALL_SUMS = _SUMS | {"gradient_products"}
 
 
 @dataclass
@@ -80,27 +83,29 @@ class LayerMoments:
         """E x, (in,)."""
         return self.input_sum / max(self.tokens, 1)
 
-    def metric(self, name: str, *, centred: bool) -> Metric:
-        """The Metric of this name; centred where a bias can absorb the error in the mean.
+    def metric(self, name: str, *, centred: bool, device: torch.device | None = None) -> Metric:
+        """The Metric of this name, on a device; centred where a bias can absorb the error in the mean.
 
         Raises:
             WeightError: "fisher" was asked for, and the moments have no gradients; or they are not finite.
         """
         if name == "svd" or self.tokens == 0:
             return Metric()
-        covariance = self.input_products / self.tokens
+        covariance = self.input_products.to(device) / self.tokens
         if centred:
-            covariance = covariance - torch.outer(self.mean(), self.mean())
+            mean = self.mean().to(device)
+            covariance.addr_(mean, mean, alpha=-1)
         if not bool(torch.isfinite(covariance).all()):
             raise WeightError("the calibration inputs of this layer are not finite")
         inputs = root(covariance, SHRINKAGE["input"])
         if name == "activation":
-            return Metric(inputs, scale=float(self.tokens))
+            return Metric(inputs)
         if self.gradient_products is None:
             raise WeightError("the fisher metric needs gradients: collect moments with metric='fisher'")
-        if not bool(torch.isfinite(self.gradient_products).all()):
+        gradients = self.gradient_products.to(device) / self.tokens
+        if not bool(torch.isfinite(gradients).all()):
             raise WeightError("the calibration gradients of this layer are not finite")
-        return Metric(inputs, root(self.gradient_products / self.tokens, SHRINKAGE["gradient"]), float(self.tokens))
+        return Metric(inputs, root(gradients, SHRINKAGE["gradient"]))
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,9 @@ class Moments:
 
     Args:
         metric: the richest metric they serve: "activation", or "fisher" with gradients.
-        layers: layer name -> LayerMoments, names as in the plan.
+        layers: layer name -> LayerMoments, names as in the plan; in memory, or read from files when asked for.
 
-    >>> a, b = Moments("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)}), None
+    >>> a = Moments("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)})
     >>> a.layers["fc"].add_inputs(torch.ones(5, 4))
     >>> (a + a).layers["fc"].tokens
     10
@@ -126,8 +131,8 @@ class Moments:
             raise WeightError("moments of different metrics or layers cannot be merged")
         return Moments(self.metric, {name: m + other.layers[name] for name, m in self.layers.items()})
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, which appears whole or not at all."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.tokens"] = torch.tensor(layer.tokens)
@@ -135,32 +140,71 @@ class Moments:
             tensors[f"{name}.input_products"] = layer.input_products
             if layer.gradient_products is not None:
                 tensors[f"{name}.gradient_products"] = layer.gradient_products
-        save_file(tensors, path, metadata={"format": _FORMAT, "metric": self.metric})
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file(tensors, unfinished, metadata={"format": _FORMAT, "metric": self.metric})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Moments":
-        """Read a file that `save` wrote.
+    def load(cls, path: str | os.PathLike[str]) -> "Moments":
+        """Open a file that `save` wrote, or a folder of such files; layers are read when they are asked for.
 
         Raises:
             CheckpointError: no such file, or not one that `save` wrote.
         """
+        files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+        if not files:
+            raise CheckpointError(f"{path} holds no moments: there is no .safetensors file in it")
+        where: dict[str, Path] = {}
+        metrics = set()
+        for file in files:
+            metric, names = _contents(file)
+            metrics.add(metric)
+            where.update(dict.fromkeys(names, file))
+        if len(metrics) > 1:
+            raise CheckpointError(f"{path} holds moments of several metrics, {sorted(metrics)}")
+        return cls(metrics.pop(), _Stored(where))
+
+
+class _Stored(Mapping[str, LayerMoments]):
+    """Layers in files, each read anew when it is asked for."""
+
+    def __init__(self, where: Mapping[str, Path]) -> None:
+        self._where = where
+
+    def __getitem__(self, name: str) -> LayerMoments:
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != _FORMAT or header.get("metric") not in METRICS:
-                    raise CheckpointError(f"{path} holds no moments of this version")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            names = sorted({key.rpartition(".")[0] for key in tensors})
-            layers = {name: _read_layer(tensors, name) for name in names}
-        except (OSError, SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{path} cannot be read as moments: {error}") from None
-        return cls(header["metric"], layers)
+            with safe_open(self._where[name], framework="pt") as file:
+                tensors = {
+                    key.rpartition(".")[2]: file.get_tensor(key)
+                    for key in file.keys()  # noqa: SIM118  # it is no mapping
+                    if key.rpartition(".")[0] == name
+                }
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._where[name]} cannot be read as moments: {error}") from None
+        return LayerMoments(int(tensors.pop("tokens")), **tensors)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
 
 
-def _read_layer(tensors: Mapping[str, Tensor], name: str) -> LayerMoments:
-    return LayerMoments(
-        int(tensors[f"{name}.tokens"]),
-        tensors[f"{name}.input_sum"],
-        tensors[f"{name}.input_products"],
-        tensors.get(f"{name}.gradient_products"),
-    )
+def _contents(path: Path) -> tuple[str, list[str]]:
+    """The metric and the layer names of a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, keys = file.metadata() or {}, list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as moments: {error}") from None
+    sums: dict[str, set[str]] = {}
+    for key in keys:
+        sums.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
+    kinds = set(map(frozenset, sums.values()))
+    if header.get("format") != _FORMAT or header.get("metric") not in METRICS or not kinds <= {_SUMS, _ALL_SUMS}:
+        raise CheckpointError(f"{path} holds no moments of this version")
+    return header["metric"], sorted(sums)

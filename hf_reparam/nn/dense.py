@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.nn.linear import LowRankLinear
 
-__all__ = ["DenseType", "build_dense", "dense_matrix", "dense_type", "register_dense", "registered_types"]
+__all__ = ["DenseType", "build_dense", "dense_like", "dense_matrix", "dense_type", "register_dense", "registered_types"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +95,24 @@ def build_dense(layer: LowRankLinear) -> nn.Module:
     Raises:
         WeightError: its factors are wrapped, quantized or without data.
     """
-    entry, weight = _registry[layer.dense_type], dense_matrix(layer)
-    like = layer.up.weight
-    if like.is_meta:
+    weight = dense_matrix(layer)
+    if layer.up.weight.is_meta:
         raise WeightError("the factors are on the meta device and have no data: load the model onto a real device")
-    dense = entry.build(layer.in_features, layer.out_features, layer.bias is not None, like.device, like.dtype)
-    entry.matrix(dense).copy_(weight)
-    dense.get_parameter("weight").requires_grad_(like.requires_grad)
+    dense = dense_like(layer)
+    _registry[layer.dense_type].matrix(dense).copy_(weight)
     if layer.bias is not None:
         dense.get_parameter("bias").copy_(layer.bias)
-        dense.get_parameter("bias").requires_grad_(layer.bias.requires_grad)
+    return dense
+
+
+def dense_like(layer: LowRankLinear) -> nn.Module:
+    """The dense layer that a LowRankLinear stands for, with its dtype, device, mode and `requires_grad`; no numbers."""
+    like, bias = layer.up.weight, layer.up.bias
+    build = _registry[layer.dense_type].build
+    dense = build(layer.in_features, layer.out_features, bias is not None, like.device, like.dtype)
+    dense.get_parameter("weight").requires_grad_(like.requires_grad)
+    if bias is not None:
+        dense.get_parameter("bias").requires_grad_(bias.requires_grad)
     return dense.train(layer.training)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_reparam.errors import RankError, WeightError
-from hf_reparam.linalg import decompose, factorize
+from hf_reparam.errors import RankError, TargetError, WeightError
+from hf_reparam.linalg import Decomposition, decompose, factorize, working_device
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (8, 8), (24, 40), (40, 24), (300, 300), (320, 500)]
 EXCESS = 1e-6  # relative to the optimal squared error, as decompose promises
@@ -154,3 +154,72 @@ def test_cut_above_what_was_computed():
 def test_weights_that_cannot_be_factored(weight, message):
     with pytest.raises(WeightError, match=message):
         decompose(weight)
+
+
+@pytest.mark.parametrize("shape", [(400, 900), (900, 400)], ids=str)
+@pytest.mark.parametrize("rank", [1, 20, 80])
+@pytest.mark.parametrize(
+    ("sigma", "excess"),
+    [
+        (torch.ones(400, dtype=torch.float64), 1e-9),
+        (1 / torch.arange(1, 401, dtype=torch.float64).sqrt(), 0.1),
+        (1 / torch.arange(1, 401, dtype=torch.float64), 0.01),
+        (torch.logspace(0, -5, 400, dtype=torch.float64), 1e-3),
+    ],
+    ids=["flat", "slow", "power", "steep"],
+)
+def test_randomized_is_near_the_optimum_and_says_how_near(shape, rank, sigma, excess):
+    weight = spectrum_matrix(*shape, sigma) if shape[0] < shape[1] else spectrum_matrix(*shape[::-1], sigma).T
+    decomposition = decompose(weight, max_rank=rank, solver="randomized")
+    error = squared_error(weight, decomposition.truncate(rank))
+    assert optimum(weight, rank) * (1 - 1e-9) <= error <= optimum(weight, rank) * (1 + excess)
+    assert decomposition.relative_error(rank) ** 2 * decomposition.energy == pytest.approx(error, rel=1e-6)
+
+
+def test_randomized_is_used_where_the_rank_is_small(monkeypatch):
+    used = []
+    sketch = factorize._sketch
+    monkeypatch.setattr(factorize, "_sketch", lambda a, rank: used.append(rank) or sketch(a, rank))
+    weight = torch.randn(320, 640)
+    for rank in (8, 64, 65, 320):
+        decompose(weight, max_rank=rank, solver="randomized")
+    assert used == [8, 64]
+    decompose(weight, max_rank=8)
+    assert used == [8, 64]
+    a, b = (decompose(weight, max_rank=8, solver="randomized").truncate(8) for _ in range(2))
+    assert torch.equal(a.up, b.up)
+    assert torch.equal(a.down, b.down)
+
+
+def test_no_such_solver():
+    with pytest.raises(TargetError, match=r"solver must be one of \['exact', 'randomized'\], got 'quick'"):
+        decompose(torch.eye(3), solver="quick")
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)], ids=str)
+def test_the_largest_entry_of_a_vector_is_positive(shape):
+    """A sign that rounding cannot turn."""
+    weight = torch.randn(shape)
+    d = decompose(weight)
+    near = d.left if shape[0] < shape[1] else d.right.T
+    assert bool((near.gather(0, near.abs().argmax(0, keepdim=True)) > 0).all())
+    noisy = decompose(weight.double() * (1 + 1e-15 * torch.randn(shape, dtype=torch.float64)))
+    torch.testing.assert_close(noisy.left, d.left, atol=1e-8, rtol=0)
+
+
+def test_where_a_weight_is_decomposed():
+    assert working_device(torch.zeros(1)) == torch.device("cpu")
+    on_mps = type("Weight", (), {"device": torch.device("mps")})()  # no float64 there
+    on_cuda = type("Weight", (), {"device": torch.device("cuda", 1)})()
+    assert working_device(on_mps) == torch.device("cpu")
+    assert working_device(on_cuda) == torch.device("cuda", 1)
+
+
+def test_the_weight_is_not_changed_and_the_parts_move_together():
+    for dtype in (torch.float32, torch.float64):
+        weight = torch.randn(20, 30, dtype=dtype) * 7
+        before = weight.clone()
+        moved = decompose(weight).to(torch.device("meta"))
+        assert torch.equal(weight, before)
+        assert isinstance(moved, Decomposition)
+        assert {moved.left.device.type, moved.singular_values.device.type, moved.right.device.type} == {"meta"}

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.linalg import LayerMoments, Moments
+from hf_reparam.linalg import moments as moments_module
 
 
 def layer(x, g=None):
@@ -45,7 +46,6 @@ def test_metrics():
     raw = m.metric("activation", centred=False).input_root
     torch.testing.assert_close(raw @ raw.T, x.T @ x / 400, rtol=0.02, atol=0.02)
     assert m.metric("fisher", centred=True).output_root.shape == (3, 3)
-    assert m.metric("fisher", centred=True).scale == 400
 
 
 def test_what_cannot_be_done():
@@ -85,3 +85,45 @@ def test_other_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="holds no moments"):
         Moments.load(tmp_path / "other.safetensors")
+
+
+def test_layers_are_read_when_they_are_asked_for(tmp_path):
+    for number, name in enumerate(("a", "b")):
+        Moments("activation", {name: layer(torch.full((5, 4), 1.0 + number))}).save(tmp_path / f"{number}.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+    moments = Moments.load(tmp_path)
+    assert list(moments.layers) == ["a", "b"]
+    assert len(moments.layers) == 2
+    assert moments.layers["b"].input_sum.tolist() == [10.0] * 4
+    assert moments.layers.get("c") is None
+    (tmp_path / "1.safetensors").unlink()
+    assert moments.layers["a"].tokens == 5
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        moments.layers["b"]
+
+
+def test_folders_that_hold_no_moments(tmp_path):
+    with pytest.raises(CheckpointError, match="no .safetensors file in it"):
+        Moments.load(tmp_path)
+    Moments("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "a.safetensors")
+    Moments("fisher", {"b": layer(torch.ones(5, 4), torch.ones(5, 3))}).save(tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="several metrics"):
+        Moments.load(tmp_path)
+
+
+def test_an_older_file_stays_when_a_new_one_cannot_be_written(tmp_path, monkeypatch):
+    one = Moments("activation", {"a": layer(torch.ones(5, 4))})
+    one.save(tmp_path / "m.safetensors")
+    monkeypatch.setattr(moments_module, "save_file", lambda tensors, path, metadata: (open(path, "w").close(), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        (one + one).save(tmp_path / "m.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    assert Moments.load(tmp_path / "m.safetensors").layers["a"].tokens == 5
+
+
+def test_saved_over_itself(tmp_path):
+    Moments("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "m.safetensors")
+    stored = Moments.load(tmp_path / "m.safetensors")
+    (stored + stored).save(tmp_path / "m.safetensors")
+    assert stored.layers["a"].tokens == 10
+    assert stored.layers["a"].input_products[0].tolist() == [10.0] * 4

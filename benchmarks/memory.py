@@ -1,0 +1,209 @@
+"""Peak resident memory of converting: from file to file, in place and by copy, and of calibrating. Linux only.
+
+    python -m benchmarks.memory [--folder FOLDER]        about 30 minutes and 15 GB of disk on 2 cores
+
+A synthetic Llama-shaped checkpoint of about 6 GB (random float32 weights, 4096 wide, 11008 between, 6 layers) is
+converted by `hf-reparam convert`, with and without --stream, each in a process of its own whose peak is read; so are
+conversions of a BERT-large-shaped model in memory, and its calibration with and without `max_memory`. Writes
+results/memory.json and results/memory.png.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import hf_reparam
+from benchmarks.machine import RESULTS, write
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+SEED = 0
+MB = 1e6
+LAYERS, WIDTH, INNER, VOCABULARY = 6, 4096, 11008, 32000
+LARGEST = 8 * WIDTH * INNER / MB  # the largest layer in float64
+
+
+def llama(folder: Path) -> float:
+    """Write the checkpoint, one shard for each layer; returns its size in MB."""
+    config = transformers.LlamaConfig(num_hidden_layers=LAYERS, architectures=["LlamaForCausalLM"], dtype="float32")
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in transformers.LlamaForCausalLM(config).state_dict().items()}
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        shards.setdefault(f"layer-{parts[2]}" if parts[1] == "layers" else parts[-2], {})[name] = shape
+    weight_map, total = {}, 0
+    for number, names in enumerate(shards.values(), 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: torch.randn(shape) * 0.02 for name, shape in names.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(t.numel() * 4 for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total / MB
+
+
+def command(*arguments: Any) -> dict[str, float]:
+    """Run a command; seconds, and peak resident memory in MB."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{arguments} ended with status {status}")
+    return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss * 1024 / MB}
+
+
+def folders(folder: Path) -> dict[str, Any]:
+    """`hf-reparam` on the checkpoint of 6 GB."""
+    source = folder / "llama"
+    size = llama(source)
+    base = command("-c", "import hf_reparam.cli")["peak_mb"]
+    found: dict[str, Any] = {"checkpoint_mb": size, "largest_layer_float64_mb": LARGEST, "import_alone_mb": base}
+    found["goal_mb"] = 4 * LARGEST + 500
+    runs = {
+        "convert --stream --rank 1024": ["convert", source, folder / "small", "--rank", 1024, "--stream"],
+        "merge --stream": ["merge", folder / "small", folder / "merged", "--stream"],
+        "convert --stream --rank 128 --solver randomized": [
+            "convert", source, folder / "quick", "--rank", 128, "--solver", "randomized", "--stream",
+        ],
+        "convert --rank 128 --solver randomized": [
+            "convert", source, folder / "held", "--rank", 128, "--solver", "randomized",
+        ],
+    }  # fmt: skip
+    found["runs"] = {}
+    for name, arguments in runs.items():
+        found["runs"][name] = command("-m", "hf_reparam", *arguments, "--quiet")
+        print(name, found["runs"][name], flush=True)
+    return found
+
+
+def status(key: str) -> float:
+    """A line of this process's memory in MB: VmRSS is now, VmHWM the peak."""
+    text = Path("/proc/self/status").read_text()
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith(key))) * 1024 / MB
+
+
+def peak_of(work: Callable[[], Any]) -> float:
+    """The peak while `work` runs, above what is resident before it."""
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    work()
+    return status("VmHWM") - before
+
+
+def bert_large() -> transformers.BertModel:
+    config = transformers.BertConfig(
+        hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, intermediate_size=4096
+    )
+    return transformers.BertModel(config).eval()
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": torch.randint(1000, 30000, (4, 64))} for _ in range(4)]
+
+
+def worker(name: str) -> dict[str, float]:
+    """One measurement on a model of half of BERT-large, in this process."""
+    torch.manual_seed(SEED)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    hf_reparam.convert(torch.nn.Sequential(torch.nn.Linear(1024, 4096)), rank=64)  # what libraries allocate at first
+    model, data = bert_large(), batches()
+    with torch.no_grad():
+        model(**data[0])
+    found = {
+        "model_mb": sum(p.numel() * 4 for p in model.parameters()) / MB,
+        "largest_layer_float64_mb": 8 * 4096 * 1024 / MB,
+    }
+    if name.startswith("convert"):
+        inplace, form = "in place" in name, "pivoted" if "pivoted" in name else "pair"
+        held: dict[str, Any] = {"model": model}
+        del model
+        work = lambda: held.update(model=hf_reparam.convert(held["model"], rank=256, form=form, inplace=inplace))  # noqa: E731
+        return found | {"peak_above_mb": peak_of(work)}
+    with tempfile.TemporaryDirectory() as folder:
+        limit = {} if name == "calibrate" else {"folder": folder, "max_memory": name.split()[-1]}
+        start = time.perf_counter()
+        peak = peak_of(lambda: hf_reparam.collect_moments(model, data, **limit))
+        return found | {"peak_above_mb": peak, "seconds": time.perf_counter() - start}
+
+
+WORKERS = (
+    "convert in place, pair",
+    "convert in place, pivoted",
+    "convert a copy, pair",
+    "calibrate",
+    "calibrate within 500MB",
+    "calibrate within 200MB",
+)
+
+
+def in_memory() -> dict[str, Any]:
+    found = {}
+    for name in WORKERS:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.memory", "--worker", name], capture_output=True, text=True, check=True
+        )
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+        print(name, found[name], flush=True)
+    return found
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Peaks as bars: of the commands on the left, of calls in memory on the right."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4), layout="constrained")
+    files = results["from_file_to_file"]
+    bars = {name: run["peak_mb"] for name, run in files["runs"].items()}
+    left.barh(list(bars), list(bars.values()))
+    left.axvline(files["goal_mb"], color="black", linestyle=":", label="4 x largest layer in float64 + 500 MB")
+    left.axvline(files["checkpoint_mb"], color="gray", label="the checkpoint")
+    left.set(title="hf-reparam on a checkpoint of 6 GB: peak", xlabel="MB")
+    bars = {name: run["peak_above_mb"] for name, run in results["in_memory"].items()}
+    right.barh(list(bars), list(bars.values()), color="tab:green")
+    first = next(iter(results["in_memory"].values()))
+    right.axvline(
+        3 * first["largest_layer_float64_mb"], color="black", linestyle=":", label="3 x largest layer in float64"
+    )
+    right.axvline(first["model_mb"], color="gray", label="the model")
+    right.set(title="half of BERT-large: peak above what was resident before", xlabel="MB")
+    for axis in (left, right):
+        axis.invert_yaxis()
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, help="where 15 GB of files may lie meanwhile; a temporary folder if absent"
+    )
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(worker(args.worker)))
+        return
+    torch.manual_seed(SEED)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        results = {"in_memory": in_memory(), "from_file_to_file": folders(Path(folder))}
+    write("memory", results, SEED)
+    draw(results, RESULTS / "memory.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Seconds to factor one weight: this package's solvers against the SVDs of torch and another package's."""
+
+import time
+from typing import Any
+
+import torch
+
+from hf_reparam.linalg import decompose
+
+__all__ = ["factoring"]
+
+CASES = ((3072, 768, 192), (4096, 11008, 1024), (4096, 11008, 128))
+
+
+def factoring() -> list[dict[str, Any]]:
+    """One Gaussian weight of each shape, float32: its flat spectrum is the hardest there is for a partial solver."""
+    rows = []
+    for n_out, n_in, rank in CASES:
+        weight = torch.randn(n_out, n_in)
+        row: dict[str, Any] = {"shape": [n_out, n_in], "rank": rank, "seconds": {}, "relative_error": {}}
+        for name, solve in solvers(rank).items():
+            repeats = 3 if weight.numel() < 1e7 else 1
+            start = time.perf_counter()
+            for _ in range(repeats):
+                up, down = solve(weight)
+            row["seconds"][name] = (time.perf_counter() - start) / repeats
+            row["relative_error"][name] = float((weight - up @ down).norm() / weight.norm())
+            print(
+                f"{n_out} x {n_in}, rank {rank}: {name:36} {row['seconds'][name]:7.2f} s  "
+                f"error {row['relative_error'][name]:.6f}",
+                flush=True,
+            )
+        rows.append(row)
+    return rows
+
+
+def solvers(rank: int) -> dict[str, Any]:
+    """name -> weight -> (up, down)."""
+
+    def own(weight: torch.Tensor, solver: str) -> tuple[torch.Tensor, torch.Tensor]:
+        factors = decompose(weight, max_rank=rank, solver=solver).truncate(rank)
+        return factors.up, factors.down
+
+    def full(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank] * s[:rank], v[:rank]
+
+    def lowrank(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        u, s, v = torch.svd_lowrank(weight, q=rank, niter=2)
+        return u * s, v.T
+
+    found = {
+        "hf_reparam, exact": lambda weight: own(weight, "exact"),
+        "hf_reparam, randomized": lambda weight: own(weight, "randomized"),
+        "torch.linalg.svd": full,
+        "torch.svd_lowrank": lowrank,
+    }
+    try:
+        from goldcrest.plugins.compression.svd import SVD
+    except ImportError:
+        return found
+
+    def goldcrest(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made = SVD(rank=rank).compress(weight)
+        return made.u * made.s, made.vt
+
+    return found | {"goldcrest SVD": goldcrest}

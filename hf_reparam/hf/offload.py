@@ -1,0 +1,128 @@
+"""Weights that stay in files until they are used, through accelerate's hooks: a model need not fit in memory."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, align_module_device, offload_state_dict
+from safetensors import safe_open
+from torch import nn
+
+from hf_reparam.hf.processes import distributed, spread
+
+__all__ = ["aligned", "build_layers", "check_stored", "execution_device", "mark_offloaded", "recall"]
+
+_ERROR = "error.json"
+
+
+@contextmanager
+def aligned(module: nn.Module) -> Iterator[None]:
+    """Have a module's weights in memory while the block runs, wherever accelerate keeps them."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(align_module_device(part))
+        yield
+
+
+def build_layers(
+    costs: Mapping[str, float],
+    make: Callable[[str], tuple[nn.Module, float]],
+    empty: Callable[[str], nn.Module],
+    devices: Mapping[str, torch.device],
+    folder: Path | None,
+    *,
+    desc: str,
+) -> dict[str, tuple[nn.Module, float]]:
+    """New layers and their errors, made one after the other, and by all processes of a distributed run together.
+
+    Args:
+        costs: name -> relative cost of making the layer.
+        make: name -> the layer and the error it has.
+        empty: name -> a layer of the same shape, without its numbers.
+        devices: name -> where the layer computes.
+        folder: where the layers go; each stays there and is read whenever it computes, so that one at a time is in
+            memory, and one that is there already is not made again. None to have all in memory.
+        desc: what the progress bar says.
+    """
+
+    def work(name: str) -> tuple[nn.Module | None, float]:
+        if folder is None:
+            layer, error = make(name)
+            return (layer.cpu() if distributed() else layer), error
+        place = folder / name
+        if not place.exists():
+            _write(place, *make(name))
+        return None, json.loads((place / _ERROR).read_text())
+
+    built: dict[str, tuple[nn.Module, float]] = {}
+    for name, (made, error) in spread(costs, work, desc=desc).items():
+        if made is not None:
+            layer = made.to(devices[name])
+        else:
+            assert folder is not None
+            layer = _read_from(folder / name, empty(name), devices[name])
+        built[name] = layer, error
+    return built
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: accelerate's word for one that it has dispatched, else where its weights are."""
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            if getattr(single, "execution_device", None) is not None:
+                return torch.device(single.execution_device)
+    return next(module.parameters()).device
+
+
+def check_stored(model: nn.Module) -> None:
+    """Raise ValueError if a weight that a model will read from a file has another shape there; reads headers alone.
+
+    Transformers compares shapes of weights that it loads, not of those that it leaves on disk.
+    """
+    places: dict[str, dict[str, tuple[str, torch.Size]]] = {}
+    for path, module in model.named_modules():
+        weights: Any = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for key, parameter in module._parameters.items() if isinstance(weights, PrefixedDataset) else ():
+            if parameter is not None and parameter.is_meta:
+                name = f"{weights.prefix}{key}"
+                entry = weights.dataset.index[name]
+                stored = places.setdefault(entry["safetensors_file"], {})
+                stored[entry["weight_name"]] = f"{path}.{key}", parameter.shape
+    for file, names in places.items():
+        with safe_open(file, framework="pt") as tensors:
+            for name, (path, shape) in names.items():
+                if tuple(found := tensors.get_slice(name).get_shape()) != shape:
+                    raise ValueError(f"size mismatch for {path}: {list(found)} in the file, {list(shape)} in the model")
+
+
+def mark_offloaded(model: Any, names: Iterable[str]) -> None:
+    """Tell Transformers, which asks when it saves, that layers are in files."""
+    known = getattr(model, "hf_device_map", None) or {"": "cpu"}
+    model.hf_device_map = {**known, **dict.fromkeys(names, "disk")}
+
+
+def recall(layer: nn.Module) -> None:
+    """Bring a layer that `build_layers` left in a folder to the device of the layer that it was made like."""
+    remove_hook_from_submodules(layer)
+
+
+def _write(place: Path, layer: nn.Module, error: float) -> None:
+    """The folder of one layer; it appears whole or not at all."""
+    unfinished = place.with_name(f"{place.name}~")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    offload_state_dict(unfinished, layer.state_dict())
+    (unfinished / _ERROR).write_text(json.dumps(error))
+    unfinished.rename(place)
+
+
+def _read_from(place: Path, layer: nn.Module, device: torch.device) -> nn.Module:
+    """Let a layer read its tensors from its folder whenever it computes; in between it holds no memory."""
+    weights = OffloadedWeightsLoader(save_folder=place)
+    attach_align_device_hook(layer, execution_device=device, offload=True, offload_buffers=True, weights_map=weights)
+    return layer

@@ -1,0 +1,59 @@
+"""`summarize`: a report of a model as it stands."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_reparam.hf.configuration import plan_of
+from hf_reparam.hf.retype import protected_layers
+from hf_reparam.nn.targets import Skipped, Target, find_targets
+from hf_reparam.plan import LayerSpec
+from hf_reparam.planning import count_parameters
+from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
+
+__all__ = ["layer_report", "skipped_reports", "summarize"]
+
+
+def summarize(model: nn.Module) -> ConversionReport:
+    """Report on a model as it stands, from shapes alone: its low-rank layers, or the layers that could be converted.
+
+    Args:
+        model: any module, on any device, the meta device included.
+
+    Returns:
+        A ConversionReport without errors. For a converted model, `parameters_before` are those of the dense model.
+
+    >>> from hf_reparam.convert import convert
+    >>> print(summarize(convert(nn.Sequential(nn.Linear(64, 64)), rank=16)))
+    Sequential: 1 low-rank layers (svd)
+    factored layers:  4,160 -> 2,112 parameters (50.8%)
+    whole model:      4,160 -> 2,112 parameters (50.8%)
+    <BLANKLINE>
+    layer  type    in x out  rank  parameters      error
+    ----------------------------------------------------
+    0      Linear  64 x 64   16    4,160 -> 2,112  -
+    """
+    targets = find_targets(model, protected=protected_layers(model))
+    low = [t for t in targets.selected if t.spec is not None]
+    dense = [t for t in targets.selected if t.spec is None]
+    after = count_parameters(model)
+    before = after + sum(t.dense_parameters - t.parameters for t in low)
+    rows = tuple(layer_report(t, t.spec, t.parameters, None) for t in low or dense)
+    left = [Skipped(t.name, t.kind, t.parameters, "dense") for t in dense] if low else []
+    method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else "svd"
+    return ConversionReport(
+        type(model).__name__, method, rows, skipped_reports([*left, *targets.skipped]), before, after
+    )
+
+
+def layer_report(target: Target, spec: LayerSpec | None, after: int, error: float | None) -> LayerReport:
+    """What the report says of a layer that has, or would have, this spec and so many parameters."""
+    shape = (target.in_features, target.out_features)
+    rank, form = (None, None) if spec is None else (spec.rank, spec.form)
+    return LayerReport(target.name, target.kind, *shape, rank, target.dense_parameters, after, error, form)
+
+
+def skipped_reports(items: Iterable[Skipped]) -> tuple[SkippedReport, ...]:
+    """What the report says of weights that are left alone."""
+    return tuple(SkippedReport(item.name, item.kind, item.parameters, item.reason) for item in items)

@@ -1,0 +1,348 @@
+"""From folder to folder: streamed results are those of loading, converting and saving; broken runs go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import hf_reparam
+from hf_reparam import factoring
+from hf_reparam.hf.folder import load, load_tokenizer
+from tests import zoo
+from tests.launch import ROOT, launch
+from tests.test_cli import tiny_tokenizer
+
+FAMILIES = [
+    "BertForMaskedLM",
+    "GPT2LMHeadModel",
+    "AlbertForMaskedLM",
+    "T5ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "ViTForImageClassification",
+]
+
+
+def tensors(folder):
+    files = sorted(Path(folder).glob("*.safetensors"))
+    assert files
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_folder(one, other):
+    """Tensor for tensor, and the same configuration."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
+    assert (Path(one) / "config.json").read_text() == (Path(other) / "config.json").read_text()
+
+
+def saved(base, folder, dtype=torch.float32):
+    zoo.BY_BASE[base].build().to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return saved("BertForMaskedLM", tmp_path / "dense")
+
+
+def hidden(folder):
+    return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize("base", FAMILIES)
+def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
+    source = saved(base, tmp_path / "dense")
+    hf_reparam.convert(load(source), rank=6, form=form).save_pretrained(tmp_path / "direct")
+    report = hf_reparam.convert_checkpoint(source, tmp_path / "out", rank=6, form=form, max_shard_size="20KB")
+    assert_same_folder(tmp_path / "direct", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert report.factored_after < report.factored_before
+    hf_reparam.merge(load(tmp_path / "out")).save_pretrained(tmp_path / "direct-merged")
+    hf_reparam.merge_checkpoint(tmp_path / "out", tmp_path / "merged")
+    assert_same_folder(tmp_path / "direct-merged", tmp_path / "merged")
+    assert hidden(tmp_path) == []
+
+
+def test_half_precision(tmp_path):
+    source = saved("LlamaForCausalLM", tmp_path / "dense", torch.bfloat16)
+    hf_reparam.convert(load(source), rank=6).save_pretrained(tmp_path / "direct")
+    hf_reparam.convert_checkpoint(source, tmp_path / "out", rank=6)
+    assert_same_folder(tmp_path / "direct", tmp_path / "out")
+
+
+def test_the_index_lists_every_tensor(tmp_path, bert):
+    hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6, max_shard_size="20KB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors(tmp_path / "out").keys()
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    direct = hf_reparam.convert(load(bert), rank=6)
+    batch = zoo.BY_BASE["BertForMaskedLM"].batch()
+    assert all(map(torch.equal, zoo.outputs(model, batch), zoo.outputs(direct, batch)))
+
+
+def test_by_size_with_moments(tmp_path, bert):
+    model = load(bert)
+    moments = hf_reparam.collect_moments(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
+    moments.save(tmp_path / "moments.safetensors")
+    direct, expected = hf_reparam.convert(model, keep=0.5, calibration=moments, return_report=True)
+    direct.save_pretrained(tmp_path / "direct")
+    plan = hf_reparam.make_plan(model, moments, keep=0.5)
+    for number, options in enumerate(
+        [
+            {"keep": 0.5, "moments": moments},
+            {"keep": 0.5, "moments": tmp_path / "moments.safetensors"},
+            {"plan": plan, "moments": moments},
+            {"keep": 0.5, "moments": moments, "stream": False},
+        ]
+    ):
+        report = hf_reparam.convert_checkpoint(bert, tmp_path / str(number), **options)
+        assert_same_folder(tmp_path / "direct", tmp_path / str(number))
+        assert report.to_dict() == expected.to_dict()
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    source = saved("GPT2LMHeadModel", tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(source)
+    (tmp_path / "texts.txt").write_text("a b c\na b\ng f e d c b a\n" * 30)
+    return source
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_with_texts(tmp_path, gpt2, stream):
+    tokenizer = load_tokenizer(gpt2)
+    lines = (tmp_path / "texts.txt").read_text().splitlines()
+    direct = hf_reparam.convert(load(gpt2), keep=0.5, calibration=lines, tokenizer=tokenizer)
+    direct.save_pretrained(tmp_path / "direct")
+    options = {"keep": 0.5, "texts": tmp_path / "texts.txt", "max_memory": "200KB", "stream": stream}
+    hf_reparam.convert_checkpoint(gpt2, tmp_path / "out", **options)
+    assert_same_folder(tmp_path / "direct", tmp_path / "out")
+    assert hidden(tmp_path) == []
+
+
+def test_two_processes_give_the_same_tensors(tmp_path, gpt2):
+    command = ["-m", "hf_reparam", "convert", gpt2]
+    options = ["--keep", 0.5, "--calibration", tmp_path / "texts.txt", "--quiet"]
+    one = launch(*command, tmp_path / "one", *options, processes=1)
+    for name, more in (("two", []), ("streamed", ["--stream"])):
+        assert launch(*command, tmp_path / name, *options, *more) == one
+        a, b = tensors(tmp_path / "one"), tensors(tmp_path / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=0)
+        assert (tmp_path / name / "config.json").read_text() == (tmp_path / "one" / "config.json").read_text()
+    assert hidden(tmp_path) == []
+
+
+def breaking_after(count, monkeypatch, error=KeyboardInterrupt):
+    """Let `count` layers be factored, then fail."""
+    made = []
+    factor = factoring.factor
+
+    def counted(*args, **kwargs):
+        if len(made) == count:
+            raise error
+        made.append(args)
+        return factor(*args, **kwargs)
+
+    monkeypatch.setattr(factoring, "factor", counted)
+    return made
+
+
+def test_a_broken_run_goes_on(tmp_path, bert, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        breaking_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            hf_reparam.convert_checkpoint(bert, out, rank=6)
+    assert not out.exists()
+    assert len(hidden(tmp_path)) == 1
+    made = breaking_after(99, monkeypatch)
+    report = hf_reparam.convert_checkpoint(bert, out, rank=6)
+    assert len(made) == len(report.layers) - 5
+    direct, expected = hf_reparam.convert(load(bert), rank=6, return_report=True)
+    direct.save_pretrained(tmp_path / "direct")
+    assert_same_folder(tmp_path / "direct", out)
+    assert report.to_dict() == expected.to_dict()
+    assert hidden(tmp_path) == []
+
+
+def change_the_file(bert):
+    file = sorted(bert.glob("*.safetensors"))[0]
+    with safe_open(file, "pt") as stored:
+        save_file({name: stored.get_tensor(name) * 2 for name in stored.keys()}, f"{file}~", stored.metadata())  # noqa: SIM118
+    Path(f"{file}~").replace(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "between"),
+    [
+        ({"rank": 5}, lambda bert: None),
+        ({"rank": 6, "form": "pivoted"}, lambda bert: None),
+        ({"rank": 6}, change_the_file),
+    ],
+    ids=["rank", "form", "source"],
+)
+def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch, options, between):
+    with monkeypatch.context() as patch:
+        breaking_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    between(bert)
+    hf_reparam.convert_checkpoint(bert, tmp_path / "out", **options)
+    hf_reparam.convert(load(bert), **options).save_pretrained(tmp_path / "direct")
+    assert_same_folder(tmp_path / "direct", tmp_path / "out")
+
+
+def test_kill_and_go_on(tmp_path, bert):
+    """SIGKILL at any moment leaves no `out`, and the next run finishes the work."""
+    code = (
+        "import sys, time, hf_reparam.factoring as f, hf_reparam.cli as cli\n"
+        "factor = f.factor\n"
+        "f.factor = lambda *a, **k: (print('layer', flush=True), time.sleep(0.05), factor(*a, **k))[-1]\n"
+        "cli.main(sys.argv[1:])"
+    )
+    options = ["convert", str(bert), str(tmp_path / "out"), "--rank", "6", "--stream", "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    for layers in (2, 5):
+        command = [sys.executable, "-c", code, *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(layers):
+            assert process.stdout.readline() == "layer\n"
+        time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "out").exists()
+    left = [p for p in (tmp_path / hidden(tmp_path)[0] / "layers").iterdir() if not p.name.endswith("~")]
+    assert len(left) >= 5  # one of the first run at least, four of the second
+    launch("-m", "hf_reparam", *options, processes=1)
+    hf_reparam.convert(load(bert), rank=6).save_pretrained(tmp_path / "direct")
+    assert_same_folder(tmp_path / "direct", tmp_path / "out")
+    assert hidden(tmp_path) == []
+
+
+def test_a_failure_while_saving_is_taken_up_again(tmp_path, bert, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    (tmp_path / hidden(tmp_path)[0] / "new").mkdir()
+    (tmp_path / hidden(tmp_path)[0] / "new" / "rubbish").touch()
+    made = breaking_after(0, monkeypatch)
+    hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    assert made == []
+    assert not (tmp_path / "out" / "rubbish").exists()
+
+
+def test_an_unfit_source_is_refused_before_the_long_work(tmp_path, bert, monkeypatch):
+    made = breaking_after(99, monkeypatch)
+    shards = sorted(bert.glob("*.safetensors"))
+    whole = shards[2].read_bytes()
+    for damage in (whole[:-10], b"", None):
+        shards[2].unlink()
+        if damage is not None:
+            shards[2].write_bytes(damage)
+        with pytest.raises(hf_reparam.CheckpointError):
+            hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    shards[2].write_bytes(whole)
+    narrower = transformers.AutoConfig.from_pretrained(bert)
+    narrower.intermediate_size = 40
+    narrower.save_pretrained(bert)
+    with pytest.raises(hf_reparam.CheckpointError, match="mismatch"):
+        hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    assert made == []
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_missing_weights_are_refused(tmp_path, bert):
+    index = bert / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = "bert.encoder.layer.0.output.dense.weight"
+    shard = bert / content["weight_map"].pop(name)
+    index.write_text(json.dumps(content))
+    kept = {key: value for key, value in load_file(shard).items() if key != name}
+    save_file(kept, shard, {"format": "pt"})
+    with pytest.raises(hf_reparam.CheckpointError, match=r"1 weights are missing.*layer\.0\.output\.dense\.weight"):
+        hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, hf_reparam.TargetError, "exactly one of rank, keep and plan"),
+        ({"rank": 6, "keep": 0.5}, hf_reparam.TargetError, "exactly one of rank, keep and plan"),
+        ({"rank": 600}, hf_reparam.RankError, "above min"),
+        ({"keep": 7}, hf_reparam.RankError, "keep must be in"),
+        ({"rank": 6, "solver": "quick"}, hf_reparam.TargetError, "solver must be one of"),
+        ({"rank": 6, "moments": "none.safetensors"}, hf_reparam.CheckpointError, "cannot be read"),
+        ({"rank": 6, "texts": "none.txt"}, hf_reparam.CheckpointError, "cannot be read as text"),
+    ],
+)
+def test_user_errors_leave_nothing(tmp_path, bert, options, error, message):
+    with pytest.raises(error, match=message):
+        hf_reparam.convert_checkpoint(bert, tmp_path / "out", **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_nothing_to_merge(tmp_path, bert):
+    with pytest.raises(hf_reparam.TargetError, match="no low-rank layer"):
+        hf_reparam.merge_checkpoint(bert, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_older_formats_are_read(tmp_path):
+    model = zoo.BY_BASE["BertForMaskedLM"].build()
+    model.config.architectures = ["BertForMaskedLM"]
+    model.config.save_pretrained(tmp_path / "dense")
+    torch.save(model.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
+    hf_reparam.convert_checkpoint(tmp_path / "dense", tmp_path / "out", rank=6)
+    hf_reparam.convert(load(tmp_path / "dense"), rank=6).save_pretrained(tmp_path / "direct")
+    assert_same_folder(tmp_path / "direct", tmp_path / "out")
+
+
+MEMORY = """
+import sys, hf_reparam, transformers
+from hf_reparam.hf.folder import load
+transformers.logging.set_verbosity_error()
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+source, out, how = sys.argv[1:]
+hf_reparam.convert_checkpoint(sys.argv[1] + "-tiny", out + "-tiny", rank=4, stream=how == "stream")
+before = status("VmRSS")
+hf_reparam.convert_checkpoint(source, out, rank=64, stream=how == "stream", max_shard_size="20MB")
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+def test_streaming_holds_a_few_layers(tmp_path):
+    """A model of 31 layers of 1024 x 1024 (130 MB): one layer in float64 has 8.4 MB."""
+    shape = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "vocab_size": 99}
+    for name, layers in (("dense", 5), ("dense-tiny", 1)):
+        config = transformers.BertConfig(**shape, num_hidden_layers=layers)
+        transformers.BertModel(config).save_pretrained(tmp_path / name, max_shard_size="20MB")
+    script = tmp_path / "script.py"
+    script.write_text(MEMORY)
+    peaks = {}
+    for how in ("stream", "memory"):
+        printed = launch(script, tmp_path / "dense", tmp_path / how, how, processes=1)
+        peaks[how] = float(printed.splitlines()[-1])
+    assert peaks["stream"] < 4 * 8.4 + 2 * 20 + 20  # layers, shards, and what else the interpreter takes
+    assert peaks["memory"] > 1.5 * peaks["stream"]
+    assert_same_folder(tmp_path / "stream", tmp_path / "memory")
+    shutil.rmtree(tmp_path / "dense")

@@ -1,0 +1,161 @@
+"""Layers that wait or stay in files: the same numbers, less memory, and nothing left behind."""
+
+import importlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import hf_reparam
+from hf_reparam import LowRankLinear, TargetError, convert, factoring, merge
+from hf_reparam.hf.folder import load
+from tests import zoo
+from tests.launch import launch
+
+CASES = [zoo.BY_BASE[name] for name in ("BertForMaskedLM", "GPT2LMHeadModel", "AlbertForMaskedLM")]
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """The temporary folders that conversions make."""
+    made = []
+    module = importlib.import_module("hf_reparam.convert")
+    monkeypatch.setattr(
+        module, "TemporaryDirectory", lambda **options: made.append(TemporaryDirectory(**options)) or made[-1]
+    )
+    return made
+
+
+def tensors(model):
+    return model.state_dict().values()
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_new_layers_stay_in_a_folder(tmp_path, case, form):
+    model, expected = case.build(), convert(case.build(), rank=6, form=form)
+    small = convert(model, rank=6, form=form, offload_folder=tmp_path / "layers")
+    low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLinear)}
+    assert all(t.is_meta for m in low.values() for t in m.state_dict().values())
+    assert {p.name for p in (tmp_path / "layers").iterdir()} == set(small.config.reparam["modules"])
+    for _ in range(2):
+        assert all(map(torch.equal, zoo.outputs(small, case.batch()), zoo.outputs(expected, case.batch())))
+    small.save_pretrained(tmp_path / "saved")
+    again = type(small).from_pretrained(tmp_path / "saved")
+    assert all(map(torch.equal, tensors(again), tensors(expected)))
+    dense = merge(small, offload_folder=tmp_path / "merged")
+    assert all(map(torch.equal, zoo.outputs(dense, case.batch()), zoo.outputs(merge(expected), case.batch())))
+    assert all(map(torch.equal, tensors(merge(small)), tensors(merge(expected))))
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_a_plain_module(tmp_path, form):
+    net, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16, bias=False)), torch.randn(5, 16)
+    expected = convert(net, rank=4, form=form)
+    small = convert(net, rank=4, form=form, offload_folder=tmp_path)
+    assert torch.equal(small(x), expected(x))
+    assert torch.equal(merge(small)(x), merge(expected)(x))
+    assert net[0].weight.shape == (16, 16)
+
+
+def test_layers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
+    case = zoo.BY_BASE["BertForMaskedLM"]
+    first, report = convert(case.build(), rank=6, offload_folder=tmp_path, return_report=True)
+    monkeypatch.setattr("hf_reparam.factoring.factor", lambda *args, **kwargs: 1 / 0)
+    again, same = convert(case.build(), rank=6, offload_folder=tmp_path, return_report=True)
+    assert all(map(torch.equal, zoo.outputs(again, case.batch()), zoo.outputs(first, case.batch())))
+    assert same.to_dict() == report.to_dict()
+    assert all(0 < layer.error < 1 for layer in same.layers)
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_in_place_gives_what_a_copy_gives(form, frozen, temporary):
+    case = zoo.BY_BASE["T5ForConditionalGeneration"]
+    model = case.build().train().requires_grad_(not frozen)
+    expected = convert(model, rank=6, form=form)
+    assert temporary == []
+    convert(model, rank=6, form=form, inplace=True)
+    assert len(temporary) == 1
+    assert not Path(temporary[0].name).exists()
+    state, other = model.state_dict(), expected.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+    for (name, a), b in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert (a.requires_grad, a.dtype, a.device) == (b.requires_grad, b.dtype, b.device), name
+    assert not any(hasattr(m, "_hf_hook") for m in model.modules())
+    assert all(m.training for m in model.modules())
+    if not frozen:
+        model.eval()(**case.batch()).logits.sum().backward()
+        assert all(p.grad is not None for m in model.modules() if isinstance(m, LowRankLinear) for p in m.parameters())
+
+
+def test_failure_leaves_neither_folders_nor_changes(temporary, monkeypatch):
+    model = zoo.BY_BASE["BertForMaskedLM"].build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    factor, made = factoring.factor, []
+
+    def full(*args, **kwargs):
+        made.append(args)
+        if len(made) == 4:
+            raise MemoryError
+        return factor(*args, **kwargs)
+
+    monkeypatch.setattr("hf_reparam.factoring.factor", full)
+    with pytest.raises(MemoryError):
+        convert(model, rank=6, inplace=True)
+    assert type(model) is transformers.BertForMaskedLM
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not Path(temporary[0].name).exists()
+
+
+def test_refit_holds_layers_in_memory(tmp_path):
+    with pytest.raises(TargetError, match="leave offload_folder out"):
+        convert(nn.Linear(8, 8), rank=2, calibration=[], refit=True, offload_folder=tmp_path)
+
+
+@pytest.mark.parametrize("base", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_calibrating_on_disk_keeps_ties_and_counts(tmp_path, base):
+    case = zoo.BY_BASE[base]
+    case.build().save_pretrained(tmp_path / "dense")
+    model, in_memory = load(tmp_path / "dense", offload_folder=tmp_path / "scratch"), load(tmp_path / "dense")
+    assert hf_reparam.summarize(model).to_dict() == hf_reparam.summarize(in_memory).to_dict()
+    moments = hf_reparam.collect_moments(model, [case.batch()])
+    assert hf_reparam.summarize(model).to_dict() == hf_reparam.summarize(in_memory).to_dict()
+    small = convert(model, keep=0.5, calibration=moments, inplace=True, offload_folder=tmp_path / "layers")
+    expected = convert(in_memory, keep=0.5, calibration=moments)
+    small.save_pretrained(tmp_path / "streamed")
+    expected.save_pretrained(tmp_path / "direct")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("streamed", "direct")]
+    assert sizes[0] == sizes[1]
+
+
+MEMORY = """
+import gc, sys, torch, hf_reparam
+from torch import nn
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+hf_reparam.convert(nn.Sequential(nn.Linear(1024, 1024)), rank=400, inplace=True)
+net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(40)])
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+net = hf_reparam.convert(net, rank=400, inplace=sys.argv[1] == "inplace")
+gc.collect()
+print(status("VmHWM") - before, status("VmRSS") - before)
+"""
+
+
+def test_in_place_needs_a_few_layers_more_than_the_model(tmp_path):
+    """40 layers of 1024 x 1024 (168 MB) become pairs of rank 400 (131 MB); one layer in float64 has 8.4 MB."""
+    script = tmp_path / "script.py"
+    script.write_text(MEMORY)
+    peak, after = (float(x) for x in launch(script, "inplace", processes=1).split())
+    copied, _ = (float(x) for x in launch(script, "copy", processes=1).split())
+    assert peak < 5 * 8.4
+    assert copied > 131
+    assert after < 0
