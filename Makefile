@@ -25,6 +25,7 @@ format: $(VENV)/test.stamp
 benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.foundation
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed --compile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) .venv-oldest .mypy_cache .ruff_cache .pytest_cache build dist

@@ -1,7 +1,7 @@
 """Quality at equal stored weights of the factored layers, without retraining, on real models.
 
     pip install -e '.[benchmark]'
-    python -m benchmarks.quality --data DATA --models MODELS        about 80 minutes on one core
+    python -m benchmarks.quality --data DATA --models MODELS        about 80 minutes on 2 busy cores
 
 DATA holds stsb/ (STS benchmark: sts-train.csv, sts-test.csv, tab-separated, CC BY-SA 4.0), sst2/ (SST-2 sentences:
 train.tsv, test.tsv, sentence and label separated by a tab), tinystories/tinystories.txt (a sample of TinyStories,

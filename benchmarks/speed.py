@@ -4,8 +4,8 @@
 
 Layers of BERT-base and GPT-2 small at equal stored weights, float32 and bfloat16, 1, 32 and 1024 tokens, 0.3, 0.5 and
 0.8 of the weights; the forward pass of BERT-base, decoding with GPT-2 small, a training step; factoring against the
-SVDs of torch (and of the package goldcrest, if it is installed). Every ratio is that of medians over rounds in which
-all took their turn. Writes results/speed.json and results/speed.png.
+SVDs of torch (and of the package goldcrest: pip install -e '.[peers]'). Every ratio is that of medians over rounds in
+which all took their turn. Writes results/speed.json and results/speed.png.
 """
 
 import argparse

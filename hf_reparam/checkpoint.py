@@ -97,13 +97,13 @@ def convert_checkpoint(
         model = load(folder, offload_folder=work / "source" if stream else None)
         known = _moments(model, moments, lines, tokenizer, max_memory, work, shared=stream)
         if keep is not None:
-            plan = _plan(model, known, keep, form, patterns, work)
+            plan, form = _plan(model, known, keep, form, patterns, work), None
         small, report = convert(
             model,
             rank=rank,
             plan=plan,
             calibration=known,
-            form=None if plan is not None else form,
+            form=form,
             solver=solver,
             **patterns,
             inplace=not refit,

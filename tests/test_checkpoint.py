@@ -286,6 +286,7 @@ def test_missing_weights_are_refused(tmp_path, bert):
         ({"rank": 6, "keep": 0.5}, hf_reparam.TargetError, "exactly one of rank, keep and plan"),
         ({"rank": 600}, hf_reparam.RankError, "above min"),
         ({"keep": 7}, hf_reparam.RankError, "keep must be in"),
+        ({"plan": hf_reparam.RankPlan(), "form": "pair"}, hf_reparam.TargetError, "a plan has forms of its own"),
         ({"rank": 6, "solver": "quick"}, hf_reparam.TargetError, "solver must be one of"),
         ({"rank": 6, "moments": "none.safetensors"}, hf_reparam.CheckpointError, "cannot be read"),
         ({"rank": 6, "texts": "none.txt"}, hf_reparam.CheckpointError, "cannot be read as text"),
