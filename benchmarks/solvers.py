@@ -16,9 +16,11 @@ def factoring() -> list[dict[str, Any]]:
     """One Gaussian weight of each shape, float32: its flat spectrum is the hardest there is for a partial solver."""
     rows = []
     for n_out, n_in, rank in CASES:
-        weight = torch.randn(n_out, n_in)
-        factors: dict[str, Any] = {}
-        calls = {n: lambda n=n, s=s: factors.update({n: s(weight)}) for n, s in solvers(rank).items()}
+        weight, factors = torch.randn(n_out, n_in), dict[str, Any]()
+        calls = {
+            name: lambda n=name, s=solve, w=weight, f=factors: f.update({n: s(w)})
+            for name, solve in solvers(rank).items()
+        }
         calls["hf_reparam, exact"]()  # the first to touch so much memory waits for it
         small = weight.numel() < 1e7
         seconds = medians(calls, 5 if small else 2, warmup=int(small))

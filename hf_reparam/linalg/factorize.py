@@ -24,6 +24,7 @@ _OVERSAMPLING = 32  # eigenvectors beyond the rank that the single-precision sea
 _SMALL = 256  # below this order the double-precision eigenproblem is cheap, and the search gains nothing
 _SEARCH_EXCESS = 1e-7  # energy above the optimum, relative to the tail, that the search is trusted with
 _GRAM_TAIL = 1e-8  # relative tail energy below which the Gram matrix, at ~1e-16, cannot rank directions to 1e-7
+_COLUMNS = 2048  # that are cast to float32 at a time
 _POWER_STEPS = 2  # of the random sketch
 _NO_FLOAT64 = ("mps",)  # devices whose weights are decomposed on the CPU
 
@@ -111,7 +112,7 @@ def decompose(
             and the energy are those of M, on `working_device(weight)`. None for W itself.
         solver: "exact", or "randomized": the leading vectors of a random sketch of 2 r + 32 columns for r = max_rank,
             after two power iterations. Its squared error at rank r is expected to be below 3 times the optimum (before
-            the iterations: 2 + r / (r + 31) times; on Gaussian weights, the hardest, they leave 1.03 times). The error
+            the iterations: 2 + r / (r + 31) times; of a Gaussian 4096 x 11008 at rank 128 it is 1.009 times). The error
             that is reported is that of the factors. Where the sketch is no narrower than half of min(out, in) the exact
             solver is used.
 
@@ -235,15 +236,17 @@ def _search(a: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     at most ||R||_F^2 / (theta_r - lambda), lambda the largest eigenvalue outside of Q. R is formed in float32: its
     rounding adds about 1e-7 of the energy's square root, which makes the test stricter where it matters.
     """
-    single = a.float()
-    values, vectors = torch.linalg.eigh(_gram(single))
+    values, vectors = torch.linalg.eigh(_gram(a, torch.float32))
     width = rank + _OVERSAMPLING
     q = torch.linalg.qr(vectors[:, -width:].to(torch.float64))[0]
     projected = q.T @ a
     theta, rotation = torch.linalg.eigh(_gram(projected))
     rotation = rotation[:, -rank:]
     across = rotation.T @ projected
-    image = single @ across.T.float()
+    image = torch.zeros(a.shape[0], rank, device=a.device)
+    for start in range(0, a.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        image.addmm_(a[:, columns].float(), across[:, columns].T.float())
     basis = q.float()
     residual = image - basis @ (basis.T @ image)
     gap = float(theta[-rank]) - float(values[-width - 1])
@@ -276,11 +279,15 @@ def _energy(a: Tensor) -> float:
     return float(torch.linalg.vector_norm(a)) ** 2
 
 
-def _gram(a: Tensor, block: int = 256) -> Tensor:
-    """The lower triangle of a a^T, which is all that eigh reads; above it only blocks on the diagonal are set."""
+def _gram(a: Tensor, dtype: torch.dtype = torch.float64, block: int = 256) -> Tensor:
+    """The lower triangle of a a^T, which is all that eigh reads; above it only blocks on the diagonal are set.
+
+    Columns are cast block by block: a whole matrix in another dtype would be half of the memory that `decompose` takes.
+    """
     order = a.shape[0]
-    gram = a.new_zeros(order, order)
-    for i in range(0, order, block):
-        j = min(i + block, order)
-        gram[i:, i:j] = a[i:] @ a[i:j].T
+    gram = a.new_zeros(order, order, dtype=dtype)
+    for start in range(0, a.shape[1], _COLUMNS):
+        part = a[:, start : start + _COLUMNS].to(dtype)
+        for i in range(0, order, block):
+            gram[i:, i : i + block].addmm_(part[i:], part[i : i + block].T)
     return gram
