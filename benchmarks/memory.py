@@ -25,12 +25,13 @@ import transformers
 from safetensors.torch import save_file
 
 import hf_reparam
-from benchmarks.machine import RESULTS, write
+from benchmarks.machine import RESULTS, describe
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 SEED = 0
+STORED = RESULTS / "memory.json"
 MB = 1e6
 LAYERS, WIDTH, INNER, VOCABULARY = 6, 4096, 11008, 32000
 LARGEST = 8 * WIDTH * INNER / MB  # the largest layer in float64
@@ -151,21 +152,28 @@ WORKERS = (
     "calibrate within 500MB",
     "calibrate within 200MB",
 )
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}  # glibc then keeps no freed block: what is resident is in use
 
 
 def in_memory() -> dict[str, Any]:
+    """Every measurement in a process of its own, conversions with and without blocks that glibc keeps."""
     found = {}
-    for name in WORKERS:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.memory", "--worker", name], capture_output=True, text=True, check=True
-        )
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-        print(name, found[name], flush=True)
+    runs = [(name, {}) for name in WORKERS] + [(name, GIVEN_BACK) for name in WORKERS[:3]]
+    for name, settings in runs:
+        arguments = [sys.executable, "-m", "benchmarks.memory", "--worker", name]
+        done = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, **settings})
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        label = name + (", memory in use" if settings else "")
+        found[label] = json.loads(done.stdout.splitlines()[-1])
+        print(label, found[label], flush=True)
     return found
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Peaks as bars: of the commands on the left, of calls in memory on the right."""
+    """Peaks as bars: of the commands on the left, of calls in memory on the right, once both are there."""
+    if len(results) < 2:
+        return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4), layout="constrained")
     files = results["from_file_to_file"]
     bars = {name: run["peak_mb"] for name, run in files["runs"].items()}
@@ -190,19 +198,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, help="where 15 GB of files may lie meanwhile; a temporary folder if absent"
-    )
+    parser.add_argument("--folder", type=Path, help="where 15 GB of files may lie meanwhile, if not in a temporary one")
+    parser.add_argument("--only", choices=("in_memory", "from_file_to_file"), help="one part alone")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(args.worker)))
         return
-    torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        results = {"in_memory": in_memory(), "from_file_to_file": folders(Path(folder))}
-    write("memory", results, SEED)
-    draw(results, RESULTS / "memory.png")
+        parts = {"in_memory": in_memory, "from_file_to_file": lambda: folders(Path(folder))}
+        for name, measure in parts.items():
+            if args.only in (None, name):
+                torch.manual_seed(SEED)
+                found = {"machine": describe(SEED), "results": measure()}
+                stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+                STORED.write_text(json.dumps(stored | {name: found}, indent=1) + "\n")
+    draw({name: part["results"] for name, part in json.loads(STORED.read_text()).items()}, RESULTS / "memory.png")
 
 
 if __name__ == "__main__":
