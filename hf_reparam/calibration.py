@@ -90,7 +90,7 @@ def collect_moments(
     layers: dict[str, LayerMoments] = {}
     unseen: list[str] = []
     for number, group in enumerate(groups):
-        moments = _watch_group(model, group, batches, metric, tokenizer, loss_fn)
+        moments = _watch_group(model, group, batches, metric, tokenizer, loss_fn, alone=len(groups) == 1)
         unseen += [name for name, layer in moments.items() if layer.tokens == 0]
         if folder is None:
             layers.update(moments)
@@ -128,8 +128,10 @@ def _watch_group(
     metric: str,
     tokenizer: Any,
     loss_fn: LossFunction | None,
+    *,
+    alone: bool,
 ) -> dict[str, LayerMoments]:
-    """The moments of some layers, from one pass over the data."""
+    """The moments of some layers, from one pass over the data; `alone` if there are no others."""
     fisher = metric == "fisher"
     moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in group.items()}
     seen = 0
@@ -138,7 +140,7 @@ def _watch_group(
             seen += 1
             with torch.set_grad_enabled(fisher):
                 loss = _loss(model, batch, watcher.masks, loss_fn if fisher else None, fisher)
-            if fisher:
+            if fisher and (alone or loss.requires_grad):  # it need not depend on every group: a pooler without a head
                 loss.backward()
     if isinstance(model, PreTrainedModel) and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         model.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read

@@ -243,6 +243,16 @@ def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
         assert all(map(torch.equal, small[0].state_dict().values(), other.state_dict().values()))
 
 
+def test_a_group_that_the_loss_does_not_depend_on(tmp_path):
+    """The last hidden states know nothing of the pooler, which is in a group of its own."""
+    case = zoo.BY_BASE["BertModel"]
+    whole = collect_moments(case.build(), [case.batch()])
+    grouped = collect_moments(case.build(), [case.batch()], folder=tmp_path, max_memory="27KB")
+    assert len(list(tmp_path.iterdir())) == len(whole.layers)
+    assert not grouped.layers["pooler.dense"].has_gradient()
+    assert_same(grouped, whole)
+
+
 def squares(model, batch):
     return model(**batch).square().sum()
 

@@ -150,12 +150,16 @@ print(status("VmHWM") - before, status("VmRSS") - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_in_place_needs_a_few_layers_more_than_the_model(tmp_path):
     """40 layers of 1024 x 1024 (168 MB) become pairs of rank 400 (131 MB); one layer in float64 has 8.4 MB."""
     script = tmp_path / "script.py"
     script.write_text(MEMORY)
-    peak, after = (float(x) for x in launch(script, "inplace", processes=1).split())
-    copied, _ = (float(x) for x in launch(script, "copy", processes=1).split())
-    assert peak < 5 * 8.4
-    assert copied > 131
-    assert after < 0
+    given_back = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}  # glibc keeps no freed block: what is resident is in use
+    peaks = {}
+    for how in ("inplace", "copy"):
+        printed = launch(script, how, processes=1, settings=given_back)
+        peaks[how], after = (float(x) for x in printed.split())
+        assert after < 0
+    assert peaks["inplace"] < 4 * 8.4
+    assert peaks["copy"] > 131
