@@ -1,10 +1,10 @@
 """Peak resident memory of converting: from file to file, in place and by copy, and of calibrating. Linux only.
 
-    python -m benchmarks.memory [--folder FOLDER]        about 30 minutes and 15 GB of disk on 2 cores
+    python -m benchmarks.memory [--folder FOLDER]        about 20 minutes and 20 GB of disk on 2 cores
 
 A synthetic Llama-shaped checkpoint of about 6 GB (random float32 weights, 4096 wide, 11008 between, 6 layers) is
 converted by `hf-reparam convert`, with and without --stream, each in a process of its own whose peak is read; so are
-conversions of a BERT-large-shaped model in memory, and its calibration with and without `max_memory`. Writes
+conversions in memory of a model of half of BERT-large, and its calibration with and without `max_memory`. Writes
 results/memory.json and results/memory.png.
 """
 
@@ -59,36 +59,51 @@ def llama(folder: Path) -> float:
     return total / MB
 
 
+RUN = """
+import sys
+from hf_reparam.cli import main
+code = main(sys.argv[1:])
+lines = open("/proc/self/status").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
 def command(*arguments: Any) -> dict[str, float]:
-    """Run a command; seconds, and peak resident memory in MB."""
+    """Run `hf-reparam`; seconds, and peak resident memory in MB."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{arguments} ended with status {status}")
-    return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss * 1024 / MB}
+    done = subprocess.run([sys.executable, "-c", RUN, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{arguments} ended with status {done.returncode}")
+    return {"seconds": time.perf_counter() - start, "peak_mb": int(done.stdout.split()[-1]) * 1024 / MB}
 
 
 def folders(folder: Path) -> dict[str, Any]:
     """`hf-reparam` on the checkpoint of 6 GB."""
     source = folder / "llama"
     size = llama(source)
-    base = command("-c", "import hf_reparam.cli")["peak_mb"]
-    found: dict[str, Any] = {"checkpoint_mb": size, "largest_layer_float64_mb": LARGEST, "import_alone_mb": base}
+    found: dict[str, Any] = {"checkpoint_mb": size, "largest_layer_float64_mb": LARGEST}
     found["goal_mb"] = 4 * LARGEST + 500
+    two = ["--include", "model.layers.[01].*"]
+    quick = ["--rank", 128, "--solver", "randomized"]
     runs = {
-        "convert --stream --rank 1024": ["convert", source, folder / "small", "--rank", 1024, "--stream"],
-        "merge --stream": ["merge", folder / "small", folder / "merged", "--stream"],
-        "convert --stream --rank 128 --solver randomized": [
-            "convert", source, folder / "quick", "--rank", 128, "--solver", "randomized", "--stream",
+        "inspect": ["inspect", source],
+        "convert --stream --rank 1024, 2 of 6 layers": [
+            "convert",
+            source,
+            folder / "a",
+            "--rank",
+            1024,
+            *two,
+            "--stream",
         ],
-        "convert --rank 128 --solver randomized": [
-            "convert", source, folder / "held", "--rank", 128, "--solver", "randomized",
-        ],
-    }  # fmt: skip
+        "merge --stream": ["merge", folder / "a", folder / "b", "--stream"],
+        "convert --stream --rank 128 --solver randomized": ["convert", source, folder / "c", *quick, "--stream"],
+        "convert --rank 128 --solver randomized": ["convert", source, folder / "d", *quick],
+    }
     found["runs"] = {}
     for name, arguments in runs.items():
-        found["runs"][name] = command("-m", "hf_reparam", *arguments, "--quiet")
+        found["runs"][name] = command(*arguments, "--quiet")
         print(name, found["runs"][name], flush=True)
     return found
 
@@ -198,7 +213,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where 15 GB of files may lie meanwhile, if not in a temporary one")
+    parser.add_argument("--folder", type=Path, help="where 20 GB of files may lie meanwhile, if not in a temporary one")
     parser.add_argument("--only", choices=("in_memory", "from_file_to_file"), help="one part alone")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
