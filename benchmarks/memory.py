@@ -84,7 +84,7 @@ def folders(folder: Path) -> dict[str, Any]:
     size = llama(source)
     found: dict[str, Any] = {"checkpoint_mb": size, "largest_layer_float64_mb": LARGEST}
     found["goal_mb"] = 4 * LARGEST + 500
-    two = ["--include", "model.layers.[01].*"]
+    two = ["--rank", 1024, "--include", "model.layers.[01].*"]
     quick = ["--rank", 128, "--solver", "randomized"]
     runs = {
         "inspect": ["inspect", source],
