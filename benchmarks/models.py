@@ -56,7 +56,7 @@ def decoding(keeps: tuple[float, ...]) -> list[dict[str, Any]]:
         for keep in keeps:
             models = {"dense": dense, **{form: converted(dense, keep, form) for form in FORMS}}
             seconds = {
-                name: s / GENERATED for name, s in medians({n: decoder(m) for n, m in models.items()}, 5).items()
+                name: s / GENERATED for name, s in medians({n: decoder(m) for n, m in models.items()}, 3).items()
             }
             rows.append({"dtype": str(dtype)[6:], "keep": keep} | compared(models, seconds))
             show(f"GPT-2 decoding, {rows[-1]['dtype']}", rows[-1])
@@ -98,7 +98,7 @@ class Clock(transformers.TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def training(keep: float = 0.5, steps: int = 3, turns: int = 3) -> dict[str, Any]:
+def training(keep: float = 0.5, steps: int = 3, turns: int = 2) -> dict[str, Any]:
     """A step of `Trainer`, AdamW, BERT-base with two classes, batch 8 x 128; dense and converted take turns."""
     dense = transformers.BertForSequenceClassification(transformers.BertConfig())
     models = {"dense": dense, **{form: converted(dense, keep, form) for form in FORMS}}
