@@ -4,7 +4,7 @@
 
 A synthetic Llama-shaped checkpoint of about 6 GB (random float32 weights, 4096 wide, 11008 between, 6 layers) is
 converted by `hf-reparam convert`, with and without --stream, each in a process of its own whose peak is read; so are
-conversions in memory of a model of half of BERT-large, and its calibration with and without `max_memory`. Writes
+conversions in memory of a model of 4 layers of BERT-large, and its calibration with and without `max_memory`. Writes
 results/memory.json and results/memory.png.
 """
 
@@ -124,7 +124,7 @@ def peak_of(work: Callable[[], Any]) -> float:
 
 def bert_large() -> transformers.BertModel:
     config = transformers.BertConfig(
-        hidden_size=1024, num_hidden_layers=12, num_attention_heads=16, intermediate_size=4096
+        hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, intermediate_size=4096
     )
     return transformers.BertModel(config).eval()
 
@@ -134,7 +134,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 
 def worker(name: str) -> dict[str, float]:
-    """One measurement on a model of half of BERT-large, in this process."""
+    """One measurement on 4 layers of BERT-large, in this process."""
     torch.manual_seed(SEED)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -203,7 +203,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         3 * first["largest_layer_float64_mb"], color="black", linestyle=":", label="3 x largest layer in float64"
     )
     right.axvline(first["model_mb"], color="gray", label="the model")
-    right.set(title="half of BERT-large: peak above what was resident before", xlabel="MB")
+    right.set(title="4 layers of BERT-large: peak above what was resident before", xlabel="MB")
     for axis in (left, right):
         axis.invert_yaxis()
         axis.legend(fontsize=8)

@@ -97,6 +97,7 @@ def collect_moments(
         else:
             Path(folder).mkdir(parents=True, exist_ok=True)
             Moments(metric, moments).save(Path(folder) / f"{number:05}.safetensors")
+        del moments  # before the next group takes its memory
     if unseen:
         warnings.warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}", stacklevel=2)
     return Moments(metric, layers) if folder is None else Moments.load(folder)
