@@ -117,6 +117,22 @@ def test_quality_figures_are_the_results():
     assert [figure for figure in figures if figure not in " ".join(readme.split())] == []
 
 
+def test_memory_figures_are_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text())
+    page = (ROOT / "docs" / "big-models.md").read_text()
+    runs = results["from_file_to_file"]["results"]["runs"]
+    peaks = [run["peak_mb"] for name, run in runs.items() if name != "inspect"]
+    assert re.findall(r"\| ([\d]+) MB \|", page) == [f"{peak:.0f}" for peak in peaks]
+    assert max(peaks[:3]) < results["from_file_to_file"]["results"]["goal_mb"] < peaks[3]
+    times = {
+        name: run["peak_above_mb"] / run["largest_layer_float64_mb"]
+        for name, run in results["in_memory"]["results"].items()
+        if name.startswith("convert in place")
+    }
+    assert all(2 < factor < 3 for name, factor in times.items() if "in use" in name)  # "two to three times"
+    assert all(3.5 < factor < 4.5 for name, factor in times.items() if "in use" not in name)  # "four times"
+
+
 def test_speed_figures_are_the_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())["summary"]
     ratio = lambda dtype, compiled: [  # noqa: E731
@@ -134,6 +150,27 @@ def test_speed_figures_are_the_results():
     compiled, eager = (sorted(v for column in ratio("float32", kind) for v in column) for kind in (True, False))
     assert f"{compiled[0]} to {compiled[-1]} of the time of a pair" in readme
     assert f"up to {eager[-1]} in eager mode" in readme
+
+
+def test_the_page_on_speed_is_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
+    page = (ROOT / "docs" / "when-faster.md").read_text()
+    kinds = list(dict.fromkeys((r["dtype"], r["compiled"]) for r in results["summary"]))
+    for kind in kinds:
+        for form in ("pair", "pivoted"):
+            head = f"| {kind[0]}, {'compiled' if kind[1] else 'eager'} | {form} | "
+            for show in (lambda r: f"{r[form]:.2f}", lambda r: r["within_goal"][form].split()[0]):  # noqa: B023
+                columns = [
+                    " / ".join(
+                        show(r) for r in results["summary"] if (r["dtype"], r["compiled"], r["tokens"]) == (*kind, n)
+                    )
+                    for n in (1, 32, 1024)
+                ]
+                assert f"{head}{' | '.join(columns)} |" in page
+    training = results["training"]["results"]
+    for form in ("pair", "pivoted"):
+        assert f"{training['ratio'][form]:.2f} of the dense time ({form})" in " ".join(page.split())
+    assert f"{training['optimizer_state_ratio']['pair']:.2f} of the dense one" in " ".join(page.split())
 
 
 def test_make_targets_exist():
