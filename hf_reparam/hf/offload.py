@@ -108,7 +108,11 @@ def mark_offloaded(model: Any, names: Iterable[str]) -> None:
 
 
 def recall(layer: nn.Module) -> None:
-    """Bring a layer that `build_layers` left in a folder to the device of the layer that it was made like."""
+    """Bring a layer that `build_layers` left in a folder into memory, to the device where it computes."""
+    for part in layer.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        if hook is not None:  # made like an offloaded layer, its tensors were on the meta device
+            hook.original_devices = dict.fromkeys(hook.original_devices, hook.execution_device)
     remove_hook_from_submodules(layer)
 
 
