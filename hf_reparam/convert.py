@@ -220,7 +220,7 @@ def convert(
         rows = tuple(layer_report(t, specs[t.name], t.parameters_as(specs[t.name]), errors[t.name]) for t in converted)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
         result = _install(model, layers, source.metric, inplace=inplace)
-        if offload_folder is not None and isinstance(result, PreTrainedModel):
+        if offload_folder is not None:
             mark_offloaded(result, specs)
         elif folder is not None:
             made = list(layers.values())

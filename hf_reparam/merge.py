@@ -61,8 +61,6 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     folder = None if offload_folder is None else Path(offload_folder)
     built = build_layers(costs, make, lambda name: dense_like(layers[name]), devices, folder, desc="Merging layers")
     result = replace_modules(model, {layers[name]: dense for name, (dense, _) in built.items()}, inplace=inplace)
-    if not isinstance(result, PreTrainedModel):
-        return result
     if folder is not None:
         mark_offloaded(result, layers)
-    return to_stock(result)
+    return to_stock(result) if isinstance(result, PreTrainedModel) else result

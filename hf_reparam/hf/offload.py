@@ -12,6 +12,7 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, align_module_device, offload_state_dict
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_reparam.hf.processes import distributed, spread
 
@@ -50,24 +51,24 @@ def build_layers(
         desc: what the progress bar says.
     """
 
-    def work(name: str) -> tuple[nn.Module | None, float]:
-        if folder is None:
+    if folder is None:
+
+        def in_memory(name: str) -> tuple[nn.Module, float]:
             layer, error = make(name)
             return (layer.cpu() if distributed() else layer), error
+
+        made = spread(costs, in_memory, desc=desc)
+        return {name: (layer.to(devices[name]), error) for name, (layer, error) in made.items()}
+
+    def in_folder(name: str) -> float:
         place = folder / name
         if not place.exists():
             _write(place, *make(name))
-        return None, json.loads((place / _ERROR).read_text())
+        error: float = json.loads((place / _ERROR).read_text())
+        return error
 
-    built: dict[str, tuple[nn.Module, float]] = {}
-    for name, (made, error) in spread(costs, work, desc=desc).items():
-        if made is not None:
-            layer = made.to(devices[name])
-        else:
-            assert folder is not None
-            layer = _read_from(folder / name, empty(name), devices[name])
-        built[name] = layer, error
-    return built
+    errors = spread(costs, in_folder, desc=desc)
+    return {name: (_read_from(folder / name, empty(name), devices[name]), errors[name]) for name in errors}
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -102,7 +103,9 @@ def check_stored(model: nn.Module) -> None:
 
 
 def mark_offloaded(model: Any, names: Iterable[str]) -> None:
-    """Tell Transformers, which asks when it saves, that layers are in files."""
+    """Tell Transformers, which asks when it saves a model, that layers are in files."""
+    if not isinstance(model, PreTrainedModel):
+        return
     known = getattr(model, "hf_device_map", None) or {"": "cpu"}
     model.hf_device_map = {**known, **dict.fromkeys(names, "disk")}
 
