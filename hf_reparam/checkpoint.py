@@ -79,8 +79,8 @@ def convert_checkpoint(
             be written.
         ReparamError: as `convert`.
 
-    Cost: as `convert`, and disk space for the result twice. Memory, when streaming: about three times the largest layer
-    in float64, in the metric of moments its moments, too, or a shard; at least twice the largest tensor.
+    Cost: as `convert`, and disk space for the result twice. Memory, when streaming: three to four times the largest
+    layer in float64, in the metric of moments its moments, too, or two shards; at least twice the largest tensor.
     """
     folder, target = _open(source, Path(out), force)
     if refit and texts is None:

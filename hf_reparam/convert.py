@@ -28,7 +28,7 @@ from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 from hf_reparam.planning import check_budget, count_parameters, make_plan
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, RefitReport
-from hf_reparam.summary import layer_report, skipped_reports
+from hf_reparam.summary import skipped_reports
 
 __all__ = ["convert"]
 
@@ -171,7 +171,7 @@ def convert(
 
     Cost: one Gram matrix and one symmetric eigenproblem of order min(in, out) for each layer, and what
     `collect_moments` and `make_plan` cost; with `tolerance` eight evaluations. Memory: with `inplace`, that of the
-    model and about three times the largest layer in float64, in the metric of calibration data its moments, too. In a
+    model and two to four times the largest layer in float64, in the metric of calibration data its moments, too. In a
     distributed run every process has to call this; layers are shared out, and all get the whole model.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -185,8 +185,7 @@ def convert(
     """
     _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of)
     data = _kept_for_refit(calibration, offload_folder) if refit else None
-    if isinstance(model, PreTrainedModel):
-        check_unquantized(model)
+    check_unquantized(model)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
     chosen: Chosen | None = None  # ranks that are given are judged before any long work
     if rank is not None:
@@ -197,15 +196,8 @@ def convert(
         moments = _moments(model, data or calibration, metric, tokenizer, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
         if chosen is None:
-            plan_for = functools.partial(
-                make_plan,
-                model,
-                allocation=allocation,
-                form=form or "pivoted",
-                multiple_of=multiple_of,
-                include=include,
-                exclude=exclude,
-            )
+            plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of)
+            plan_for = functools.partial(plan_for, allocation=allocation, include=include, exclude=exclude)
             if tolerance is not None and evaluate is not None:
                 plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
             else:
@@ -215,16 +207,14 @@ def convert(
         specs, left = chosen
         skipped = skipped_reports([*left, *targets.skipped])
         folder = _folder(offload_folder, scratch, temporary=inplace and not refit)
-        layers, errors = factor_layers(model, targets.selected, specs, source, folder)
-        converted = [t for t in targets.selected if t.name in specs]
-        rows = tuple(layer_report(t, specs[t.name], t.parameters_as(specs[t.name]), errors[t.name]) for t in converted)
+        layers, rows = factor_layers(model, targets.selected, specs, source, folder)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
         result = _install(model, layers, source.metric, inplace=inplace)
         if offload_folder is not None:
             mark_offloaded(result, specs)
         elif folder is not None:
             made = list(layers.values())
-            del targets, converted, layers  # the dense weights go before their successors come
+            del targets, layers  # the dense weights go before their successors come
             for layer in made:
                 recall(layer)
     if not return_report:

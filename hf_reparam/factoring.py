@@ -11,6 +11,8 @@ from hf_reparam.hf.offload import aligned, build_layers, execution_device
 from hf_reparam.nn.surgery import factor, low_rank_like
 from hf_reparam.nn.targets import Target
 from hf_reparam.plan import LayerSpec
+from hf_reparam.report import LayerReport
+from hf_reparam.summary import layer_report
 
 __all__ = ["factor_layers"]
 
@@ -21,8 +23,8 @@ def factor_layers(
     specs: Mapping[str, LayerSpec],
     source: Decompositions,
     folder: Path | None = None,
-) -> tuple[dict[nn.Module, nn.Module], dict[str, float]]:
-    """Dense layer -> low-rank layer, and path -> relative error, for the layers that have a spec.
+) -> tuple[dict[nn.Module, nn.Module], tuple[LayerReport, ...]]:
+    """Dense layer -> low-rank layer, and what the report says of it, for the layers that have a spec.
 
     Args:
         model: the model that the layers are in; it is not changed.
@@ -46,5 +48,10 @@ def factor_layers(
 
     devices = {name: execution_device(target.module) for name, target in named.items()}
     built = build_layers(source.costs(named), make, empty, devices, folder, desc="Factoring layers")
-    layers = {named[name].module: layer for name, (layer, _) in built.items()}
-    return layers, {named[name].name: error for name, (_, error) in built.items()}
+    layers, rows = {}, []
+    for name, (layer, error) in built.items():
+        target = named[name]
+        spec = specs[target.name]
+        layers[target.module] = layer
+        rows.append(layer_report(target, spec, target.parameters_as(spec), error))
+    return layers, tuple(rows)

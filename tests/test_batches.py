@@ -1,11 +1,5 @@
 """Calibration data of every kind give the same moments; several processes give the moments of all their data."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
@@ -13,6 +7,7 @@ from transformers import AutoTokenizer
 
 from hf_reparam import LowRankLinear, Moments, TargetError, collect_moments, convert, merge
 from tests import zoo
+from tests.launch import launch
 from tests.test_calibration import assert_same
 
 TEXTS = ["a short text", "a text that is somewhat longer than the first", "three", "the last one of four texts"] * 12
@@ -116,18 +111,8 @@ moments.save(f"{sys.argv[1]}/{accelerator.process_index}")
 
 
 def test_two_processes_share_the_data(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    root = Path(__file__).parents[1]
-    workers = []
-    for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(root)}
-        command = [sys.executable, "-c", WORKER, str(tmp_path)]
-        workers.append(subprocess.Popen(command, env=env, cwd=root, stderr=subprocess.PIPE, text=True))
-    for worker in workers:
-        assert worker.wait(timeout=300) == 0, worker.stderr.read()[-3000:]
+    (tmp_path / "worker.py").write_text(WORKER)
+    launch(tmp_path / "worker.py", tmp_path)
     ids = torch.randint(3, 90, (12, 7), generator=torch.Generator().manual_seed(0))
     alone = collect_moments(zoo.BY_BASE["BertForMaskedLM"].build(), [{"input_ids": ids}])
     for rank in range(2):

@@ -1,10 +1,6 @@
 """The unmodified Trainer on converted models: the loss falls, resuming is exact, two processes agree."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from hf_reparam import LowRankLinear, convert, merge
 from tests import zoo
+from tests.launch import launch
 
 GOOD = ["fine", "lovely", "bright", "warm", "superb", "charming"]
 BAD = ["awful", "dull", "cold", "broken", "dreadful", "boring"]
@@ -131,12 +128,8 @@ def test_two_processes_train_to_the_same_model(tmp_path):
     """Every step sees all 32 examples, so the order in which samplers draw them does not matter."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command, batch in (([*launch, str(script)], "16"), ([sys.executable, str(script)], "32")):
-        done = subprocess.run([*command, str(tmp_path), batch], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (2, 1):
+        launch(script, tmp_path, 32 // processes, processes=processes)
     two = [torch.load(tmp_path / f"rank{r}-of-2.pt") for r in (0, 1)]
     one = torch.load(tmp_path / "rank0-of-1.pt")
     start = convert(zoo.BY_BASE["BertForSequenceClassification"].build(), rank=6).state_dict()

@@ -33,8 +33,10 @@ def protected_layers(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def check_unquantized(model: PreTrainedModel) -> None:
-    """Raise WeightError for a model that a quantizer has loaded."""
+def check_unquantized(model: nn.Module) -> None:
+    """Raise WeightError for a `PreTrainedModel` that a quantizer has loaded."""
+    if not isinstance(model, PreTrainedModel):
+        return
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
         raise WeightError(
             f"{type(model).__name__} is quantized: convert the full-precision model, then quantize the result"

@@ -125,8 +125,8 @@ def decompose(
 
     Cost: one Gram matrix, m^2 n multiply-adds for m = min(out, in), and one eigenproblem of order m; for
     max_rank below about m / 2 that eigenproblem is solved in float32 and its leading vectors are refined in float64.
-    Randomized: six products of the weight with the sketch, 12 m n r multiply-adds. Memory: about three times the weight
-    in float64.
+    Randomized: six products of the weight with the sketch, 12 m n r multiply-adds. Memory: two to four times the
+    weight in float64, by rank.
 
     Source: C. Eckart and G. Young, Psychometrika 1, 1936; Rayleigh-Ritz refinement and its a-posteriori bound as in
     B. Parlett, The Symmetric Eigenvalue Problem, 1998, chapter 11. Sketch: N. Halko, P.-G. Martinsson and J. Tropp,
