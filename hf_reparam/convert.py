@@ -213,10 +213,8 @@ def convert(
         if offload_folder is not None:
             mark_offloaded(result, specs)
         elif folder is not None:
-            made = list(layers.values())
-            del targets, layers  # the dense weights go before their successors come
-            for layer in made:
-                recall(layer)
+            del targets
+            _bring_in(layers)
     if not return_report:
         return result
     return result, ConversionReport(name, source.metric, rows, skipped, before, count_parameters(result), refitted)
@@ -337,6 +335,14 @@ def _refit(
     """Refit new layers in a copy of the model, which holds these very layers."""
     trial = replace_modules(model, layers, inplace=False)
     return refit(trial, model, data, moments=moments, tokenizer=tokenizer)
+
+
+def _bring_in(layers: dict[nn.Module, nn.Module]) -> None:
+    """Empty dense layer -> low-rank layer, so that the dense weights are freed before their successors take memory."""
+    made = list(layers.values())
+    layers.clear()
+    for layer in made:
+        recall(layer)
 
 
 def _install(model: M, layers: Mapping[nn.Module, nn.Module], method: str, *, inplace: bool) -> M:
