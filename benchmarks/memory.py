@@ -203,7 +203,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         3 * first["largest_layer_float64_mb"], color="black", linestyle=":", label="3 x largest layer in float64"
     )
     right.axvline(first["model_mb"], color="gray", label="the model")
-    right.set(title="calls on 4 layers of BERT-large: peak above the model", xlabel="MB")
+    right.set(title="4 layers of BERT-large: peak", xlabel="MB above what was resident before the call")
     for axis in (left, right):
         axis.invert_yaxis()
         axis.legend(fontsize=8)
