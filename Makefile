@@ -24,7 +24,7 @@ format: $(VENV)/test.stamp
 
 benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.foundation
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed --compile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.memory
 
 clean:

@@ -1,6 +1,6 @@
 """How long low-rank layers and models take against dense ones, and how long factoring takes.
 
-    python -m benchmarks.speed [--compile]        about 15 minutes on 2 cores, 20 with --compile
+    python -m benchmarks.speed        about 25 minutes on 2 cores
 
 Layers of BERT-base and GPT-2 small (compiled: of BERT-base) at equal stored weights, float32 and bfloat16, 1, 32 and
 1024 tokens, 0.3, 0.5 and 0.8 of the weights; the forward pass of BERT-base, decoding with GPT-2 small, a training step;
@@ -43,6 +43,7 @@ SHAPES = {
 KEEPS = (0.3, 0.5, 0.8)
 ROUNDS = {1: 200, 32: 60, 1024: 9}
 FORMS = ("pair", "pivoted")
+PARTS = ("layers", "compiled", "models", "training", "factoring")
 STORED = RESULTS / "speed.json"
 
 
@@ -81,44 +82,46 @@ def layer_ratios(compiled: bool) -> list[dict[str, Any]]:
                     rows.append(row | {"compiled": compiled, "ratio": ratios, "multiply_adds": kept})
                     shown = "  ".join(f"{form} {ratio:.2f}" for form, ratio in ratios.items())
                     print(f"{row['dtype']:9}{name:17} keep {keep}  {tokens:5} tokens  {shown}", flush=True)
-            torch.compiler.reset()
+                torch.compiler.reset()  # it gives up on a function after eight shapes
     return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median over the layers, the pivoted form's time over the pair's, and how many layers keep to the goal.
+    """Median over a family's layers, the pivoted form's time over the pair's, and how many layers keep to the goal.
 
     The goal: at 32 tokens and more the share of the multiply-adds + 0.10, at one token the share of the weights + 0.15.
     """
     out = []
-    for key in dict.fromkeys((r["dtype"], r["compiled"], r["tokens"], r["keep"]) for r in rows):
-        alike = [r for r in rows if (r["dtype"], r["compiled"], r["tokens"], r["keep"]) == key]
+    key_of = lambda r: (r["layer"].split()[0], r["dtype"], r["compiled"], r["tokens"], r["keep"])  # noqa: E731
+    for key in dict.fromkeys(map(key_of, rows)):
+        alike = [r for r in rows if key_of(r) == key]
         values: dict[str, Any] = {form: statistics.median(r["ratio"][form] for r in alike) for form in FORMS}
         values["pivoted / pair"] = statistics.median(r["ratio"]["pivoted"] / r["ratio"]["pair"] for r in alike)
-        more = 0.15 if key[2] == 1 else 0.10
+        more = 0.15 if key[3] == 1 else 0.10
         values["within_goal"] = {
             form: f"{sum(r['ratio'][form] <= r['multiply_adds'][form] + more for r in alike)} of {len(alike)}"
             for form in FORMS
         }
-        out.append(dict(zip(("dtype", "compiled", "tokens", "keep"), key, strict=True)) | values)
+        out.append(dict(zip(("family", "dtype", "compiled", "tokens", "keep"), key, strict=True)) | values)
     return out
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Time over dense against size: a row for each number type, a column for each count of tokens."""
-    kinds = list(dict.fromkeys((r["dtype"], r["compiled"]) for r in found))
+    """Time over dense against size: a row for each family and number type, a column for each count of tokens."""
+    kinds = list(dict.fromkeys((r["family"], r["dtype"], r["compiled"]) for r in found))
     figure, axes = pyplot.subplots(
-        len(kinds), len(ROUNDS), figsize=(4.2 * len(ROUNDS), 3.3 * len(kinds)), sharey=True, layout="constrained",
+        len(kinds), len(ROUNDS), figsize=(4.2 * len(ROUNDS), 2.6 * len(kinds)), sharey=True, layout="constrained",
         squeeze=False,
     )  # fmt: skip
     for row, kind in zip(axes, kinds, strict=True):
         for axis, tokens in zip(row, ROUNDS, strict=True):
-            points = [r for r in found if (r["dtype"], r["compiled"], r["tokens"]) == (*kind, tokens)]
+            points = [r for r in found if (r["family"], r["dtype"], r["compiled"], r["tokens"]) == (*kind, tokens)]
             for form, marker in zip(FORMS, "os", strict=True):
                 axis.plot([r["keep"] for r in points], [r[form] for r in points], marker=marker, label=form)
             axis.plot(KEEPS, KEEPS, "k:", label="share of the multiply-adds")
             axis.axhline(1, color="gray", linewidth=0.8)
-            axis.set_title(f"{kind[0]}, {'compiled' if kind[1] else 'eager'}, {tokens} tokens", fontsize=10)
+            mode = "compiled" if kind[2] else "eager"
+            axis.set_title(f"{kind[0]}, {kind[1]}, {mode}, {tokens} tokens", fontsize=10)
             axis.grid(alpha=0.3)
         row[0].set_ylabel("time / dense")
     for axis in axes[-1]:
@@ -129,12 +132,12 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", action="store_true", help="layers also with torch.compile")
-    parser.add_argument("--only", choices=("layers", "models", "training", "factoring"), help="one part alone")
+    parser.add_argument("--only", choices=PARTS, help="one part alone")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     parts = {
-        "layers": lambda: [row for c in (False, True)[: 1 + args.compile] for row in layer_ratios(c)],
+        "layers": lambda: layer_ratios(compiled=False),
+        "compiled": lambda: layer_ratios(compiled=True),
         "models": lambda: {"forward": models.forward(KEEPS), "decoding": models.decoding(KEEPS)},
         "training": models.training,
         "factoring": factoring,
@@ -144,8 +147,9 @@ def main() -> None:
             torch.manual_seed(SEED)
             stored = json.loads(STORED.read_text()) if STORED.exists() else {}
             stored[name] = {"machine": describe(SEED), "results": measure()}
-            if name == "layers":
-                stored["summary"] = summary(stored[name]["results"])
+            if name in ("layers", "compiled"):
+                found = [row for part in ("layers", "compiled") if part in stored for row in stored[part]["results"]]
+                stored["summary"] = summary(found)
                 draw(stored["summary"], RESULTS / "speed.png")
             STORED.write_text(json.dumps(stored, indent=1) + "\n")
 

@@ -5,17 +5,21 @@ Importing this package makes `AutoConfig`, `AutoModel...`, `pipeline` and friend
 
 from typing import Any
 
+from hf_reparam import plot
 from hf_reparam.calibration import collect_moments
 from hf_reparam.checkpoint import convert_checkpoint, merge_checkpoint
 from hf_reparam.convert import convert
 from hf_reparam.decomposition import Decompositions, decompose
+from hf_reparam.distillation import distillation_loss
 from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
 from hf_reparam.hf.auto import ReparamConfig, generated_class
+from hf_reparam.hf.card import model_card
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
 from hf_reparam.nn import LowRankLinear, PivotedLinear, register_dense
 from hf_reparam.plan import LayerSpec, RankPlan
 from hf_reparam.planning import make_plan
+from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
 from hf_reparam.summary import summarize
@@ -24,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ConversionRecord",
     "ConversionReport",
     "Decompositions",
     "LayerReport",
@@ -44,9 +49,12 @@ __all__ = [
     "convert",
     "convert_checkpoint",
     "decompose",
+    "distillation_loss",
     "make_plan",
     "merge",
     "merge_checkpoint",
+    "model_card",
+    "plot",
     "refit",
     "register_dense",
     "summarize",

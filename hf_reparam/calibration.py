@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError
-from hf_reparam.hf.modeling import plan_name
+from hf_reparam.hf.configuration import plan_name
 from hf_reparam.hf.objective import objective
 from hf_reparam.hf.processes import distributed, total
 from hf_reparam.hf.retype import protected_layers

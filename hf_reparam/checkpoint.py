@@ -11,10 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from yaml import YAMLError
+
 from hf_reparam.batches import batched
 from hf_reparam.calibration import collect_moments
 from hf_reparam.convert import convert
 from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.hf.card import model_card
 from hf_reparam.hf.folder import copy_companions, load, load_tokenizer, locate, new_folder, skeleton
 from hf_reparam.hf.processes import is_first, own_share, wait_for_all
 from hf_reparam.linalg import Moments
@@ -48,6 +52,7 @@ def convert_checkpoint(
     stream: bool = True,
     max_memory: int | str | None = None,
     max_shard_size: int | str | None = None,
+    remote_code: bool = False,
     force: bool = False,
 ) -> ConversionReport:
     """Convert a model folder into another, layer by layer: the model need not fit in memory.
@@ -69,10 +74,11 @@ def convert_checkpoint(
         max_memory: what moments of `texts` may take, as for `collect_moments`.
         max_shard_size: of the files written, as for `save_pretrained`; "500MB" when streaming, because one is held in
             memory at a time.
+        remote_code: also write the file that lets the result load where hf_reparam is not installed.
         force: replace `out` if it exists.
 
     Returns:
-        The report of the conversion.
+        The report of the conversion. `out` holds a model card made from it, `README.md`.
 
     Raises:
         CheckpointError: the source or the calibration data cannot be loaded, or `out` exists, is the source, or cannot
@@ -95,6 +101,8 @@ def convert_checkpoint(
     fingerprint = _fingerprint(folder, moments, lines, options) if stream else None
     with new_folder(target, resume=fingerprint) as work:
         model = load(folder, offload_folder=work / "source" if stream else None)
+        if not os.path.isdir(source):
+            model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         known = _moments(model, moments, lines, tokenizer, max_memory, work, shared=stream)
         if keep is not None:
             plan, form = _plan(model, known, keep, form, patterns, work), None
@@ -113,7 +121,8 @@ def convert_checkpoint(
         if refit and lines is not None:
             fitted = refit_factors(small, model, lines, moments=known, tokenizer=tokenizer)
             report = replace(report, refit=fitted)
-        _save(small, folder, work, stream, max_shard_size)
+        if _save(small, folder, work, stream, max_shard_size, remote_code=remote_code):
+            model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
     return report
 
 
@@ -211,17 +220,28 @@ def _plan(
     return plan
 
 
-def _save(model: Any, source: Path, work: Path, stream: bool, max_shard_size: int | str | None) -> None:
-    """Write the result into the work folder, by the first process alone."""
+def _card(folder: Path) -> ModelCard:
+    """The model card of a folder; an empty one if it has none that can be read."""
+    try:
+        return ModelCard.load(folder / "README.md")
+    except (OSError, ValueError, YAMLError):
+        return ModelCard("")
+
+
+def _save(
+    model: Any, source: Path, work: Path, stream: bool, max_shard_size: int | str | None, **options: bool
+) -> bool:
+    """Write the result into the work folder, by the first process alone; whether this is it."""
     wait_for_all()
     if not is_first():
-        return
+        return False
     shutil.rmtree(work / "new", ignore_errors=True)  # of a broken run
     size = max_shard_size or (_STREAMED_SHARD if stream else None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        model.save_pretrained(work / "new", **({} if size is None else {"max_shard_size": size}))
+        model.save_pretrained(work / "new", **options, **({} if size is None else {"max_shard_size": size}))
     copy_companions(source, work / "new")
+    return True
 
 
 def _fingerprint(source: Path, moments: Any, lines: list[str] | None, options: list[Any]) -> str:

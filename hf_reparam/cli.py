@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--max-memory", metavar="SIZE", help="memory for moments, such as 8GB; more passes over the data"
     )
+    convert.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="OUT also loads where hf_reparam is not installed, if code is trusted",
+    )
     _writing(convert)
 
     merge = _command(commands, "merge", _merge, "multiply the factors of SRC out and save the dense model in OUT")
@@ -138,6 +143,7 @@ def _convert(args: argparse.Namespace) -> ConversionReport:
         stream=args.stream,
         max_memory=args.max_memory,
         max_shard_size=args.max_shard_size,
+        remote_code=args.remote_code,
         force=args.force,
     )
 

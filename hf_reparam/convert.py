@@ -26,6 +26,7 @@ from hf_reparam.nn.surgery import replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 from hf_reparam.planning import check_budget, count_parameters, make_plan
+from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, RefitReport
 from hf_reparam.summary import skipped_reports
@@ -209,7 +210,10 @@ def convert(
         folder = _folder(offload_folder, scratch, temporary=inplace and not refit)
         layers, rows = factor_layers(model, targets.selected, specs, source, folder)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
-        result = _install(model, layers, source.metric, inplace=inplace)
+        tokens = None if source.moments is None or source.metric == "svd" else source.moments.tokens
+        errors = {layer_name(model, row.name): row.error for row in rows if row.error is not None}
+        record = ConversionRecord(None, tokens, len(refitted.layers) if refitted else 0, errors)
+        result = _install(model, layers, source.metric, record, inplace=inplace)
         if offload_folder is not None:
             mark_offloaded(result, specs)
         elif folder is not None:
@@ -306,7 +310,7 @@ def _search(
             low = keep
             continue
         layers, _ = factor_layers(model, targets, _planned(model, targets, plan)[0], source)
-        small = _install(model, layers, source.metric, inplace=False)
+        small = _install(model, layers, source.metric, ConversionRecord(), inplace=False)
         nearest = max(nearest, score := float(evaluate(small)))
         if score >= floor:
             high, best = keep, plan
@@ -345,7 +349,9 @@ def _bring_in(layers: dict[nn.Module, nn.Module]) -> None:
         recall(layer)
 
 
-def _install(model: M, layers: Mapping[nn.Module, nn.Module], method: str, *, inplace: bool) -> M:
+def _install(
+    model: M, layers: Mapping[nn.Module, nn.Module], method: str, record: ConversionRecord, *, inplace: bool
+) -> M:
     """Put the layers in place, and give a `PreTrainedModel` its derived class."""
     result = replace_modules(model, layers, inplace=inplace)
-    return to_reparam(result, method=method) if isinstance(result, PreTrainedModel) else result
+    return to_reparam(result, method, record) if isinstance(result, PreTrainedModel) else result

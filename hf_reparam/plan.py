@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hf_reparam.errors import PlanError
+from hf_reparam.record import ConversionRecord
 
 __all__ = ["FORMAT_VERSION", "FORMS", "LayerSpec", "RankPlan", "layer_kind"]
 
@@ -24,7 +25,7 @@ FORMS = ("pair", "pivoted")
 _MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds the work a hostile file can ask for
 _MAX_NAME = 512
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_PLAN_KEYS = frozenset({"format_version", "base_model_type", "method", "modules"})
+_PLAN_KEYS = frozenset({"format_version", "base_model_type", "method", "modules", "record"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class RankPlan:
             names of head modules are relative to the head model, so that one plan serves every head.
         base_model_type: Transformers' `model_type` of the dense model ("bert"), None for a plain `nn.Module`.
         method: how the factors were made, "svd" for the truncated singular value decomposition of the weight.
+        record: what is remembered of a conversion that was carried out; no part of the decision, and not compared.
 
     Raises:
         PlanError: a name is not a dotted module path, or there are more than 100000 of them.
@@ -102,6 +104,7 @@ class RankPlan:
     modules: Mapping[str, LayerSpec] = field(default_factory=dict)
     base_model_type: str | None = None
     method: str = "svd"
+    record: ConversionRecord | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.modules) > _MAX_MODULES:
@@ -112,16 +115,17 @@ class RankPlan:
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
-        return type(self), (dict(self.modules), self.base_model_type, self.method)
+        return type(self), (dict(self.modules), self.base_model_type, self.method, self.record)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""
-        return {
+        known = {
             "format_version": FORMAT_VERSION,
             "base_model_type": self.base_model_type,
             "method": self.method,
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
         }
+        return known if self.record is None else {**known, "record": self.record.to_dict()}
 
     @classmethod
     def from_dict(cls, data: object) -> "RankPlan":
@@ -145,7 +149,9 @@ class RankPlan:
             raise PlanError(f"'reparam.modules' must be an object of layer names, got {_short(modules)}")
         if len(modules) > _MAX_MODULES:
             raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
-        return cls({name: _read_layer(name, spec) for name, spec in modules.items()}, base, method)
+        layers = {name: _read_layer(name, spec) for name, spec in modules.items()}
+        record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
+        return cls(layers, base, method, record)
 
 
 def layer_kind(name: str) -> str:

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.calibration import frozen, layer_name
 from hf_reparam.errors import TargetError
+from hf_reparam.hf.configuration import note_refit
 from hf_reparam.hf.objective import divergence
 from hf_reparam.linalg import Moments, PairedMoments, decompose
 from hf_reparam.nn.calibrate import inputs_of, order_of, rows
@@ -81,6 +83,8 @@ def refit(
             else:
                 for name, layer in group.items():
                     layer.load_state_dict(saved[name])
+    if isinstance(model, PreTrainedModel):
+        note_refit(model.config, len(kept))
     examples = sum(len(next(iter(batch.values()))) for batch, _ in judging)
     return RefitReport(tuple(kept), len(layers), before / examples, best / examples)
 

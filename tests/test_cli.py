@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hf_reparam
@@ -46,7 +47,8 @@ def test_convert_inspect_merge(tmp_path, dense, capsys):
     small, merged = tmp_path / "made" / "small", tmp_path / "merged"
     assert run("convert", dense, small, "--rank", 6, "--quiet") == 0
     assert "13 low-rank layers" in capsys.readouterr().out
-    assert sorted(p.name for p in small.iterdir()) == ["1_Pooling", "config.json", "model.safetensors", "vocab.txt"]
+    files = ["1_Pooling", "README.md", "config.json", "model.safetensors", "vocab.txt"]
+    assert sorted(p.name for p in small.iterdir()) == files
     assert [p.name for p in small.parent.iterdir()] == ["small"]
     assert run("inspect", small, "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -267,3 +269,15 @@ def test_help_names_every_option(capsys):
         text = capsys.readouterr().out
         assert "SRC" in text
         assert "--json" in text
+
+
+def test_card_takes_the_licence_of_the_source_and_remote_code_its_file(tmp_path, dense, capsys):
+    (Path(dense) / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# Dense, true of it alone\n")
+    assert run("convert", dense, tmp_path / "small", "--rank", 6, "--quiet", "--remote-code") == 0
+    card = ModelCard.load(tmp_path / "small" / "README.md")
+    assert (card.data.license, card.data.language, card.data.get("base_model")) == ("mit", "en", None)
+    assert "true of it alone" not in card.text
+    assert (tmp_path / "small" / "modeling_reparam.py").exists()
+    (Path(dense) / "README.md").write_text("---\nlicense: [broken\n---\n")
+    assert run("convert", dense, tmp_path / "other", "--rank", 6, "--quiet") == 0
+    assert "license" not in ModelCard.load(tmp_path / "other" / "README.md").data.to_dict()

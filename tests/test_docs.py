@@ -135,42 +135,61 @@ def test_memory_figures_are_the_results():
 
 def test_speed_figures_are_the_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())["summary"]
-    ratio = lambda dtype, compiled: [  # noqa: E731
-        [f"{r['pivoted / pair']:.2f}" for r in rows if (r["dtype"], r["compiled"], r["tokens"]) == (dtype, compiled, n)]
-        for n in (1, 32, 1024)
-    ]
     decision = (ROOT / "docs" / "decisions" / "0005-pivoted-form.md").read_text()
-    for dtype in ("float32", "bfloat16"):
-        for compiled in (False, True):
-            cells = " | ".join(" / ".join(column) for column in ratio(dtype, compiled))
-            assert re.search(
-                rf"^\| {dtype}, {'compiled' if compiled else 'eager'}[^|]*\| {re.escape(cells)} \|$", decision, re.M
-            )
+    for kind in speed_kinds(rows):
+        assert (
+            f"| {named(kind)} | {speed_cells(rows, kind, lambda r: format(r['pivoted / pair'], '.2f'))} |" in decision
+        )
     readme = " ".join((ROOT / "README.md").read_text().split())
-    compiled, eager = (sorted(v for column in ratio("float32", kind) for v in column) for kind in (True, False))
+    compiled, eager = (
+        sorted(f"{r['pivoted / pair']:.2f}" for r in rows if (r["dtype"], r["compiled"]) == ("float32", mode))
+        for mode in (True, False)
+    )
     assert f"{compiled[0]} to {compiled[-1]} of the time of a pair" in readme
     assert f"up to {eager[-1]} in eager mode" in readme
+
+
+def speed_kinds(rows):
+    return list(dict.fromkeys((r["family"], r["dtype"], r["compiled"]) for r in rows))
+
+
+def named(kind):
+    return f"{kind[0]}, {kind[1]}, {'compiled' if kind[2] else 'eager'}"
+
+
+def speed_cells(rows, kind, show):
+    columns = [
+        [show(r) for r in rows if (*kind, n) == (r["family"], r["dtype"], r["compiled"], r["tokens"])]
+        for n in (1, 32, 1024)
+    ]
+    return " | ".join(" / ".join(column) for column in columns)
 
 
 def test_the_page_on_speed_is_the_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())
     page = (ROOT / "docs" / "when-faster.md").read_text()
-    kinds = list(dict.fromkeys((r["dtype"], r["compiled"]) for r in results["summary"]))
-    for kind in kinds:
+    text, rows = " ".join(page.split()), results["summary"]
+    for kind in speed_kinds(rows):
         for form in ("pair", "pivoted"):
-            head = f"| {kind[0]}, {'compiled' if kind[1] else 'eager'} | {form} | "
             for show in (lambda r: f"{r[form]:.2f}", lambda r: r["within_goal"][form].split()[0]):  # noqa: B023
-                columns = [
-                    " / ".join(
-                        show(r) for r in results["summary"] if (r["dtype"], r["compiled"], r["tokens"]) == (*kind, n)
-                    )
-                    for n in (1, 32, 1024)
-                ]
-                assert f"{head}{' | '.join(columns)} |" in page
+                assert f"| {named(kind)} | {form} | {speed_cells(rows, kind, show)} |" in page
+    models = results["models"]["results"]
+    for form in ("pair", "pivoted"):
+        for tokens in (1, 32, 1024):
+            line = " / ".join(f"{r['ratio'][form]:.2f}" for r in models["forward"] if r["tokens"] == tokens)
+            assert re.search(rf"\| BERT-base, float32, {tokens} tokens? \| {form} \| {line} \|", page)
+        for dtype in ("float32", "bfloat16"):
+            line = " / ".join(f"{r['ratio'][form]:.2f}" for r in models["decoding"] if r["dtype"] == dtype)
+            assert f"| GPT-2 small, {dtype}, decoding with its cache | {form} | {line} |" in page
     training = results["training"]["results"]
     for form in ("pair", "pivoted"):
-        assert f"{training['ratio'][form]:.2f} of the dense time ({form})" in " ".join(page.split())
-    assert f"{training['optimizer_state_ratio']['pair']:.2f} of the dense one" in " ".join(page.split())
+        assert f"{training['ratio'][form]:.2f} of the dense time ({form})" in text
+    assert f"{training['optimizer_state_ratio']['pair']:.2f} of the dense one" in text
+    for case in results["factoring"]["results"]:
+        if case["shape"][0] == 4096:
+            assert f"{case['seconds']['hf_reparam, exact']:.1f} s" in text
+    full = results["factoring"]["results"][1]["seconds"]
+    assert f"{full['hf_reparam, exact'] / full['torch.linalg.svd']:.2f} of the {full['torch.linalg.svd']:.1f} s" in text
 
 
 def test_make_targets_exist():

@@ -10,11 +10,12 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import auto_factory, modeling_auto
+from transformers.models.auto import auto_factory
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_reparam.errors import PlanError
 from hf_reparam.hf.configuration import MODEL_TYPE, PREFIX, config_class
+from hf_reparam.hf.families import auto_classes
 from hf_reparam.hf.modeling import model_class
 from hf_reparam.plan import RankPlan
 
@@ -50,12 +51,9 @@ def register(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     if derived is base or base in _registered:
         return derived
     _registered.add(base)
-    for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
-        if isinstance(mapping, auto_factory._LazyAutoMapping) and base in mapping:
-            found = mapping[base]
-            classes = tuple(map(_derived_model, found)) if isinstance(found, (tuple, list)) else _derived_model(found)
-            mapping.register(derived, classes, exist_ok=True)
+    for _, mapping, found in list(auto_classes(base)):
+        classes = tuple(map(_derived_model, found))
+        mapping.register(derived, classes if len(classes) > 1 else classes[0], exist_ok=True)
     for kind in _PREPROCESSORS:
         _register_preprocessor(f"transformers.models.auto.{kind}_auto", base, derived)
     return derived

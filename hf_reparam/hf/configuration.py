@@ -1,6 +1,7 @@
 """Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -14,6 +15,8 @@ __all__ = [
     "PUBLIC_MODULE",
     "ReparamConfigMixin",
     "config_class",
+    "note_refit",
+    "plan_name",
     "plan_of",
     "stock_config_class",
 ]
@@ -76,8 +79,21 @@ def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
     return config.base_class if isinstance(config, ReparamConfigMixin) else type(config)
 
 
+def note_refit(config: PreTrainedConfig, layers: int) -> None:
+    """Remember in a derived configuration how many layers were refitted."""
+    plan = plan_of(config)
+    if plan.record is not None and isinstance(config, ReparamConfigMixin):
+        config.reparam = replace(plan, record=replace(plan.record, refitted_layers=layers)).to_dict()
+
+
 def plan_of(config: PreTrainedConfig) -> RankPlan:
     """The plan that a configuration carries; an empty one for a stock configuration."""
     if isinstance(config, ReparamConfigMixin):
         return RankPlan.from_dict(config.reparam)
     return RankPlan(base_model_type=config.model_type)
+
+
+def plan_name(model: Any, name: str) -> str:
+    """The name a plan uses for a module path: relative to the base model, or to the head model for head modules."""
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    return name.removeprefix(prefix)

@@ -8,22 +8,29 @@ arrive by Transformers' own loading.
 import contextlib
 import re
 from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi
 from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 from transformers.initialization import no_init_weights
 
 from hf_reparam.errors import CheckpointError, PlanError
+from hf_reparam.hf.card import add_tags, model_card, published_card
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
 from hf_reparam.hf.parallel import factor_rules
+from hf_reparam.hf.remote import named_in_config, write_module
 from hf_reparam.nn.dense import dense_matrix, dense_type
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
 
-__all__ = ["ReparamMixin", "model_class", "plan_name", "resolve_plan", "stock_model_class"]
+__all__ = ["ReparamMixin", "model_class", "resolve_plan", "stock_model_class"]
+
+_HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
 
 class ReparamMixin:
@@ -56,19 +63,75 @@ class ReparamMixin:
         return rules
 
     def save_pretrained(  # base's contract
-        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        *,
+        remote_code: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As the base's. Adds an empty tensor under the dense weight's name of the first layer of each kind.
 
         The stock class would otherwise find its weights missing and go on with random numbers; the marker's shape makes
         it raise. Names are those of the live modules: conversions to older checkpoint layouts know no factors.
+
+        Args:
+            save_directory, is_main_process, state_dict, push_to_hub: as the base's; more options of the base's follow.
+            remote_code: also write one Python file, with which `from_pretrained(..., trust_remote_code=True)` works
+                where hf_reparam is not installed.
         """
+        hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS & kwargs.keys()}
         state = dict(state_dict or self.state_dict())  # type: ignore[attr-defined]
         names = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
         for name in {layer_kind(name): name for name in reversed(names)}.values():
             state.setdefault(f"{name}.weight", torch.empty(0, dtype=torch.uint8))
         kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
+        with named_in_config(self, remote_code):
+            super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
+        if remote_code and is_main_process:
+            write_module(Path(save_directory))
+        if push_to_hub and is_main_process:
+            hub |= {key: kwargs[key] for key in ("max_shard_size", "token") if key in kwargs}
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), remote_code=remote_code, **hub)
+
+    def push_to_hub(  # base's contract
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload model",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Collection[str] = (),
+        remote_code: bool = False,
+    ) -> Any:
+        """As the base's, with a model card that says what was converted and how; see `hf_reparam.model_card`.
+
+        A card that the repository has is kept: only the section between this package's marks is replaced.
+        """
+        api = HfApi(token=token, library_name="hf_reparam")
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card = model_card(self, card=published_card(repo_id, token))
+        add_tags(card, [*(self.model_tags or ()), *tags])  # type: ignore[attr-defined]
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
+            card.save(Path(folder) / "README.md")
+            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(str(path.relative_to(folder)), path) for path in files],
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
@@ -114,12 +177,6 @@ def _record_outputs_as(base: type[PreTrainedModel], derived: type[PreTrainedMode
 def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The dense class behind a model."""
     return model.base_class if isinstance(model, ReparamMixin) else type(model)
-
-
-def plan_name(model: PreTrainedModel, name: str) -> str:
-    """The name a plan uses for a module path: relative to the base model, or to the head model for head modules."""
-    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    return name.removeprefix(prefix)
 
 
 def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True) -> dict[str, nn.Module]:

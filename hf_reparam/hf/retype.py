@@ -1,6 +1,8 @@
 """Changing what class a model is: stock to derived after its layers were replaced, and back."""
 
 import copy
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_reparam.errors import WeightError
 from hf_reparam.hf.auto import register
-from hf_reparam.hf.configuration import plan_of, stock_config_class
-from hf_reparam.hf.modeling import model_class, plan_name, stock_model_class
+from hf_reparam.hf.configuration import plan_name, plan_of, stock_config_class
+from hf_reparam.hf.modeling import model_class, stock_model_class
 from hf_reparam.hf.offload import aligned
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.plan import RankPlan
+from hf_reparam.record import ConversionRecord, is_hub_id
 
 __all__ = ["check_unquantized", "protected_layers", "to_reparam", "to_stock"]
 
@@ -43,16 +46,31 @@ def check_unquantized(model: nn.Module) -> None:
         )
 
 
-def to_reparam(model: Any, method: str) -> Any:
-    """Give a model whose layers were replaced its derived class, and a configuration with the plan. Changes it."""
+def to_reparam(model: Any, method: str, record: ConversionRecord) -> Any:
+    """Give a model whose layers were replaced its derived class, and a configuration with the plan. Changes it.
+
+    Args:
+        model: the model.
+        method: how the new factors were made.
+        record: what is to be remembered of it; errors of layers that were low-rank before are kept beside.
+    """
     base = stock_config_class(model.config)
     register(base)
     low = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     plan = RankPlan({plan_name(model, n): m.spec for n, m in low.items()}, base.model_type, method)
-    absent = {n: s for n, s in plan_of(model.config).modules.items() if n not in plan.modules}
+    old = plan_of(model.config)
+    absent = {n: s for n, s in old.modules.items() if n not in plan.modules}
     config = _copy_config(model.config, register(base))
-    config.reparam = RankPlan({**plan.modules, **absent}, base.model_type, method).to_dict()
+    whole = {**plan.modules, **absent}
+    config.reparam = RankPlan(whole, base.model_type, method, _remembered(model.config, old, record)).to_dict()
     return _retype(model, config, model_class(type(model)))
+
+
+def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecord) -> ConversionRecord:
+    if old.record is not None:
+        return replace(record, base_model=old.record.base_model, errors={**old.record.errors, **record.errors})
+    source = config._name_or_path
+    return replace(record, base_model=source if is_hub_id(source) and not os.path.exists(source) else None)
 
 
 def to_stock(model: Any) -> Any:

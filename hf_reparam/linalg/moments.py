@@ -131,6 +131,13 @@ class Moments:
             raise WeightError("moments of different metrics or layers cannot be merged")
         return Moments(self.metric, {name: m + other.layers[name] for name, m in self.layers.items()})
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that were seen, by the layer that saw most; of stored moments only these counts are read."""
+        layers = self.layers
+        counts = layers.tokens() if isinstance(layers, _Stored) else (layer.tokens for layer in layers.values())
+        return max(counts, default=0)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, which appears whole or not at all."""
         tensors: dict[str, Tensor] = {}
@@ -186,6 +193,12 @@ class _Stored(Mapping[str, LayerMoments]):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._where[name]} cannot be read as moments: {error}") from None
         return LayerMoments(int(tensors.pop("tokens")), **tensors)
+
+    def tokens(self) -> Iterator[int]:
+        """The count of every layer."""
+        for path in set(self._where.values()):
+            with safe_open(path, framework="pt") as file:
+                yield from (int(file.get_tensor(key)) for key in file.keys() if key.endswith(".tokens"))  # noqa: SIM118
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

@@ -1,0 +1,26 @@
+"""The site's front page is the README, and the benchmarks' figures and pictures go with it."""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_files(files, config):
+    for target, source in (("index.md", "README.md"), ("changelog.md", "CHANGELOG.md")):
+        files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "benchmarks" / "results").iterdir()):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links that hold in the repository become links that hold in the site."""
+    up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"\]\((?:\.\./)*benchmarks/results/", f"]({up}results/", markdown)
+    if page.file.src_uri == "index.md":
+        markdown = re.sub(r"\]\((?:docs/)?decisions/\)", "](decisions/0001-solver.md)", markdown)
+        markdown = markdown.replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
+    return markdown

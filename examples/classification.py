@@ -1,0 +1,37 @@
+"""Classification with a low-rank BERT, and its pipeline.    python -m examples.classification"""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, pipeline
+
+from examples import flow, tiny
+
+MODEL = None  # for a real one: MODEL = "textattack/bert-base-uncased-SST-2"
+
+
+def main() -> dict[str, float]:
+    if MODEL is None:
+        model, tokenizer = tiny.bert_for_labels()
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(MODEL)
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    texts, labels = (list(part) for part in zip(*tiny.reviews(), strict=True))  # your data: texts and labels
+    test = tokenizer(texts[:200], return_tensors="pt", padding=True)
+
+    @torch.no_grad()
+    def score(candidate: Any) -> float:
+        """Accuracy."""
+        return (candidate(**test).logits.argmax(-1) == torch.tensor(labels[:200])).float().mean().item()
+
+    rows = [{**tokenizer(text), "labels": label} for text, label in zip(texts, labels, strict=True)]
+    collator = DataCollatorWithPadding(tokenizer)
+    small, scores = flow.run(model, tokenizer, AutoModelForSequenceClassification, rows, collator, score, keep=0.25)
+    classify = pipeline("text-classification", model=small, tokenizer=tokenizer)
+    for text in texts[:3]:
+        print(f"{text}  ->  {classify(text)[0]}")
+    return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The part that is the same for every task: convert, fine-tune, save, load, merge, with a score after each step."""
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+import hf_reparam
+from examples.tiny import fit
+
+__all__ = ["run"]
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    auto: Any,
+    rows: list[dict[str, Any]],
+    collator: Any,
+    score: Callable[[Any], float],
+    *,
+    keep: float,
+    steps: int = 60,
+) -> tuple[Any, dict[str, float]]:
+    """Take a dense model through it all.
+
+    Args:
+        model, tokenizer: the dense model.
+        auto: Auto class to load the result with.
+        rows, collator: training data, as for the Trainer; the first 128 rows are the calibration data, too.
+        score: model -> number, higher is better.
+        keep: share of the layers' weights that the low-rank model may hold.
+        steps: of fine-tuning.
+
+    Returns:
+        The model as loaded from disk, and the scores.
+    """
+    batches = list(DataLoader(rows[:128], batch_size=32, collate_fn=collator))
+    small, report = hf_reparam.convert(model, keep=keep, calibration=batches, return_report=True)
+    print(report, "\n")
+    scores = {"dense": score(model), "converted": score(small)}
+
+    fit(small, rows, collator, steps=steps)  # a Trainer
+    scores["fine-tuned"] = score(small)
+
+    with tempfile.TemporaryDirectory() as out:
+        small.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        loaded = auto.from_pretrained(out)
+    scores["loaded"] = score(loaded)
+    scores["merged"] = score(hf_reparam.merge(loaded))  # a plain model of Transformers again
+    print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    return loaded, scores

@@ -1,0 +1,43 @@
+"""Text generation with a low-rank GPT-2 or Llama.    python -m examples.text_generation [gpt2|llama]"""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+
+from examples import flow, tiny
+
+MODEL = None  # for a real one: MODEL = "openai-community/gpt2"
+TINY = {"gpt2": tiny.gpt2, "llama": tiny.llama}
+
+
+def go_on(model: Any, tokenizer: Any, prompt: str) -> str:
+    batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    return tokenizer.decode(model.generate(**batch, max_new_tokens=5, do_sample=False)[0], skip_special_tokens=True)
+
+
+def main(kind: str = "gpt2") -> dict[str, float]:
+    if MODEL is None:
+        model, tokenizer = TINY[kind]()
+    else:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = [tokenizer(text) for text in tiny.counting()]  # your data: texts
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    test = collator(rows[:64])
+
+    @torch.no_grad()
+    def score(candidate: Any) -> float:
+        """Minus the perplexity."""
+        return -math.exp(candidate(**test).loss)
+
+    small, scores = flow.run(model, tokenizer, AutoModelForCausalLM, rows, collator, score, keep=0.3)
+    for prompt in ("two three four", "nine eight seven", "two four six"):
+        print(go_on(small, tokenizer, prompt))
+    return scores
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,186 @@
+"""`distillation_loss`: train a converted model towards the dense one, with the `Trainer` as it is."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_reparam.errors import TargetError
+from hf_reparam.hf.objective import batch_masks
+
+__all__ = ["distillation_loss"]
+
+Loss = Callable[..., Tensor]
+_IGNORED = -100
+
+
+@contextmanager
+def distillation_loss(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    temperature: float = 2.0,
+    alpha: float = 0.5,
+    hidden: float = 0.0,
+) -> Iterator[Loss]:
+    """A loss for `Trainer(compute_loss_func=)`: labels, the teacher's predictions and its hidden states.
+
+        loss = (1 - alpha) CE(labels) + alpha T^2 KL(teacher || student, at temperature T) + hidden * H
+
+    H is ||h_s - h_t||^2 / ||h_t||^2 over the hidden states of every layer. All are means over labelled positions, or
+    over real tokens where there are no labels; regressions take half the squared difference for KL. The `Trainer` gives
+    a loss function no inputs, so while the block runs a hook on `student` keeps those of its last call for the teacher.
+
+    Args:
+        teacher: the dense model; it is used in evaluation mode, without gradients, on the student's device.
+        student: the model that is trained, of the same family.
+        temperature: above 0; higher values show more of the teacher's doubt.
+        alpha: in [0, 1], weight of the teacher against labels; 1 needs no labels.
+        hidden: at least 0, weight of the hidden states.
+
+    Returns:
+        In a `with` statement, the function (outputs, labels, num_items_in_batch=None) -> scalar.
+
+    Raises:
+        TargetError: a weight or the temperature is out of range, or (when called) the model returns no logits, or it
+            was not called in the block.
+
+    Cost: a forward pass of the teacher for every step.
+
+    Source: G. Hinton, O. Vinyals, J. Dean, arXiv 1503.02531; hidden states: FitNets, arXiv 1412.6550.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_reparam.convert import convert
+    >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    >>> dense = BertForSequenceClassification(BertConfig(**shape)).eval()
+    >>> small = convert(dense, rank=4)
+    >>> with distillation_loss(dense, small, alpha=1.0) as loss:
+    ...     bool(loss(small(input_ids=torch.tensor([[1, 2, 3]])), None) > 0)
+    True
+    """
+    if not (0 <= alpha <= 1 and 0 < temperature < math.inf and 0 <= hidden < math.inf):
+        raise TargetError(
+            f"alpha must be in [0, 1], temperature above 0 and hidden at least 0, got {alpha}, {temperature}, {hidden}"
+        )
+    called: dict[str, Any] = {}
+
+    def remember(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if hidden:
+            kwargs = {**kwargs, "output_hidden_states": True}
+        called.update(args=args, kwargs={k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
+        return args, kwargs
+
+    def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        if not called:
+            raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
+        theirs, masks = _ask(teacher.to(student.device), called), batch_masks(called["kwargs"])
+        multi_label = student.config.problem_type == "multi_label_classification"
+        hard, soft, count = _against(student, outputs, theirs, labels, masks, temperature, multi_label, alpha < 1)
+        mean = (1 - alpha) * hard + alpha * soft
+        if hidden:
+            mean = mean + hidden * _hidden_error(outputs, theirs, masks)
+        return mean if num_items_in_batch is None or labels is None else mean * count / num_items_in_batch
+
+    handle = student.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        yield loss
+    finally:
+        handle.remove()
+
+
+def _ask(teacher: PreTrainedModel, called: dict[str, Any]) -> Any:
+    was_training = teacher.training
+    teacher.eval()
+    try:
+        with torch.no_grad():
+            return teacher(*called["args"], **called["kwargs"])
+    finally:
+        teacher.train(was_training)
+
+
+def _against(
+    student: PreTrainedModel,
+    outputs: Any,
+    theirs: Any,
+    labels: Tensor | None,
+    masks: tuple[Tensor, ...],
+    temperature: float,
+    multi_label: bool,
+    needs_labels: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """Mean loss against labels, mean loss against the teacher, and over how many positions."""
+    keys = [key for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)]
+    if not keys:
+        raise TargetError("the model returned no logits to compare with the teacher's")
+    own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
+    if needs_labels and labels is None and own is None:
+        raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
+    hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
+    for key in keys:
+        answers = labels if key == "logits" else None
+        mine, target, answers = _positions(student, outputs[key].float(), theirs[key].float(), answers, masks)
+        count = len(mine)
+        soft = _soft_loss(mine, target, temperature, multi_label) + soft
+        if answers is not None and needs_labels:
+            hard = _hard_loss(mine, answers, multi_label)
+    return hard, soft, count
+
+
+def _positions(
+    student: PreTrainedModel, mine: Tensor, theirs: Tensor, labels: Tensor | None, masks: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits (n, classes) of both models and labels (n, ...), of positions that count."""
+    if mine.dim() == 2:
+        return mine, theirs, labels
+    if labels is not None and labels.shape == mine.shape[:-1]:
+        if student.can_generate() and not student.config.is_encoder_decoder:  # position t predicts label t + 1
+            mine, theirs, labels = mine[:, :-1], theirs[:, :-1], labels[:, 1:]
+        keep = labels != _IGNORED
+        return mine[keep], theirs[keep], labels[keep]
+    real = next((mask for mask in masks if mask.shape == mine.shape[:-1]), None)
+    if real is not None:
+        return mine[real], theirs[real], None
+    return mine.flatten(0, -2), theirs.flatten(0, -2), None
+
+
+def _soft_loss(mine: Tensor, theirs: Tensor, temperature: float, multi_label: bool) -> Tensor:
+    if multi_label:
+        theirs, mine = theirs / temperature, mine / temperature
+        cross = F.binary_cross_entropy_with_logits(mine, theirs.sigmoid())
+        return temperature**2 * (cross - F.binary_cross_entropy_with_logits(theirs, theirs.sigmoid()))
+    if mine.shape[-1] == 1:
+        return (mine - theirs).square().mean() / 2
+    log_p, log_q = (theirs / temperature).log_softmax(-1), (mine / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _hard_loss(mine: Tensor, labels: Tensor, multi_label: bool) -> Tensor:
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(mine, labels.float())
+    if mine.shape[-1] == 1:
+        return F.mse_loss(mine.squeeze(-1), labels.to(mine.dtype).reshape(-1))
+    return F.cross_entropy(mine, labels, ignore_index=_IGNORED)
+
+
+def _hidden_error(outputs: Any, theirs: Any, masks: tuple[Tensor, ...]) -> Tensor:
+    """Mean over the hidden states of every layer of ||h_s - h_t||^2 / ||h_t||^2, over real tokens."""
+    pairs = [
+        pair
+        for key, value in outputs.items()
+        if key.endswith("hidden_states") and isinstance(value, tuple)
+        for pair in zip(value, theirs[key], strict=True)
+    ]
+    if not pairs:
+        raise TargetError("the model returned no hidden states: leave hidden= out")
+    errors = []
+    for mine, target in pairs:
+        mask = next((m for m in masks if m.shape == mine.shape[:2]), None)
+        kept, wanted = (mine, target) if mask is None else (mine[mask], target[mask])
+        kept, wanted = kept.float(), wanted.float()
+        errors.append((kept - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny))
+    return torch.stack(errors).mean()

@@ -1,0 +1,86 @@
+"""Folders that load without this package: one Python file beside the weights, and `auto_map` in `config.json`."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_reparam.errors import CheckpointError
+from hf_reparam.hf.configuration import PREFIX
+from hf_reparam.hf.families import auto_classes
+from hf_reparam.nn.linear import LowRankLinear
+
+__all__ = ["FILE", "named_in_config", "write_module"]
+
+FILE = "modeling_reparam.py"
+_IMPORTED = re.compile(r"# what follows up.*?# the definitions end here\n", re.DOTALL)
+_BEFORE_LAYERS = '''from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LayerSpec(NamedTuple):
+    """Rank and form of one layer."""
+
+    rank: int
+    form: str = "pair"
+
+
+'''
+
+
+def write_module(folder: Path) -> None:
+    """Write the file: `standalone.py` with the definitions of the layers in the place of their imports."""
+    package = files("hf_reparam")
+    layers = (package / "nn" / "linear.py").read_text(encoding="utf-8")
+    definitions = _BEFORE_LAYERS + layers[layers.index("class LowRankLinear") :]
+    text = (package / "hf" / "standalone.py").read_text(encoding="utf-8")
+    (folder / FILE).write_text(_IMPORTED.sub(lambda _: f"{definitions}\n", text, count=1), encoding="utf-8")
+
+
+@contextmanager
+def named_in_config(model: Any, remote_code: bool) -> Iterator[None]:
+    """While the block saves, `model.config.auto_map` names the file's classes; without `remote_code` it does not.
+
+    Raises:
+        CheckpointError: a layer stands for a dense type that the file does not know.
+    """
+    config = model.config
+    old = vars(config).pop("auto_map", None)
+    kept = {name: ref for name, ref in (old or {}).items() if f"{Path(FILE).stem}." not in str(ref)}
+    if remote_code:
+        _check_types(model)
+        kept = {**kept, **_auto_map(config.base_class)}
+    if kept:
+        config.auto_map = kept
+    try:
+        yield
+    finally:
+        vars(config).pop("auto_map", None)
+        if old is not None:
+            config.auto_map = old
+
+
+def _auto_map(base: Any) -> dict[str, str]:
+    names = {
+        auto: found[0].__name__
+        for auto, _, found in auto_classes(base)
+        if auto[0] != "_" and found[0].__module__.startswith("transformers.")
+    }
+    names["AutoConfig"] = base.__name__
+    return {auto: f"{Path(FILE).stem}.{PREFIX}{name}" for auto, name in sorted(names.items())}
+
+
+def _check_types(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, LowRankLinear) and layer.dense_type not in (nn.Linear, Conv1D):
+            raise CheckpointError(
+                f"{name} stands for a {layer.dense_type.__name__}, and the file of remote_code=True knows Linear and "
+                "Conv1D alone: save without it, and load where hf_reparam and that type are installed"
+            )

@@ -1,0 +1,151 @@
+"""Pictures of spectra, ranks and sizes, with matplotlib: `pip install 'hf-reparam[plot]'`."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_reparam.decomposition import Decompositions
+from hf_reparam.errors import PlanError, TargetError
+from hf_reparam.plan import RankPlan, layer_kind
+
+__all__ = ["frontier", "ranks", "spectrum"]
+
+
+def spectrum(
+    layers: Decompositions, names: Iterable[str] | None = None, *, plan: RankPlan | None = None, ax: Any = None
+) -> Any:
+    """What each rank of a layer leaves out: sqrt(sum of the discarded squared singular values / sum of all).
+
+    Args:
+        layers: what `decompose` returned.
+        names: layers to draw, names as in a plan; None for all, with one colour for layers of one kind.
+        plan: marks the ranks that it gives them.
+        ax: matplotlib Axes to draw into; None for a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        TargetError: no layer, or one that was not decomposed.
+        ImportError: matplotlib is not installed.
+
+    >>> from torch import nn
+    >>> from hf_reparam.decomposition import decompose
+    >>> len(spectrum(decompose(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))).lines)
+    2
+    """
+    chosen = list(layers.layers) if names is None else list(names)
+    missing = sorted(set(chosen) - set(layers.layers))
+    if missing or not chosen:
+        raise TargetError(f"no such layers among the {len(layers.layers)} that were decomposed: {missing[:3]}")
+    ax = _axes(ax, (6.4, 4.2))
+    kinds = list(dict.fromkeys(map(layer_kind, chosen)))
+    for name in chosen:
+        squares = layers.layers[name].singular_values.detach().cpu().square()
+        left = [*(squares.flip(0).cumsum(0).flip(0) / squares.sum()).sqrt().tolist(), 0.0]
+        color = f"C{kinds.index(layer_kind(name)) % 10}"
+        known = any(line.get_label() == layer_kind(name) for line in ax.lines)
+        ax.plot(range(len(left)), left, color=color, linewidth=1, label=None if known else layer_kind(name))
+        if plan is not None and name in plan.modules:
+            rank = plan.modules[name].rank
+            ax.scatter([rank], [left[min(rank, len(left) - 1)]], color=color, s=18, zorder=3)
+    ax.set_xlabel("rank")
+    ax.set_ylabel(f"relative error, {layers.metric} metric")
+    ax.set_ylim(0, 1)
+    ax.legend(fontsize=7)
+    return ax
+
+
+def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
+    """A heat map of a plan: a row for each layer of the model, a column for each kind of dense layer, the rank inside.
+
+    Args:
+        plan: from `make_plan`; layers that it leaves dense are blank.
+        ax: matplotlib Axes to draw into; None for a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        PlanError: the plan names no layer.
+        ImportError: matplotlib is not installed.
+
+    >>> from hf_reparam.plan import LayerSpec
+    >>> ranks(RankPlan({"h.0.fc": LayerSpec(4), "h.1.fc": LayerSpec(8)})).get_title()
+    'ranks: 4 to 8'
+    """
+    if not plan.modules:
+        raise PlanError("the plan makes no layer low-rank: there is nothing to draw")
+    kinds = list(dict.fromkeys(map(layer_kind, plan.modules)))
+    where = {name: ".".join(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) or "-" for name in plan.modules}
+    rows = sorted(set(where.values()), key=lambda row: [int(part) for part in row.split(".") if part != "-"])
+    table = [[float("nan")] * len(kinds) for _ in rows]
+    for name, spec in plan.modules.items():
+        table[rows.index(where[name])][kinds.index(layer_kind(name))] = spec.rank
+    ax = _axes(ax, (1.5 + 0.75 * len(kinds), 2.2 + 0.3 * len(rows)))
+    image = ax.imshow(table, aspect="auto", cmap="viridis", vmin=0)
+    top = max(spec.rank for spec in plan.modules.values())
+    for i, row in enumerate(table):
+        for j, rank in enumerate(row):
+            if rank == rank:
+                color = "white" if rank < 0.6 * top else "black"
+                ax.text(j, i, f"{rank:.0f}", ha="center", va="center", fontsize=8, color=color)
+    ax.set_xticks(range(len(kinds)), [_short(kind) for kind in kinds], rotation=40, ha="right", fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.set_ylabel("layer")
+    low = min(spec.rank for spec in plan.modules.values())
+    ax.set_title(f"ranks: {low} to {top}", fontsize=10)
+    ax.figure.colorbar(image, ax=ax, label="rank")
+    return ax
+
+
+def frontier(results: Mapping[str, Mapping[float, float]], *, score: str = "score", ax: Any = None) -> Any:
+    """Quality against size, a line for each method.
+
+    Args:
+        results: method -> {size: score}, such as {"svd": {0.8: 0.70, 0.4: 0.55}}.
+        score: what the scores are, for the axis.
+        ax: matplotlib Axes to draw into; None for a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        TargetError: there is nothing to draw.
+        ImportError: matplotlib is not installed.
+
+    >>> ax = frontier({"svd": {0.4: 0.55, 0.8: 0.70}}, score="accuracy")
+    >>> ax.get_ylabel(), len(ax.lines)
+    ('accuracy', 1)
+    """
+    if not results or not all(results.values()):
+        raise TargetError("give results as method -> {size: score}, with a score at least for each method")
+    ax = _axes(ax, (6.4, 4.2))
+    for method, scores in results.items():
+        sizes = sorted(scores)
+        ax.plot(sizes, [scores[size] for size in sizes], marker="o", label=method)
+    ax.set_xlabel("share of the weights kept")
+    ax.set_ylabel(score)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return ax
+
+
+def _axes(ax: Any, size: tuple[float, float]) -> Any:
+    """The Axes given, or those of a new figure."""
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ImportError("hf_reparam.plot needs matplotlib: pip install 'hf-reparam[plot]'") from None
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def _short(kind: str) -> str:
+    """The part of a kind that tells it from others: what follows the layer's number.
+
+    >>> _short("encoder.layer.*.attention.self.query"), _short("pooler.dense")
+    ('attention.self.query', 'pooler.dense')
+    """
+    return kind.rpartition("*.")[2]

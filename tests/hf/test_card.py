@@ -1,0 +1,155 @@
+"""Model cards, and what `push_to_hub` sends: the commit is intercepted, the files are really written."""
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import AutoModelForSequenceClassification
+
+import hf_reparam
+from hf_reparam import TargetError, convert, model_card
+from tests import zoo
+
+CASE = zoo.BY_BASE["BertForSequenceClassification"]
+
+
+@pytest.fixture
+def dense():
+    model = CASE.build()
+    model.config._name_or_path = "google-bert/bert-tiny"
+    return model
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the Hub: cards by repository, and the files of every commit."""
+    cards, commits = {"google-bert/bert-tiny": "---\nlicense: mit\npipeline_tag: text-classification\n---\nBERT"}, []
+
+    def load(name, **_):
+        if str(name) in cards:
+            return ModelCard(cards[str(name)])
+        raise EntryNotFoundError("no card")
+
+    def create_commit(self, repo_id, operations, **options):
+        folder = tmp_path / f"commit-{len(commits)}"
+        for operation in operations:
+            path = folder / operation.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as file:
+                path.write_bytes(file.read())
+        commits.append((repo_id, folder, options))
+        cards[repo_id] = (folder / "README.md").read_text()
+        return f"https://huggingface.co/{repo_id}/commit/{len(commits)}"
+
+    monkeypatch.setattr(ModelCard, "load", load)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    return cards, commits
+
+
+def test_card_says_what_was_done(dense, hub):
+    texts = [CASE.batch()]
+    small, report = convert(dense, keep=0.5, calibration=texts, return_report=True)
+    card = model_card(small)
+    data = card.data.to_dict()
+    assert data["base_model"] == "google-bert/bert-tiny"
+    assert data["library_name"] == "transformers"
+    assert data["license"] == "mit"
+    assert data["pipeline_tag"] == "text-classification"
+    assert set(data["tags"]) == {"hf_reparam", "low-rank"}
+    text = " ".join(card.text.split())
+    for part in (
+        f"{report.factored_before:,} dense, {report.factored_after:,} here",
+        f"{report.parameters_before:,} dense, {report.parameters_after:,} here",
+        f"calibration | {int(texts[0]['attention_mask'].sum())} tokens",
+        "Fisher metric (K-FAC)",
+        "from transformers import AutoModelForSequenceClassification",
+        "hf_reparam.merge(model)",
+        "| encoder.layer.*.attention.self.query (x2) |".replace("encoder", "bert.encoder"),
+    ):
+        assert part in text, part
+    errors = sorted(layer.error for layer in report.layers)
+    assert f"{errors[0]:.3f} to {errors[-1]:.3f}" in text
+
+
+def test_record_survives_saving_refitting_and_a_second_conversion(tmp_path, dense):
+    data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
+    small, report = convert(dense, keep=0.6, calibration=data, refit=True, return_report=True)
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    record = hf_reparam.RankPlan.from_dict(loaded.config.reparam).record
+    assert record.base_model == "google-bert/bert-tiny"
+    assert record.calibration_tokens == 5 * 4 * 6
+    assert record.refitted_layers == len(report.refit.layers)
+    assert record.errors == pytest.approx({x.name.removeprefix("bert."): x.error for x in report.layers}, rel=1e-3)
+    again = convert(loaded, rank=2, include="*.intermediate.dense")
+    second = hf_reparam.RankPlan.from_dict(again.config.reparam).record
+    assert second.base_model == record.base_model
+    changed = {name for name in record.errors if second.errors[name] != record.errors[name]}
+    assert changed == {name for name in second.errors if name.endswith(".intermediate.dense")}
+
+
+def test_local_paths_stay_private(tmp_path, dense):
+    dense.save_pretrained(tmp_path)
+    small = convert(type(dense).from_pretrained(tmp_path), rank=4)
+    assert small.config.reparam["record"]["base_model"] is None
+    assert str(tmp_path) not in str(model_card(small))
+    assert model_card(small, base_model="me/bert").data.base_model == "me/bert"
+
+
+def test_push_writes_weights_config_and_card(dense, hub):
+    _, commits = hub
+    small = convert(dense, rank=4)
+    url = small.push_to_hub("me/small", tags=["mine"], commit_message="first")
+    ((repo_id, folder, options),) = commits
+    assert url.endswith("/commit/1")
+    assert (repo_id, options["commit_message"]) == ("me/small", "first")
+    assert {"README.md", "config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    card = ModelCard((folder / "README.md").read_text())
+    assert card.data.tags == ["hf_reparam", "low-rank", "mine"]
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(loaded(**CASE.batch()).logits, small(**CASE.batch()).logits)
+
+
+def test_push_keeps_what_a_person_wrote(dense, hub):
+    cards, _ = hub
+    cards["me/small"] = "---\nlicense: apache-2.0\ntags: [mine]\n---\n# My model\n\nWritten by me.\n"
+    convert(dense, rank=4).push_to_hub("me/small")
+    first = cards["me/small"]
+    assert ModelCard(first).data.license == "apache-2.0"
+    assert ModelCard(first).data.tags == ["mine", "hf_reparam", "low-rank"]
+    cards["me/small"] = first.replace("# My model", "# My model, edited") + "\nAdded below.\n"
+    convert(dense, rank=2).push_to_hub("me/small")
+    second = cards["me/small"]
+    assert second.count("## Low-rank layers") == 1
+    assert second.index("# My model, edited") < second.index("Written by me.") < second.index("## Low-rank layers")
+    assert second.rstrip().endswith("Added below.")
+    assert first.partition("## Low-rank layers")[2] not in second
+
+
+def test_push_stops_where_the_card_cannot_be_read(dense, hub, monkeypatch):
+    def unreachable(name, **_):
+        raise LocalEntryNotFoundError("the Hub was not reached")
+
+    small = convert(dense, rank=4)
+    monkeypatch.setattr(ModelCard, "load", unreachable)
+    with pytest.raises(LocalEntryNotFoundError):
+        small.push_to_hub("me/small")
+    assert hub[1] == []
+
+
+def test_saving_can_push(tmp_path, dense, hub):
+    _, commits = hub
+    small = convert(dense, rank=4)
+    small.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/small", remote_code=True)
+    ((repo_id, folder, _),) = commits
+    assert repo_id == "me/small"
+    assert (folder / "modeling_reparam.py").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_card_errors(dense):
+    with pytest.raises(TargetError, match="no converted"):
+        model_card(dense)
+    with pytest.raises(TargetError, match="Hub id"):
+        model_card(convert(dense, rank=4), base_model="/home/me/bert")
