@@ -22,7 +22,7 @@ from transformers import (
 
 from benchmarks.demo import minilm_folder
 
-__all__ = ["SEED", "Task", "gpt2", "llama", "sentiment", "similarity"]
+__all__ = ["SEED", "Task", "gpt2", "llama", "sentiment", "sentiment_rows", "similarity", "train_epoch"]
 
 SEED = 0
 Scores = dict[str, float]
@@ -131,16 +131,15 @@ def _embeddings(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Ten
     return torch.cat(parts)
 
 
-def sentiment(data: Path, models: Path) -> Task:
-    """MiniLM fine-tuned on SST-2 by the Trainer, one epoch: calibrated on 2,000 training examples with labels."""
-    folder = minilm_folder()
-    set_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    rows = {}
-    for split in ("train", "test"):
-        pairs = [line.rsplit("\t", 1) for line in _lines(data / "sst2" / f"{split}.tsv")]
-        rows[split] = [{**tokenizer(text, truncation=True, max_length=128), "labels": int(y)} for text, y in pairs]
+def sentiment_rows(data: Path, split: str) -> list[dict[str, Any]]:
+    """Sentences of SST-2 as MiniLM takes them."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    pairs = [line.rsplit("\t", 1) for line in _lines(data / "sst2" / f"{split}.tsv")]
+    return [{**tokenizer(text, truncation=True, max_length=128), "labels": int(y)} for text, y in pairs]
+
+
+def train_epoch(model: Any, rows: list[dict[str, Any]], *, seed: int = SEED, loss: Any = None) -> None:
+    """One epoch of the Trainer as it is."""
     arguments = TrainingArguments(
         tempfile.mkdtemp(),  # nothing is saved
         num_train_epochs=1,
@@ -150,11 +149,22 @@ def sentiment(data: Path, models: Path) -> Task:
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
-        seed=SEED,
+        seed=seed,
         use_cpu=True,
     )
-    Trainer(model, arguments, train_dataset=rows["train"], processing_class=tokenizer).train()
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, compute_loss_func=loss).train()
     model.eval()
+
+
+def sentiment(data: Path, models: Path) -> Task:
+    """MiniLM fine-tuned on SST-2 by the Trainer, one epoch: calibrated on 2,000 training examples with labels."""
+    folder = minilm_folder()
+    set_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    rows = {split: sentiment_rows(data, split) for split in ("train", "test")}
+    train_epoch(model, rows["train"])
     pad = lambda part: dict(tokenizer.pad(part, return_tensors="pt"))  # noqa: E731
     chosen = sorted(random.Random(SEED).sample(rows["train"], 2000), key=lambda row: len(row["input_ids"]))
     batches = [pad(chosen[i : i + 32]) for i in range(0, 2000, 32)]

@@ -39,7 +39,7 @@ def main() -> dict[str, float]:
     small, scores = flow.run(model, tokenizer, AutoModelForQuestionAnswering, rows, collator, score, keep=0.3)
     found = answer(small, tokenizer, questions[:3], contexts[:3])
     for question, context, text in zip(questions[:3], contexts[:3], found, strict=True):
-        print(f"{context} {question}?  ->  {text}")
+        print(f"{context} {question}  ->  {text}")
     return scores
 
 

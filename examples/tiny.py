@@ -73,15 +73,16 @@ def stories(count: int = 600) -> list[tuple[str, str]]:
     return rows
 
 
-def places(count: int = 800) -> list[tuple[str, str, str]]:
+def places(count: int = 600) -> list[tuple[str, str, str]]:
     """Question, context, answer."""
     random.seed(0)
     rows = []
     for _ in range(count):
-        people, cities = random.sample(NAMES, 3), random.sample(CITIES, 3)
-        asked = random.randrange(3)
-        context = " ".join(f"{name} is in {city} ." for name, city in zip(people, cities, strict=True))
-        rows.append((f"where is {people[asked]}", context, cities[asked]))
+        name, city, animal, other = map(random.choice, (NAMES, CITIES, ANIMALS, ANIMALS))
+        contexts = (f"{name} lives in {city} with a {animal} .", f"in {city} a {animal} belongs to {name} .")
+        asked = {"who": name, "where": city, "which animal": animal}
+        question = random.choice(list(asked))
+        rows.append((f"{question} is it ?", f"there is no {other} . {random.choice(contexts)}", asked[question]))
     return rows
 
 
@@ -145,7 +146,7 @@ def marian() -> tuple[Any, Any]:
     words = tokenizer(text for pair in sentences() for text in pair)
     tf.set_seed(0)
     return _seq2seq(
-        tf.MarianMTModel(tf.MarianConfig(**_bart_shape(words), decoder_start_token_id=0)), words, sentences()
+        tf.MarianMTModel(tf.MarianConfig(**_bart_shape(words), decoder_start_token_id=0, scale_embedding=True)), words, sentences()
     )
 
 
@@ -182,11 +183,11 @@ def answer_rows(words: Any, asked: list[tuple[str, str, str]]) -> list[dict[str,
 
 
 def bert_for_answers() -> tuple[Any, Any]:
-    """A BERT that can say where people are."""
+    """A BERT that can say who has which animal where."""
     words = tokenizer((text for row in places() for text in row), begin=True)
     tf.set_seed(0)
     model = tf.BertForQuestionAnswering(_bert_config(words))
-    fit(model, answer_rows(words, places()), tf.DataCollatorWithPadding(words), steps=400)
+    fit(model, answer_rows(words, places()), tf.DataCollatorWithPadding(words), steps=250)
     return model, words
 
 
