@@ -146,7 +146,9 @@ def marian() -> tuple[Any, Any]:
     words = tokenizer(text for pair in sentences() for text in pair)
     tf.set_seed(0)
     return _seq2seq(
-        tf.MarianMTModel(tf.MarianConfig(**_bart_shape(words), decoder_start_token_id=0, scale_embedding=True)), words, sentences()
+        tf.MarianMTModel(tf.MarianConfig(**_bart_shape(words), decoder_start_token_id=0, scale_embedding=True)),
+        words,
+        sentences(),
     )
 
 

@@ -1,8 +1,12 @@
-"""The README's code runs, block by block, as a reader would run it; notebooks run from top to bottom."""
+"""The code of README and docs runs, block by block; notebooks run from top to bottom; figures are the results."""
 
+import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -25,7 +29,7 @@ def test_python_blocks_run_in_order(tmp_path, minilm):
     scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 40}
     scope["TOKENIZER"] = tokenizer
     scope["ACCURACY"] = lambda candidate: 1.0 - candidate.num_parameters() / 1e10
-    assert len(blocks("python")) == 6
+    assert len(blocks("python")) == 7
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
     assert type(scope["dense"]).__name__ == "BertForSequenceClassification"
@@ -47,25 +51,71 @@ def test_shell_commands_run(tmp_path, minilm, monkeypatch):
         assert cli.main([*words, "--quiet"]) == 0
 
 
-def test_the_page_on_big_models_runs(tmp_path, minilm, monkeypatch):
-    page = "docs/big-models.md"
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
+
+
+def test_pages_with_code_are_found():
+    assert {"docs/quickstart.md", "docs/zh/quickstart.md", "docs/big-models.md", "docs/how-to/share.md"} <= set(PAGES)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_pages_runs(page, tmp_path, minilm, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, tokenizer = AutoModel.from_pretrained(minilm), AutoTokenizer.from_pretrained(minilm)
-    scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "model": model, "TOKENIZER": tokenizer}
-    scope["TEXTS"] = ["so good", "so bad"] * 4
-    assert len(blocks("python", page)) == 3
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
+    scope = {"__name__": page, "BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
+    scope |= {"TEXTS": ["so good", "so bad"] * 40, "ACCURACY": lambda model: 1.0 - model.num_parameters() / 1e10}
+    if page == "docs/big-models.md":
+        scope["model"] = AutoModel.from_pretrained(minilm)
     for block in blocks("python", page):
         exec(compile(block, page, "exec"), scope)
-    assert scope["report"].factored_after < scope["report"].factored_before
-    assert {path.name for path in tmp_path.iterdir()} >= {"out", "out-dense", "out-small", "out-saved"}
-    commands = [line for block in blocks("bash", page) for line in block.splitlines() if line.startswith("hf-reparam")]
-    assert len(commands) == 2
-    for command in commands:
-        words = [minilm if word == "SRC" else word for word in shlex.split(command)[1:]]
-        assert cli.main([*words, "--quiet"]) == 0
-    launched = [line for block in blocks("bash", page) for line in block.splitlines() if "-m hf_reparam" in line]
-    for line in launched:  # what follows the launcher is the command line's
+
+
+COMMANDED = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "\nhf-reparam " in path.read_text()
+)
+
+
+@pytest.mark.parametrize("page", COMMANDED)
+def test_the_commands_of_pages_run(page, tmp_path, minilm, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
+    lines = [line for block in blocks("bash", page) for line in block.splitlines()]
+    for line in [line for line in lines if line.startswith("hf-reparam")]:
+        words = [minilm if word == "SRC" else word for word in shlex.split(line)[1:]]
+        assert cli.main([*words, "--quiet"]) == 0, line
+    for line in [line for line in lines if "-m hf_reparam" in line]:  # what follows the launcher is the command line's
         assert cli._parser().parse_args(shlex.split(line.partition("-m hf_reparam ")[2])).keep == 0.5
+
+
+TASKS = [
+    line.split()[2:]
+    for path in sorted((ROOT / "docs" / "tasks").glob("*.md"))
+    for block in blocks("bash", path)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=" ".join)
+def test_tasks_end_to_end(task):
+    scores = importlib.import_module(task[0]).main(*task[1:])
+    assert scores["loaded"] == scores["fine-tuned"]
+    assert scores["merged"] == pytest.approx(scores["loaded"], abs=0.03)
+    solved = -1.3 if "text_generation" in task[0] else 0.9  # minus the perplexity, else a share
+    assert scores["dense"] > solved
+    assert scores["fine-tuned"] > solved
+
+
+def test_the_site_is_built(tmp_path):
+    run = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    settings = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=settings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    front = (tmp_path / "site" / "index.html").read_text()
+    assert "Low-rank reparameterization of pretrained" in front
+    assert "distillation_loss" in (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert (tmp_path / "site" / "results" / "quality.png").exists()
 
 
 def test_figures_are_the_results():
