@@ -46,7 +46,8 @@ def test_both_are_well_formed(built):
     assert {"hf_reparam/py.typed", "hf_reparam/hf/standalone.py", "hf_reparam/nn/linear.py"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_reparam"}
     (sdist,) = built.glob("*.gz")
-    kept = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        kept = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "tests/zoo.py", "docs/quickstart.md", "mkdocs.yml"} <= kept
 
 
