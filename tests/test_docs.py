@@ -242,6 +242,17 @@ def test_the_page_on_speed_is_the_results():
     assert f"{full['hf_reparam, exact'] / full['torch.linalg.svd']:.2f} of the {full['torch.linalg.svd']:.1f} s" in text
 
 
+def test_recovery_figures_are_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())["results"]
+    page = (ROOT / "docs" / "how-to" / "fine-tune.md").read_text()
+    mean = lambda scores: sum(scores) / len(scores)  # noqa: E731
+    for start, name in (("plain SVD", "plain SVD, uniform ranks"), ("calibrated", "calibration data")):
+        row = results[start]
+        cells = [row["converted"], mean(row["fine-tuned"]), mean(row["distilled"])]
+        assert f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |" in page
+    assert f"dense {results['dense']:.3f}:" in page
+
+
 def test_make_targets_exist():
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.M)
     assert targets == ["demo", "test"]
