@@ -11,8 +11,9 @@ from torch import nn
 
 from benchmarks.timing import medians
 from hf_reparam.hf.auto import register
+from hf_reparam.hf.inspection import count_parameters
 from hf_reparam.hf.modeling import model_class
-from hf_reparam.planning import count_parameters, make_plan
+from hf_reparam.planning import make_plan
 
 __all__ = ["decoding", "forward", "training"]
 

@@ -34,8 +34,8 @@ from benchmarks import tasks
 from benchmarks.machine import RESULTS, describe
 from hf_reparam import Decompositions
 from hf_reparam.calibration import layer_name
+from hf_reparam.hf.inspection import protected_layers
 from hf_reparam.hf.objective import batch_masks, objective
-from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import LayerMoments, Metric, decompose
 from hf_reparam.linalg.metric import root
 from hf_reparam.nn.dense import dense_matrix

@@ -9,6 +9,7 @@ results/recovery.json.
 """
 
 import argparse
+import copy
 import json
 import statistics
 from pathlib import Path
@@ -35,7 +36,7 @@ def main() -> None:
     score = lambda model: task.score(model)["accuracy"]  # noqa: E731
     dense = score(task.model)
     results: dict[str, Any] = {"dense": dense, "keep": KEEP, "train_sentences": len(rows), "seeds": SEEDS}
-    calibrated = {"calibration": task.batches}
+    calibrated = {"calibration": hf_reparam.collect_moments(task.model, task.batches)}
     svd = {"metric": "svd", "allocation": "uniform", "form": "pair"}
     for start, options in {"plain SVD": svd, "calibrated": calibrated}.items():
         small = hf_reparam.convert(task.model, keep=KEEP, exclude=task.exclude, **options)
@@ -43,7 +44,7 @@ def main() -> None:
         found: dict[str, Any] = {"converted": converted, "fine-tuned": [], "distilled": []}
         for seed in SEEDS:
             for way in ("fine-tuned", "distilled"):
-                model = hf_reparam.convert(task.model, keep=KEEP, exclude=task.exclude, **options)
+                model = copy.deepcopy(small)
                 if way == "distilled":
                     with hf_reparam.distillation_loss(task.model, model, alpha=0.9, hidden=1.0) as loss:
                         train_epoch(model, rows, seed=seed, loss=loss)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, pipeline
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, pipeline
 
 from examples import flow, tiny
 
@@ -11,11 +11,7 @@ MODEL = None  # for a real one: MODEL = "textattack/bert-base-uncased-SST-2"
 
 
 def main() -> dict[str, float]:
-    if MODEL is None:
-        model, tokenizer = tiny.bert_for_labels()
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(MODEL)
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model, tokenizer = flow.load(MODEL, AutoModelForSequenceClassification, tiny.bert_for_labels)
     texts, labels = (list(part) for part in zip(*tiny.reviews(), strict=True))  # your data: texts and labels
     test = tokenizer(texts[:200], return_tensors="pt", padding=True)
 

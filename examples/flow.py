@@ -5,11 +5,21 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
 import hf_reparam
 from examples.tiny import fit
 
-__all__ = ["run"]
+__all__ = ["load", "run"]
+
+
+def load(name: str | None, auto: Any, tiny: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Model and tokenizer of a name on the Hub, or the tiny ones."""
+    if name is None:
+        return tiny()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
+    return auto.from_pretrained(name), tokenizer
 
 
 def run(

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
 
 from examples import flow, tiny
 
@@ -24,10 +24,7 @@ def answer(model: Any, tokenizer: Any, questions: list[str], contexts: list[str]
 
 
 def main() -> dict[str, float]:
-    if MODEL is None:
-        model, tokenizer = tiny.bert_for_answers()
-    else:
-        model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    model, tokenizer = flow.load(MODEL, AutoModelForQuestionAnswering, tiny.bert_for_answers)
     asked = tiny.places()  # your data: (question, context, answer)
     questions, contexts, answers = (list(part) for part in zip(*asked[:100], strict=True))
 

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
 from examples import flow, tiny
 
@@ -24,10 +24,7 @@ def overlap(text: str, wanted: str) -> float:
 
 
 def main(kind: str = "bart") -> dict[str, float]:
-    if MODEL is None:
-        model, tokenizer = TINY[kind]()
-    else:
-        model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    model, tokenizer = flow.load(MODEL, AutoModelForSeq2SeqLM, TINY[kind])
     pairs = tiny.stories()  # your data: (text, summary)
     texts, wanted = (list(side) for side in zip(*pairs[:50], strict=True))
 

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling
 
 from examples import flow, tiny
 
@@ -19,11 +19,7 @@ def go_on(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def main(kind: str = "gpt2") -> dict[str, float]:
-    if MODEL is None:
-        model, tokenizer = TINY[kind]()
-    else:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model, tokenizer = flow.load(MODEL, AutoModelForCausalLM, TINY[kind])
     rows = [tokenizer(text) for text in tiny.counting()]  # your data: texts
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     test = collator(rows[:64])

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
 from examples import flow, tiny
 
@@ -17,10 +17,7 @@ def translate(model: Any, tokenizer: Any, texts: list[str]) -> list[str]:
 
 
 def main(kind: str = "marian") -> dict[str, float]:
-    if MODEL is None:
-        model, tokenizer = TINY[kind]()
-    else:
-        model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    model, tokenizer = flow.load(MODEL, AutoModelForSeq2SeqLM, TINY[kind])
     pairs = tiny.sentences()  # your data: (text, translation)
     texts, wanted = (list(side) for side in zip(*pairs[:50], strict=True))
 

@@ -14,6 +14,7 @@ from hf_reparam.distillation import distillation_loss
 from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
 from hf_reparam.hf.auto import ReparamConfig, generated_class
 from hf_reparam.hf.card import model_card
+from hf_reparam.hf.summary import summarize
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
 from hf_reparam.nn import LowRankLinear, PivotedLinear, register_dense
@@ -22,7 +23,6 @@ from hf_reparam.planning import make_plan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
-from hf_reparam.summary import summarize
 
 __version__ = "0.1.0"
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.configuration import plan_name
-from hf_reparam.hf.objective import objective
+from hf_reparam.hf.inspection import protected_layers
+from hf_reparam.hf.objective import is_multi_label, objective
 from hf_reparam.hf.processes import distributed, total
-from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import LayerMoments, Moments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
@@ -163,8 +163,7 @@ def _loss(
     outputs = model(**batch)
     if not fisher:
         return torch.zeros(())
-    multi_label = getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
-    return objective(outputs, batch, masks, multi_label=multi_label)
+    return objective(outputs, batch, masks, multi_label=is_multi_label(model))
 
 
 def _sum_over_processes(moments: Mapping[str, LayerMoments], seen: int) -> int:

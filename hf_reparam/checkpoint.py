@@ -21,6 +21,7 @@ from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.hf.card import model_card
 from hf_reparam.hf.folder import copy_companions, load, load_tokenizer, locate, new_folder, skeleton
 from hf_reparam.hf.processes import is_first, own_share, wait_for_all
+from hf_reparam.hf.summary import summarize
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
 from hf_reparam.nn.ranks import Rank
@@ -28,7 +29,6 @@ from hf_reparam.plan import RankPlan
 from hf_reparam.planning import make_plan
 from hf_reparam.refitting import refit as refit_factors
 from hf_reparam.report import ConversionReport
-from hf_reparam.summary import summarize
 
 __all__ = ["convert_checkpoint", "inspect_checkpoint", "merge_checkpoint"]
 
@@ -121,7 +121,8 @@ def convert_checkpoint(
         if refit and lines is not None:
             fitted = refit_factors(small, model, lines, moments=known, tokenizer=tokenizer)
             report = replace(report, refit=fitted)
-        if _save(small, folder, work, stream, max_shard_size, remote_code=remote_code):
+        saving = {**_sharding(stream, max_shard_size), "remote_code": remote_code}
+        if _save(small, folder, work, saving):
             model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
     return report
 
@@ -147,7 +148,7 @@ def merge_checkpoint(
         model = load(folder, offload_folder=work / "source" if stream else None)
         report = summarize(model)
         dense = merge(model, inplace=True, offload_folder=work / "layers" if stream else None)
-        _save(dense, folder, work, stream, max_shard_size)
+        _save(dense, folder, work, _sharding(stream, max_shard_size))
     return report
 
 
@@ -228,18 +229,21 @@ def _card(folder: Path) -> ModelCard:
         return ModelCard("")
 
 
-def _save(
-    model: Any, source: Path, work: Path, stream: bool, max_shard_size: int | str | None, **options: bool
-) -> bool:
+def _sharding(stream: bool, max_shard_size: int | str | None) -> dict[str, Any]:
+    """What `save_pretrained` is told of shards."""
+    size = max_shard_size or (_STREAMED_SHARD if stream else None)
+    return {} if size is None else {"max_shard_size": size}
+
+
+def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool:
     """Write the result into the work folder, by the first process alone; whether this is it."""
     wait_for_all()
     if not is_first():
         return False
     shutil.rmtree(work / "new", ignore_errors=True)  # of a broken run
-    size = max_shard_size or (_STREAMED_SHARD if stream else None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        model.save_pretrained(work / "new", **options, **({} if size is None else {"max_shard_size": size}))
+        model.save_pretrained(work / "new", **options)
     copy_companions(source, work / "new")
     return True
 

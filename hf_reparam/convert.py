@@ -17,19 +17,20 @@ from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.factoring import factor_layers
+from hf_reparam.hf.inspection import check_unquantized, count_parameters, protected_layers
 from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
-from hf_reparam.hf.retype import check_unquantized, protected_layers, to_reparam
+from hf_reparam.hf.retype import to_reparam
+from hf_reparam.hf.summary import skipped_reports
 from hf_reparam.linalg import Moments
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
-from hf_reparam.planning import check_budget, count_parameters, make_plan
+from hf_reparam.planning import check_budget, make_plan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
-from hf_reparam.report import ConversionReport, RefitReport
-from hf_reparam.summary import skipped_reports
+from hf_reparam.report import ConversionReport, LayerReport, RefitReport
 
 __all__ = ["convert"]
 
@@ -210,10 +211,7 @@ def convert(
         folder = _folder(offload_folder, scratch, temporary=inplace and not refit)
         layers, rows = factor_layers(model, targets.selected, specs, source, folder)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
-        tokens = None if source.moments is None or source.metric == "svd" else source.moments.tokens
-        errors = {layer_name(model, row.name): row.error for row in rows if row.error is not None}
-        record = ConversionRecord(None, tokens, len(refitted.layers) if refitted else 0, errors)
-        result = _install(model, layers, source.metric, record, inplace=inplace)
+        result = _install(model, layers, source.metric, _record(model, source, rows, refitted), inplace=inplace)
         if offload_folder is not None:
             mark_offloaded(result, specs)
         elif folder is not None:
@@ -339,6 +337,14 @@ def _refit(
     """Refit new layers in a copy of the model, which holds these very layers."""
     trial = replace_modules(model, layers, inplace=False)
     return refit(trial, model, data, moments=moments, tokenizer=tokenizer)
+
+
+def _record(
+    model: nn.Module, source: Decompositions, rows: Iterable[LayerReport], refitted: RefitReport | None
+) -> ConversionRecord:
+    tokens = None if source.moments is None or source.metric == "svd" else source.moments.tokens
+    errors = {layer_name(model, row.name): row.error for row in rows if row.error is not None}
+    return ConversionRecord(None, tokens, 0 if refitted is None else len(refitted.layers), errors)
 
 
 def _bring_in(layers: dict[nn.Module, nn.Module]) -> None:

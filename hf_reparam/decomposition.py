@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.hf.inspection import protected_layers
 from hf_reparam.hf.offload import aligned
 from hf_reparam.hf.processes import distributed, spread
-from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import Decomposition, LayerMoments, Metric, Moments, spectrum, working_device
 from hf_reparam.linalg import decompose as decompose_weight
 from hf_reparam.linalg.factorize import SOLVERS

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from hf_reparam.calibration import frozen
 from hf_reparam.errors import TargetError
-from hf_reparam.hf.objective import batch_masks
+from hf_reparam.hf.objective import IGNORED, batch_masks, is_multi_label, logits_of, position_mask
 
 __all__ = ["distillation_loss"]
 
 Loss = Callable[..., Tensor]
-_IGNORED = -100
 
 
 @contextmanager
@@ -37,7 +37,8 @@ def distillation_loss(
     a loss function no inputs, so while the block runs a hook on `student` keeps those of its last call for the teacher.
 
     Args:
-        teacher: the dense model; it is used in evaluation mode, without gradients, on the student's device.
+        teacher: the dense model; while the block runs it is in evaluation mode, without gradients, on the student's
+            device.
         student: the model that is trained, of the same family.
         temperature: above 0; higher values show more of the teacher's doubt.
         alpha: in [0, 1], weight of the teacher against labels; 1 needs no labels.
@@ -78,57 +79,47 @@ def distillation_loss(
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         if not called:
             raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
-        theirs, masks = _ask(teacher.to(student.device), called), batch_masks(called["kwargs"])
-        multi_label = student.config.problem_type == "multi_label_classification"
-        hard, soft, count = _against(student, outputs, theirs, labels, masks, temperature, multi_label, alpha < 1)
-        mean = (1 - alpha) * hard + alpha * soft
+        with torch.no_grad():
+            theirs = teacher.to(student.device)(*called["args"], **called["kwargs"])
+        masks = batch_masks(called["kwargs"])
+        mean, count = _predictions(student, outputs, theirs, labels, masks, alpha, temperature)
         if hidden:
             mean = mean + hidden * _hidden_error(outputs, theirs, masks)
         return mean if num_items_in_batch is None or labels is None else mean * count / num_items_in_batch
 
     handle = student.register_forward_pre_hook(remember, with_kwargs=True)
     try:
-        yield loss
+        with frozen(teacher):
+            yield loss
     finally:
         handle.remove()
 
 
-def _ask(teacher: PreTrainedModel, called: dict[str, Any]) -> Any:
-    was_training = teacher.training
-    teacher.eval()
-    try:
-        with torch.no_grad():
-            return teacher(*called["args"], **called["kwargs"])
-    finally:
-        teacher.train(was_training)
-
-
-def _against(
+def _predictions(
     student: PreTrainedModel,
     outputs: Any,
     theirs: Any,
     labels: Tensor | None,
     masks: tuple[Tensor, ...],
+    alpha: float,
     temperature: float,
-    multi_label: bool,
-    needs_labels: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """Mean loss against labels, mean loss against the teacher, and over how many positions."""
-    keys = [key for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)]
-    if not keys:
+) -> tuple[Tensor, int]:
+    """Mean of the losses against labels and against the teacher, weighed by alpha, and over how many positions."""
+    logits = logits_of(outputs)
+    if not logits:
         raise TargetError("the model returned no logits to compare with the teacher's")
     own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
-    if needs_labels and labels is None and own is None:
+    if alpha < 1 and labels is None and own is None:
         raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
     hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
-    for key in keys:
+    for key, value in logits.items():
         answers = labels if key == "logits" else None
-        mine, target, answers = _positions(student, outputs[key].float(), theirs[key].float(), answers, masks)
+        mine, target, answers = _positions(student, value.float(), theirs[key].float(), answers, masks)
         count = len(mine)
-        soft = _soft_loss(mine, target, temperature, multi_label) + soft
-        if answers is not None and needs_labels:
-            hard = _hard_loss(mine, answers, multi_label)
-    return hard, soft, count
+        soft = _soft_loss(mine, target, temperature, is_multi_label(student)) + soft
+        if answers is not None and alpha < 1:
+            hard = _hard_loss(mine, answers, is_multi_label(student))
+    return (1 - alpha) * hard + alpha * soft, count
 
 
 def _positions(
@@ -140,12 +131,15 @@ def _positions(
     if labels is not None and labels.shape == mine.shape[:-1]:
         if student.can_generate() and not student.config.is_encoder_decoder:  # position t predicts label t + 1
             mine, theirs, labels = mine[:, :-1], theirs[:, :-1], labels[:, 1:]
-        keep = labels != _IGNORED
+        keep = labels != IGNORED
         return mine[keep], theirs[keep], labels[keep]
-    real = next((mask for mask in masks if mask.shape == mine.shape[:-1]), None)
-    if real is not None:
-        return mine[real], theirs[real], None
-    return mine.flatten(0, -2), theirs.flatten(0, -2), None
+    return _real(mine, masks), _real(theirs, masks), None
+
+
+def _real(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """(n, width) of values (batch, length, width) at positions that are no padding."""
+    mask = position_mask(values, masks)
+    return values.flatten(0, -2) if mask is None else values[mask]
 
 
 def _soft_loss(mine: Tensor, theirs: Tensor, temperature: float, multi_label: bool) -> Tensor:
@@ -164,7 +158,7 @@ def _hard_loss(mine: Tensor, labels: Tensor, multi_label: bool) -> Tensor:
         return F.binary_cross_entropy_with_logits(mine, labels.float())
     if mine.shape[-1] == 1:
         return F.mse_loss(mine.squeeze(-1), labels.to(mine.dtype).reshape(-1))
-    return F.cross_entropy(mine, labels, ignore_index=_IGNORED)
+    return F.cross_entropy(mine, labels, ignore_index=IGNORED)
 
 
 def _hidden_error(outputs: Any, theirs: Any, masks: tuple[Tensor, ...]) -> Tensor:
@@ -179,8 +173,6 @@ def _hidden_error(outputs: Any, theirs: Any, masks: tuple[Tensor, ...]) -> Tenso
         raise TargetError("the model returned no hidden states: leave hidden= out")
     errors = []
     for mine, target in pairs:
-        mask = next((m for m in masks if m.shape == mine.shape[:2]), None)
-        kept, wanted = (mine, target) if mask is None else (mine[mask], target[mask])
-        kept, wanted = kept.float(), wanted.float()
+        kept, wanted = _real(mine.float(), masks), _real(target.float(), masks)
         errors.append((kept - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny))
     return torch.stack(errors).mean()

@@ -8,11 +8,11 @@ from torch import nn
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import Decompositions
 from hf_reparam.hf.offload import aligned, build_layers, execution_device
+from hf_reparam.hf.summary import layer_report
 from hf_reparam.nn.surgery import factor, low_rank_like
 from hf_reparam.nn.targets import Target
 from hf_reparam.plan import LayerSpec
 from hf_reparam.report import LayerReport
-from hf_reparam.summary import layer_report
 
 __all__ = ["factor_layers"]
 

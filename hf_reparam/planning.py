@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import RankError, TargetError
+from hf_reparam.hf.inspection import count_parameters, protected_layers
 from hf_reparam.hf.processes import spread
-from hf_reparam.hf.retype import protected_layers
 from hf_reparam.linalg import Moments, Options, allocate
 from hf_reparam.nn.targets import Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 
-__all__ = ["check_budget", "count_parameters", "make_plan"]
+__all__ = ["check_budget", "make_plan"]
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -95,12 +95,6 @@ def check_budget(keep: float | None, target_params: int | None, multiple_of: int
         raise RankError(f"target_params must be an int, the parameters of the whole model, got {target_params!r}")
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
         raise RankError(f"multiple_of must be an int of at least 1, got {multiple_of!r}")
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in a model's parameters, shared ones counted once."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device sharing cannot be seen
-    return sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in tied))
 
 
 def _budget(model: nn.Module, targets: tuple[Target, ...], keep: float | None, target_params: int | None) -> float:

@@ -1,5 +1,6 @@
 """Pictures of spectra, ranks and sizes, with matplotlib: `pip install 'hf-reparam[plot]'`."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -41,8 +42,8 @@ def spectrum(
     ax = _axes(ax, (6.4, 4.2))
     kinds = list(dict.fromkeys(map(layer_kind, chosen)))
     for name in chosen:
-        squares = layers.layers[name].singular_values.detach().cpu().square()
-        left = [*(squares.flip(0).cumsum(0).flip(0) / squares.sum()).sqrt().tolist(), 0.0]
+        layer = layers.layers[name]
+        left = [1.0, *(layer.relative_error(rank) for rank in range(1, len(layer.singular_values) + 1))]
         color = f"C{kinds.index(layer_kind(name)) % 10}"
         known = any(line.get_label() == layer_kind(name) for line in ax.lines)
         ax.plot(range(len(left)), left, color=color, linewidth=1, label=None if known else layer_kind(name))
@@ -79,22 +80,19 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
     kinds = list(dict.fromkeys(map(layer_kind, plan.modules)))
     where = {name: ".".join(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) or "-" for name in plan.modules}
     rows = sorted(set(where.values()), key=lambda row: [int(part) for part in row.split(".") if part != "-"])
-    table = [[float("nan")] * len(kinds) for _ in rows]
-    for name, spec in plan.modules.items():
-        table[rows.index(where[name])][kinds.index(layer_kind(name))] = spec.rank
+    place = {name: (rows.index(where[name]), kinds.index(layer_kind(name))) for name in plan.modules}
+    every = [spec.rank for spec in plan.modules.values()]
+    table = [[math.nan] * len(kinds) for _ in rows]
     ax = _axes(ax, (1.5 + 0.75 * len(kinds), 2.2 + 0.3 * len(rows)))
+    for name, (i, j) in place.items():
+        table[i][j] = rank = plan.modules[name].rank
+        color = "white" if rank < 0.6 * max(every) else "black"
+        ax.text(j, i, str(rank), ha="center", va="center", fontsize=8, color=color)
     image = ax.imshow(table, aspect="auto", cmap="viridis", vmin=0)
-    top = max(spec.rank for spec in plan.modules.values())
-    for i, row in enumerate(table):
-        for j, rank in enumerate(row):
-            if rank == rank:
-                color = "white" if rank < 0.6 * top else "black"
-                ax.text(j, i, f"{rank:.0f}", ha="center", va="center", fontsize=8, color=color)
     ax.set_xticks(range(len(kinds)), [_short(kind) for kind in kinds], rotation=40, ha="right", fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set_ylabel("layer")
-    low = min(spec.rank for spec in plan.modules.values())
-    ax.set_title(f"ranks: {low} to {top}", fontsize=10)
+    ax.set_title(f"ranks: {min(every)} to {max(every)}", fontsize=10)
     ax.figure.colorbar(image, ax=ax, label="rank")
     return ax
 

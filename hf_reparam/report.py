@@ -122,16 +122,17 @@ class ConversionReport:
 
     def to_markdown(self) -> str:
         """Two Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
-        head = "\n\n".join(self._headline())
-        rows = [_HEADER, ["---"] * len(_HEADER), *_fold_layers(self.layers)]
-        left = [["left alone", "parameters", "why"], ["---"] * 3, *_fold_skipped(self.skipped)]
-        tables = [rows] + ([left] if self.skipped else [])
-        return "\n\n".join([head, *("\n".join("| " + " | ".join(r) + " |" for r in table) for table in tables)])
+        left = [_markdown([_LEFT, *_fold_skipped(self.skipped)])] if self.skipped else []
+        return "\n\n".join([*self._headline(), self.layer_table(), *left])
+
+    def layer_table(self) -> str:
+        """The Markdown table of the layers alone."""
+        return _markdown([_HEADER, *_fold_layers(self.layers)])
 
     def __str__(self) -> str:
         parts = ["\n".join(self._headline()), _align([_HEADER, *_fold_layers(self.layers)])]
         if self.skipped:
-            parts.append(_align([["left alone", "parameters", "why"], *_fold_skipped(self.skipped)]))
+            parts.append(_align([_LEFT, *_fold_skipped(self.skipped)]))
         return "\n\n".join(parts)
 
     def _headline(self) -> list[str]:
@@ -146,6 +147,7 @@ class ConversionReport:
 
 
 _HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
+_LEFT = ["left alone", "parameters", "why"]
 
 
 def _change(before: int, after: int) -> str:
@@ -187,6 +189,11 @@ def _fold_skipped(skipped: Iterable[SkippedReport]) -> list[list[str]]:
         name = group[0].name if len(group) == 1 else f"{layer_kind(group[0].name)} (x{len(group)})"
         rows.append([name, f"{sum(x.parameters for x in group):,}", group[0].reason])
     return rows
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *body])
 
 
 def _align(rows: list[list[str]]) -> str:

@@ -17,10 +17,6 @@ def pair():
     return dense, convert(dense, rank=4)
 
 
-def call(student, batch, labels=None):
-    return student(**batch), labels
-
-
 def test_the_formula(pair):
     dense, small = pair
     batch, labels = CASE.batch(), torch.tensor([0, 2])

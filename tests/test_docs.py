@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 from transformers import AutoModel, AutoTokenizer
 
-from hf_reparam import cli
+from hf_reparam import cli, convert
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +70,19 @@ def test_the_code_of_pages_runs(page, tmp_path, minilm, monkeypatch):
         scope["model"] = AutoModel.from_pretrained(minilm)
     for block in blocks("python", page):
         exec(compile(block, page, "exec"), scope)
+    if page == "docs/big-models.md":
+        assert len(blocks("python", page)) == 3
+        assert scope["report"].factored_after < scope["report"].factored_before
+        assert {path.name for path in tmp_path.iterdir()} >= {"out", "out-dense", "out-small", "out-saved"}
+
+
+def test_commands_are_found():
+    assert COMMANDED == ["docs/big-models.md", "docs/how-to/command-line.md", "docs/zh/quickstart.md"]
+    counts = {
+        page: sum(line.startswith("hf-reparam") for b in blocks("bash", page) for line in b.splitlines())
+        for page in COMMANDED
+    }
+    assert list(counts.values()) == [2, 6, 3]
 
 
 COMMANDED = sorted(
@@ -165,6 +178,22 @@ def test_quality_figures_are_the_results():
         f"calibration {results['SST-2']['seconds']['calibration']:.0f} s for the 2,000 sentences",
     ]
     assert [figure for figure in figures if figure not in " ".join(readme.split())] == []
+
+
+def test_why_plain_svd_fails_says_what_was_measured(minilm):
+    results = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
+    page = (ROOT / "docs" / "explanation" / "why-plain-svd-fails.md").read_text()
+    lines = {"plain SVD": "plain SVD: ", "SVD-LLM": "SVD-LLM: ", "fisher, uniform": "fisher, uniform: "}
+    lines |= {"fisher, global": "fisher, global: ", "fisher, global, pivoted": "fisher, global, pivoted |"}
+    for method, start in lines.items():
+        cells = [
+            " / ".join(f"{results[model]['rows'][method][keep]['lost']:.4f}" for keep in ("0.8", "0.6", "0.4"))
+            for model in ("Llama 0.9M", "GPT-2 2.2M")
+        ]
+        assert re.search(rf"^\| {re.escape(start)}.*{re.escape(' | '.join(cells))} \|$", page, re.M), method
+    options = {"keep": 0.5, "form": "pair", "allocation": "uniform", "return_report": True}
+    errors = [layer.error for layer in convert(AutoModel.from_pretrained(minilm), **options)[1].layers]
+    assert f"{min(errors):.0%} to {max(errors):.0%}".replace("%", " %") in " ".join(page.split())
 
 
 def test_memory_figures_are_the_results():

@@ -128,12 +128,16 @@ def test_keep_everything_leaves_everything_dense(bert):
     assert make_plan(bert[0], keep=1.0).modules == {}
 
 
+def without_record(reparam):
+    return {key: value for key, value in reparam.items() if key != "record"}
+
+
 def test_plan_is_json_and_convert_applies_it(bert):
     model, moments, _ = bert
     plan = make_plan(model, moments, keep=0.5)
     again = RankPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     small, report = convert(model, plan=again, calibration=moments, return_report=True)
-    assert RankPlan.from_dict(small.config.reparam) == plan
+    assert without_record(small.config.reparam) == plan.to_dict()
     assert report.method == "fisher"
     direct = convert(model, keep=0.5, calibration=moments)
     for a, b in zip(small.state_dict().values(), direct.state_dict().values(), strict=True):
@@ -226,7 +230,7 @@ def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
         with contextlib.suppress(RankError):
             plans.append(make_plan(model, moments, keep=step / 128))
     assert 1 < len(plans) < 15
-    assert RankPlan.from_dict(small.config.reparam) == plans[0]
+    assert without_record(small.config.reparam) == plans[0].to_dict()
 
 
 def test_tolerance_that_no_size_holds(bert):

@@ -3,20 +3,19 @@
 import contextlib
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from torch import nn
 
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.configuration import ReparamConfigMixin, plan_name, plan_of
 from hf_reparam.hf.families import auto_class_of
-from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.hf.summary import summarize
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
-from hf_reparam.report import ConversionReport, LayerReport
 
 __all__ = ["add_tags", "model_card", "published_card"]
 
@@ -109,7 +108,8 @@ def _metadata(base_model: str | None, base_card: ModelCard | None) -> ModelCardD
 
 
 def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
-    report = _report(model, plan, record)
+    report = summarize(model)
+    layers = [replace(row, error=record.errors.get(plan_name(model, row.name))) for row in report.layers]
     source = "a dense model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
     errors = sorted(record.errors.values())
     measured = (
@@ -127,7 +127,7 @@ def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: s
     return f"""## Low-rank layers
 
 `{model.base_class.__name__}` made from {source} with [hf_reparam](https://pypi.org/project/hf-reparam/)
-{version("hf-reparam")}: {len(report.layers)} dense layers are products of two smaller ones, W ~ up @ down.
+{version("hf-reparam")}: {len(layers)} dense layers are products of two smaller ones, W ~ up @ down.
 
 {table}
 
@@ -146,31 +146,17 @@ dense = hf_reparam.merge(model)  # the plain {model.base_class.__name__}; saved,
 <details>
 <summary>Ranks, layer by layer</summary>
 
-{report.to_markdown().partition("| layer |")[1]}{report.to_markdown().partition("| layer |")[2]}
+{replace(report, layers=layers).layer_table()}
 
 </details>"""
 
 
 def _loading(model: Any) -> str:
     auto = auto_class_of(model.base_class)
-    name = auto or f"{type(model).__name__}"
+    name = auto or type(model).__name__
     where = "transformers" if auto else "hf_reparam"
     lines = ["import hf_reparam  # pip install hf-reparam", f"from {where} import {name}"]
     return "\n".join([*lines, "", f'model = {name}.from_pretrained("THIS_REPOSITORY")'])
-
-
-def _report(model: nn.Module, plan: RankPlan, record: ConversionRecord) -> ConversionReport:
-    rows = []
-    for path, layer in model.named_modules():
-        if isinstance(layer, LowRankLinear):
-            after = sum(p.numel() for p in layer.parameters())
-            before = layer.in_features * layer.out_features + (layer.out_features if layer.bias is not None else 0)
-            shape = (layer.in_features, layer.out_features, layer.rank)
-            error = record.errors.get(plan_name(model, path))
-            rows.append(LayerReport(path, layer.dense_type.__name__, *shape, before, after, error, layer.form))
-    after = sum(p.numel() for p in model.parameters())
-    before = after + sum(row.parameters_before - row.parameters_after for row in rows)
-    return ConversionReport(type(model).__name__, plan.method, rows, (), before, after)
 
 
 def _change(before: int, after: int) -> str:

@@ -13,14 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
 from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 from transformers.initialization import no_init_weights
 
 from hf_reparam.errors import CheckpointError, PlanError
-from hf_reparam.hf.card import add_tags, model_card, published_card
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
+from hf_reparam.hf.hub import Upload, written
 from hf_reparam.hf.parallel import factor_rules
 from hf_reparam.hf.remote import named_in_config, write_module
 from hf_reparam.nn.dense import dense_matrix, dense_type
@@ -82,56 +81,39 @@ class ReparamMixin:
             remote_code: also write one Python file, with which `from_pretrained(..., trust_remote_code=True)` works
                 where hf_reparam is not installed.
         """
-        hub = {key: kwargs.pop(key) for key in _HUB_OPTIONS & kwargs.keys()}
+        folder, hub = Path(save_directory), {key: kwargs.pop(key) for key in _HUB_OPTIONS & kwargs.keys()}
+        upload = None
+        if push_to_hub and is_main_process:
+            hub |= {"repo_id": hub.get("repo_id", folder.name), "token": kwargs.get("token")}
+            upload, before = Upload.prepare(self, **hub), written(folder)
         state = dict(state_dict or self.state_dict())  # type: ignore[attr-defined]
         names = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
         for name in {layer_kind(name): name for name in reversed(names)}.values():
             state.setdefault(f"{name}.weight", torch.empty(0, dtype=torch.uint8))
         kwargs["save_original_format"] = False
-        with named_in_config(self, remote_code):
+        with named_in_config(self, remote_code=remote_code):
             super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
         if remote_code and is_main_process:
-            write_module(Path(save_directory))
-        if push_to_hub and is_main_process:
-            hub |= {key: kwargs[key] for key in ("max_shard_size", "token") if key in kwargs}
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), remote_code=remote_code, **hub)
+            write_module(folder)
+        if upload is not None:
+            upload.send(folder, before)
 
     def push_to_hub(  # base's contract
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload model",
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: Collection[str] = (),
-        remote_code: bool = False,
+        self, repo_id: str, *, max_shard_size: int | str = "50GB", remote_code: bool = False, **options: Any
     ) -> Any:
         """As the base's, with a model card that says what was converted and how; see `hf_reparam.model_card`.
 
         A card that the repository has is kept: only the section between this package's marks is replaced.
+
+        Args:
+            repo_id: where to.
+            max_shard_size, remote_code: as for `save_pretrained`.
+            options: the base's commit_message, commit_description, private, token, revision, create_pr and tags.
         """
-        api = HfApi(token=token, library_name="hf_reparam")
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        card = model_card(self, card=published_card(repo_id, token))
-        add_tags(card, [*(self.model_tags or ()), *tags])  # type: ignore[attr-defined]
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        upload = Upload.prepare(self, repo_id, **options)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
-            card.save(Path(folder) / "README.md")
-            files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-            return api.create_commit(
-                repo_id,
-                [CommitOperationAdd(str(path.relative_to(folder)), path) for path in files],
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return upload.send(Path(folder), {})
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from hf_reparam.errors import TargetError
 
-__all__ = ["batch_masks", "divergence", "objective"]
+__all__ = ["IGNORED", "batch_masks", "divergence", "is_multi_label", "logits_of", "objective", "position_mask"]
 
-_IGNORED = -100  # Transformers' label of positions without a label
+IGNORED = -100  # Transformers' label of positions without a label
 
 
 def batch_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -42,10 +42,10 @@ def objective(
     """
     labels = batch.get("labels")
     if labels is not None and outputs.get("loss") is not None:  # a mean: over labels, or over rows of a regression
-        count = labels.shape[0] if labels.is_floating_point() else int((labels != _IGNORED).sum())
+        count = labels.shape[0] if labels.is_floating_point() else int((labels != IGNORED).sum())
         return outputs["loss"] * max(count, 1)
     seeds = _seeds(batch, masks)
-    logits = {key: value for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)}
+    logits = logits_of(outputs)
     if logits:
         draw = _drawn_answers if multi_label else _drawn
         return torch.stack([draw(key, value, seeds, masks) for key, value in logits.items()]).sum()
@@ -53,6 +53,16 @@ def objective(
     if hidden is None:
         raise TargetError("the model returned no loss, logits or last_hidden_state: give a loss_fn(model, batch)")
     return (_mask(hidden, masks) * _noise(hidden, seeds, masks)).sum()
+
+
+def logits_of(outputs: Any) -> dict[str, Tensor]:
+    """Every kind of logits that a model returned, by its name."""
+    return {key: value for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)}
+
+
+def is_multi_label(model: Any) -> bool:
+    """Whether a model's logits are independent yes-or-no answers."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
 
 
 def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float:
@@ -70,7 +80,7 @@ def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float
     """
     if isinstance(outputs, Tensor):
         return float((_wide(outputs) - _wide(reference)).square().sum()) / 2
-    keys = [key for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)]
+    keys = list(logits_of(outputs))
     if not keys and outputs.get("last_hidden_state") is None:
         raise TargetError("the model returned neither logits nor last_hidden_state: it cannot be refitted")
     return sum(
@@ -128,19 +138,20 @@ def _seeds(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
     return [zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in kept]
 
 
-def _positions(like: Tensor, masks: tuple[Tensor, ...]) -> Tensor | None:
+def position_mask(like: Tensor, masks: tuple[Tensor, ...]) -> Tensor | None:
+    """The mask (batch, length) that belongs to values (batch, length, ...); None if there is none."""
     return next((mask for mask in masks if like.dim() > 2 and mask.shape == like.shape[:2]), None)
 
 
 def _mask(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
-    mask = _positions(values, masks)
+    mask = position_mask(values, masks)
     return values if mask is None else values * mask[..., None].to(values.device)
 
 
 def _fill(like: Tensor, width: int, seeds: list[int], masks: tuple[Tensor, ...], draw: Any) -> Tensor:
     """Numbers (..., width) drawn example by example, in the order of the unpadded positions."""
     out = torch.zeros(*like.shape[:-1], width)
-    mask = _positions(like, masks)
+    mask = position_mask(like, masks)
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         if mask is None:

@@ -24,6 +24,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+try:
+    import hf_reparam as _installed
+except ImportError:
+    _installed = None
+
 
 class LayerSpec(NamedTuple):
     """Rank and form of one layer."""
@@ -45,7 +50,7 @@ def write_module(folder: Path) -> None:
 
 
 @contextmanager
-def named_in_config(model: Any, remote_code: bool) -> Iterator[None]:
+def named_in_config(model: Any, *, remote_code: bool) -> Iterator[None]:
     """While the block saves, `model.config.auto_map` names the file's classes; without `remote_code` it does not.
 
     Raises:

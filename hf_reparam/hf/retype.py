@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_reparam.errors import WeightError
 from hf_reparam.hf.auto import register
 from hf_reparam.hf.configuration import plan_name, plan_of, stock_config_class
 from hf_reparam.hf.modeling import model_class, stock_model_class
@@ -18,32 +17,7 @@ from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
-__all__ = ["check_unquantized", "protected_layers", "to_reparam", "to_stock"]
-
-
-def protected_layers(model: nn.Module) -> dict[str, str]:
-    """Layers that stay dense: the output embeddings, and whatever a model declares as tied; none of a plain module."""
-    reasons: dict[str, str] = {}
-    if not isinstance(model, PreTrainedModel):
-        return reasons
-    output = model.get_output_embeddings()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if output is not None and module is output:
-            reasons[name] = "output embeddings"
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        for key in (target, source):
-            reasons.setdefault(key.rpartition(".")[0], "tied: another module holds the same parameter")
-    return reasons
-
-
-def check_unquantized(model: nn.Module) -> None:
-    """Raise WeightError for a `PreTrainedModel` that a quantizer has loaded."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
-        raise WeightError(
-            f"{type(model).__name__} is quantized: convert the full-precision model, then quantize the result"
-        )
+__all__ = ["to_reparam", "to_stock"]
 
 
 def to_reparam(model: Any, method: str, record: ConversionRecord) -> Any:

@@ -18,14 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.plan import LayerSpec
 
+_installed: Any = None
 # the definitions end here
-
-try:
-    import hf_reparam
-
-    _installed: Any = hf_reparam
-except ImportError:
-    _installed = None
 
 _FORMAT_VERSION = 1
 _PREFIX = "Reparam"

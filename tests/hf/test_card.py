@@ -31,7 +31,7 @@ def hub(monkeypatch, tmp_path):
         raise EntryNotFoundError("no card")
 
     def create_commit(self, repo_id, operations, **options):
-        folder = tmp_path / f"commit-{len(commits)}"
+        folder = tmp_path.parent / f"{tmp_path.name}-commit-{len(commits)}"
         for operation in operations:
             path = folder / operation.path_in_repo
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,14 +138,26 @@ def test_push_stops_where_the_card_cannot_be_read(dense, hub, monkeypatch):
     assert hub[1] == []
 
 
-def test_saving_can_push(tmp_path, dense, hub):
+def test_saving_can_push_what_it_has_written(tmp_path, dense, hub):
     _, commits = hub
     small = convert(dense, rank=4)
-    small.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/small", remote_code=True)
+    (tmp_path / "private.txt").write_text("not of the model")
+    small.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/small", remote_code=True)
     ((repo_id, folder, _),) = commits
     assert repo_id == "me/small"
-    assert (folder / "modeling_reparam.py").exists()
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"modeling_reparam.py", "model.safetensors", "config.json", "README.md"}
+    assert files == {path.name for path in tmp_path.iterdir() if path.is_file()} - {"private.txt"}
+
+
+@pytest.mark.parametrize("base", ["GPT2LMHeadModel", "BertForMaskedLM"])
+def test_tied_weights_on_disk_are_counted_once(tmp_path, base):
+    dense = zoo.BY_BASE[base].build()
+    dense.save_pretrained(tmp_path / "dense")
+    report = hf_reparam.convert_checkpoint(tmp_path / "dense", tmp_path / "small", rank=4)
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert f"{report.parameters_before:,} dense, {report.parameters_after:,} here" in text
+    assert report.parameters_before == dense.num_parameters()
 
 
 def test_card_errors(dense):

@@ -6,10 +6,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.hf.configuration import plan_of
-from hf_reparam.hf.retype import protected_layers
+from hf_reparam.hf.inspection import count_parameters, protected_layers
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import LayerSpec
-from hf_reparam.planning import count_parameters
 from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
 
 __all__ = ["layer_report", "skipped_reports", "summarize"]
