@@ -98,7 +98,8 @@ def test_public_names_are_on_the_reference_page():
     public = [name for name in hf_reparam.__all__ if name != "plot"] + [
         f"plot.{name}" for name in hf_reparam.plot.__all__
     ]
-    assert sorted(re.findall(r"^::: hf_reparam\.([\w.]+)$", page, re.M)) == sorted(public)
+    listed = re.findall(r"^::: hf_reparam\.([\w.]+)$", page, re.M)  # `convert.convert`: the module has the same name
+    assert sorted(re.sub(r"^(\w+)\.\1$", r"\1", name) for name in listed) == sorted(public)
 
 
 def test_importing_loads_no_modelling_file():
