@@ -4,8 +4,8 @@
 
 A synthetic Llama-shaped checkpoint of about 6 GB (random float32 weights, 4096 wide, 11008 between, 6 layers) is
 converted by `hf-reparam convert`, with and without --stream, each in a process of its own whose peak is read; so are
-conversions in memory of a model of 4 layers of BERT-large, and its calibration with and without `max_memory`. Writes
-results/memory.json and results/memory.png.
+conversions in memory of 4 layers of BERT-large and of four layers of 8192 x 2048, and calibration of the former with
+and without `max_memory`. Writes results/memory.json and results/memory.png.
 """
 
 import argparse
@@ -120,6 +120,10 @@ def bert_large() -> transformers.BertModel:
     return transformers.BertModel(config).eval()
 
 
+def wide() -> torch.nn.Sequential:
+    return torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in ((2048, 8192), (8192, 2048)) * 2))
+
+
 def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(1000, 30000, (4, 64))} for _ in range(4)]
 
@@ -130,12 +134,15 @@ def worker(name: str) -> dict[str, float]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     hf_reparam.convert(torch.nn.Sequential(torch.nn.Linear(1024, 4096)), rank=64)  # what libraries allocate at first
-    model, data = bert_large(), batches()
-    with torch.no_grad():
-        model(**data[0])
+    model: torch.nn.Module = wide() if name.startswith("convert 8192") else bert_large()
+    data = batches()
+    if isinstance(model, transformers.BertModel):
+        with torch.no_grad():
+            model(**data[0])
+    layers = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     found = {
         "model_mb": sum(p.numel() * 4 for p in model.parameters()) / MB,
-        "largest_layer_float64_mb": 8 * 4096 * 1024 / MB,
+        "largest_layer_float64_mb": 8 * max(layers) / MB,
     }
     if name.startswith("convert"):
         inplace, form = "in place" in name, "pivoted" if "pivoted" in name else "pair"
@@ -157,6 +164,7 @@ WORKERS = (
     "calibrate",
     "calibrate within 500MB",
     "calibrate within 200MB",
+    "convert 8192 x 2048 in place, pair",
 )
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}  # glibc then keeps no freed block: what is resident is in use
 
@@ -194,7 +202,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         3 * first["largest_layer_float64_mb"], color="black", linestyle=":", label="3 x largest layer in float64"
     )
     right.axvline(first["model_mb"], color="gray", label="the model")
-    right.set(title="4 layers of BERT-large: peak", xlabel="MB above what was resident before the call")
+    right.set(
+        title="4 layers of BERT-large, and 8192 x 2048: peak", xlabel="MB above what was resident before the call"
+    )
     for axis in (left, right):
         axis.invert_yaxis()
         axis.legend(fontsize=8)
