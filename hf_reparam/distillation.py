@@ -79,8 +79,7 @@ def distillation_loss(
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         if not called:
             raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
-        with torch.no_grad():
-            theirs = teacher.to(student.device)(*called["args"], **called["kwargs"])
+        theirs = teacher.to(student.device)(*called["args"], **called["kwargs"])
         masks = batch_masks(called["kwargs"])
         mean, count = _predictions(student, outputs, theirs, labels, masks, alpha, temperature)
         if hidden:

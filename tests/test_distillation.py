@@ -1,5 +1,7 @@
 """`distillation_loss` in the Trainer as it is."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ CASE = zoo.BY_BASE["BertForSequenceClassification"]
 @pytest.fixture
 def pair():
     dense = CASE.build()
+    dense.classifier.weight.data *= 50  # the logits of a model that is sure of something
     return dense, convert(dense, rank=4)
 
 
@@ -32,13 +35,27 @@ def test_the_formula(pair):
 
 def test_zero_for_the_teacher_itself_and_no_gradient_into_it(pair):
     dense, small = pair
-    twin = CASE.build()
+    twin = copy.deepcopy(dense)
     with distillation_loss(dense, twin, alpha=1.0, hidden=1.0) as loss:
         assert abs(float(loss(twin(**CASE.batch()), None))) < 1e-6
     with distillation_loss(dense, small, alpha=1.0, hidden=1.0) as loss:
         loss(small(**CASE.batch()), None).backward()
     assert all(p.grad is None for p in dense.parameters())
     assert sum(p.grad is not None for p in small.parameters()) == sum(1 for _ in small.parameters())
+
+
+def test_the_teacher_predicts_without_dropout_and_is_left_as_it_was(pair):
+    dense, small = pair
+    batch = CASE.batch()
+    with distillation_loss(dense, small, alpha=1.0) as loss:
+        expected = float(loss(small(**batch), None).detach())
+    dense.train()
+    dense.bert.pooler.eval()
+    with distillation_loss(dense, small, alpha=1.0) as loss:
+        assert float(loss(small(**batch), None).detach()) == expected
+    assert dense.training
+    assert not dense.bert.pooler.training
+    assert all(p.requires_grad for p in dense.parameters())
 
 
 def test_hidden_states_count_real_tokens_alone(pair):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from hf_reparam import LayerSpec, PlanError, RankPlan
+from hf_reparam import ConversionRecord, LayerSpec, PlanError, RankPlan
 
 GOOD = {
     "format_version": 1,
@@ -89,3 +89,33 @@ def test_messages_stay_short(data):
     with pytest.raises(PlanError) as caught:
         RankPlan.from_dict(data)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {"unknown": 1},
+        {"base_model": "/home/me/bert"},
+        {"base_model": "me/../bert"},
+        {"base_model": "me/.."},
+        {"base_model": "me/bert](javascript:alert(1))"},
+        {"calibration_tokens": -1},
+        {"calibration_tokens": True},
+        {"refitted_layers": None},
+        {"errors": ["fc"]},
+        {"errors": {"fc": float("nan")}},
+        {"errors": {"fc": "0.1"}},
+    ],
+)
+def test_records_from_disk_are_not_believed(record):
+    data = RankPlan({"fc": LayerSpec(3)}, base_model_type="bert").to_dict()
+    with pytest.raises(PlanError, match=r"reparam\.record"):
+        RankPlan.from_dict({**data, "record": record})
+
+
+def test_a_record_is_no_part_of_the_decision():
+    plan = RankPlan({"fc": LayerSpec(3)}, record=ConversionRecord("me/bert", 10, 1, {"fc": 0.5}))
+    assert plan == RankPlan({"fc": LayerSpec(3)})
+    assert RankPlan.from_dict(plan.to_dict()).record == plan.record
+    assert pickle.loads(pickle.dumps(plan)).record == plan.record

@@ -97,6 +97,21 @@ def test_local_paths_stay_private(tmp_path, dense):
     assert model_card(small, base_model="me/bert").data.base_model == "me/bert"
 
 
+def test_a_folder_that_is_named_like_a_hub_id_is_none(tmp_path, dense, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dense.save_pretrained("bert")
+    assert convert(type(dense).from_pretrained("bert"), rank=4).config.reparam["record"]["base_model"] is None
+
+
+def test_a_later_refit_is_remembered(dense):
+    data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
+    small = convert(dense, rank=4)
+    assert small.config.reparam["record"]["refitted_layers"] == 0
+    report = hf_reparam.refit(small, dense, data)
+    assert small.config.reparam["record"]["refitted_layers"] == len(report.layers) > 0
+    assert f"layers fitted again afterwards | {len(report.layers)} |" in model_card(small).text
+
+
 def test_push_writes_weights_config_and_card(dense, hub):
     _, commits = hub
     small = convert(dense, rank=4)

@@ -72,6 +72,16 @@ def test_the_installed_package_is_preferred(tmp_path, trust):
     assert type(loaded) is hf_reparam.ReparamBertForMaskedLM
 
 
+def test_the_file_gives_the_installed_packages_classes(tmp_path):
+    convert(zoo.BY_BASE["BertModel"].build(), rank=6).save_pretrained(tmp_path, remote_code=True)
+    code = (
+        "import sys; from transformers import AutoModel; "
+        "print(type(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "'hf_reparam.ReparamBertModel'" in done.stdout
+
+
 def test_auto_map_goes_with_the_file(tmp_path):
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6)
     small.save_pretrained(tmp_path, remote_code=True)
@@ -81,6 +91,7 @@ def test_auto_map_goes_with_the_file(tmp_path):
     assert not hasattr(small.config, "auto_map")
     loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path / "plain")
+    assert loaded.config.auto_map == written
     assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert not (tmp_path / "plain" / "modeling_reparam.py").exists()
 
