@@ -163,3 +163,15 @@ def test_in_place_needs_a_few_layers_more_than_the_model(tmp_path):
         assert after < 0
     assert peaks["inplace"] < 4 * 8.4
     assert peaks["copy"] > 131
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_layers_that_waited_in_a_folder_are_like_others(form):
+    model = zoo.BY_BASE["BertForMaskedLM"].build()
+    small = hf_reparam.convert(model, rank=6, form=form, inplace=True)
+    copied = hf_reparam.convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6, form=form)
+    assert hf_reparam.summarize(small) == hf_reparam.summarize(copied)
+    for mine, theirs in zip(small.modules(), copied.modules(), strict=True):
+        assert vars(mine).keys() == vars(theirs).keys()
+    again = hf_reparam.convert(small, rank=2, include="*.intermediate.dense")
+    assert again.bert.encoder.layer[0].intermediate.dense.rank == 2

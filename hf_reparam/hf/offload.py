@@ -117,6 +117,8 @@ def recall(layer: nn.Module) -> None:
         if hook is not None:  # made like an offloaded layer, its tensors were on the meta device
             hook.original_devices = dict.fromkeys(hook.original_devices, hook.execution_device)
     remove_hook_from_submodules(layer)
+    for part in layer.modules():
+        vars(part).pop("forward", None)  # accelerate leaves the class's own behind as an attribute of the module
 
 
 def _write(place: Path, layer: nn.Module, error: float) -> None:
