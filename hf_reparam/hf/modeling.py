@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, modeling_utils
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel, initialization, modeling_utils
 
 from hf_reparam.errors import CheckpointError, PlanError
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
@@ -41,7 +40,7 @@ class ReparamMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # base's contract
         on_meta = torch.get_default_device().type == "meta"
-        with no_init_weights() if on_meta else contextlib.nullcontext():  # no number there to draw
+        with initialization.no_init_weights() if on_meta else contextlib.nullcontext():  # no number there to draw
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
         ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
@@ -52,6 +51,17 @@ class ReparamMixin:
         """Swap the layers, then let the base initialise, tie and shard what is there."""
         _swap(self, strict=False)
         super().post_init()  # type: ignore[misc]
+
+    def initialize_weights(self) -> None:
+        """As the base's, then what it does not know of low-rank layers: numbers that were loaded are left alone."""
+        drawn = [
+            module
+            for module in self.modules()  # type: ignore[attr-defined]
+            if isinstance(module, LowRankLinear) and not getattr(module, "_is_hf_initialized", False)
+        ]
+        super().initialize_weights()  # type: ignore[misc]
+        for module in drawn:
+            _draw(module)
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         """Where each tensor-parallel rule applies: the base's answer, with a low-rank layer's rule for its factors."""
@@ -122,7 +132,7 @@ class ReparamMixin:
         source = str(args[0]) if args else ""
         if kwargs.get("state_dict") is None:
             _check_factors(model, info["missing_keys"], info["unexpected_keys"], source)
-        _check_orders(model, info["missing_keys"], source)
+        _check_orders(model, source)
         return (model, info) if output_loading_info else model
 
 
@@ -164,21 +174,21 @@ def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True) -> dict[str, nn.Module]:
     """Plan name -> module, for every layer of the plan that this model has.
 
-    Layers of a head that this model does not have are left out: a name is taken for one if neither the base model nor
-    the model has its first component.
+    A name that the model does not have, and whose first component the base model does not have, is a layer of another
+    head, and left out. (A misspelt one shows in the weights, which then find no place: see `_check_factors`.)
 
     Raises:
         PlanError: strict, and a name leads nowhere, to no dense layer, or its rank does not fit the layer's shape.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    heads = {n for n, _ in model.named_children()} | {n for n, _ in model.base_model.named_children()}
+    known = {name for name, _ in model.base_model.named_children()}
     output = model.get_output_embeddings() if plan.modules else None
     found = {}
     for name, spec in plan.modules.items():
         module = modules.get(prefix + name, modules.get(name))
         if module is None:
-            if strict and name.partition(".")[0] in heads:
+            if strict and name.partition(".")[0] in known:
                 raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
             continue
         _check_layer(name, module, spec, module is output)
@@ -216,6 +226,18 @@ def _swap(model: Any, *, strict: bool) -> None:
         replace_modules(model, layers, inplace=True)
 
 
+@torch.no_grad()
+def _draw(layer: LowRankLinear) -> None:
+    """Give a product drawn at random the variance of the one factor that is as wide, or as tall, as the dense weight.
+
+    The base's initialiser has drawn both factors as it draws any Linear; small numbers twice would be next to nothing.
+    """
+    mixing = layer.down if isinstance(layer, PivotedLinear) else layer.up  # its r columns, or rows, add up
+    initialization.normal_(mixing.weight, std=layer.rank**-0.5)
+    if isinstance(layer, PivotedLinear):
+        initialization.copy_(layer.order, torch.arange(layer.in_features))
+
+
 def _marker_patterns(plan: RankPlan) -> set[str]:
     """Regular expressions for the names of the empty markers."""
     kinds = {layer_kind(name) for name in plan.modules}
@@ -244,13 +266,11 @@ def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[
         )
 
 
-def _check_orders(model: Any, missing: Collection[str], source: str) -> None:
-    """Raise CheckpointError for pivots that are no permutation; give the layers of a new head one."""
+def _check_orders(model: Any, source: str) -> None:
+    """Raise CheckpointError for pivots that are no permutation."""
     for name, module in model.named_modules():
         if isinstance(module, PivotedLinear) and not module.order.is_meta:
             identity = torch.arange(module.in_features, device=module.order.device)
-            if f"{name}.order" in missing:
-                module.order = identity
             module.order = module.order.to(torch.int64)  # families that keep layers in float32 cast this, too
             if not torch.equal(module.order.sort()[0], identity):
                 raise CheckpointError(f"{source}: {name}.order is no permutation of its {module.in_features} inputs")

@@ -68,6 +68,7 @@ def _retype(model: Any, config: Any, kind: type[PreTrainedModel]) -> Any:
     if getattr(config, "tie_word_embeddings", False) and not _tied(model):
         config.tie_word_embeddings = False  # an adapter's merge can leave it set beside two different tensors
     for module in model.modules():
+        module._is_hf_initialized = True  # new layers, too: a later init_weights() must not draw them anew
         if vars(module).get("config") is old:
             module.config = config
     model.__class__ = kind

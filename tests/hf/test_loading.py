@@ -222,6 +222,55 @@ def test_factors_that_the_plan_does_not_name_are_an_error(saved):
         transformers.AutoModelForMaskedLM.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("name", ["cls.predictions.transform.dens", "cls2.predictions.transform.dense"])
+def test_a_misspelt_layer_of_the_head_is_an_error(saved, name):
+    config = json.loads((saved / "config.json").read_text())
+    modules = config["reparam"]["modules"]
+    modules[name] = modules.pop("cls.predictions.transform.dense")
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # by the marker
+        transformers.AutoModelForMaskedLM.from_pretrained(saved)
+
+
+def test_another_head_under_the_same_name(saved):
+    """Both are `cls`, and only one has a layer to factor."""
+    model = transformers.AutoModelForNextSentencePrediction.from_pretrained(saved)
+    model.save_pretrained(saved / "again")
+    again = transformers.AutoModelForNextSentencePrediction.from_pretrained(saved / "again")
+    batch = zoo.BY_BASE["BertForMaskedLM"].batch()
+    assert all(map(torch.equal, zoo.outputs(again, batch), zoo.outputs(model, batch)))
+    assert "cls.predictions.transform.dense" in again.config.reparam["modules"]
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_init_weights_leaves_weights_alone(base, form):
+    case = zoo.BY_BASE[base]
+    small = convert(case.build(), rank=RANK, form=form)
+    for model in (small, hf_reparam.merge(small)):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model.init_weights()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_a_model_drawn_at_random(form):
+    """Products as large as the dense weights that the class would draw, up to chance; pivots that are a permutation."""
+    dense = zoo.BY_BASE["BertForMaskedLM"].build()
+    small = convert(dense, rank=RANK, form=form)
+    torch.manual_seed(1)
+    fresh = type(small)(small.config)
+    for name, layer in fresh.named_modules():
+        if isinstance(layer, hf_reparam.LowRankLinear):
+            assert layer.weight.detach().float().add(0).std() == pytest.approx(dense.config.initializer_range, rel=0.4)
+            assert not torch.equal(layer.up.weight, small.get_submodule(name).up.weight)
+    with torch.device("meta"):
+        empty = type(small)(small.config)
+    empty.to_empty(device="cpu")
+    empty.init_weights()
+    assert all(bool(torch.isfinite(t).all()) for t in zoo.outputs(empty.eval(), zoo.BY_BASE["BertForMaskedLM"].batch()))
+
+
 def test_mis_shaped_factor_is_an_error(saved):
     rewrite(saved, lambda tensors: tensors.update({f"{LAYER}.up.weight": torch.zeros(32, 5)}))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):

@@ -1,0 +1,78 @@
+"""`python -m conformance`: run Transformers' common tests over every family and form, and write down what happened."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.machine import RESULTS, describe
+from conformance.families import DENSE, FAMILIES, FORMS
+from conformance.sources import install
+
+OUTCOMES = ("passed", "failed", "skipped")
+
+
+def outcome(counts: dict[str, int]) -> str:
+    """Of a test and its parts together."""
+    return next(o for o in ("failed", "passed", "skipped") if counts.get(o))
+
+
+def compare(found: dict[str, dict[str, int]]) -> dict[str, dict[str, object]]:
+    """Family -> form -> how many tests passed, failed and were skipped, and which ended worse than dense.
+
+    A test ended worse if it passed dense and did not pass, or if more of its parts were skipped than dense.
+    """
+    report = {}
+    for family in FAMILIES:
+        by_form = {form: _of(found, family.name.replace("-", "") + f"_{form}") for form in FORMS}
+        dense = by_form[DENSE]
+        for form, tests in by_form.items():
+            counts = Counter(outcome(parts) for parts in tests.values())
+            report.setdefault(family.name, {})[form] = {
+                **{o: counts[o] for o in OUTCOMES},
+                "failed_tests": sorted(name for name, parts in tests.items() if outcome(parts) == "failed"),
+                "worse_than_dense": sorted(name for name in dense if _worse(tests.get(name, {}), dense[name])),
+            }
+    return report
+
+
+def _of(found: dict[str, dict[str, int]], test_class: str) -> dict[str, dict[str, int]]:
+    return {key.removeprefix(f"{test_class}::"): v for key, v in found.items() if key.startswith(f"{test_class}::")}
+
+
+def _worse(parts: dict[str, int], dense: dict[str, int]) -> bool:
+    if outcome(dense) != "passed":
+        return False
+    return not parts or outcome(parts) != "passed" or parts.get("skipped", 0) > dense.get("skipped", 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m conformance", description=__doc__)
+    parser.add_argument("--only", help="pytest expression, such as 'BERT' or 'Llama and test_training'; writes nothing")
+    parser.add_argument("--processes", default="2", help="tests at a time (default: 2)")
+    options = parser.parse_args()
+    install()
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "outcomes.json"
+        command = [sys.executable, "-m", "pytest", "conformance", "-n", options.processes, "--dist", "worksteal"]
+        command += ["--tb", "line", f"--outcomes={place}", *(["-k", options.only] if options.only else [])]
+        subprocess.run(command, cwd=Path(__file__).parent.parent, env={**os.environ, "PYTHONWARNINGS": ""}, check=False)
+        found = json.loads(place.read_text())
+    report = compare(found)
+    for name, forms in report.items():
+        for form, row in forms.items():
+            print(f"{name:6} {form:8}", *(f"{row[o]:5} {o}" for o in OUTCOMES), *row["worse_than_dense"])
+    if options.only is None:
+        result = {"machine": {**describe(0), "command": "make conformance"}, "seconds": round(time.time() - start)}
+        (RESULTS / "conformance.json").write_text(json.dumps({**result, "families": report}, indent=1) + "\n")
+    return int(any(row["worse_than_dense"] for forms in report.values() for row in forms.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
