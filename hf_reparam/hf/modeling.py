@@ -6,6 +6,7 @@ arrive by Transformers' own loading.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -53,7 +54,7 @@ class ReparamMixin:
         super().post_init()  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
-        """As the base's, then what it does not know of low-rank layers: numbers that were loaded are left alone."""
+        """As the base's, but for low-rank layers, which it does not know. Numbers that were loaded are left alone."""
         drawn = [
             module
             for module in self.modules()  # type: ignore[attr-defined]
@@ -144,7 +145,13 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if issubclass(base, ReparamMixin):
         return base
     if base not in _model_classes:
+
+        @functools.wraps(base.__init__)
+        def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807  # shows the base's signature
+            ReparamMixin.__init__(self, *args, **kwargs)
+
         body = {
+            "__init__": __init__,
             "__module__": PUBLIC_MODULE,
             "__doc__": f"`{base.__name__}` with low-rank layers.",
             "config_class": config_class(base.config_class),
@@ -219,21 +226,24 @@ def _swap(model: Any, *, strict: bool) -> None:
     for name, module in resolve_plan(model, plan, strict=strict).items():
         if not isinstance(module, LowRankLinear):
             layers[module] = low = low_rank_like(module, plan.modules[name])
-            if not low.up.weight.is_meta:  # a model drawn at random: not every family's initialiser knows Linears
-                low.down.reset_parameters()
-                low.up.reset_parameters()
+            if not low.up.weight.is_meta:
+                _draw(low)
     if layers:
         replace_modules(model, layers, inplace=True)
 
 
 @torch.no_grad()
 def _draw(layer: LowRankLinear) -> None:
-    """Give a product drawn at random the variance of the one factor that is as wide, or as tall, as the dense weight.
+    """Give numbers to a layer that has none, so that its product has the variance of a fresh nn.Linear's weight.
 
-    The base's initialiser has drawn both factors as it draws any Linear; small numbers twice would be next to nothing.
+    One factor is drawn as a Linear of the same inputs, and the other mixes its r rows or columns with variance 1 / r.
     """
-    mixing = layer.down if isinstance(layer, PivotedLinear) else layer.up  # its r columns, or rows, add up
+    pivoted = isinstance(layer, PivotedLinear)
+    outer, mixing = (layer.up, layer.down) if pivoted else (layer.down, layer.up)
+    initialization.normal_(outer.weight, std=(3 * layer.in_features) ** -0.5)
     initialization.normal_(mixing.weight, std=layer.rank**-0.5)
+    if layer.up.bias is not None:
+        initialization.zeros_(layer.up.bias)
     if isinstance(layer, PivotedLinear):
         initialization.copy_(layer.order, torch.arange(layer.in_features))
 
