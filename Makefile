@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest format benchmarks clean
+.PHONY: demo test test-oldest conformance format benchmarks clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -18,6 +18,10 @@ test: $(VENV)/test.stamp
 test-oldest: .venv-oldest/test.stamp
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
 
+# Transformers' own tests, dense beside low-rank: about ten minutes on two cores
+conformance: $(VENV)/test.stamp
+	$(BIN)/python -m conformance
+
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -28,7 +32,7 @@ benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.memory
 
 clean:
-	rm -rf $(VENV) .venv-oldest .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .venv-oldest .conformance .mypy_cache .ruff_cache .pytest_cache build dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from benchmarks.machine import RESULTS, describe
 from conformance.families import DENSE, FAMILIES, FORMS
-from conformance.sources import install
 
 OUTCOMES = ("passed", "failed", "skipped")
 
@@ -56,7 +55,6 @@ def main() -> int:
     parser.add_argument("--only", help="pytest expression, such as 'BERT' or 'Llama and test_training'; writes nothing")
     parser.add_argument("--processes", default="2", help="tests at a time (default: 2)")
     options = parser.parse_args()
-    install()
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "outcomes.json"

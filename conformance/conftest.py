@@ -11,11 +11,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+from conformance.sources import install
+
 _counts = {}
 
 
 def pytest_addoption(parser):
     parser.addoption("--outcomes", type=Path, help="JSON file to write: test -> how it and its parts ended")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # once, before processes start
+        install()
 
 
 def pytest_runtest_logreport(report):

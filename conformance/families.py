@@ -18,7 +18,7 @@ __all__ = ["DENSE", "FAMILIES", "FORMS", "Family"]
 
 DENSE = "dense"
 FORMS = (DENSE, *zoo.FORMS)
-RANK = 12
+RANK = 8
 BATCH, LENGTH = 13, 7  # as the testers of Transformers have them: some tests cut to a batch of 7
 
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from conformance.families import BATCH, DENSE, FAMILIES, FORMS, LENGTH, Family
-from conformance.sources import install
+from conformance.sources import cache
 
-sys.path.insert(0, str(install()))
+sys.path.insert(0, str(cache()))
 
-from transformers_common import test_modeling_common as common  # noqa: E402
-from transformers_common import test_tensor_parallel_mixin as parallel  # noqa: E402
-from transformers_common.generation.test_utils import GenerationTesterMixin  # noqa: E402
-from transformers_common.test_configuration_common import ConfigTester  # noqa: E402
-from transformers_common.test_fsdp_mixin import FSDPTesterMixin  # noqa: E402
-from transformers_common.test_training_mixin import TrainingTesterMixin  # noqa: E402
+from transformers_common import test_modeling_common as common
+from transformers_common import test_tensor_parallel_mixin as parallel
+from transformers_common.generation.test_utils import GenerationTesterMixin
+from transformers_common.test_configuration_common import ConfigTester
+from transformers_common.test_fsdp_mixin import FSDPTesterMixin
+from transformers_common.test_training_mixin import TrainingTesterMixin
 
-from hf_reparam.hf.configuration import PREFIX  # noqa: E402
+from hf_reparam.hf.configuration import PREFIX
 
 parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # Llama is not among the families that Transformers singles out
 

@@ -1,5 +1,6 @@
 """save_pretrained -> a fresh process -> the Auto classes give bit-equal outputs, for every head and family."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -254,15 +255,16 @@ def test_init_weights_leaves_weights_alone(base, form):
 
 
 @pytest.mark.parametrize("form", zoo.FORMS)
-def test_a_model_drawn_at_random(form):
-    """Products as large as the weights of a fresh Linear, up to chance; pivots that are a permutation."""
-    case = zoo.BY_BASE["T5ForConditionalGeneration"]
+@pytest.mark.parametrize(("base", "std"), [("BertForMaskedLM", 0.02), ("T5ForConditionalGeneration", None)])
+def test_a_model_drawn_at_random(base, std, form):
+    """Products as large as the family's weights, or a fresh Linear's, up to chance; pivots that are a permutation."""
+    case = zoo.BY_BASE[base]
     small = convert(case.build(), rank=RANK, form=form)
-    torch.manual_seed(1)
     fresh = type(small)(small.config)
     for name, layer in fresh.named_modules():
         if isinstance(layer, hf_reparam.LowRankLinear):
-            assert layer.weight.detach().add(0).std() == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.5)
+            expected = std or (3 * layer.in_features) ** -0.5
+            assert layer.weight.detach().add(0).std() == pytest.approx(expected, rel=0.5)
             assert not torch.equal(layer.up.weight, small.get_submodule(name).up.weight)
     with torch.device("meta"):
         empty = type(small)(small.config)
@@ -294,6 +296,12 @@ def test_saving_a_given_state_dict(tmp_path):
     small.save_pretrained(tmp_path, True, state)
     loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert not any(bool(p.any()) for p in loaded.parameters())
+
+
+def test_derived_classes_show_the_signature_of_their_base():
+    derived, base = hf_reparam.ReparamViTModel.__init__, transformers.ViTModel.__init__
+    assert inspect.signature(derived) == inspect.signature(base)
+    assert "use_mask_token" in inspect.signature(derived).parameters
 
 
 def test_a_clean_load_reports_nothing(saved):
