@@ -48,7 +48,8 @@ def make_plan(
         metric: "svd", "activation" or "fisher"; the richest that the moments serve by default.
         allocation: "global" (default with fisher) or "uniform" (default otherwise).
         form: "pivoted", or "pair", which holds r^2 more numbers at the same rank r.
-        multiple_of: ranks are multiples of this; 8 suits tensor cores.
+        multiple_of: ranks are multiples of this; 8 suits tensor cores. Layers too narrow for one multiple, or for their
+            share of the budget, take a lower rank.
         include, exclude: as in `convert`.
 
     Returns:
