@@ -72,7 +72,7 @@ def test_torchao(base, form, kind):
     ("config", "weight", "change"),
     [
         (lambda: BitsAndBytesConfig(load_in_8bit=True), "Int8Params", 0.05),
-        (lambda: BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"]), "Params4bit", 0.4),
+        (lambda: BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"]), "Params4bit", 0.15),
         (lambda: torchao_config(), "Int8Tensor", 0.05),
     ],
     ids=["bitsandbytes-8", "bitsandbytes-4", "torchao"],
@@ -89,8 +89,9 @@ def test_quantized_while_loading(tmp_path, form, config, weight, change):
     )
     assert type(loaded) is type(small)
     assert stored(loaded) == weight
-    before, after = (zoo.outputs(m, case.batch())[0].float() for m in (small, loaded))
-    assert 0 < (after - before).abs().max() < change * before.abs().max()
+    with torch.no_grad():
+        before, after = (m(**case.batch(), output_hidden_states=True).hidden_states[-1] for m in (small, loaded))
+    assert 0 < (after.float() - before).norm() < change * before.norm()
     if weight != "Int8Tensor":
         with pytest.raises(WeightError, match="not plain Linears"):
             merge(loaded)
