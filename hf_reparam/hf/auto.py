@@ -14,7 +14,7 @@ from transformers.models.auto import auto_factory
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_reparam.errors import PlanError
-from hf_reparam.hf.configuration import MODEL_TYPE, PREFIX, config_class
+from hf_reparam.hf.configuration import MODEL_TYPE, PREFIX, check_entries, config_class
 from hf_reparam.hf.families import auto_classes
 from hf_reparam.hf.modeling import model_class
 from hf_reparam.plan import RankPlan
@@ -40,6 +40,12 @@ class ReparamConfig(PreTrainedConfig):
                 "does not know: install the version that has it, or register its configuration with AutoConfig first"
             )
         return register(CONFIG_MAPPING[plan.base_model_type])(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # the base's contract
+        """As the base's. Raises PlanError for an entry that no saved configuration has."""
+        check_entries(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
 
 _registered: set[type[PreTrainedConfig]] = set()

@@ -1,9 +1,11 @@
 """Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from hf_reparam.errors import PlanError
@@ -14,6 +16,7 @@ __all__ = [
     "PREFIX",
     "PUBLIC_MODULE",
     "ReparamConfigMixin",
+    "check_entries",
     "config_class",
     "note_refit",
     "plan_name",
@@ -29,6 +32,29 @@ PUBLIC_MODULE = "hf_reparam"
 """Module under whose name generated classes are published, imported and unpickled."""
 
 
+_MOST = {"layer": 1000, "num_labels": 100_000}  # above these, building the skeleton is an attack on time and memory
+
+
+def check_entries(data: Mapping[str, Any]) -> None:
+    """Refuse what no saved configuration of a low-rank model holds; its plan and the base's fields are checked later.
+
+    Raises:
+        PlanError: an entry names an attention implementation, which may be code to download, or is a private name, no
+            dtype, or a number of layers or labels that no model has.
+    """
+    for key, value in data.items():
+        if key.startswith("__") or key.endswith("attn_implementation"):
+            raise PlanError(f"config.json has the entry {key[:80]!r}, which is never saved")
+        most = next((most for part, most in _MOST.items() if part in key), None)
+        number = isinstance(value, (int, float))
+        if (number and most is not None and not -1 <= value <= most) or (key == "num_labels" and not number):
+            raise PlanError(f"config.json has {key!r} = {str(value)[:80]}; at most {most} are accepted")
+    dtype = data.get("dtype", data.get("torch_dtype"))
+    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if not (known or dtype is None or isinstance(dtype, (dict, torch.dtype))):
+        raise PlanError(f"config.json has 'dtype' = {str(dtype)[:80]!r}, which is none of torch's")
+
+
 class ReparamConfigMixin:
     """What a derived configuration adds to its base: the entry `reparam`, a rank plan as JSON."""
 
@@ -38,6 +64,12 @@ class ReparamConfigMixin:
     def to_dict(self) -> dict[str, Any]:
         """All fields of the base, the plan, and `model_type` "reparam"."""
         return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # base's contract
+        """As the base's. Raises PlanError for an entry that no saved configuration has."""
+        check_entries(config_dict)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # base's contract

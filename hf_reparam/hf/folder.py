@@ -13,7 +13,6 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError
@@ -74,8 +73,8 @@ def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel
             model.tie_weights()  # tied weights that were stored twice
     except ReparamError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from None
+    except Exception as error:  # whatever a tampered folder makes Transformers stumble over
+        raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from error
     return model
 
 
@@ -121,17 +120,22 @@ def skeleton(source: str) -> PreTrainedModel:
             model = _saved_class(config)(config)
     except ReparamError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{source} cannot be read: {_line(error)}") from None
+    except Exception as error:  # as in `load`
+        raise CheckpointError(f"{source} cannot be read: {_line(error)}") from error
     model.tie_weights()
     return model
 
 
 def _saved_class(config: PreTrainedConfig) -> Any:
-    name = (config.architectures or [None])[0]
+    names = config.architectures or [None]
+    name = names[0] if isinstance(names, list) else names
     if name is None:
         return AutoModel._model_mapping[type(config)] if isinstance(config, ReparamConfigMixin) else _headless(config)
-    found = generated_class(name) if name.startswith(PREFIX) else getattr(transformers, name, None)
+    name = str(name)[:80]
+    try:
+        found = generated_class(name) if name.startswith(PREFIX) else getattr(transformers, name, None)
+    except AttributeError:
+        found = None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise CheckpointError(f"its architecture {name!r} is no class of Transformers {transformers.__version__}")
     if isinstance(config, ReparamConfigMixin) and not name.startswith(PREFIX):
@@ -146,7 +150,9 @@ def _headless(config: PreTrainedConfig) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())[:300]
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
 @contextmanager

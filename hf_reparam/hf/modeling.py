@@ -128,13 +128,28 @@ class ReparamMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
-        """As the base's. Raises CheckpointError when a factor of the base model is missing, or left over."""
+        """As the base's, from safetensors alone. Raises CheckpointError when a factor is missing, or left over."""
+        kwargs["use_safetensors"] = True  # nothing is ever unpickled
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         source = str(args[0]) if args else ""
         if kwargs.get("state_dict") is None:
             _check_factors(model, info["missing_keys"], info["unexpected_keys"], source)
         _check_orders(model, source)
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """As the base's, which draws random numbers of the configuration's shapes before it raises for a wrong one."""
+        wrong = sorted(loading_info.mismatched_keys)
+        if wrong and not load_config.ignore_mismatched_sizes:
+            name, stored, expected = wrong[0]
+            raise RuntimeError(
+                f"{len(wrong)} tensors do not have the shapes that config.json gives them, among them {name}: "
+                f"{tuple(stored)} in the file, {tuple(expected)} in the model. If that is meant, as for a new head, "
+                "ignore_mismatched_sizes=True draws these at random"
+            )
+        base: Any = super(ReparamMixin, type(model))
+        return base._finalize_model_loading(model, load_config, loading_info)
 
 
 _model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}

@@ -1,0 +1,314 @@
+"""Hostile model folders: what loading does with configurations and weights that were tampered with.
+
+    python -m benchmarks.hostile                 # 100,000 configurations, 3,000 whole loads, 2,000 weight files
+    python -m benchmarks.hostile --configs 500   # a taste
+
+A case is good if it ends within `LIMIT` seconds with an error of a named kind, or with a model all of whose tensors are
+those in the file. Anything else is written down, and the exit status is 1.
+"""
+
+import argparse
+import copy
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import hf_reparam
+from benchmarks.machine import write
+from hf_reparam.hf.folder import load, skeleton
+
+LIMIT = 1.0
+WRONG = "loaded, with tensors that are not in the file"
+SEED = 0
+HUGE = 10**6
+WORDS = ["", "x" * 100_000, "../../etc/passwd", "/etc/passwd", "os.system", "pair", "bert", "reparam", "\x00", "ÿ"]
+VALUES: list[Any] = [None, True, False, -1, 0, 1, 3, 10**5, HUGE, 2**31, 2**63, 10**30, 0.5, -0.5, 1e308]
+VALUES += [float("inf"), float("nan"), [], {}, [[]], {"a": {}}, [0] * 1000, *WORDS]
+KEYS = ["", "..", "a" * 600, "__class__", "__init__", "reparam", "modules", "rank", "config", "a..b", "query\n", "é"]
+DEEP = {f"@deep{n}@": "[" * n + "1" + "]" * n for n in (10, 400, 3000)}  # deeper than Python may nest calls
+EXTRA: dict[str, Any] = {
+    "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoModelForMaskedLM": "evil.Evil"},
+    "quantization_config": {"quant_method": "evil", "load_in_8bit": True},
+    "dtype": "__import__('os').system",
+    "attn_implementation": "evil/kernel",
+    "_attn_implementation": "evil/kernel",
+    "trust_remote_code": True,
+    "transformers_version": "99.0.0",
+    "architectures": ["os.system"],
+    "model_type": "bert",
+    "torchscript": True,
+    "is_decoder": True,
+    "num_labels": HUGE,
+}
+
+
+class TooSlow(BaseException):
+    """The alarm of a case that takes ten times the limit."""
+
+
+def mutated(config: dict[str, Any], rng: random.Random) -> str:
+    """The text of a configuration with one to three wrongs done to it."""
+    config = copy.deepcopy(config)
+    for _ in range(rng.randint(1, 3)):
+        holder, key = _place(config, rng)
+        kind = rng.randrange(10)
+        if kind < 6:
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
+        elif kind == 6:
+            del holder[key]
+        elif kind == 7 and isinstance(holder, dict):
+            holder[rng.choice(KEYS)] = holder.pop(key)
+        elif kind == 8:
+            name, value = rng.choice(list(EXTRA.items()))
+            config[name] = copy.deepcopy(value)
+        else:
+            holder[key] = rng.choice(list(DEEP))
+        if not config:
+            break
+    text = json.dumps(config)
+    for name, value in DEEP.items():
+        text = text.replace(f'"{name}"', value)
+    if rng.randrange(12) == 0:  # and the text itself
+        where = rng.randrange(len(text))
+        text = rng.choice([text[:where], text[:where] + chr(rng.randrange(256)) + text[where + 1 :], text * 2])
+    return text
+
+
+def told(text: str, config: dict[str, Any]) -> str:
+    """What was done to a configuration, in short."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return "broken JSON"
+    changed = {key: value for key, value in data.items() if config.get(key, data) != value}
+    return f"{str(changed)[:400]} without {sorted(set(config) - set(data))}"
+
+
+def ours(text: str) -> bool:
+    """Whether the configuration still says that it is a converted model's: else no code of this package runs."""
+    return '"model_type": "reparam"' in text
+
+
+def _place(config: dict[str, Any], rng: random.Random) -> tuple[Any, Any]:
+    """A random entry of the tree: its holder and its key."""
+    holder: Any = config
+    key = rng.choice(list(holder))
+    while isinstance(holder[key], (dict, list)) and holder[key] and rng.random() < 0.7:
+        holder = holder[key]
+        key = rng.choice(list(holder)) if isinstance(holder, dict) else rng.randrange(len(holder))
+    return holder, key
+
+
+def spoiled(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """What was done to a safetensors file, and the file."""
+    header = struct.unpack("<Q", data[:8])[0]
+    kind = rng.choice(["truncated", "header flipped", "length changed", "appended", "empty", "text", "shape changed"])
+    if kind == "truncated":
+        return kind, data[: rng.randrange(len(data))]
+    if kind == "header flipped":
+        where = 8 + rng.randrange(header)
+        return kind, data[:where] + bytes([data[where] ^ (1 << rng.randrange(8))]) + data[where + 1 :]
+    if kind == "length changed":
+        return kind, struct.pack("<Q", rng.choice([0, 1, 2**40, 2**63, header - 1, header + 1])) + data[8:]
+    if kind == "appended":
+        return kind, data + b"x" * rng.randrange(1, 100)
+    if kind == "shape changed":
+        table = json.loads(data[8 : 8 + header])
+        name = rng.choice([n for n in table if n != "__metadata__"])
+        field = rng.choice(["dtype", "shape", "data_offsets"])
+        table[name][field] = rng.choice(["F64", "BOOL", [1], [-1], [2**40, 2**40], [0, 0], [10, 5], None])
+        text = json.dumps(table).encode()
+        return kind, struct.pack("<Q", len(text)) + text + data[8 + header :]
+    return kind, b"" if kind == "empty" else b"no tensors at all, and longer than eight bytes"
+
+
+NAMED = (hf_reparam.ReparamError, OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
+"""Kinds of errors that say what is wrong; RecursionError among them is Python's own word for JSON nested too deeply."""
+
+
+@contextmanager
+def alarm() -> Iterator[None]:
+    def ring(*_: object) -> None:
+        raise TooSlow
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 10 * LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ours(error: Exception) -> bool:
+    """Whether this package had a say before the error: what fails earlier fails so for every model."""
+    return any("hf_reparam" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+class Tally:
+    """How cases ended."""
+
+    def __init__(self) -> None:
+        self.ends: Counter[str] = Counter()
+        self.bad: list[str] = []
+        self.slowest = 0.0
+
+    def run(self, what: str, act: Callable[[], str], *, converted: bool = True) -> None:
+        """Act and count the end: what it returns, or the kind of error it raised; a case that is no converted
+        model any more may be slow."""
+        start = time.perf_counter()
+        good = True
+        try:
+            with alarm():
+                end = act()
+        except TooSlow:
+            end, good = "too slow", False
+        except Exception as error:
+            end = type(error).__name__
+            if not isinstance(error, NAMED):
+                good = not _ours(error)
+                end += ", unnamed" if not good else " before the plan is read"
+        took = time.perf_counter() - start
+        self.slowest = max(self.slowest, took * converted)
+        self.ends[end] += 1
+        if not good or end == WRONG or (took > LIMIT and converted):
+            self.bad.append(f"{end} ({took:.2f} s): {what}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "cases": sum(self.ends.values()),
+            "ends": dict(self.ends.most_common()),
+            "slowest_seconds": round(self.slowest, 3),
+            "bad": len(self.bad),
+            "first_bad": self.bad[:10],
+        }
+
+
+def _read(folder: Path) -> str:
+    transformers.AutoConfig.from_pretrained(folder)
+    return "read"
+
+
+def _built(folder: Path) -> str:
+    skeleton(str(folder))
+    return "built"
+
+
+def whole(folder: Path, stored: dict[str, torch.Tensor]) -> str:
+    """Load a folder; "loaded" if every tensor of the model is the stored one."""
+    model = load(folder)
+    for name, tensor in model.state_dict().items():
+        if name not in stored or not torch.equal(tensor, stored[name].to(tensor.dtype)):
+            return WRONG
+    return "loaded"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__.partition("\n")[0])
+    parser.add_argument("--configs", type=int, default=100_000, help="configurations to read (default: 100,000)")
+    parser.add_argument("--loads", type=int, default=3000, help="whole models to load (default: 3,000)")
+    parser.add_argument("--files", type=int, default=2000, help="weight files to load (default: 2,000)")
+    parser.add_argument("--keep", action="store_true", help="do not write results/hostile.json")
+    options = parser.parse_args()
+    sys.stdin = io.StringIO()  # nobody is there to answer "run the custom code?"
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = attack(Path(scratch), options.configs, options.loads, options.files)
+    for name, part in results.items():
+        print(name, json.dumps(part, indent=1))
+    if not options.keep:
+        write("hostile", results, SEED)
+    return int(any(isinstance(part, dict) and part["bad"] for part in results.values()))
+
+
+def attack(scratch: Path, configs: int, loads: int, files: int) -> dict[str, Any]:
+    """Every kind of attack on a pair and a pivoted model, so many times each."""
+    rng, sources = random.Random(SEED), []
+    for form in ("pair", "pivoted"):
+        sources.append(_source(scratch / form, form))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    results: dict[str, Any] = {}
+    folder = scratch / "folder"
+    tally = Tally()
+    for number in tqdm(range(configs), desc="Configurations", unit_scale=True):
+        config, _, _ = sources[number % 2]
+        text = mutated(config, rng)
+        _write(folder, text)
+        tally.run(
+            told(text, config),
+            lambda: "read" if transformers.AutoConfig.from_pretrained(folder) else "",
+            converted=ours(text),
+        )
+    results["configurations"] = tally.to_dict()
+    tally = Tally()
+    for number in tqdm(range(loads), desc="Whole loads"):
+        config, stored, path = sources[number % 2]
+        text = mutated(config, rng)
+        _write(folder, text, path)
+        tally.run(told(text, config), lambda stored=stored: whole(folder, stored), converted=ours(text))
+    results["whole_loads"] = tally.to_dict()
+    tally, skeletons = Tally(), min(loads, 1000)
+    for number in tqdm(range(skeletons), desc="Skeletons"):
+        config, _, _ = sources[number % 2]
+        text = mutated(config, rng)
+        _write(folder, text)
+        tally.run(told(text, config), lambda: _built(folder), converted=ours(text))
+    results["skeletons"] = tally.to_dict()
+    tally = Tally()
+    for number in tqdm(range(files), desc="Weight files"):
+        config, stored, path = sources[number % 2]
+        _write(folder, json.dumps(config))
+        kind, data = spoiled(path.read_bytes(), rng)
+        (folder / "model.safetensors").write_bytes(data)
+        tally.run(kind, lambda stored=stored: whole(folder, stored))
+    results["weight_files"] = tally.to_dict()
+    results["peak_memory_growth_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    return results
+
+
+def _source(folder: Path, form: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:
+    """Configuration, tensors and weight file of a small converted model."""
+    torch.manual_seed(SEED)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
+    hf_reparam.convert(model, rank=4, form=form).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    stored["cls.predictions.decoder.weight"] = stored["bert.embeddings.word_embeddings.weight"]
+    stored["cls.predictions.decoder.bias"] = stored["cls.predictions.bias"]
+    return json.loads((folder / "config.json").read_text()), stored, path
+
+
+def _write(folder: Path, config: str, weights: Path | None = None) -> None:
+    if not folder.exists():
+        folder.mkdir()
+    (folder / "config.json").write_text(config, encoding="utf-8", errors="surrogatepass")
+    if weights is not None:
+        shutil.copyfile(weights, folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
