@@ -20,6 +20,7 @@ from hf_reparam.hf.auto import generated_class
 from hf_reparam.hf.configuration import PREFIX, ReparamConfigMixin
 from hf_reparam.hf.offload import check_stored
 from hf_reparam.hf.processes import is_first
+from hf_reparam.hf.shards import check_folder
 
 __all__ = ["copy_companions", "load", "load_tokenizer", "locate", "new_folder", "skeleton"]
 
@@ -58,6 +59,7 @@ def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel
         CheckpointError: not a loadable model folder, or weights are missing, which would leave random layers.
         PlanError: the folder's plan is malformed or does not fit.
     """
+    check_folder(folder)
     try:
         kind = _saved_class(AutoConfig.from_pretrained(folder))
         on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
@@ -114,6 +116,7 @@ def skeleton(source: str) -> PreTrainedModel:
         CheckpointError: no readable configuration.
         PlanError: the plan is malformed or does not fit.
     """
+    check_folder(Path(source))
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
