@@ -29,7 +29,8 @@ def prepare(
     """Batches on the model's device, each with its padding masks (batch, length) as booleans; shows progress.
 
     Rows are put together with rows of their own shape, so that none is padded; columns that the model does not take
-    are left out, and `label` is taken for `labels`. Texts are tokenized, padded, and cut at 512 tokens.
+    are left out, and `label` is taken for `labels`. Texts are tokenized, padded, and cut at 512 tokens. A batch of no
+    rows is passed over.
 
     Raises:
         TargetError: an item that is neither dict nor text, a row without a column that the model takes, or texts
@@ -37,6 +38,8 @@ def prepare(
     """
     device = execution_device(model)
     for batch in tqdm(batched(model, batches, tokenizer), desc=desc, unit="batch"):
+        if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in batch.values()):
+            continue
         moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         moved = _distinct_lengths(model, moved)
         yield moved, batch_masks(moved)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError
@@ -168,7 +169,7 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
             this one is left when the block fails, unless for a ReparamError. None for a new one that always vanishes.
 
     Raises:
-        CheckpointError: the parent of `out` cannot be written.
+        CheckpointError: `out` or its parent cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +191,8 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
     except ReparamError:
         done = True
         raise
+    except (OSError, SafetensorError) as error:  # a full disk
+        raise CheckpointError(f"{out} cannot be written: {_line(error)}") from error
     finally:
         if done and (is_first() or resume is None):
             shutil.rmtree(work, ignore_errors=True)

@@ -76,8 +76,8 @@ class LayerMoments:
         return LayerMoments(tokens, sums, products, gradients)
 
     def has_gradient(self) -> bool:
-        """Whether a gradient ever came back to the layer."""
-        return self.gradient_products is not None and bool(self.gradient_products.diagonal().sum() > 0)
+        """Whether a gradient ever came back to the layer, be it NaN."""
+        return self.gradient_products is not None and bool(self.gradient_products.diagonal().sum() != 0)
 
     def mean(self) -> Tensor:
         """E x, (in,)."""
@@ -139,7 +139,11 @@ class Moments:
         return max(counts, default=0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, which appears whole or not at all."""
+        """Write one safetensors file, which appears whole or not at all.
+
+        Raises:
+            CheckpointError: it cannot be written, as on a full disk.
+        """
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.tokens"] = torch.tensor(layer.tokens)
@@ -152,6 +156,8 @@ class Moments:
         try:
             save_file(tensors, unfinished, metadata={"format": _FORMAT, "metric": self.metric})
             unfinished.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from None
         finally:
             unfinished.unlink(missing_ok=True)
 
