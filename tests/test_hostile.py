@@ -142,6 +142,7 @@ def test_code_beside_the_weights_is_not_run(saved, tmp_path):
         ("num_labels", [[1]], "at most 100000 are accepted"),
         ("dtype", "__import__('os')", "none of torch's"),
         ("dtype", "load", "none of torch's"),
+        ("quantization_config", [0], "is no object"),
     ],
 )
 def test_entries_that_no_saved_configuration_has(saved, entry, value, message):

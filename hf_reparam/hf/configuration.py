@@ -49,6 +49,8 @@ def check_entries(data: Mapping[str, Any]) -> None:
         number = isinstance(value, (int, float))
         if (number and most is not None and not -1 <= value <= most) or (key == "num_labels" and not number):
             raise PlanError(f"config.json has {key!r} = {str(value)[:80]}; at most {most} are accepted")
+    if not isinstance(data.get("quantization_config") or {}, dict):
+        raise PlanError("config.json has a 'quantization_config' that is no object")
     dtype = data.get("dtype", data.get("torch_dtype"))
     known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
     if not (known or dtype is None or isinstance(dtype, (dict, torch.dtype))):
