@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest conformance format benchmarks clean
+.PHONY: demo test test-oldest conformance audit format benchmarks clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -21,6 +21,11 @@ test-oldest: .venv-oldest/test.stamp
 # Transformers' own tests, dense beside low-rank: about ten minutes on two cores
 conformance: $(VENV)/test.stamp
 	$(BIN)/python -m conformance
+
+# Known vulnerabilities of the pinned versions; asks a database on the net
+audit: $(VENV)/bin/python
+	$(BIN)/python -m pip $(PIP) pip-audit
+	$(BIN)/pip-audit --requirement .ci/constraints.txt --no-deps --disable-pip
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .

@@ -33,7 +33,9 @@ def call(*command, **options):
 def built(tmp_path_factory):
     """A folder with wheel and source distribution of a copy of the project."""
     source, out = tmp_path_factory.mktemp("source") / "project", tmp_path_factory.mktemp("dist")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache", ".conformance")
+    )
     call("-m", "build", "--no-isolation", "--outdir", out, source)
     return out
 
