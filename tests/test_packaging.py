@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache", ".conformance")
 USE = """
 import sys, torch, hf_reparam
 from torch import nn
