@@ -150,6 +150,13 @@ def test_entries_that_no_saved_configuration_has(saved, entry, value, message):
     refused(saved, PlanError, message)
 
 
+def test_entries_that_only_look_like_a_number_of_layers(saved):
+    change(
+        saved, "config.json", lambda d: d.update(vocab_size_per_layer_input=262_144, num_labels=7)
+    )
+    assert transformers.AutoConfig.from_pretrained(saved).num_labels == 7
+
+
 def test_a_million_layers(saved):
     spec = {"rank": 1, "form": "pair"}
     change(saved, "config.json", lambda d: d["reparam"].update(modules={f"layer.{i}.x": spec for i in range(10**6)}))

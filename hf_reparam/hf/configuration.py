@@ -32,7 +32,7 @@ PUBLIC_MODULE = "hf_reparam"
 """Module under whose name generated classes are published, imported and unpickled."""
 
 
-_MOST = {"layer": 1000, "num_labels": 100_000}  # above these, building the skeleton is an attack on time and memory
+_MOST = {"layers": 1000, "n_layer": 1000, "num_labels": 100_000}  # ends of names; more is an attack on time and memory
 
 
 def check_entries(data: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ def check_entries(data: Mapping[str, Any]) -> None:
     for key, value in data.items():
         if key.startswith("__") or key.endswith("attn_implementation"):
             raise PlanError(f"config.json has the entry {key[:80]!r}, which is never saved")
-        most = next((most for part, most in _MOST.items() if part in key), None)
+        most = next((most for end, most in _MOST.items() if key.endswith(end)), None)
         number = isinstance(value, (int, float))
         if (number and most is not None and not -1 <= value <= most) or (key == "num_labels" and not number):
             raise PlanError(f"config.json has {key!r} = {str(value)[:80]}; at most {most} are accepted")
