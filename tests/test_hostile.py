@@ -151,9 +151,7 @@ def test_entries_that_no_saved_configuration_has(saved, entry, value, message):
 
 
 def test_entries_that_only_look_like_a_number_of_layers(saved):
-    change(
-        saved, "config.json", lambda d: d.update(vocab_size_per_layer_input=262_144, num_labels=7)
-    )
+    change(saved, "config.json", lambda d: d.update(vocab_size_per_layer_input=262_144, num_labels=7))
     assert transformers.AutoConfig.from_pretrained(saved).num_labels == 7
 
 

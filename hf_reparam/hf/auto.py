@@ -14,9 +14,10 @@ from transformers.models.auto import auto_factory
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_reparam.errors import PlanError
-from hf_reparam.hf.configuration import MODEL_TYPE, PREFIX, check_entries, config_class
+from hf_reparam.hf.configuration import MODEL_TYPE, PREFIX, config_class
 from hf_reparam.hf.families import auto_classes
 from hf_reparam.hf.modeling import model_class
+from hf_reparam.hf.untrusted import check_entries
 from hf_reparam.plan import RankPlan
 
 __all__ = ["ReparamConfig", "generated_class", "register"]

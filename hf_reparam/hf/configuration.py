@@ -1,14 +1,13 @@
 """Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from hf_reparam.errors import PlanError
+from hf_reparam.hf.untrusted import check_entries
 from hf_reparam.plan import RankPlan
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "PREFIX",
     "PUBLIC_MODULE",
     "ReparamConfigMixin",
-    "check_entries",
     "config_class",
     "note_refit",
     "plan_name",
@@ -30,31 +28,6 @@ MODEL_TYPE = "reparam"
 PREFIX = "Reparam"
 PUBLIC_MODULE = "hf_reparam"
 """Module under whose name generated classes are published, imported and unpickled."""
-
-
-_MOST = {"layers": 1000, "n_layer": 1000, "num_labels": 100_000}  # ends of names; more is an attack on time and memory
-
-
-def check_entries(data: Mapping[str, Any]) -> None:
-    """Refuse what no saved configuration of a low-rank model holds; its plan and the base's fields are checked later.
-
-    Raises:
-        PlanError: an entry names an attention implementation, which may be code to download, or is a private name, no
-            dtype, or a number of layers or labels that no model has.
-    """
-    for key, value in data.items():
-        if key.startswith("__") or key.endswith("attn_implementation"):
-            raise PlanError(f"config.json has the entry {key[:80]!r}, which is never saved")
-        most = next((most for end, most in _MOST.items() if key.endswith(end)), None)
-        number = isinstance(value, (int, float))
-        if (number and most is not None and not -1 <= value <= most) or (key == "num_labels" and not number):
-            raise PlanError(f"config.json has {key!r} = {str(value)[:80]}; at most {most} are accepted")
-    if not isinstance(data.get("quantization_config") or {}, dict):
-        raise PlanError("config.json has a 'quantization_config' that is no object")
-    dtype = data.get("dtype", data.get("torch_dtype"))
-    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
-    if not (known or dtype is None or isinstance(dtype, (dict, torch.dtype))):
-        raise PlanError(f"config.json has 'dtype' = {str(dtype)[:80]!r}, which is none of torch's")
 
 
 class ReparamConfigMixin:

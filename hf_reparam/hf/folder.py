@@ -21,7 +21,7 @@ from hf_reparam.hf.auto import generated_class
 from hf_reparam.hf.configuration import PREFIX, ReparamConfigMixin
 from hf_reparam.hf.offload import check_stored
 from hf_reparam.hf.processes import is_first
-from hf_reparam.hf.shards import check_folder
+from hf_reparam.hf.untrusted import check_folder
 
 __all__ = ["copy_companions", "load", "load_tokenizer", "locate", "new_folder", "skeleton"]
 

@@ -22,7 +22,7 @@ from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, pla
 from hf_reparam.hf.hub import Upload, written
 from hf_reparam.hf.parallel import factor_rules
 from hf_reparam.hf.remote import named_in_config, write_module
-from hf_reparam.hf.shards import check_folder
+from hf_reparam.hf.untrusted import check_folder
 from hf_reparam.nn.dense import dense_matrix, dense_type
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
@@ -131,7 +131,7 @@ class ReparamMixin:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
         """As the base's, from safetensors alone. Raises CheckpointError when a factor is missing, or left over."""
         source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path") or "")
-        check_folder(Path(source) / kwargs.get("subfolder", ""))
+        check_folder(Path(source) / (kwargs.get("subfolder") or ""))
         kwargs["use_safetensors"] = True  # nothing is ever unpickled
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if kwargs.get("state_dict") is None:

@@ -75,8 +75,8 @@ class _ModelMixin:
                     raise ValueError(f"{name}: factors are missing from the checkpoint, or do not fit its plan")
         for name, layer in model.named_modules():
             if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
-                layer.order = layer.order.to(torch.int64)
                 identity = torch.arange(layer.in_features, device=layer.order.device)
+                layer.order = identity if f"{name}.order" in info["missing_keys"] else layer.order.to(torch.int64)
                 if not torch.equal(layer.order.sort()[0], identity):
                     raise ValueError(f"{name}.order is no permutation of its {layer.in_features} inputs")
         return (model, info) if output_loading_info else model
