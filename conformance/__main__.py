@@ -14,6 +14,13 @@ from benchmarks.machine import RESULTS, describe
 from conformance.families import DENSE, FAMILIES, FORMS
 
 OUTCOMES = ("passed", "failed", "skipped")
+EXPECTED = {
+    "test_base_model_prefix_loads_base_weights",
+    "test_can_load_from_already_mapped_keys",
+    "test_model_weights_reload_no_missing_tied_weights",
+    "test_reverse_loading_mapping",
+}
+"""Tests that end worse than dense by design; docs/trust.md says why."""
 
 
 def outcome(counts: dict[str, int]) -> str:
@@ -69,7 +76,10 @@ def main() -> int:
     if options.only is None:
         result = {"machine": {**describe(0), "command": "make conformance"}, "seconds": round(time.time() - start)}
         (RESULTS / "conformance.json").write_text(json.dumps({**result, "families": report}, indent=1) + "\n")
-    return int(any(row["worse_than_dense"] for forms in report.values() for row in forms.values()))
+    worse = {name for forms in report.values() for row in forms.values() for name in row["worse_than_dense"]}
+    for name in sorted(worse - EXPECTED):
+        print(f"worse than dense, and not as expected: {name}")
+    return int(not worse <= EXPECTED)
 
 
 if __name__ == "__main__":
