@@ -9,6 +9,7 @@ those in the file. Anything else is written down, and the exit status is 1.
 
 import argparse
 import copy
+import importlib
 import io
 import json
 import os
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,8 @@ def main() -> int:
 
 def attack(scratch: Path, configs: int, loads: int, files: int) -> dict[str, Any]:
     """Every kind of attack on a pair and a pivoted model, so many times each."""
+    with suppress(ImportError):  # a configuration can make Transformers import it, which takes a second by itself
+        importlib.import_module("bitsandbytes")
     rng, sources = random.Random(SEED), []
     for form in ("pair", "pivoted"):
         sources.append(_source(scratch / form, form))

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import hf_reparam
-from benchmarks.hostile import attack
+from benchmarks import hostile
 from hf_reparam import CheckpointError, PlanError, convert
 from hf_reparam.hf.folder import load
 from tests import zoo
@@ -27,9 +27,15 @@ def test_a_taste_of_the_attacks(attacked, part):
     assert sum(n for end, n in attacked[part]["ends"].items() if "Error" in end) > 50
 
 
+BUSY = 5.0
+"""Seconds for what takes less than one, as `python -m benchmarks.hostile` shows, where nothing else runs."""
+
+
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory):
-    return attack(tmp_path_factory.mktemp("attack"), configs=600, loads=200, files=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hostile, "LIMIT", BUSY)
+        return hostile.attack(tmp_path_factory.mktemp("attack"), configs=600, loads=200, files=100)
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def refused(folder, kind, match):
         start = time.perf_counter()
         with pytest.raises(kind, match=match):
             door()
-        assert time.perf_counter() - start < 1
+        assert time.perf_counter() - start < BUSY
 
 
 @pytest.mark.parametrize("where", ["../outside.safetensors", "/outside.safetensors", "a/../../outside.safetensors", 3])
@@ -163,7 +169,7 @@ def test_a_million_layers(saved):
     start = time.perf_counter()
     with pytest.raises(CheckpointError, match="bytes; at most 16,777,216 are accepted"):
         load(saved)
-    assert time.perf_counter() - start < 0.1
+    assert time.perf_counter() - start < 1
 
 
 def test_shapes_are_compared_before_memory_is_taken(saved):
