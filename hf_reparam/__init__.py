@@ -23,6 +23,7 @@ from hf_reparam.planning import make_plan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
+from hf_reparam.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "convert_checkpoint",
     "decompose",
     "distillation_loss",
+    "load",
     "make_plan",
     "merge",
     "merge_checkpoint",
@@ -57,6 +59,7 @@ __all__ = [
     "plot",
     "refit",
     "register_dense",
+    "save",
     "summarize",
 ]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.configuration import plan_name
-from hf_reparam.hf.inspection import protected_layers
+from hf_reparam.hf.inspection import protected_layers, with_projections
 from hf_reparam.hf.objective import is_multi_label, objective
 from hf_reparam.hf.processes import distributed, total
 from hf_reparam.linalg import LayerMoments, Moments
@@ -28,6 +28,7 @@ __all__ = ["collect_moments", "frozen", "layer_name"]
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
+@with_projections
 def collect_moments(
     model: nn.Module,
     batches: Batches,

@@ -17,12 +17,13 @@ from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.factoring import factor_layers
-from hf_reparam.hf.inspection import check_unquantized, count_parameters, protected_layers
+from hf_reparam.hf.inspection import check_unquantized, count_parameters, protected_layers, split_projections
 from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
 from hf_reparam.hf.retype import to_reparam
 from hf_reparam.hf.summary import skipped_reports
 from hf_reparam.linalg import Moments
+from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import replace_modules
 from hf_reparam.nn.targets import Skipped, Target, find_targets
@@ -188,13 +189,14 @@ def convert(
     _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of)
     data = _kept_for_refit(calibration, offload_folder) if refit else None
     check_unquantized(model)
-    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
-    chosen: Chosen | None = None  # ranks that are given are judged before any long work
-    if rank is not None:
-        chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
-    elif plan is not None:
-        chosen = _planned(model, targets.selected, plan)
     with ExitStack() as scratch:
+        scratch.enter_context(split_projections(model))
+        targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
+        chosen: Chosen | None = None  # ranks that are given are judged before any long work
+        if rank is not None:
+            chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
+        elif plan is not None:
+            chosen = _planned(model, targets.selected, plan)
         moments = _moments(model, data or calibration, metric, tokenizer, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
         if chosen is None:
@@ -360,4 +362,6 @@ def _install(
 ) -> M:
     """Put the layers in place, and give a `PreTrainedModel` its derived class."""
     result = replace_modules(model, layers, inplace=inplace)
-    return to_reparam(result, method, record) if isinstance(result, PreTrainedModel) else result
+    if isinstance(result, PreTrainedModel):
+        return to_reparam(result, method, record)
+    return result if inplace else join_dense(result)

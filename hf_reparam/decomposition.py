@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.hf.inspection import protected_layers
+from hf_reparam.hf.inspection import protected_layers, with_projections
 from hf_reparam.hf.offload import aligned
 from hf_reparam.hf.processes import distributed, spread
 from hf_reparam.linalg import Decomposition, LayerMoments, Metric, Moments, spectrum, working_device
@@ -107,6 +107,7 @@ class Decompositions:
         return moments.metric(metric, centred=target.bias_parameters > 0, device=device)
 
 
+@with_projections
 def decompose(
     model: nn.Module,
     moments: Moments | None = None,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.offload import aligned, build_layers, execution_device, mark_offloaded
 from hf_reparam.hf.retype import to_stock
+from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.dense import build_dense, dense_like
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import replace_modules
@@ -63,4 +64,4 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     result = replace_modules(model, {layers[name]: dense for name, (dense, _) in built.items()}, inplace=inplace)
     if folder is not None:
         mark_offloaded(result, layers)
-    return to_stock(result) if isinstance(result, PreTrainedModel) else result
+    return to_stock(result) if isinstance(result, PreTrainedModel) else join_dense(result)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import RankError, TargetError
-from hf_reparam.hf.inspection import count_parameters, protected_layers
+from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.hf.processes import spread
 from hf_reparam.linalg import Moments, Options, allocate
 from hf_reparam.nn.targets import Target, find_targets
@@ -21,6 +21,7 @@ __all__ = ["check_budget", "make_plan"]
 ALLOCATIONS = ("global", "uniform")
 
 
+@with_projections
 def make_plan(
     model: nn.Module,
     moments: Moments | Decompositions | None = None,

@@ -12,6 +12,7 @@ from hf_reparam.batches import Batches, prepare
 from hf_reparam.calibration import frozen, layer_name
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.configuration import note_refit
+from hf_reparam.hf.inspection import split_projections
 from hf_reparam.hf.objective import divergence
 from hf_reparam.linalg import Moments, PairedMoments, decompose
 from hf_reparam.nn.calibrate import inputs_of, order_of, rows
@@ -62,6 +63,13 @@ def refit(
     >>> report.after < report.before
     True
     """
+    with split_projections(dense):
+        return _refit(model, dense, batches, moments, tokenizer)
+
+
+def _refit(
+    model: nn.Module, dense: nn.Module, batches: Batches, moments: Moments | None, tokenizer: Any
+) -> RefitReport:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     originals = _originals(layers, dense)
     data: Prepared = list(prepare(model, batches, tokenizer, desc="Reading batches"))

@@ -31,6 +31,7 @@ LAYERS = [
     "refitting",
     "convert",
     "merge",
+    "storage",
     "distillation",
     "checkpoint",
     "cli",

@@ -285,6 +285,16 @@ def test_recovery_figures_are_the_results():
     assert f"dense {results['dense']:.3f}:" in page
 
 
+def test_textbook_figures_are_the_results():
+    page = (ROOT / "docs" / "tasks" / "plain-torch.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "textbook.json").read_text())["results"]
+    for keep, row in results.items():
+        scores = " | ".join(f"{row[name]:.3f}" for name in ("plain SVD", "converted", "fine-tuned", "merged"))
+        assert f"| {keep} | {row['parameters'][1] / row['parameters'][0]:.2f} | {scores} |" in page
+        assert row["loaded"] == row["fine-tuned"]
+    assert f"writes {results['0.3']['dense']:.1%}" in page
+
+
 def test_make_targets_exist():
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.M)
     assert targets == ["demo", "test"]

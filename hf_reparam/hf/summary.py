@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.hf.configuration import plan_of
-from hf_reparam.hf.inspection import count_parameters, protected_layers
+from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import LayerSpec
 from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
@@ -14,6 +14,7 @@ from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
 __all__ = ["layer_report", "skipped_reports", "summarize"]
 
 
+@with_projections
 def summarize(model: nn.Module) -> ConversionReport:
     """Report on a model as it stands, from shapes alone: its low-rank layers, or the layers that could be converted.
 

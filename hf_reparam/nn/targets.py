@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_reparam.nn.attention import unsplittable
 from hf_reparam.nn.dense import dense_matrix, dense_type, registered_types
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
@@ -121,7 +122,7 @@ def find_targets(
     selected, skipped = [], []
     for name, (names, module) in modules.items():
         if name not in dense:
-            skipped += _other_weights(name, module)
+            skipped += _other_weights(name, module, owners)
             continue
         reason = next((kept[n] for n in names if n in kept), None) or _unfit(name, module, modules, owners)
         if reason is None and (pattern := first_match(unwanted, names)):
@@ -173,7 +174,7 @@ def _unfit(
     """Why this dense-looking layer cannot be replaced by a module with the same call, or None."""
     parent = modules.get(name.rpartition(".")[0])
     if parent is not None and isinstance(parent[1], nn.MultiheadAttention):
-        return "inside nn.MultiheadAttention, which reads the weight itself"
+        return _inside(parent[1], owners)
     if not isinstance(module, LowRankLinear):
         if dense_type(module) is None:
             return f"{type(module).__name__} is a subclass of a dense type; register_dense makes it known"
@@ -189,14 +190,19 @@ def _unfit(
     return None
 
 
-def _other_weights(name: str, module: nn.Module) -> list[Skipped]:
+def _inside(attention: nn.MultiheadAttention, owners: Counter[int]) -> str:
+    why = unsplittable(attention, owners)
+    return f"inside nn.MultiheadAttention{', which reads the weight itself' if why is None else f': {why}'}"
+
+
+def _other_weights(name: str, module: nn.Module, owners: Counter[int]) -> list[Skipped]:
     """Weights of two or more dimensions held by a module that is no dense layer."""
     found = []
     for key, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() >= 2:
             kind = type(module).__name__
             if isinstance(module, nn.MultiheadAttention):
-                reason = "inside nn.MultiheadAttention, which reads the weight itself"
+                reason = _inside(module, owners)
             elif key == "weight":
                 reason = f"{kind} is no dense layer"
             else:

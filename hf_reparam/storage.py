@@ -1,0 +1,112 @@
+"""`save` and `load` for converted models that are no `PreTrainedModel`: a plan beside safetensors."""
+
+import json
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_reparam.errors import CheckpointError, PlanError, TargetError
+from hf_reparam.hf.folder import new_folder
+from hf_reparam.hf.inspection import split_projections
+from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.nn.surgery import low_rank_like, replace_modules
+from hf_reparam.nn.targets import find_targets
+from hf_reparam.plan import RankPlan
+
+__all__ = ["load", "save"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_PLAN, _TENSORS = "plan.json", "model.safetensors"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write a converted model that is no `PreTrainedModel`: `plan.json` and `model.safetensors` in a folder.
+
+    The folder appears whole or not at all. Of tensors that are shared one is stored.
+
+    Args:
+        model: what `convert` returned for a plain module, trained or not.
+        path: the folder to make.
+        force: replace the folder if it exists.
+
+    Raises:
+        TargetError: the model is a `PreTrainedModel`, which has `save_pretrained`, or has no low-rank layer.
+        CheckpointError: the folder exists, or cannot be written.
+
+    >>> import tempfile
+    >>> from hf_reparam.convert import convert
+    >>> small = convert(nn.Sequential(nn.Linear(64, 64)), rank=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(small, f"{folder}/small")
+    ...     load(nn.Sequential(nn.Linear(64, 64)), f"{folder}/small")
+    Sequential(
+      (0): LowRankLinear(
+        in_features=64, out_features=64, rank=8, form=pair
+        (down): Linear(in_features=64, out_features=8, bias=False)
+        (up): Linear(in_features=8, out_features=64, bias=True)
+      )
+    )
+    """
+    if isinstance(model, PreTrainedModel):
+        raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
+    modules = {name: module.spec for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    if not modules:
+        raise TargetError(f"{type(model).__name__} has no low-rank layer: save it as any module")
+    out = Path(path)
+    if out.exists() and not force:
+        raise CheckpointError(f"{out} exists; choose another place, or replace it with force=True")
+    with new_folder(out) as work:
+        (work / "new").mkdir()
+        (work / "new" / _PLAN).write_text(json.dumps(RankPlan(modules).to_dict(), indent=1) + "\n")
+        save_model(model, str(work / "new" / _TENSORS))
+
+
+def load(model: M, path: str | os.PathLike[str]) -> M:
+    """Read what `save` wrote into a freshly built dense model of the same class; changes `model` and returns it.
+
+    No SVD is computed. If anything fails, the model has its own layers, of which some may hold numbers of the file.
+
+    Args:
+        model: dense, as it was before it was converted; its numbers are overwritten.
+        path: the folder.
+
+    Raises:
+        CheckpointError: no such folder, or tensors that are missing, left over or of another shape.
+        PlanError: the plan is malformed, or names what is no dense layer of this model.
+        TargetError: the model is a `PreTrainedModel`, which has `from_pretrained`.
+    """
+    if isinstance(model, PreTrainedModel):
+        raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use from_pretrained")
+    folder = Path(path)
+    plan = _plan(folder)
+    with split_projections(model):
+        targets = {target.name: target for target in find_targets(model).selected}
+        unknown = sorted(set(plan.modules) - set(targets))
+        if unknown:
+            raise PlanError(f"the plan names {len(unknown)} layers that {type(model).__name__} has not: {unknown[:3]}")
+        layers: dict[nn.Module, nn.Module] = {}
+        for name, spec in plan.modules.items():
+            target = targets[name]
+            if spec.rank > spec.limit(target.in_features, target.out_features):
+                raise PlanError(f"{name}: the plan gives it rank {spec.rank}, which is above what its shape allows")
+            layers[target.module] = low_rank_like(target.module, spec)
+        replace_modules(model, layers, inplace=True)
+        try:
+            load_model(model, folder / _TENSORS)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            replace_modules(model, {low: dense for dense, low in layers.items()}, inplace=True)
+            raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+    return model
+
+
+def _plan(folder: Path) -> RankPlan:
+    try:
+        return RankPlan.from_dict(json.loads((folder / _PLAN).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} holds no model that `save` wrote: {error}") from None
