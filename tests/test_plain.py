@@ -158,6 +158,12 @@ def test_an_attention_that_stays_says_why():
     assert [row.name for row in report.layers] == ["fc"]
 
 
+def test_an_attention_by_itself_stays():
+    """There is no module in which another could take its place."""
+    with pytest.raises(TargetError, match="no dense layer that can be factored"):
+        convert(nn.MultiheadAttention(WIDTH, 4), rank=4)
+
+
 def test_it_learns():
     torch.manual_seed(0)
     model, batch = Textbook(), ids()
