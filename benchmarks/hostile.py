@@ -163,7 +163,7 @@ def alarm() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _ours(error: Exception) -> bool:
+def _after_us(error: Exception) -> bool:
     """Whether this package had a say before the error: what fails earlier fails so for every model."""
     return any("hf_reparam" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
@@ -189,7 +189,7 @@ class Tally:
         except Exception as error:
             end = type(error).__name__
             if not isinstance(error, NAMED):
-                good = not _ours(error)
+                good = not _after_us(error)
                 end += ", unnamed" if not good else " before the plan is read"
         took = time.perf_counter() - start
         self.slowest = max(self.slowest, took * converted)
@@ -231,7 +231,7 @@ def main() -> int:
     parser.add_argument("--configs", type=int, default=100_000, help="configurations to read (default: 100,000)")
     parser.add_argument("--loads", type=int, default=3000, help="whole models to load (default: 3,000)")
     parser.add_argument("--files", type=int, default=2000, help="weight files to load (default: 2,000)")
-    parser.add_argument("--keep", action="store_true", help="do not write results/hostile.json")
+    parser.add_argument("--no-write", action="store_true", help="leave results/hostile.json alone")
     options = parser.parse_args()
     sys.stdin = io.StringIO()  # nobody is there to answer "run the custom code?"
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -240,7 +240,7 @@ def main() -> int:
         results = attack(Path(scratch), options.configs, options.loads, options.files)
     for name, part in results.items():
         print(name, json.dumps(part, indent=1))
-    if not options.keep:
+    if not options.no_write:
         write("hostile", results, SEED)
     return int(any(isinstance(part, dict) and part["bad"] for part in results.values()))
 
@@ -255,31 +255,21 @@ def attack(scratch: Path, configs: int, loads: int, files: int) -> dict[str, Any
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     results: dict[str, Any] = {}
     folder = scratch / "folder"
-    tally = Tally()
-    for number in tqdm(range(configs), desc="Configurations", unit_scale=True):
-        config, _, _ = sources[number % 2]
-        text = mutated(config, rng)
-        _write(folder, text)
-        tally.run(
-            told(text, config),
-            lambda: "read" if transformers.AutoConfig.from_pretrained(folder) else "",
-            converted=ours(text),
-        )
-    results["configurations"] = tally.to_dict()
-    tally = Tally()
-    for number in tqdm(range(loads), desc="Whole loads"):
-        config, stored, path = sources[number % 2]
-        text = mutated(config, rng)
-        _write(folder, text, path)
-        tally.run(told(text, config), lambda stored=stored: whole(folder, stored), converted=ours(text))
-    results["whole_loads"] = tally.to_dict()
-    tally, skeletons = Tally(), min(loads, 1000)
-    for number in tqdm(range(skeletons), desc="Skeletons"):
-        config, _, _ = sources[number % 2]
-        text = mutated(config, rng)
-        _write(folder, text)
-        tally.run(told(text, config), lambda: _built(folder), converted=ours(text))
-    results["skeletons"] = tally.to_dict()
+
+    def configure(
+        desc: str, count: int, act: Callable[[dict[str, torch.Tensor]], str], *, weights: bool = False
+    ) -> Any:
+        tally = Tally()
+        for number in tqdm(range(count), desc=desc):
+            config, stored, path = sources[number % 2]
+            text = mutated(config, rng)
+            _write(folder, text, path if weights else None)
+            tally.run(told(text, config), lambda stored=stored: act(stored), converted=ours(text))
+        return tally.to_dict()
+
+    results["configurations"] = configure("Configurations", configs, lambda _: _read(folder))
+    results["whole_loads"] = configure("Whole loads", loads, lambda stored: whole(folder, stored), weights=True)
+    results["skeletons"] = configure("Skeletons", min(loads, 1000), lambda _: _built(folder))
     tally = Tally()
     for number in tqdm(range(files), desc="Weight files"):
         config, stored, path = sources[number % 2]

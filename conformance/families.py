@@ -22,21 +22,21 @@ RANK = 8
 BATCH, LENGTH = 13, 7  # as the testers of Transformers have them: some tests cut to a batch of 7
 
 
-def _ids(config: Any) -> torch.Tensor:
+def _ids() -> torch.Tensor:
     return torch.randint(3, 90, (BATCH, LENGTH))
 
 
 def _text(config: Any) -> dict[str, torch.Tensor]:
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[:, -1:] = 0
-    return {"input_ids": _ids(config), "attention_mask": mask}
+    return {"input_ids": _ids(), "attention_mask": mask}
 
 
 def _seq2seq(config: Any) -> dict[str, torch.Tensor]:
-    ids = _ids(config)
+    ids = _ids()
     ids[:, -1] = config.eos_token_id  # by which BART finds the end of a text
     ones = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    decoder = {"decoder_input_ids": _ids(config), "decoder_attention_mask": ones}
+    decoder = {"decoder_input_ids": _ids(), "decoder_attention_mask": ones}
     return {"input_ids": ids, "attention_mask": ones, **decoder}
 
 

@@ -15,9 +15,9 @@ from transformers.utils.logging import tqdm
 
 from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
-from hf_reparam.errors import PlanError, RankError, TargetError
+from hf_reparam.errors import RankError, TargetError
 from hf_reparam.factoring import factor_layers
-from hf_reparam.hf.inspection import check_unquantized, count_parameters, protected_layers, split_projections
+from hf_reparam.hf.inspection import check_unquantized, count_parameters, protected_layers, with_projections
 from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
 from hf_reparam.hf.retype import to_reparam
@@ -26,9 +26,9 @@ from hf_reparam.linalg import Moments
 from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import replace_modules
-from hf_reparam.nn.targets import Skipped, Target, find_targets
-from hf_reparam.plan import FORMS, LayerSpec, RankPlan
-from hf_reparam.planning import check_budget, make_plan
+from hf_reparam.nn.targets import Target, find_targets
+from hf_reparam.plan import FORMS, RankPlan
+from hf_reparam.planning import Chosen, check_budget, fit_plan, make_plan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, LayerReport, RefitReport
@@ -37,7 +37,6 @@ __all__ = ["convert"]
 
 M = TypeVar("M", bound=nn.Module)
 Calibration = Moments | Decompositions | Iterable[Mapping[str, Any]] | Iterable[str]
-Chosen = tuple[Mapping[str, LayerSpec], tuple[Skipped, ...]]
 Evaluate = Callable[[Any], float]
 
 _HALVINGS = 7
@@ -95,6 +94,7 @@ def convert(
     offload_folder: str | os.PathLike[str] | None = ...,
     return_report: Literal[True],
 ) -> tuple[M, ConversionReport]: ...
+@with_projections
 def convert(
     model: M,
     *,
@@ -132,7 +132,8 @@ def convert(
     without, they are truncated SVDs.
 
     Args:
-        model: any `PreTrainedModel` or `nn.Module`. One that accelerate has dispatched (`device_map=`) gets its new
+        model: any `PreTrainedModel` or `nn.Module`; in one that is no `PreTrainedModel` the projections of an
+            `nn.MultiheadAttention` are layers, too. One that accelerate has dispatched (`device_map=`) gets its new
             layers on the devices where the old ones compute.
         rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
             which the first match decides and layers that none matches stay dense.
@@ -189,14 +190,13 @@ def convert(
     _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of)
     data = _kept_for_refit(calibration, offload_folder) if refit else None
     check_unquantized(model)
+    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
+    chosen: Chosen | None = None  # ranks that are given are judged before any long work
+    if rank is not None:
+        chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
+    elif plan is not None:
+        chosen = fit_plan(model, targets.selected, plan)
     with ExitStack() as scratch:
-        scratch.enter_context(split_projections(model))
-        targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
-        chosen: Chosen | None = None  # ranks that are given are judged before any long work
-        if rank is not None:
-            chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
-        elif plan is not None:
-            chosen = _planned(model, targets.selected, plan)
         moments = _moments(model, data or calibration, metric, tokenizer, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
         if chosen is None:
@@ -206,7 +206,7 @@ def convert(
                 plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
             else:
                 plan = plan_for(source, keep=keep, target_params=target_params)
-            chosen = _planned(model, targets.selected, plan)
+            chosen = fit_plan(model, targets.selected, plan)
         before, name = count_parameters(model), type(model).__name__
         specs, left = chosen
         skipped = skipped_reports([*left, *targets.skipped])
@@ -272,24 +272,6 @@ def _folder(given: str | os.PathLike[str] | None, scratch: ExitStack, *, tempora
     return None
 
 
-def _planned(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> Chosen:
-    """The layers to convert by a plan, and the reason why the others stay."""
-    named = {layer_name(model, target.name): target for target in targets}
-    unknown = sorted(set(plan.modules) - set(named))
-    if unknown:
-        raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
-    if not plan.modules:
-        raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
-    for name, spec in plan.modules.items():
-        target = named[name]
-        most = spec.limit(target.in_features, target.out_features) if target.spec is None else target.spec.rank
-        if spec.rank > most:
-            raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above the {most} it can have")
-    specs = {named[name].name: spec for name, spec in plan.modules.items()}
-    dense = [t for t in targets if t.name not in specs]
-    return specs, tuple(Skipped(t.name, t.kind, t.parameters, "the plan leaves it dense") for t in dense)
-
-
 def _search(
     model: nn.Module,
     targets: tuple[Target, ...],
@@ -309,7 +291,7 @@ def _search(
         except RankError:  # below the smallest size
             low = keep
             continue
-        layers, _ = factor_layers(model, targets, _planned(model, targets, plan)[0], source)
+        layers, _ = factor_layers(model, targets, fit_plan(model, targets, plan)[0], source)
         small = _install(model, layers, source.metric, ConversionRecord(), inplace=False)
         nearest = max(nearest, score := float(evaluate(small)))
         if score >= floor:

@@ -9,14 +9,17 @@ from transformers import PreTrainedModel
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
-from hf_reparam.errors import RankError, TargetError
+from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.hf.processes import spread
 from hf_reparam.linalg import Moments, Options, allocate
-from hf_reparam.nn.targets import Target, find_targets
+from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 
-__all__ = ["check_budget", "make_plan"]
+__all__ = ["Chosen", "check_budget", "fit_plan", "make_plan"]
+
+Chosen = tuple[Mapping[str, LayerSpec], tuple[Skipped, ...]]
+"""Path -> rank and form of the layers to convert, and why the others stay."""
 
 ALLOCATIONS = ("global", "uniform")
 
@@ -178,3 +181,26 @@ def _options(target: Target, losses: Tensor, form: str, multiple_of: int) -> tup
     errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
     costs = torch.tensor([*(_weights(target, spec) for spec in specs), _size(target)], dtype=torch.float64)
     return [*specs, None], Options(errors, costs)
+
+
+def fit_plan(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> Chosen:
+    """The layers to convert by a plan, and the reason why the others stay.
+
+    Raises:
+        PlanError: the plan names what is no layer of these, or a rank that its layer cannot have.
+        TargetError: the plan names nothing.
+    """
+    named = {layer_name(model, target.name): target for target in targets}
+    unknown = sorted(set(plan.modules) - set(named))
+    if unknown:
+        raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
+    if not plan.modules:
+        raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
+    for name, spec in plan.modules.items():
+        target = named[name]
+        most = spec.limit(target.in_features, target.out_features) if target.spec is None else target.spec.rank
+        if spec.rank > most:
+            raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above the {most} it can have")
+    specs = {named[name].name: spec for name, spec in plan.modules.items()}
+    dense = [t for t in targets if t.name not in specs]
+    return specs, tuple(Skipped(t.name, t.kind, t.parameters, "the plan leaves it dense") for t in dense)

@@ -10,13 +10,14 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.errors import CheckpointError, PlanError, TargetError
+from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.hf.folder import new_folder
-from hf_reparam.hf.inspection import split_projections
+from hf_reparam.hf.inspection import with_projections
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.nn.targets import find_targets
 from hf_reparam.plan import RankPlan
+from hf_reparam.planning import fit_plan
 
 __all__ = ["load", "save"]
 
@@ -67,6 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         save_model(model, str(work / "new" / _TENSORS))
 
 
+@with_projections
 def load(model: M, path: str | os.PathLike[str]) -> M:
     """Read what `save` wrote into a freshly built dense model of the same class; changes `model` and returns it.
 
@@ -85,23 +87,16 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use from_pretrained")
     folder = Path(path)
     plan = _plan(folder)
-    with split_projections(model):
-        targets = {target.name: target for target in find_targets(model).selected}
-        unknown = sorted(set(plan.modules) - set(targets))
-        if unknown:
-            raise PlanError(f"the plan names {len(unknown)} layers that {type(model).__name__} has not: {unknown[:3]}")
-        layers: dict[nn.Module, nn.Module] = {}
-        for name, spec in plan.modules.items():
-            target = targets[name]
-            if spec.rank > spec.limit(target.in_features, target.out_features):
-                raise PlanError(f"{name}: the plan gives it rank {spec.rank}, which is above what its shape allows")
-            layers[target.module] = low_rank_like(target.module, spec)
-        replace_modules(model, layers, inplace=True)
-        try:
-            load_model(model, folder / _TENSORS)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            replace_modules(model, {low: dense for dense, low in layers.items()}, inplace=True)
-            raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+    targets = find_targets(model).selected
+    specs, _ = fit_plan(model, targets, plan)
+    chosen = [target for target in targets if target.name in specs]
+    layers: dict[nn.Module, nn.Module] = {t.module: low_rank_like(t.module, specs[t.name]) for t in chosen}
+    replace_modules(model, layers, inplace=True)
+    try:
+        load_model(model, folder / _TENSORS)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        replace_modules(model, {low: dense for dense, low in layers.items()}, inplace=True)
+        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from None
     return model
 
 

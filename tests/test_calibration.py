@@ -188,20 +188,6 @@ def test_every_family(base):
     assert all(float(layer.gradient_products.diagonal().sum()) > 0 for layer in deep)
 
 
-def test_a_layer_that_saw_nothing_is_named():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.used(x)
-
-    with pytest.warns(UserWarning, match=r"1 layers saw no data .*\['unused'\]"):
-        moments = collect_moments(Net(), [{"x": torch.ones(2, 4)}], metric="activation")
-    assert moments.layers["unused"].tokens == 0
-
-
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [

@@ -125,6 +125,7 @@ def test_a_layer_that_is_never_reached():
     net = Net()
     with pytest.warns(UserWarning, match=r"1 layers saw no data and will get plain SVD: \['unused'\]"):
         moments = collect_moments(net, [{"x": torch.randn(9, 12)}], loss_fn=lambda m, b: m(**b).square().sum())
+    assert moments.layers["unused"].tokens == 0
     calibrated, plain = convert(net, rank=3, calibration=moments), convert(net, rank=3)
     torch.testing.assert_close(calibrated.unused.weight.add(0), plain.unused.weight.add(0))
 

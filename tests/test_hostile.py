@@ -173,7 +173,7 @@ def test_a_million_layers(saved):
 
 
 def test_shapes_are_compared_before_memory_is_taken(saved):
-    """A table of 4 x 10^12 numbers."""
+    """A table of 3.2 x 10^12 numbers."""
     change(saved, "config.json", lambda d: d.update(max_position_embeddings=10**11))
     refused(saved, (RuntimeError, CheckpointError), "position_embeddings.weight.*100000000000, 32")
 

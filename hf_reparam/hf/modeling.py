@@ -63,7 +63,7 @@ class ReparamMixin:
         ]
         super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
-            _draw(module, getattr(self.config, "initializer_range", None))
+            _draw(module, self.config)
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         """Where each tensor-parallel rule applies: the base's answer, with a low-rank layer's rule for its factors."""
@@ -244,17 +244,18 @@ def _swap(model: Any, *, strict: bool) -> None:
         if not isinstance(module, LowRankLinear):
             layers[module] = low = low_rank_like(module, plan.modules[name])
             if not low.up.weight.is_meta:
-                _draw(low, getattr(model.config, "initializer_range", None))
+                _draw(low, model.config)
     if layers:
         replace_modules(model, layers, inplace=True)
 
 
 @torch.no_grad()
-def _draw(layer: LowRankLinear, std: float | None) -> None:
-    """Give numbers to a layer that has none, so that its product has this deviation; None for a fresh nn.Linear's.
+def _draw(layer: LowRankLinear, config: Any) -> None:
+    """Give numbers to a layer that has none, so that its product has the family's deviation, or a fresh nn.Linear's.
 
     One factor has it, and the other mixes its r rows or columns with variance 1 / r.
     """
+    std = getattr(config, "initializer_range", None)
     pivoted = isinstance(layer, PivotedLinear)
     outer, mixing = (layer.up, layer.down) if pivoted else (layer.down, layer.up)
     initialization.normal_(outer.weight, std=(3 * layer.in_features) ** -0.5 if std is None else std)

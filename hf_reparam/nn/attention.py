@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_reparam.nn.linear import LowRankLinear
-from hf_reparam.nn.surgery import replace_modules
+from hf_reparam.nn.surgery import has_hooks, replace_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -128,8 +128,7 @@ def unsplittable(attention: nn.MultiheadAttention, owners: Counter[int]) -> str 
         return "add_zero_attn adds a key and a value that no projection makes"
     if any(owners[id(p)] > 1 for p in attention.parameters()):
         return "tied: another module holds the same parameter"
-    hooks = (attention._forward_hooks, attention._forward_pre_hooks, attention._backward_hooks)
-    return "has hooks, which would be lost" if any(hooks) else None
+    return "has hooks, which would be lost" if has_hooks(attention) else None
 
 
 def split(attention: nn.MultiheadAttention) -> SplitMultiheadAttention:
@@ -190,7 +189,7 @@ def join_dense(model: M) -> M:
     return replace_modules(model, {m: join(m) for m in found if m is not model}, inplace=True)
 
 
-def _factored(attention: SplitMultiheadAttention) -> bool:
+def _factored(attention: nn.Module) -> bool:
     return any(isinstance(child, LowRankLinear) for child in attention.children())
 
 
@@ -199,12 +198,9 @@ def split_attention(model: nn.Module) -> Iterator[None]:
     """Every attention of a model in split form, until the block ends; those that were factored in it stay split."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m is not model]
-    splits = {split(m): m for m in found if unsplittable(m, owners) is None}
+    splits: dict[nn.Module, nn.Module] = {m: split(m) for m in found if unsplittable(m, owners) is None}
     try:
-        replace_modules(model, {whole: parts for parts, whole in splits.items()}, inplace=True)
+        replace_modules(model, splits, inplace=True)
         yield
     finally:
-        present = set(model.modules())
-        replace_modules(
-            model, {s: whole for s, whole in splits.items() if s in present and not _factored(s)}, inplace=True
-        )
+        replace_modules(model, {s: whole for whole, s in splits.items() if not _factored(s)}, inplace=True)

@@ -13,7 +13,7 @@ from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["factor", "low_rank_like", "replace_modules", "set_bias", "set_factors"]
+__all__ = ["factor", "has_hooks", "low_rank_like", "replace_modules", "set_bias", "set_factors"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -119,3 +119,9 @@ def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, in
             if child is not None and child in replacements:
                 module._modules[name] = replacements[child]
     return model
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody has put hooks on a module, which a module in its place would not have."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)

@@ -10,6 +10,7 @@ from hf_reparam.nn.attention import unsplittable
 from hf_reparam.nn.dense import dense_matrix, dense_type, registered_types
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
+from hf_reparam.nn.surgery import has_hooks
 from hf_reparam.plan import LayerSpec
 
 __all__ = ["Skipped", "Target", "Targets", "find_targets"]
@@ -184,8 +185,8 @@ def _unfit(
             return "tied: another module holds the same parameter"
         if not module._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
             return f"quantized: its weight is {module._parameters['weight'].dtype}"  # type: ignore[union-attr]
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or ("forward" in vars(module) and not hasattr(module, "_hf_hook")):  # accelerate's may be replaced
+    wrapped = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's may be replaced
+    if has_hooks(module) or wrapped:
         return "has hooks, which would be lost"
     return None
 
