@@ -238,11 +238,12 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         results = attack(Path(scratch), options.configs, options.loads, options.files)
+        results["a_million_layers"] = million(Path(scratch))
     for name, part in results.items():
         print(name, json.dumps(part, indent=1))
     if not options.no_write:
         write("hostile", results, SEED)
-    return int(any(isinstance(part, dict) and part["bad"] for part in results.values()))
+    return int(any(isinstance(part, dict) and part.get("bad") for part in results.values()))
 
 
 def attack(scratch: Path, configs: int, loads: int, files: int) -> dict[str, Any]:
@@ -280,6 +281,30 @@ def attack(scratch: Path, configs: int, loads: int, files: int) -> dict[str, Any
     results["weight_files"] = tally.to_dict()
     results["peak_memory_growth_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     return results
+
+
+def million(scratch: Path) -> dict[str, Any]:
+    """Seconds until a configuration of 10^6 layers is refused, by this package's `load` and by `AutoModel`, and
+    seconds in which stock Transformers reads a stock configuration with the same entries."""
+    folder = scratch / "million"
+    config = _source(folder, "pair")[0]
+    entries = {f"encoder.layer.{i}.output.dense": {"rank": 1, "form": "pair"} for i in range(10**6)}
+    config["reparam"]["modules"] = entries
+    _write(folder, json.dumps(config))
+    results: dict[str, Any] = {"megabytes": round((folder / "config.json").stat().st_size / 1e6, 1)}
+    for name, act in (("load", load), ("auto_model", transformers.AutoModelForMaskedLM.from_pretrained)):
+        start = time.perf_counter()
+        try:
+            act(folder)
+        except hf_reparam.ReparamError as error:
+            results[f"{name}_seconds"] = round(time.perf_counter() - start, 3)
+            results[f"{name}_error"] = f"{type(error).__name__}: {error}"[:100]
+    transformers.BertConfig().save_pretrained(folder)
+    stock = json.loads((folder / "config.json").read_text())
+    _write(folder, json.dumps(stock | {"entries": entries}))
+    start = time.perf_counter()
+    transformers.AutoConfig.from_pretrained(folder)
+    return results | {"stock_configuration_seconds": round(time.perf_counter() - start, 3)}
 
 
 def _source(folder: Path, form: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:

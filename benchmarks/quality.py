@@ -14,13 +14,14 @@ The first four rows are other methods' formulas through this package's machinery
 plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
 (arXiv 2312.05821), columns weighted by the root mean square of their input to the power 0.5; SVD-LLM (arXiv
 2403.07378), the root of the input's uncentred second moment. The others are this package's; the last two are
-`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`.
+`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; the two before are the same with
+`joint=False`, every projection of an attention by itself.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ASVD": {"peer": "asvd"},
     "SVD-LLM": {"peer": "svdllm"},
     "fisher, uniform": {"metric": "fisher", "allocation": "uniform", "form": "pair"},
-    "fisher, global": {"metric": "fisher", "allocation": "global", "form": "pair"},
-    "fisher, global, pivoted": {"metric": "fisher"},
-    "fisher, global, pivoted, refit": {"metric": "fisher", "refit": True},
+    "fisher, global": {"metric": "fisher", "allocation": "global", "form": "pair", "joint": False},
+    "fisher, global, pivoted": {"metric": "fisher", "joint": False},
+    "fisher, global, pivoted, refit": {"metric": "fisher", "joint": False, "refit": True},
+    "joint attention": {"metric": "fisher"},
+    "joint attention, refit": {"metric": "fisher", "refit": True},
 }
 
 
@@ -94,12 +97,12 @@ def peers(task: tasks.Task, moments: hf_reparam.Moments) -> dict[str, Decomposit
     return {"fwsvd": all_layers(fwsvd), "asvd": all_layers(asvd), "svdllm": all_layers(svdllm)}
 
 
-def measure(task: tasks.Task) -> dict[str, Any]:
-    """Scores of every method at every size, from one calibration, with the seconds that it took."""
+def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
+    """Scores of methods at every size, from one calibration, with the seconds that it took."""
     start = time.perf_counter()
     moments = hf_reparam.collect_moments(task.model, task.batches)
     seconds = {"calibration": time.perf_counter() - start}
-    others = peers(task, moments)
+    others = peers(task, moments) if any("peer" in METHODS[name] for name in methods) else {}
     sources: dict[str, Any] = {}
     for metric in ("svd", "fisher"):
         start = time.perf_counter()
@@ -107,6 +110,8 @@ def measure(task: tasks.Task) -> dict[str, Any]:
         seconds[f"decomposition, {metric}"] = time.perf_counter() - start
     rows: dict[str, dict[str, Any]] = {"dense": {"1.0": task.score(task.model)}}
     for name, options in METHODS.items():
+        if name not in methods:
+            continue
         for keep in task.keeps:
             start = time.perf_counter()
             source = others[options["peer"]] if "peer" in options else sources[options["metric"]]
@@ -130,7 +135,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, marker in zip(METHODS, "v^<>soD*", strict=True):
+        for method, marker in zip(METHODS, "v^<>soD*PX", strict=True):
             row = result["rows"][method]
             lost = [scores["lost"] for scores in row.values()]
             axis.plot([float(keep) for keep in row], lost, marker=marker, label=method)
@@ -149,6 +154,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--only", choices=TASKS, action="append", help="this model alone; may be repeated")
+    parser.add_argument("--method", choices=METHODS, action="append", help="this row alone; may be repeated")
     parser.add_argument("--again", action="store_true", help="compare with the stored scores, write nothing")
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
@@ -156,12 +162,20 @@ def main() -> None:
     for name in args.only or TASKS:
         torch.manual_seed(tasks.SEED)
         task = TASKS[name](args.data, args.models)
-        result = {"lost": task.lost, **measure(task)}
+        result = {"lost": task.lost, **measure(task, args.method or METHODS)}
         stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
         if args.again:
             print(f"{task.name}: largest difference to the stored scores {difference(result, stored[task.name]):.2g}")
             continue
-        results = {**stored, task.name: result | {"machine": describe(tasks.SEED)}}
+        machine = describe(tasks.SEED)
+        if args.method:  # beside the rows that are stored
+            old = stored[task.name]
+            rows = {**old["rows"], **result["rows"]}
+            result = old | {"rows": {name: rows[name] for name in ("dense", *METHODS) if name in rows}}
+            result["later"] = {**old.get("later", {}), **dict.fromkeys(args.method, machine)}
+        else:
+            result["machine"] = machine
+        results = {**stored, task.name: result}
         STORED.write_text(json.dumps({"results": results}, indent=2) + "\n")
         draw(results, RESULTS / "quality.png")
 
@@ -169,7 +183,7 @@ def main() -> None:
 def difference(result: Mapping[str, Any], stored: Mapping[str, Any]) -> float:
     """The largest difference between two runs' scores of one model."""
     rows, old = result["rows"], stored["rows"]
-    return max(abs(rows[m][k]["lost"] - old[m][k]["lost"]) for m in METHODS for k in rows[m])
+    return max(abs(rows[m][k]["lost"] - old[m][k]["lost"]) for m in rows for k in rows[m])
 
 
 if __name__ == "__main__":

@@ -17,21 +17,23 @@ from hf_reparam.hf.card import model_card
 from hf_reparam.hf.summary import summarize
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
-from hf_reparam.nn import LowRankLinear, PivotedLinear, register_dense
+from hf_reparam.nn import AttentionType, LowRankLinear, PivotedLinear, register_attention, register_dense
 from hf_reparam.plan import LayerSpec, RankPlan
 from hf_reparam.planning import make_plan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
-from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
+from hf_reparam.report import ConversionReport, HeadsReport, LayerReport, RefitReport, SkippedReport
 from hf_reparam.storage import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionType",
     "CheckpointError",
     "ConversionRecord",
     "ConversionReport",
     "Decompositions",
+    "HeadsReport",
     "LayerReport",
     "LayerSpec",
     "LowRankLinear",
@@ -58,6 +60,7 @@ __all__ = [
     "model_card",
     "plot",
     "refit",
+    "register_attention",
     "register_dense",
     "save",
     "summarize",

@@ -73,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", metavar="FILE", help="texts, one a line, or moments (.safetensors, or a folder of them)"
     )
     convert.add_argument("--form", choices=FORMS, help="pair (default with --rank) or pivoted (default with --keep)")
+    convert.add_argument(
+        "--no-joint",
+        dest="joint",
+        action="store_const",
+        const=False,
+        help="leave heads as wide as they are; with --keep and --calibration they become narrower where that is better",
+    )
     convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
     convert.add_argument("--include", metavar="PATTERN", action="append", help=f"layers to convert: {_PATTERN_HELP}")
     convert.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
@@ -136,6 +143,7 @@ def _convert(args: argparse.Namespace) -> ConversionReport:
         moments=data if stored else None,
         texts=None if stored else data,
         form=args.form,
+        joint=args.joint,
         refit=args.refit,
         solver=args.solver,
         include=args.include,

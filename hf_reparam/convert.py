@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar, overload
@@ -21,8 +22,9 @@ from hf_reparam.hf.inspection import check_unquantized, count_parameters, protec
 from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
 from hf_reparam.hf.retype import to_reparam
-from hf_reparam.hf.summary import skipped_reports
+from hf_reparam.hf.summary import heads_reports, layer_report, skipped_reports
 from hf_reparam.linalg import Moments
+from hf_reparam.narrowing import narrowed
 from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import replace_modules
@@ -57,6 +59,7 @@ def convert(
     allocation: str | None = ...,
     form: str | None = ...,
     multiple_of: int = ...,
+    joint: bool | None = ...,
     refit: bool = ...,
     solver: str = ...,
     tokenizer: Any = ...,
@@ -83,6 +86,7 @@ def convert(
     allocation: str | None = ...,
     form: str | None = ...,
     multiple_of: int = ...,
+    joint: bool | None = ...,
     refit: bool = ...,
     solver: str = ...,
     tokenizer: Any = ...,
@@ -109,6 +113,7 @@ def convert(
     allocation: str | None = None,
     form: str | None = None,
     multiple_of: int = 1,
+    joint: bool | None = None,
     refit: bool = False,
     solver: str = "exact",
     tokenizer: Any = None,
@@ -146,7 +151,7 @@ def convert(
             texts), or what `decompose` returned.
         evaluate: model -> score, higher is better; with `tolerance`.
         metric: "svd", "activation" or "fisher" (the default with calibration data).
-        allocation, multiple_of: how the budget is spent, as in `make_plan`.
+        allocation, multiple_of, joint: how the budget is spent, as in `make_plan`.
         form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
         refit: fit the factors once more to the inputs that the low-rank layers before them give, as `refit` does; takes
             the calibration data itself, which is then held in memory.
@@ -194,34 +199,44 @@ def convert(
     chosen: Chosen | None = None  # ranks that are given are judged before any long work
     if rank is not None:
         chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
-    elif plan is not None:
-        chosen = fit_plan(model, targets.selected, plan)
+    elif plan is not None and not plan.head_widths:
+        fit_plan(model, targets.selected, plan)
     with ExitStack() as scratch:
         moments = _moments(model, data or calibration, metric, tokenizer, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
-        if chosen is None:
-            plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of)
+        if chosen is None and plan is None:
+            plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of, joint=joint)
             plan_for = functools.partial(plan_for, allocation=allocation, include=include, exclude=exclude)
             if tolerance is not None and evaluate is not None:
                 plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
             else:
                 plan = plan_for(source, keep=keep, target_params=target_params)
-            chosen = fit_plan(model, targets.selected, plan)
-        before, name = count_parameters(model), type(model).__name__
-        specs, left = chosen
-        skipped = skipped_reports([*left, *targets.skipped])
+        before, name, whole = count_parameters(model), type(model).__name__, source.moments
         folder = _folder(offload_folder, scratch, temporary=inplace and not refit)
+        if plan is not None:
+            widths = plan.head_widths
+            on_disk = None if offload_folder is None else folder
+            source = scratch.enter_context(narrowed(model, widths, source, on_disk, keep=inplace))
+            if widths:
+                targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
+            chosen = fit_plan(model, targets.selected, plan)
+        specs, left = chosen or ({}, ())
+        narrow = [t for t in targets.selected if t.stock_shape is not None]
+        skipped = skipped_reports([*(s for s in left if s.name not in {t.name for t in narrow}), *targets.skipped])
         layers, rows = factor_layers(model, targets.selected, specs, source, folder)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
-        result = _install(model, layers, source.metric, _record(model, source, rows, refitted), inplace=inplace)
+        record = _record(model, replace(source, moments=whole), rows, refitted)
+        rows += tuple(layer_report(t, None, t.parameters, None) for t in narrow if t.name not in specs)
+        result = _install(model, layers, source.metric, record, inplace=inplace)
         if offload_folder is not None:
-            mark_offloaded(result, specs)
+            mark_offloaded(result, {*specs, *(t.name for t in narrow)})
         elif folder is not None:
             del targets
             _bring_in(layers)
     if not return_report:
         return result
-    return result, ConversionReport(name, source.metric, rows, skipped, before, count_parameters(result), refitted)
+    after, heads = count_parameters(result), heads_reports(result)
+    return result, ConversionReport(name, source.metric, rows, skipped, before, after, refitted, heads)
 
 
 def _check_options(
@@ -291,8 +306,11 @@ def _search(
         except RankError:  # below the smallest size
             low = keep
             continue
-        layers, _ = factor_layers(model, targets, fit_plan(model, targets, plan)[0], source)
-        small = _install(model, layers, source.metric, ConversionRecord(), inplace=False)
+        with narrowed(model, plan.head_widths, source, keep=False) as narrow:
+            found = find_targets(model, protected=protected_layers(model)).selected
+            found = tuple(t for t in found if layer_name(model, t.name) in plan.modules)
+            layers, _ = factor_layers(model, found, fit_plan(model, found, plan)[0], narrow)
+            small = _install(model, layers, source.metric, ConversionRecord(), inplace=False)
         nearest = max(nearest, score := float(evaluate(small)))
         if score >= floor:
             high, best = keep, plan

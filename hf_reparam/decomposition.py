@@ -76,7 +76,7 @@ class Decompositions:
 
         None for a layer without a gradient in the fisher metric: it has no such unit.
         """
-        moments = self._moments(name)
+        moments = self.layer_moments(name)
         if self.metric == "fisher" and not (moments is not None and moments.has_gradient()):
             return None
         if name in self.layers:
@@ -92,15 +92,16 @@ class Decompositions:
 
     def mean(self, name: str, target: Target) -> Tensor | None:
         """E x (in,), where a bias can absorb the error in it."""
-        moments = self._moments(name)
+        moments = self.layer_moments(name)
         return None if moments is None or not target.bias_parameters else moments.mean()
 
-    def _moments(self, name: str) -> LayerMoments | None:
+    def layer_moments(self, name: str) -> LayerMoments | None:
+        """What the metric knows of a layer; None if nothing."""
         layer = self.moments.layers.get(name) if self.moments is not None and self.metric != "svd" else None
         return layer if layer is not None and layer.tokens else None
 
     def _coordinates(self, name: str, target: Target, device: torch.device) -> Metric:
-        moments = self._moments(name)
+        moments = self.layer_moments(name)
         if moments is None:
             return Metric()
         metric = self.metric if moments.has_gradient() else "activation"

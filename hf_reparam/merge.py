@@ -1,17 +1,21 @@
 """`merge`: multiply the factors out and give the plain dense model back."""
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.offload import aligned, build_layers, execution_device, mark_offloaded
 from hf_reparam.hf.retype import to_stock
 from hf_reparam.nn.attention import join_dense
-from hf_reparam.nn.dense import build_dense, dense_like
+from hf_reparam.nn.dense import build_dense, dense_like, dense_matrix, shape_of
+from hf_reparam.nn.heads import INNER, ROLES, Attention, FusedProjections, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import replace_modules
 
@@ -22,6 +26,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[str] | None = None) -> M:
     """Multiply every pair out, W = up @ down in float64, and return the dense model.
+
+    Heads that are narrower are filled up with zeros, which is exact, and a fused layer that was split is fused.
 
     A `PreTrainedModel` comes back as its stock class with its stock configuration; saved, it loads where hf_reparam was
     never installed. Tied weights stay tied, and `tie_word_embeddings` says what the tensors are.
@@ -46,22 +52,96 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
       (0): Linear(in_features=64, out_features=64, bias=True)
     )
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    if not layers:
+    narrow = [attention for attention in find_attentions(model) if attention.narrowed]
+    parts = _parts(model, narrow)
+    if not parts:
         raise TargetError(f"{type(model).__name__} has no low-rank layer: there is nothing to merge")
 
     def make(name: str) -> tuple[nn.Module, float]:
         try:
-            with aligned(layers[name]):
-                return build_dense(layers[name]), 0.0
+            return parts[name].build(), 0.0
         except WeightError as error:
             raise WeightError(f"{name}: {error}") from None
 
-    costs = {name: float(x.rank * x.in_features * x.out_features) for name, x in layers.items()}
-    devices = {name: execution_device(layer) for name, layer in layers.items()}
+    costs = {name: float(part.shape[0] * part.shape[1]) for name, part in parts.items()}
+    devices = {name: execution_device(part.layers[0]) for name, part in parts.items()}
     folder = None if offload_folder is None else Path(offload_folder)
-    built = build_layers(costs, make, lambda name: dense_like(layers[name]), devices, folder, desc="Merging layers")
-    result = replace_modules(model, {layers[name]: dense for name, (dense, _) in built.items()}, inplace=inplace)
+    built = build_layers(costs, make, lambda name: parts[name].empty(), devices, folder, desc="Merging layers")
+    replaced = {parts[name].module: dense for name, (dense, _) in built.items()}
+    result = replace_modules(model, replaced, inplace=inplace)
+    for attention in narrow:
+        replace(attention, module=result.get_submodule(attention.name)).set_width(attention.stock_width)
     if folder is not None:
-        mark_offloaded(result, layers)
+        mark_offloaded(result, parts)
     return to_stock(result) if isinstance(result, PreTrainedModel) else join_dense(result)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What becomes one dense layer.
+
+    Args:
+        module: what is in its place.
+        layers: low-rank or dense; three for a fused layer that is split.
+        shape: (in, out) of the dense layer.
+        attention, role: where heads are narrower, the attention and the role of the layers, "query" for all three.
+    """
+
+    module: nn.Module
+    layers: tuple[nn.Module, ...]
+    shape: tuple[int, int]
+    attention: Attention | None = None
+    role: str = ""
+
+    def empty(self) -> nn.Module:
+        """The dense layer without its numbers."""
+        return dense_like(self.layers[0], self.shape)
+
+    @torch.no_grad()
+    def build(self) -> nn.Module:
+        """The dense layer: products multiplied out, heads filled up with zeros, and fused."""
+        if self.attention is None and isinstance(self.layers[0], LowRankLinear):
+            with aligned(self.layers[0]):
+                return build_dense(self.layers[0])
+        with aligned(self.layers[0]):  # in files it would be on the meta device
+            made = self.empty()
+        matrix, bias = dense_matrix(made).zero_(), made.bias
+        step = self.shape[1] // len(self.layers)
+        for i, layer in enumerate(self.layers):
+            with aligned(layer):
+                dense: Any = build_dense(layer) if isinstance(layer, LowRankLinear) else layer
+                rows = slice(i * step, (i + 1) * step)
+                matrix[rows] = self._widen(dense_matrix(dense))
+                if isinstance(bias, nn.Parameter):
+                    wide = dense.bias if self.role == "output" else self._widen(dense.bias[:, None])[:, 0]
+                    bias[rows] = wide
+        return made
+
+    def _widen(self, matrix: Tensor) -> Tensor:
+        """Zeros after the entries of every head: of columns for the output projection, else of rows."""
+        if self.attention is None:
+            return matrix
+        if self.role == "output":
+            return self._fill(matrix.T).T
+        return self._fill(matrix)
+
+    def _fill(self, matrix: Tensor) -> Tensor:
+        heads, width, wide = self.attention.heads, self.attention.width, self.attention.stock_width  # type: ignore[union-attr]
+        return F.pad(matrix.reshape(heads, width, -1), (0, 0, 0, wide - width)).flatten(0, 1)
+
+
+def _parts(model: nn.Module, narrow: list[Attention]) -> dict[str, _Part]:
+    """Path -> what becomes one dense layer there."""
+    parts: dict[str, _Part] = {}
+    inside: set[nn.Module] = set()
+    for a in narrow:
+        inside |= {a.layer(role) for role in ROLES}
+        for role in ("query", "output") if a.kind.fused else ROLES:
+            module = a.module.get_submodule(getattr(a.kind, role))
+            layers = tuple(a.layer(r) for r in INNER) if isinstance(module, FusedProjections) else (a.layer(role),)
+            n_in, n_out = a.shape(role, a.stock_width)
+            parts[a.path(role, split=False)] = _Part(module, layers, (n_in, n_out * len(layers)), a, role)
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear) and module not in inside:
+            parts[name] = _Part(module, (module,), shape_of(module))
+    return parts

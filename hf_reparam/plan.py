@@ -16,8 +16,8 @@ from hf_reparam.record import ConversionRecord
 
 __all__ = ["FORMAT_VERSION", "FORMS", "LayerSpec", "RankPlan", "layer_kind"]
 
-FORMAT_VERSION = 1
-"""Version of the `reparam` entry in `config.json` that this package writes and reads."""
+FORMAT_VERSION = 2
+"""Newest version of the `reparam` entry in `config.json` that this package writes and reads; 2 knows narrower heads."""
 
 FORMS = ("pair", "pivoted")
 """How a layer of rank r can be stored."""
@@ -25,7 +25,8 @@ FORMS = ("pair", "pivoted")
 _MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds the work a hostile file can ask for
 _MAX_NAME = 512
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_PLAN_KEYS = frozenset({"format_version", "base_model_type", "method", "modules", "record"})
+_MAX_WIDTH = 1_000_000
+_PLAN_KEYS = frozenset({"format_version", "base_model_type", "method", "modules", "head_widths", "record"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,12 @@ class RankPlan:
         base_model_type: Transformers' `model_type` of the dense model ("bert"), None for a plain `nn.Module`.
         method: how the factors were made, "svd" for the truncated singular value decomposition of the weight.
         record: what is remembered of a conversion that was carried out; no part of the decision, and not compared.
+        head_widths: attention name -> width of each of its heads, for attentions whose queries and keys, and values and
+            outputs, are narrower than in the dense model ("encoder.layer.0.attention"). Ranks of its layers are those
+            of the narrower layers; a fused layer is three, "h.0.attn.c_attn.query" and so on.
 
     Raises:
-        PlanError: a name is not a dotted module path, or there are more than 100000 of them.
+        PlanError: a name is not a dotted module path, a width is not a positive int, or there are more than 100000.
 
     >>> plan = RankPlan({"encoder.layer.0.output.dense": LayerSpec(32)}, base_model_type="bert")
     >>> RankPlan.from_dict(plan.to_dict()) == plan
@@ -105,27 +109,34 @@ class RankPlan:
     base_model_type: str | None = None
     method: str = "svd"
     record: ConversionRecord | None = field(default=None, compare=False)
+    head_widths: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.modules) > _MAX_MODULES:
-            raise PlanError(f"the plan names {len(self.modules)} modules; at most {_MAX_MODULES} are accepted")
-        for name in self.modules:
-            if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
-                raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
+        for names in (self.modules, self.head_widths):
+            if len(names) > _MAX_MODULES:
+                raise PlanError(f"the plan names {len(names)} modules; at most {_MAX_MODULES} are accepted")
+            for name in names:
+                if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
+                    raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
+        for name, width in self.head_widths.items():
+            if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= _MAX_WIDTH:
+                raise PlanError(f"{name}: the width of heads must be an int of at least 1, got {_short(width)}")
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
+        object.__setattr__(self, "head_widths", MappingProxyType(dict(self.head_widths)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
-        return type(self), (dict(self.modules), self.base_model_type, self.method, self.record)
+        return type(self), (dict(self.modules), self.base_model_type, self.method, self.record, dict(self.head_widths))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""
         known = {
-            "format_version": FORMAT_VERSION,
+            "format_version": 2 if self.head_widths else 1,
             "base_model_type": self.base_model_type,
             "method": self.method,
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
         }
-        return known if self.record is None else {**known, "record": self.record.to_dict()}
+        widths = {"head_widths": dict(self.head_widths)} if self.head_widths else {}
+        return known | widths | ({} if self.record is None else {"record": self.record.to_dict()})
 
     @classmethod
     def from_dict(cls, data: object) -> "RankPlan":
@@ -151,7 +162,7 @@ class RankPlan:
             raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
         layers = {name: _read_layer(name, spec) for name, spec in modules.items()}
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
-        return cls(layers, base, method, record)
+        return cls(layers, base, method, record, _read_widths(data))
 
 
 def layer_kind(name: str) -> str:
@@ -170,12 +181,21 @@ def _read_layer(name: object, data: object) -> LayerSpec:
         raise PlanError(f"layer {_short(name)}: {error}") from None
 
 
+def _read_widths(data: Mapping[str, Any]) -> Mapping[str, int]:
+    widths = data.get("head_widths", {})
+    if not isinstance(widths, Mapping):
+        raise PlanError(f"'reparam.head_widths' must be an object of attention names, got {_short(widths)}")
+    if widths and data["format_version"] < 2:
+        raise PlanError("'reparam.head_widths' belongs to format version 2")
+    return widths
+
+
 def _check_version(version: object) -> None:
     if isinstance(version, bool) or not isinstance(version, int):
         raise PlanError(f"'reparam.format_version' must be an int, got {_short(version)}")
-    if version != FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise PlanError(
-            f"this model was saved in format version {_short(version)}, and this hf_reparam reads version "
+            f"this model was saved in format version {_short(version)}, and this hf_reparam reads versions 1 to "
             f"{FORMAT_VERSION}: install the hf_reparam that wrote it (pip install -U hf-reparam)"
         )
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.hf.processes import spread
-from hf_reparam.linalg import Moments, Options, allocate
+from hf_reparam.linalg import Alternative, Moments, Options, allocate, choose
+from hf_reparam.narrowing import NarrowHeads, attentions_by_name
+from hf_reparam.nn.heads import ROLES, Attention
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 
@@ -22,6 +25,8 @@ Chosen = tuple[Mapping[str, LayerSpec], tuple[Skipped, ...]]
 """Path -> rank and form of the layers to convert, and why the others stay."""
 
 ALLOCATIONS = ("global", "uniform")
+_WIDTHS = 8  # of heads that are tried, in equal steps
+_CAUTION = 1.5  # what narrower heads are predicted to lose counts for more: scores are products of two approximations
 
 
 @with_projections
@@ -35,6 +40,7 @@ def make_plan(
     allocation: str | None = None,
     form: str = "pivoted",
     multiple_of: int = 1,
+    joint: bool | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
 ) -> RankPlan:
@@ -54,6 +60,10 @@ def make_plan(
         form: "pivoted", or "pair", which holds r^2 more numbers at the same rank r.
         multiple_of: ranks are multiples of this; 8 suits tensor cores. Layers too narrow for one multiple, or for their
             share of the budget, take a lower rank.
+        joint: whether heads may become narrower where that is predicted to cost less: queries with keys, and values
+            with outputs, are approximated as wholes before each is factored. For attentions that are registered (see
+            `hf_reparam.nn.heads`), all four projections of which are targeted. With global allocation only, and by
+            default with it.
         include, exclude: as in `convert`.
 
     Returns:
@@ -65,7 +75,7 @@ def make_plan(
         WeightError: a weight or its moments are not finite, or the metric needs moments that are not there.
 
     Cost: with global allocation one symmetric eigenvalue problem, without vectors, for each layer that is not
-    decomposed yet.
+    decomposed yet, and for each of eight widths of heads one for each of the four layers of an attention.
 
     >>> plan = make_plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), keep=0.5, form="pair")
     >>> [spec.rank for spec in plan.modules.values()]
@@ -77,17 +87,20 @@ def make_plan(
     if allocation not in ALLOCATIONS or form not in FORMS:
         raise TargetError(f"allocation is one of {ALLOCATIONS} and form of {FORMS}; got {allocation!r}, {form!r}")
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model)).selected
-    if any(t.spec is not None for t in targets):
+    if any(t.spec is not None or t.stock_shape is not None for t in targets):
         raise TargetError("the model is converted already: make plans from the dense model")
     if not targets:
         raise TargetError("the model has no dense layer that can be factored")
+    if joint and allocation != "global":
+        raise TargetError(f"joint=True needs the global allocation, which compares widths of heads; got {allocation!r}")
     budget = _budget(model, targets, keep, target_params)
-    specs = _uniform(targets, budget, form, multiple_of)
+    specs = {layer_name(model, n): spec for n, spec in _uniform(targets, budget, form, multiple_of).items()}
+    widths: dict[str, int] = {}
     if allocation == "global":
-        specs.update(_global(model, targets, source, budget, form, multiple_of))
+        widths = _global(model, targets, source, budget, form, multiple_of, specs, joint=joint is not False)
     base = model.config.model_type if isinstance(model, PreTrainedModel) else None
-    modules = {layer_name(model, t.name): spec for t in targets if (spec := specs[t.name]) is not None}
-    return RankPlan(modules, base, source.metric)
+    modules = {name: spec for name, spec in specs.items() if spec is not None}
+    return RankPlan(modules, base, source.metric, head_widths=widths)
 
 
 def check_budget(keep: float | None, target_params: int | None, multiple_of: int) -> None:
@@ -154,21 +167,100 @@ def _uniform(targets: tuple[Target, ...], budget: float, form: str, multiple_of:
     return specs
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One way to build some layers together: ranks to choose from, for each of them.
+
+    Args:
+        error: predicted loss of this way at full ranks.
+        layers: layer name -> its choices, and what they cost and lose.
+        width: of the heads that they belong to; None for the stock width.
+    """
+
+    error: float
+    layers: Mapping[str, tuple[list[LayerSpec | None], Options]]
+    width: int | None = None
+
+
 def _global(
-    model: nn.Module, targets: tuple[Target, ...], source: Decompositions, budget: float, form: str, multiple_of: int
-) -> Mapping[str, LayerSpec | None]:
-    """Ranks by one Lagrangian, for the layers that have a common unit of error; None where a layer stays dense."""
-    options: dict[str, Options] = {}
-    choices: dict[str, list[LayerSpec | None]] = {}
+    model: nn.Module,
+    targets: tuple[Target, ...],
+    source: Decompositions,
+    budget: float,
+    form: str,
+    multiple_of: int,
+    specs: dict[str, LayerSpec | None],
+    *,
+    joint: bool,
+) -> dict[str, int]:
+    """Put ranks by one Lagrangian into `specs`, for the layers that have a common unit of error; None where a layer
+    stays dense. Returns widths of heads, and takes layers that they replace out of `specs`."""
     named = {layer_name(model, t.name): t for t in targets}
     spectra = spread(source.costs(named), lambda name: source.losses(name, named[name]), desc="Spectra")
-    for name, t in named.items():
-        losses = spectra[name]
-        if losses is not None:  # without the common unit a layer keeps its uniform share
-            choices[t.name], options[t.name] = _options(t, losses, form, multiple_of)
-    share = budget / sum(map(_size, targets))
-    chosen = allocate(options, share * sum(_size(t) for t in targets if t.name in options))
-    return {name: choices[name][option] for name, option in chosen.items()}
+    # without the common unit a layer keeps its uniform share
+    options = {n: _options(t, s, form, multiple_of) for n, t in named.items() if (s := spectra[n]) is not None}
+    ways = {name: [_Way(0.0, {name: found})] for name, found in options.items()}
+    available = budget / sum(map(_size, targets)) * sum(_size(named[name]) for name in options)
+    widths: dict[str, int] = {}
+    if joint:
+        ways |= _ways_of_heads(model, named, options, source, form, multiple_of)
+        inside = {name for way in ways.values() if len(way) > 1 for name in way[0].layers}
+        ways = {name: way for name, way in ways.items() if name not in inside or len(way) > 1}
+        groups = {n: [Alternative(w.error, [o for _, o in w.layers.values()]) for w in way] for n, way in ways.items()}
+        best = {name: ways[name][i] for name, i in choose(groups, available).items()}
+        widths = {name: way.width for name, way in best.items() if way.width is not None}
+        for name in widths:
+            for replaced in ways[name][0].layers:
+                del specs[replaced]
+    else:
+        best = {name: way[0] for name, way in ways.items()}
+    final = {name: found for way in best.values() for name, found in way.layers.items()}
+    chosen = allocate({name: options for name, (_, options) in final.items()}, available)
+    specs.update({name: final[name][0][option] for name, option in chosen.items()})
+    return widths
+
+
+def _ways_of_heads(
+    model: nn.Module,
+    named: Mapping[str, Target],
+    options: Mapping[str, tuple[list[LayerSpec | None], Options]],
+    source: Decompositions,
+    form: str,
+    multiple_of: int,
+) -> dict[str, list[_Way]]:
+    """Attention -> its layers as they are, and with heads of every width that is tried."""
+    found: dict[str, dict[str, str]] = {}
+    heads = attentions_by_name(model)
+    for name, attention in heads.items():
+        parts = {role: layer_name(model, attention.path(role, split=False)) for role in ROLES}
+        # a projection that hangs elsewhere, too, cannot change its shape
+        alone = all(part in options and len(named[part].names) == len(attention.names) for part in parts.values())
+        if alone:
+            found[name] = parts
+
+    def work(name: str) -> list[tuple[int, float, dict[str, Tensor]]]:
+        return NarrowHeads(model, heads[name], source).losses(_widths(heads[name], multiple_of))
+
+    costs = {name: float(heads[name].heads * heads[name].width) ** 3 for name in found}
+    ways = {}
+    for name, narrow in spread(costs, work, desc="Widths of heads").items() if found else ():
+        attention = heads[name]
+        ways[name] = [_Way(0.0, {part: options[part] for part in found[name].values()})]
+        for width, error, losses in narrow:
+            layers = {}
+            for role in ROLES:
+                n_in, n_out = attention.shape(role, width)
+                like = replace(named[found[name][role]], in_features=n_in, out_features=n_out)
+                path = layer_name(model, attention.path(role, split=True))
+                layers[path] = _options(like, losses[role], form, multiple_of)
+            ways[name].append(_Way(_CAUTION * error, layers, width))
+    return ways
+
+
+def _widths(attention: Attention, multiple_of: int) -> list[int]:
+    """Widths in equal steps; the full one only where it splits a fused layer."""
+    step = math.ceil(attention.width / _WIDTHS / multiple_of) * multiple_of
+    return list(range(step, attention.width + attention.kind.fused, step))
 
 
 def _options(target: Target, losses: Tensor, form: str, multiple_of: int) -> tuple[list[LayerSpec | None], Options]:
@@ -194,7 +286,7 @@ def fit_plan(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> C
     unknown = sorted(set(plan.modules) - set(named))
     if unknown:
         raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
-    if not plan.modules:
+    if not plan.modules and not plan.head_widths:
         raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
     for name, spec in plan.modules.items():
         target = named[name]

@@ -1,6 +1,7 @@
 """`refit`: fit the factors once more, layer by layer, to what the low-rank layers before them really give."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from transformers.utils.logging import tqdm
 
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.calibration import frozen, layer_name
+from hf_reparam.decomposition import as_decompositions
 from hf_reparam.errors import TargetError
-from hf_reparam.hf.configuration import note_refit
+from hf_reparam.hf.configuration import note_refit, plan_of
 from hf_reparam.hf.inspection import split_projections
 from hf_reparam.hf.objective import divergence
 from hf_reparam.linalg import Moments, PairedMoments, decompose
+from hf_reparam.narrowing import attentions_by_name, narrowed
 from hf_reparam.nn.calibrate import inputs_of, order_of, rows
 from hf_reparam.nn.dense import dense_matrix
+from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import set_bias, set_factors
 from hf_reparam.report import RefitReport
@@ -63,8 +67,24 @@ def refit(
     >>> report.after < report.before
     True
     """
-    with split_projections(dense):
-        return _refit(model, dense, batches, moments, tokenizer)
+    with split_projections(dense), _narrowed_like(model, dense, moments) as known:
+        return _refit(model, dense, batches, known, tokenizer)
+
+
+@contextmanager
+def _narrowed_like(model: nn.Module, dense: nn.Module, moments: Moments | None) -> Iterator[Moments | None]:
+    """The dense model with heads as narrow as the low-rank one's, and the moments that its layers then have."""
+    stock = attentions_by_name(dense)
+    narrow = {layer_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
+    widths = {name: width for name, width in narrow.items() if name in stock}
+    if not widths:
+        yield moments
+        return
+    if moments is None:
+        raise TargetError("the model has narrower heads: give the moments= that it was converted with")
+    method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else None
+    with narrowed(dense, widths, as_decompositions(moments, method), keep=False) as source:
+        yield source.moments
 
 
 def _refit(

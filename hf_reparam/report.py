@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_reparam.plan import layer_kind
 
-__all__ = ["ConversionReport", "LayerReport", "RefitReport", "SkippedReport"]
+__all__ = ["ConversionReport", "HeadsReport", "LayerReport", "RefitReport", "SkippedReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +16,9 @@ class LayerReport:
     Args:
         name: module path in the model.
         kind: class of the dense layer ("Linear", "Conv1D").
-        in_features, out_features: the dense shape.
+        in_features, out_features: the dense shape; of an attention with narrower heads, that of its narrower layer.
         rank: inner width of the factors; None while the layer is dense.
-        parameters_before, parameters_after: stored numbers, bias included.
+        parameters_before, parameters_after: numbers in the dense model and now, bias included.
         error: ||W - up @ down|| / ||W|| in the metric's norm; None where nothing was factored in this call.
         form: "pair" or "pivoted"; None while the layer is dense.
     """
@@ -42,6 +42,22 @@ class SkippedReport:
     kind: str
     parameters: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsReport:
+    """One attention with narrower heads.
+
+    Args:
+        name: module path in the model.
+        heads: how many it has.
+        width_before, width_after: of one head; keys and values take this share of their memory in a cache.
+    """
+
+    name: str
+    heads: int
+    width_before: int
+    width_after: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,7 @@ class ConversionReport:
         skipped: every other weight of two or more dimensions, with the reason.
         parameters_before, parameters_after: of the *whole* model, shared parameters counted once.
         refit: what refitting changed; None without it.
+        heads: attentions whose heads are narrower than in the dense model.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
     >>> report = ConversionReport("Net", "svd", (row,), (), 5000, 2952)
@@ -89,6 +106,7 @@ class ConversionReport:
     parameters_before: int
     parameters_after: int
     refit: RefitReport | None = None
+    heads: Sequence[HeadsReport] = ()
 
     @property
     def factored_before(self) -> int:
@@ -116,6 +134,7 @@ class ConversionReport:
             "factored_after": self.factored_after,
             "coverage": self.coverage,
             "refit": None if self.refit is None else asdict(self.refit),
+            "heads": [asdict(attention) for attention in self.heads],
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [asdict(item) for item in self.skipped],
         }
@@ -137,13 +156,19 @@ class ConversionReport:
 
     def _headline(self) -> list[str]:
         whole = f"whole model:      {_change(self.parameters_before, self.parameters_after)}"
-        if any(layer.rank is not None for layer in self.layers):
+        if self.heads or any(layer.rank is not None for layer in self.layers):
             count = sum(layer.rank is not None for layer in self.layers)
             layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
             refit = [] if self.refit is None else [str(self.refit)]
-            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *refit]
+            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads(), *refit]
         whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
         return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole]
+
+    def _heads(self) -> list[str]:
+        if not self.heads:
+            return []
+        before, after = (_range([getattr(a, f"width_{x}") for a in self.heads], "d") for x in ("before", "after"))
+        return [f"heads:            {before} -> {after} wide, in {len(self.heads)} attentions"]
 
 
 _HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
@@ -171,7 +196,7 @@ def _layer_row(group: list[LayerReport]) -> list[str]:
     error = _range(errors, ".3f") if errors else "-"
     rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
     rank += " pivoted" if first.form == "pivoted" else ""
-    count = f"{before:,}" if first.rank is None else f"{before:,} -> {after:,}"
+    count = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
     return [name, first.kind, f"{first.in_features} x {first.out_features}", rank, count, error]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,9 +11,10 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.errors import CheckpointError, PlanError, TargetError
 from hf_reparam.hf.folder import new_folder
 from hf_reparam.hf.inspection import with_projections
+from hf_reparam.nn.heads import ROLES, Attention, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.nn.targets import find_targets
@@ -57,6 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
     if isinstance(model, PreTrainedModel):
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
     modules = {name: module.spec for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    widths = {attention.name: attention.width for attention in find_attentions(model) if attention.narrowed}
     if not modules:
         raise TargetError(f"{type(model).__name__} has no low-rank layer: save it as any module")
     out = Path(path)
@@ -64,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         raise CheckpointError(f"{out} exists; choose another place, or replace it with force=True")
     with new_folder(out) as work:
         (work / "new").mkdir()
-        (work / "new" / _PLAN).write_text(json.dumps(RankPlan(modules).to_dict(), indent=1) + "\n")
+        (work / "new" / _PLAN).write_text(json.dumps(RankPlan(modules, head_widths=widths).to_dict(), indent=1) + "\n")
         save_model(model, str(work / "new" / _TENSORS))
 
 
@@ -87,17 +90,33 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use from_pretrained")
     folder = Path(path)
     plan = _plan(folder)
-    targets = find_targets(model).selected
-    specs, _ = fit_plan(model, targets, plan)
-    chosen = [target for target in targets if target.name in specs]
-    layers: dict[nn.Module, nn.Module] = {t.module: low_rank_like(t.module, specs[t.name]) for t in chosen}
-    replace_modules(model, layers, inplace=True)
+    known = {attention.name: attention for attention in find_attentions(model)}
+    _check_widths(plan, known)
+    stock = {name: {role: known[name].layer(role) for role in ROLES} for name in plan.head_widths}
+    layers: dict[nn.Module, nn.Module] = {}
     try:
+        for name, width in plan.head_widths.items():
+            known[name].narrow(known[name].empty(width), width)
+        targets = find_targets(model).selected
+        specs, _ = fit_plan(model, targets, plan)
+        chosen = [target for target in targets if target.name in specs]
+        layers.update({t.module: low_rank_like(t.module, specs[t.name]) for t in chosen})
+        replace_modules(model, layers, inplace=True)
         load_model(model, folder / _TENSORS)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except BaseException as error:
         replace_modules(model, {low: dense for dense, low in layers.items()}, inplace=True)
-        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+        for name, old in stock.items():
+            known[name].restore(old, known[name].stock_width)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+        raise
     return model
+
+
+def _check_widths(plan: RankPlan, known: Mapping[str, Attention]) -> None:
+    for name, width in plan.head_widths.items():
+        if name not in known or width > known[name].stock_width:
+            raise PlanError(f"{name}: the plan makes its heads {width} wide, and no attention here can be that")
 
 
 def _plan(folder: Path) -> RankPlan:

@@ -25,6 +25,7 @@ LAYERS = [
     "batches",
     "calibration",
     "decomposition",
+    "narrowing",
     "planning",
     "plot",
     "factoring",

@@ -53,14 +53,21 @@ def weights(model, plan):
     total = used = 0
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Linear):
-            spec = plan.modules.get(name)
             total += module.weight.numel()
-            used += size(spec, module.weight)
+            used += size(plan.modules.get(name), narrow(name, module.weight, plan.head_widths))
     transform = plan.modules.get("cls.predictions.transform.dense")
     total += 32 * 32
     used += size(transform, torch.empty(32, 32))
     assert low is None or isinstance(low, type(model))
     return used, total
+
+
+def narrow(name, weight, widths):
+    """A matrix of the shape that this weight has with 4 heads of the width in a plan."""
+    attention, _, layer = name.rpartition(".attention.")
+    inner = 4 * widths.get(f"{attention}.attention", 8)
+    shapes = {"output.dense": (32, inner)} | {f"self.{role}": (inner, 32) for role in ("query", "key", "value")}
+    return torch.empty(shapes.get(layer, weight.shape)) if attention else weight
 
 
 @pytest.mark.parametrize("form", zoo.FORMS)
@@ -150,7 +157,8 @@ def test_plan_is_json_and_convert_applies_it(bert):
 def test_target_params_counts_the_whole_model(bert, target_params, form):
     model, moments, _ = bert
     small = convert(model, target_params=target_params, calibration=moments, form=form)
-    assert target_params - 80 < small.num_parameters() <= target_params
+    narrower = 3 * 32 * len(small.config.reparam.get("head_widths", ()))  # biases that are saved are not spent again
+    assert target_params - 80 - narrower < small.num_parameters() <= target_params
 
 
 def test_target_params_above_the_model_is_nothing_to_do(bert):
@@ -162,7 +170,7 @@ def test_target_params_above_the_model_is_nothing_to_do(bert):
 def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypatch):
     model, moments, _ = bert
     found = decompose(model, moments, metric=metric)
-    plans = [make_plan(model, moments, keep=keep, metric=metric) for keep in (0.3, 0.6)]
+    plans = [make_plan(model, moments, keep=keep, metric=metric, joint=False) for keep in (0.3, 0.6)]
     models = [convert(model, plan=plan, calibration=moments) for plan in plans]
 
     def forbidden(*args, **kwargs):
@@ -170,7 +178,7 @@ def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypat
 
     for name in ("decompose_weight", "spectrum"):
         monkeypatch.setattr(f"hf_reparam.decomposition.{name}", forbidden)
-    assert [make_plan(model, found, keep=keep) for keep in (0.3, 0.6)] == plans
+    assert [make_plan(model, found, keep=keep, joint=False) for keep in (0.3, 0.6)] == plans
     for plan, expected in zip(plans, models, strict=True):
         small = convert(model, plan=plan, calibration=found)
         for key, value in expected.base_model.state_dict().items():
@@ -218,7 +226,8 @@ def test_tolerance_finds_the_smallest_size_that_holds_it(bert, tolerance):
     small = convert(model, tolerance=tolerance, evaluate=evaluate, calibration=moments)
     assert len(evaluated) == 8
     assert evaluate(small) >= -tolerance
-    kept = 1 - (model.num_parameters() - small.num_parameters()) / 15_360
+    used, total = weights(model, RankPlan.from_dict(small.config.reparam))
+    kept = used / total
     assert evaluate(convert(model, keep=kept - 2 / 128, calibration=moments)) < -tolerance
 
 
@@ -395,8 +404,11 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     plan = make_plan(model, moments, keep=0.5)
     with pytest.raises(TargetError, match="needs calibration data"):
         convert(model, plan=plan)
-    with pytest.raises(PlanError, match="cannot be converted here"):
+    with pytest.raises(PlanError, match="no attention of which this is known"):
         convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), plan=plan, calibration=moments)
+    separate = make_plan(model, moments, keep=0.5, joint=False)
+    with pytest.raises(PlanError, match="cannot be converted here"):
+        convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), plan=separate, calibration=moments)
     with pytest.raises(TargetError, match="make plans from the dense model"):
         make_plan(convert(model, rank=4), keep=0.5)
     inputs = collect_moments(model, [{"input_ids": zoo._ids()}], metric="activation")

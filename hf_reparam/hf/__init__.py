@@ -2,6 +2,7 @@
 
 from transformers.pytorch_utils import Conv1D
 
+from hf_reparam.hf.heads import register_all
 from hf_reparam.nn.dense import register_dense
 
 
@@ -10,3 +11,4 @@ def _build_conv1d(n_in, n_out, bias, device, dtype):  # type: ignore[no-untyped-
 
 
 register_dense(Conv1D, matrix=lambda module: module.weight.T, build=_build_conv1d)
+register_all()

@@ -18,12 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel, initialization, modeling_utils
 
 from hf_reparam.errors import CheckpointError, PlanError
-from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_of
+from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
 from hf_reparam.hf.hub import Upload, written
 from hf_reparam.hf.parallel import factor_rules
 from hf_reparam.hf.remote import named_in_config, write_module
 from hf_reparam.hf.untrusted import check_folder
-from hf_reparam.nn.dense import dense_matrix, dense_type
+from hf_reparam.nn.dense import dense_matrix, dense_type, shape_of
+from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
@@ -237,8 +238,9 @@ def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool)
 
 
 def _swap(model: Any, *, strict: bool) -> None:
-    """Replace every dense layer that the configuration's plan names by an empty low-rank one."""
+    """Make heads as narrow as the plan says, and every dense layer that it names an empty low-rank one."""
     plan = plan_of(model.config)
+    _narrow(model, plan, strict=strict)
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in resolve_plan(model, plan, strict=strict).items():
         if not isinstance(module, LowRankLinear):
@@ -249,16 +251,57 @@ def _swap(model: Any, *, strict: bool) -> None:
         replace_modules(model, layers, inplace=True)
 
 
+def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
+    """Give attentions empty layers for narrower heads.
+
+    Raises:
+        PlanError: strict, and a name leads to no attention of which this is known, or a width is above its own.
+    """
+    if not plan.head_widths:
+        return
+    known = {plan_name(model, attention.name): attention for attention in find_attentions(model)}
+    children = {name for name, _ in model.base_model.named_children()}
+    for name, width in plan.head_widths.items():
+        attention = known.get(name)
+        if attention is None:
+            if strict and name.partition(".")[0] in children:
+                raise PlanError(f"{name}: the plan makes its heads narrower, and no such attention is known here")
+            continue
+        if width > attention.stock_width:
+            raise PlanError(
+                f"{name}: the plan makes its heads {width} wide, above the {attention.stock_width} they have"
+            )
+        if attention.width != width or attention.kind.fused > attention.split:
+            made = attention.empty(width)
+            for layer in made.values():
+                if not layer.get_parameter("weight").is_meta:
+                    _draw_dense(layer, model.config)
+            attention.narrow(made, width)
+
+
+@torch.no_grad()
+def _draw_dense(layer: Any, config: Any) -> None:
+    """Give numbers to a dense layer that has none, as the base class may not do it again."""
+    initialization.normal_(layer.weight, std=_deviation(config, layer.weight.numel() // shape_of(layer)[1]))
+    if layer.bias is not None:
+        initialization.zeros_(layer.bias)
+
+
+def _deviation(config: Any, n_in: int) -> float:
+    """The family's, or that of a fresh nn.Linear."""
+    std = getattr(config, "initializer_range", None)
+    return float((3 * n_in) ** -0.5 if std is None else std)
+
+
 @torch.no_grad()
 def _draw(layer: LowRankLinear, config: Any) -> None:
     """Give numbers to a layer that has none, so that its product has the family's deviation, or a fresh nn.Linear's.
 
     One factor has it, and the other mixes its r rows or columns with variance 1 / r.
     """
-    std = getattr(config, "initializer_range", None)
     pivoted = isinstance(layer, PivotedLinear)
     outer, mixing = (layer.up, layer.down) if pivoted else (layer.down, layer.up)
-    initialization.normal_(outer.weight, std=(3 * layer.in_features) ** -0.5 if std is None else std)
+    initialization.normal_(outer.weight, std=_deviation(config, layer.in_features))
     initialization.normal_(mixing.weight, std=layer.rank**-0.5)
     if layer.up.bias is not None:
         initialization.zeros_(layer.up.bias)

@@ -1,10 +1,13 @@
 """Folders that load without this package: one Python file beside the weights, and `auto_map` in `config.json`."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 from torch import nn
@@ -13,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_reparam.errors import CheckpointError
 from hf_reparam.hf.configuration import PREFIX
 from hf_reparam.hf.families import auto_classes
+from hf_reparam.nn.heads import FusedProjections, attention_types, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 
 __all__ = ["FILE", "named_in_config", "write_module"]
@@ -44,7 +48,10 @@ def write_module(folder: Path) -> None:
     """Write the file: `standalone.py` with the definitions of the layers in the place of their imports."""
     package = files("hf_reparam")
     layers = (package / "nn" / "linear.py").read_text(encoding="utf-8")
-    definitions = _BEFORE_LAYERS + layers[layers.index("class LowRankLinear") :]
+    fused = inspect.getsource(FusedProjections)
+    known = {name: asdict(entry) for name, entry in attention_types().items() if name.startswith("transformers.")}
+    table = f"_ATTENTIONS: dict[str, dict[str, str]] = {pformat(known, width=110)}\n"
+    definitions = f"{_BEFORE_LAYERS}{layers[layers.index('class LowRankLinear') :]}\n\n{fused}\n\n{table}"
     text = (package / "hf" / "standalone.py").read_text(encoding="utf-8")
     (folder / FILE).write_text(_IMPORTED.sub(lambda _: f"{definitions}\n", text, count=1), encoding="utf-8")
 
@@ -83,6 +90,13 @@ def _auto_map(base: Any) -> dict[str, str]:
 
 
 def _check_types(model: nn.Module) -> None:
+    for attention in find_attentions(model):
+        kind = type(attention.module)
+        if attention.narrowed and not kind.__module__.startswith("transformers."):
+            raise CheckpointError(
+                f"{attention.name} is a {kind.__name__} with narrower heads, and the file of remote_code=True knows "
+                "those of Transformers alone: save without it, and load where hf_reparam is installed"
+            )
     for name, layer in model.named_modules():
         if isinstance(layer, LowRankLinear) and layer.dense_type not in (nn.Linear, Conv1D):
             raise CheckpointError(

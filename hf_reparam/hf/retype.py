@@ -13,6 +13,7 @@ from hf_reparam.hf.auto import register
 from hf_reparam.hf.configuration import plan_name, plan_of, stock_config_class
 from hf_reparam.hf.modeling import model_class, stock_model_class
 from hf_reparam.hf.offload import aligned
+from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
@@ -34,9 +35,11 @@ def to_reparam(model: Any, method: str, record: ConversionRecord) -> Any:
     plan = RankPlan({plan_name(model, n): m.spec for n, m in low.items()}, base.model_type, method)
     old = plan_of(model.config)
     absent = {n: s for n, s in old.modules.items() if n not in plan.modules}
+    widths = {plan_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
     config = _copy_config(model.config, register(base))
     whole = {**plan.modules, **absent}
-    config.reparam = RankPlan(whole, base.model_type, method, _remembered(model.config, old, record)).to_dict()
+    known = _remembered(model.config, old, record)
+    config.reparam = RankPlan(whole, base.model_type, method, known, {**old.head_widths, **widths}).to_dict()
     return _retype(model, config, model_class(type(model)))
 
 

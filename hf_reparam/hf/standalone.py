@@ -15,13 +15,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 # what follows up to the next comment of this kind is replaced by the definitions themselves
+from hf_reparam.nn.heads import FusedProjections
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.plan import LayerSpec
 
 _installed: Any = None
+_ATTENTIONS: dict[str, dict[str, str]] = {}  # class -> where its projections are
 # the definitions end here
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSIONS = (1, 2)
 _PREFIX = "Reparam"
 
 
@@ -84,8 +86,13 @@ class _ModelMixin:
 
 def _swap(model: Any) -> None:
     """Replace the layers that the configuration names by empty low-rank ones, at every path at which they hang."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, width in model.config.reparam.get("head_widths", {}).items():
+        attention = modules.get(prefix + name, modules.get(name))
+        if attention is not None:
+            _narrow(name, attention, width)
+    modules = dict(model.named_modules(remove_duplicate=False))
     made: dict[nn.Module, nn.Module] = {}
     for name, entry in model.config.reparam["modules"].items():
         dense = modules.get(prefix + name, modules.get(name))  # None: a layer of a head that this model has not
@@ -95,6 +102,43 @@ def _swap(model: Any) -> None:
         for child_name, child in module._modules.items():
             if child in made:
                 module._modules[child_name] = made[child]
+
+
+def _narrow(name: str, attention: Any, width: Any) -> None:
+    """Give an attention empty layers for heads of this width."""
+    entry = _ATTENTIONS.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
+    if entry is None:
+        raise ValueError(f"{name} is a {type(attention).__name__}, whose heads cannot be made narrower")
+    holder = attention.get_submodule(entry["holder"])
+    stock, first = getattr(holder, entry["width"]), attention.get_submodule(entry["query"])
+    fused = entry["query"] == entry["key"]
+    if isinstance(first, FusedProjections) or (stock == width and not fused):
+        return  # it is done
+    if not (isinstance(width, int) and 1 <= width <= stock):
+        raise ValueError(f"{name}: heads cannot be {width!r} wide")
+    inner = getattr(holder, entry["size"]) // stock * width
+    for role in ("query", "output") if fused else ("query", "key", "value", "output"):
+        parent, _, child = entry[role].rpartition(".")
+        owner = attention.get_submodule(parent)
+        dense = getattr(owner, child)
+        n_out, n_in = dense.weight.shape if type(dense) is nn.Linear else dense.weight.T.shape
+        if role == "output":
+            new = _dense(dense, inner, n_out)
+        elif fused:
+            new = FusedProjections(*(_dense(dense, n_in, inner) for _ in range(3)))
+        else:
+            new = _dense(dense, n_in, inner)
+        setattr(owner, child, new)
+    setattr(holder, entry["width"], width)
+    if entry["split"]:
+        setattr(holder, entry["split"], inner)
+
+
+def _dense(like: Any, n_in: int, n_out: int) -> nn.Module:
+    options: dict[str, Any] = {"device": like.weight.device, "dtype": like.weight.dtype}
+    if type(like) is nn.Linear:
+        return nn.Linear(n_in, n_out, bias=like.bias is not None, **options)
+    return Conv1D(n_out, n_in).to(**options)
 
 
 def _empty(name: str, dense: Any, spec: LayerSpec) -> LowRankLinear:
@@ -117,8 +161,8 @@ def _config_class(base: Any) -> Any:
     def __init__(self, *args, reparam=None, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807
         kwargs.pop("model_type", None)
         base.__init__(self, *args, **kwargs)
-        plan = {"format_version": _FORMAT_VERSION, "modules": {}} if reparam is None else reparam
-        if plan.get("format_version") != _FORMAT_VERSION:
+        plan = {"format_version": 1, "modules": {}} if reparam is None else reparam
+        if plan.get("format_version") not in _FORMAT_VERSIONS:
             raise ValueError(f"format version {plan.get('format_version')!r}: pip install -U hf-reparam")
         self.reparam = plan
 

@@ -7,11 +7,12 @@ from transformers import PreTrainedModel
 
 from hf_reparam.hf.configuration import plan_of
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
+from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import LayerSpec
-from hf_reparam.report import ConversionReport, LayerReport, SkippedReport
+from hf_reparam.report import ConversionReport, HeadsReport, LayerReport, SkippedReport
 
-__all__ = ["layer_report", "skipped_reports", "summarize"]
+__all__ = ["heads_reports", "layer_report", "skipped_reports", "summarize"]
 
 
 @with_projections
@@ -35,23 +36,34 @@ def summarize(model: nn.Module) -> ConversionReport:
     0      Linear  64 x 64   16    4,160 -> 2,112  -
     """
     targets = find_targets(model, protected=protected_layers(model))
-    low = [t for t in targets.selected if t.spec is not None]
-    dense = [t for t in targets.selected if t.spec is None]
+    low = [t for t in targets.selected if t.spec is not None or t.stock_shape is not None]
+    dense = [t for t in targets.selected if t.spec is None and t.stock_shape is None]
     after = count_parameters(model)
-    before = after + sum(t.dense_parameters - t.parameters for t in low)
+    before = after + sum(t.stock_parameters - t.parameters for t in low)
     rows = tuple(layer_report(t, t.spec, t.parameters, None) for t in low or dense)
     left = [Skipped(t.name, t.kind, t.parameters, "dense") for t in dense] if low else []
     method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else "svd"
     return ConversionReport(
-        type(model).__name__, method, rows, skipped_reports([*left, *targets.skipped]), before, after
+        type(model).__name__,
+        method,
+        rows,
+        skipped_reports([*left, *targets.skipped]),
+        before,
+        after,
+        heads=heads_reports(model),
     )
+
+
+def heads_reports(model: nn.Module) -> tuple[HeadsReport, ...]:
+    """What the report says of attentions with narrower heads."""
+    return tuple(HeadsReport(a.name, a.heads, a.stock_width, a.width) for a in find_attentions(model) if a.narrowed)
 
 
 def layer_report(target: Target, spec: LayerSpec | None, after: int, error: float | None) -> LayerReport:
     """What the report says of a layer that has, or would have, this spec and so many parameters."""
     shape = (target.in_features, target.out_features)
     rank, form = (None, None) if spec is None else (spec.rank, spec.form)
-    return LayerReport(target.name, target.kind, *shape, rank, target.dense_parameters, after, error, form)
+    return LayerReport(target.name, target.kind, *shape, rank, target.stock_parameters, after, error, form)
 
 
 def skipped_reports(items: Iterable[Skipped]) -> tuple[SkippedReport, ...]:

@@ -1,15 +1,19 @@
 """Tensor mathematics: tensors in, tensors out, float64 inside. Knows no module and no model."""
 
-from hf_reparam.linalg.allocate import Options, allocate
+from hf_reparam.linalg.allocate import Alternative, Options, allocate, choose
 from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum, working_device
+from hf_reparam.linalg.heads import HeadMaps, HeadMoments, map_both, map_rows, output_moment
 from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import LayerMoments, Moments
 from hf_reparam.linalg.paired import PairedMoments, Refit
 from hf_reparam.linalg.pivot import Pivots, pivot
 
 __all__ = [
+    "Alternative",
     "Decomposition",
     "Factors",
+    "HeadMaps",
+    "HeadMoments",
     "LayerMoments",
     "Metric",
     "Moments",
@@ -18,7 +22,11 @@ __all__ = [
     "Pivots",
     "Refit",
     "allocate",
+    "choose",
     "decompose",
+    "map_both",
+    "map_rows",
+    "output_moment",
     "pivot",
     "spectrum",
     "working_device",

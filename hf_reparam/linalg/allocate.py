@@ -4,7 +4,7 @@ min sum_l error_l(j_l) subject to sum_l cost_l(j_l) <= budget is solved by its L
 lambda bisected to the budget; what is left is spent greedily, so that no option that still fits would lower the error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_reparam.errors import RankError
 
-__all__ = ["Options", "allocate"]
+__all__ = ["Alternative", "Options", "allocate", "choose"]
 
 _BISECTIONS = 200
 
@@ -28,6 +28,56 @@ class Options:
 
     errors: Tensor
     costs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One way to build a group of layers.
+
+    Args:
+        error: what this way costs at any option of its layers.
+        layers: what each of its layers can become.
+    """
+
+    error: float
+    layers: Sequence[Options]
+
+
+def choose(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict[str, int]:
+    """Index of the best alternative of each group under a budget, by the Lagrangian that `allocate` solves.
+
+    Where even the cheapest options exceed the budget, the alternatives that are cheapest.
+
+    Cost: 200 passes over all options.
+
+    >>> small = Alternative(1.0, [Options(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 2.0]))])
+    >>> large = Alternative(0.0, [Options(torch.tensor([2.0, 0.0]), torch.tensor([3.0, 4.0]))])
+    >>> choose({"a": [small, large]}, budget=2), choose({"a": [small, large]}, budget=4)
+    ({'a': 0}, {'a': 1})
+    """
+
+    def at(price: Tensor) -> tuple[dict[str, int], float]:
+        chosen, cost = {}, 0.0
+        for name, alternatives in groups.items():
+            totals = []
+            for way in alternatives:
+                picks = [(o, int(torch.argmin(o.errors + price * o.costs))) for o in way.layers]
+                spent = sum(float(o.costs[i]) for o, i in picks)
+                totals.append((way.error + sum(float(o.errors[i]) for o, i in picks) + float(price) * spent, spent))
+            chosen[name] = min(range(len(totals)), key=lambda i: totals[i][0])
+            cost += totals[chosen[name]][1]
+        return chosen, cost
+
+    low, high = -100.0, 100.0
+    best = at(torch.tensor(high, dtype=torch.float64).exp())[0]
+    for _ in range(_BISECTIONS // 4):  # to a factor of 1 + 1e-13 in lambda
+        middle = (low + high) / 2
+        found, cost = at(torch.tensor(middle, dtype=torch.float64).exp())
+        if cost <= budget:
+            high, best = middle, found
+        else:
+            low = middle
+    return best
 
 
 def allocate(layers: Mapping[str, Options], budget: float) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """Modules and their surgery: finds, replaces and restores dense layers of any `nn.Module`. Knows no transformers."""
 
 from hf_reparam.nn.dense import DenseType, register_dense
+from hf_reparam.nn.heads import AttentionType, register_attention
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.ranks import Rank
 from hf_reparam.nn.targets import Skipped, Target, Targets, find_targets
 
 __all__ = [
+    "AttentionType",
     "DenseType",
     "LowRankLinear",
     "PivotedLinear",
@@ -14,5 +16,6 @@ __all__ = [
     "Target",
     "Targets",
     "find_targets",
+    "register_attention",
     "register_dense",
 ]

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.nn.linear import LowRankLinear
 
-__all__ = ["DenseType", "build_dense", "dense_like", "dense_matrix", "dense_type", "register_dense", "registered_types"]
+__all__ = [
+    "DenseType",
+    "build_dense",
+    "dense_like",
+    "dense_matrix",
+    "dense_type",
+    "register_dense",
+    "registered_types",
+    "shape_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +114,31 @@ def build_dense(layer: LowRankLinear) -> nn.Module:
     return dense
 
 
-def dense_like(layer: LowRankLinear) -> nn.Module:
-    """The dense layer that a LowRankLinear stands for, with its dtype, device, mode and `requires_grad`; no numbers."""
-    like, bias = layer.up.weight, layer.up.bias
-    build = _registry[layer.dense_type].build
-    dense = build(layer.in_features, layer.out_features, bias is not None, like.device, like.dtype)
-    dense.get_parameter("weight").requires_grad_(like.requires_grad)
-    if bias is not None:
-        dense.get_parameter("bias").requires_grad_(bias.requires_grad)
+def dense_like(layer: nn.Module, shape: tuple[int, int] | None = None) -> nn.Module:
+    """A dense layer with the type, dtype, device, mode and `requires_grad` of this one; it has no numbers.
+
+    Args:
+        layer: dense, or a LowRankLinear for a layer of the type that it stands for.
+        shape: (in, out), if another than the layer's.
+    """
+    kind = layer.dense_type if isinstance(layer, LowRankLinear) else type(layer)
+    part: Any = layer.up if isinstance(layer, LowRankLinear) else layer
+    n_in, n_out = shape or shape_of(layer)
+    dense = _registry[kind].build(n_in, n_out, part.bias is not None, part.weight.device, part.weight.dtype)
+    dense.get_parameter("weight").requires_grad_(part.weight.requires_grad)
+    if part.bias is not None:
+        dense.get_parameter("bias").requires_grad_(part.bias.requires_grad)
     return dense.train(layer.training)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a dense or low-rank layer; (0, 0) of any other module."""
+    if isinstance(module, LowRankLinear):
+        return module.in_features, module.out_features
+    if type(module) not in _registry:
+        return 0, 0
+    n_out, n_in = _registry[type(module)].matrix(module).shape
+    return n_in, n_out
 
 
 register_dense(

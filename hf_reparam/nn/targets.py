@@ -2,18 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from hf_reparam.nn.attention import unsplittable
 from hf_reparam.nn.dense import dense_matrix, dense_type, registered_types
+from hf_reparam.nn.heads import FusedProjections, stock_shapes
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
 from hf_reparam.nn.surgery import has_hooks
 from hf_reparam.plan import LayerSpec
 
 __all__ = ["Skipped", "Target", "Targets", "find_targets"]
+
+Modules = Mapping[str, tuple[tuple[str, ...], nn.Module]]
+"""First name of a module -> all its names, and the module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class Target:
         module: the layer itself.
         kind: class name of the dense layer.
         in_features, out_features: the dense shape.
+        stock_shape: (in, out) in the stock model, if heads are narrower here.
     """
 
     names: tuple[str, ...]
@@ -32,6 +37,7 @@ class Target:
     kind: str
     in_features: int
     out_features: int
+    stock_shape: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -57,6 +63,14 @@ class Target:
     def dense_parameters(self) -> int:
         """Numbers in the dense layer, bias included."""
         return self.in_features * self.out_features + self.bias_parameters
+
+    @property
+    def stock_parameters(self) -> int:
+        """Numbers that it has in the stock model, bias included."""
+        if self.stock_shape is None:
+            return self.dense_parameters
+        n_in, n_out = self.stock_shape
+        return n_in * n_out + (n_out if self.bias_parameters else 0)
 
     @property
     def parameters(self) -> int:
@@ -114,30 +128,31 @@ def find_targets(
     """
     wanted, unwanted = as_patterns(include, "include"), as_patterns(exclude, "exclude") or ()
     modules = _group(model)
-    dense = {name: names for name, (names, module) in modules.items() if _looks_dense(module)}
+    dense = {name: _with_fused(names, modules) for name, (names, module) in modules.items() if _looks_dense(module)}
     every_name = [name for names in dense.values() for name in names]
     check_used(wanted or (), every_name, "include")
     check_used(unwanted, every_name, "exclude")
     owners = Counter(id(p) for _, module in modules.values() for p in module._parameters.values() if p is not None)
     kept = protected or {}
+    shapes = stock_shapes(model)
     selected, skipped = [], []
     for name, (names, module) in modules.items():
         if name not in dense:
             skipped += _other_weights(name, module, owners)
             continue
         reason = next((kept[n] for n in names if n in kept), None) or _unfit(name, module, modules, owners)
-        if reason is None and (pattern := first_match(unwanted, names)):
+        if reason is None and (pattern := first_match(unwanted, dense[name])):
             reason = f"excluded by {pattern!r}"
-        if reason is None and wanted is not None and first_match(wanted, names) is None:
+        if reason is None and wanted is not None and first_match(wanted, dense[name]) is None:
             reason = "not included"
         if reason is None:
-            selected.append(_target(names, module))
+            selected.append(replace(_target(names, module), stock_shape=shapes.get(module)))
         else:
             skipped.append(Skipped(name, _kind(module), _count(module), reason))
     return Targets(tuple(selected), tuple(skipped))
 
 
-def _group(model: nn.Module) -> dict[str, tuple[tuple[str, ...], nn.Module]]:
+def _group(model: nn.Module) -> Modules:
     """First name -> (all names, module), without the factors inside low-rank layers."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -148,6 +163,12 @@ def _group(model: nn.Module) -> dict[str, tuple[tuple[str, ...], nn.Module]]:
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     return {paths[0]: (tuple(paths), modules[key]) for key, paths in names.items()}
+
+
+def _with_fused(names: tuple[str, ...], modules: Modules) -> tuple[str, ...]:
+    """Names that patterns may mean: those of a part of a fused layer, and that of the fused layer."""
+    parents = [name.rpartition(".")[0] for name in names]
+    return names + tuple(p for p in parents if p in modules and isinstance(modules[p][1], FusedProjections))
 
 
 def _looks_dense(module: nn.Module) -> bool:
@@ -169,9 +190,7 @@ def _target(names: tuple[str, ...], module: nn.Module) -> Target:
     return Target(names, module, _kind(module), n_in, n_out)
 
 
-def _unfit(
-    name: str, module: nn.Module, modules: Mapping[str, tuple[tuple[str, ...], nn.Module]], owners: Counter[int]
-) -> str | None:
+def _unfit(name: str, module: nn.Module, modules: Modules, owners: Counter[int]) -> str | None:
     """Why this dense-looking layer cannot be replaced by a module with the same call, or None."""
     parent = modules.get(name.rpartition(".")[0])
     if parent is not None and isinstance(parent[1], nn.MultiheadAttention):

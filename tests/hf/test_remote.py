@@ -9,7 +9,9 @@ import torch
 import transformers
 
 import hf_reparam
-from hf_reparam import CheckpointError, convert
+from hf_reparam import AttentionType, CheckpointError, RankPlan, convert, register_attention
+from hf_reparam.calibration import layer_name
+from hf_reparam.nn.heads import find_attentions
 from tests import zoo
 
 CASES = [
@@ -46,10 +48,28 @@ def without_package(folder, auto, again):
     return subprocess.run(run, capture_output=True, text=True, cwd=folder)
 
 
+def narrow(model):
+    """Heads half as wide, and low-rank layers in them: of GPT-2 three in the place of a fused one."""
+    widths = {layer_name(model, a.name): 4 for a in find_attentions(model)}
+    assert widths
+    half = convert(model, plan=RankPlan({}, model.config.model_type, head_widths=widths))
+    return convert(half, rank=6, form="pivoted")
+
+
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_narrower_heads_load_without_the_package(tmp_path, base):
+    case = zoo.BY_BASE[base]
+    _check_without(tmp_path, case, narrow(case.build()))
+
+
 @pytest.mark.parametrize(("base", "form"), CASES)
 def test_loads_without_the_package(tmp_path, base, form):
     case = zoo.BY_BASE[base]
-    small, folder, again = convert(case.build(), rank=6, form=form), tmp_path / "out", tmp_path / "again"
+    _check_without(tmp_path, case, convert(case.build(), rank=6, form=form))
+
+
+def _check_without(tmp_path, case, small):
+    folder, again = tmp_path / "out", tmp_path / "again"
     small.save_pretrained(folder, remote_code=True)
     torch.save(case.batch(), folder / "batch.pt")
     done = without_package(folder, case.auto, again)
@@ -99,7 +119,10 @@ def test_auto_map_goes_with_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["reparam"].update(format_version=2), "format version 2"),
+        (lambda c: c["reparam"].update(format_version=3), "format version 3"),
+        (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 99}), "cannot be 99 wide"),
+        (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 4}), "size mismatch|do not fit"),
+        (lambda c: c["reparam"].update(head_widths={"encoder.layer.0": 4}), "cannot be made narrower"),
         (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=500), "does not fit"),
         (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=5), "size mismatch|do not fit"),
     ],
@@ -121,6 +144,18 @@ def test_dense_types_of_ones_own_are_refused(tmp_path, own_linear):
     model.pooler.dense = own_linear(32, 32)
     small = convert(model, rank=6, include="pooler.dense")
     with pytest.raises(CheckpointError, match=r"pooler\.dense stands for a OwnLinear"):
+        small.save_pretrained(tmp_path, remote_code=True)
+
+
+def test_attentions_of_ones_own_are_refused(tmp_path):
+    class Own(type(find_attentions(zoo.BY_BASE["BartForConditionalGeneration"].build())[0].module)): ...
+
+    register_attention(Own, AttentionType("q_proj", "k_proj", "v_proj", "out_proj"))
+    model = zoo.BY_BASE["BartForConditionalGeneration"].build()
+    model.model.encoder.layers[0].self_attn.__class__ = Own
+    widths = {"encoder.layers.0.self_attn": 4}
+    small = convert(model, plan=RankPlan({}, "bart", head_widths=widths))
+    with pytest.raises(CheckpointError, match="is a Own with narrower heads"):
         small.save_pretrained(tmp_path, remote_code=True)
 
 

@@ -1,0 +1,423 @@
+"""Narrower heads: exact at full width, first-class below, stock again after a merge."""
+
+import copy
+import importlib
+import json
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import hf_reparam
+from hf_reparam import (
+    AttentionType,
+    CheckpointError,
+    LayerSpec,
+    LowRankLinear,
+    PlanError,
+    RankPlan,
+    TargetError,
+    WeightError,
+    collect_moments,
+    convert,
+    convert_checkpoint,
+    make_plan,
+    merge,
+    refit,
+    register_attention,
+    summarize,
+)
+from hf_reparam.calibration import layer_name
+from hf_reparam.decomposition import as_decompositions
+from hf_reparam.narrowing import NarrowHeads, attentions_by_name, narrowed
+from hf_reparam.nn.heads import ROLES, find_attentions
+from tests import zoo
+
+FAMILIES = [
+    "BertForMaskedLM",
+    "RobertaForMaskedLM",
+    "AlbertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "GPT2LMHeadModel",
+    "OPTForCausalLM",
+    "T5ForConditionalGeneration",
+    "BartForConditionalGeneration",
+    "MarianMTModel",
+]
+GENERATING = ["GPT2LMHeadModel", "OPTForCausalLM", "T5ForConditionalGeneration", "BartForConditionalGeneration"]
+CLOSE = {"atol": 1e-5, "rtol": 0}  # of logits below 1 in size, in float32
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, **CLOSE)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def widths_of(model, width=None):
+    return {name: width or a.width for name, a in attentions_by_name(model).items()}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    case = zoo.BY_BASE[request.param]
+    model, batch = case.build(), case.batch()
+    with torch.no_grad():  # attention that matters: fresh weights of most families are so small that it hardly does
+        for layer in {a.layer(role) for a in find_attentions(model) for role in ROLES}:
+            layer.weight *= 0.15 / layer.weight.std()
+    return model, batch, collect_moments(model, [batch])
+
+
+def test_every_attention_is_found(family):
+    model, _, _ = family
+    counts = {"albert": 1, "t5": 6, "bart": 6, "marian": 6}  # one shared; encoder, decoder and cross attentions
+    assert len(find_attentions(model)) == counts.get(model.config.model_type, 2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("metric", ["svd", "activation", "fisher"])
+def test_at_full_width_the_outputs_are_the_dense_ones(family, metric, attention):
+    model, batch, moments = family
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(attention)
+    plan = RankPlan({}, model.config.model_type, metric, head_widths=widths_of(model))
+    full = convert(model, plan=plan, calibration=None if metric == "svd" else moments)
+    assert any(not torch.equal(a, b) for a, b in zip(full.parameters(), model.parameters(), strict=False))
+    close(logits(full, batch), logits(model, batch))
+
+
+def test_saved_loaded_merged(family, tmp_path):
+    """Half as wide, and of low rank inside: the same logits after a round trip, and from the stock class."""
+    model, batch, moments = family
+    widths = widths_of(model, 4)
+    paths = {layer_name(model, a.path("output", split=True)) for a in find_attentions(model)}
+    plan = RankPlan({path: LayerSpec(3, "pivoted") for path in paths}, model.config.model_type, "fisher", None, widths)
+    small, report = convert(model, plan=plan, calibration=moments, return_report=True)
+    expected = logits(small, batch)
+    assert not torch.allclose(expected, logits(model, batch), atol=1e-4)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batch), expected)
+    assert again.config.reparam["head_widths"] == widths
+    dense = merge(again)
+    assert type(dense) is type(model)
+    assert {k: v.shape for k, v in dense.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    close(logits(dense, batch), expected)
+    assert report.parameters_before == sum(p.numel() for p in model.parameters())
+    assert report.parameters_after == sum(p.numel() for p in small.parameters())
+    stands = summarize(again)
+    assert (stands.factored_before, stands.factored_after) == (report.factored_before, report.factored_after)
+    assert [(h.width_before, h.width_after) for h in stands.heads] == [(8, 4)] * len(widths)
+
+
+def test_the_model_is_as_before(family):
+    model, batch, moments = family
+    before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
+    widths = {a.name: a.width for a in find_attentions(model)}
+    expected = logits(model, batch)
+    small = convert(model, keep=0.4, calibration=moments)
+    assert list(model.modules()) == modules
+    assert {a.name: a.width for a in find_attentions(model)} == widths
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(logits(model, batch), expected)
+    inplace = convert(copy.deepcopy(model), keep=0.4, calibration=moments, inplace=True)
+    assert all(torch.equal(value, inplace.state_dict()[key]) for key, value in small.state_dict().items())
+
+
+def test_moments_of_narrower_layers_are_those_that_would_be_collected(family):
+    """At full width the function is the same, so that moments can be collected where they were computed."""
+    model, batch, moments = family
+    source = as_decompositions(moments, "fisher")
+    with narrowed(model, widths_of(model), source, keep=False) as narrow:
+        seen = collect_moments(model, [batch])
+        for a in find_attentions(model):
+            for role in ROLES:
+                name = layer_name(model, a.path(role, split=True))
+                computed, collected = narrow.moments.layers[name], seen.layers[name]
+                assert computed.tokens == collected.tokens
+                for key in ("input_sum", "input_products", "gradient_products"):
+                    x, y = getattr(computed, key), getattr(collected, key)
+                    assert (x - y).norm() <= 1e-3 * y.norm() + 1e-9, (name, key)  # float32 passes
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+def test_the_budget_holds(family, keep):
+    model, _, moments = family
+    _, report = convert(model, keep=keep, calibration=moments, return_report=True)
+    biases = sum(t.bias_parameters for t in hf_reparam.nn.find_targets(model).selected)
+    targeted = moments.layers.keys()
+    total = sum(layer.input_sum.numel() * layer.gradient_products.shape[0] for layer in moments.layers.values())
+    saved = report.parameters_before - report.parameters_after
+    assert len(targeted) > 4
+    assert saved >= (1 - keep) * total - biases
+
+
+@pytest.mark.parametrize("base", GENERATING)
+def test_generation_reads_a_smaller_cache(base):
+    case = zoo.BY_BASE[base]
+    model = case.build()
+    model.generation_config.eos_token_id = None
+    half = convert(model, plan=RankPlan({}, model.config.model_type, head_widths=widths_of(model, 4)))
+    batch = {k: v for k, v in case.batch().items() if k in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    kept = half.generate(**batch, use_cache=True, **options)
+    fresh = half.generate(**batch, use_cache=False, **options)
+    for a, b in zip(kept.logits, fresh.logits, strict=True):
+        close(a, b)
+    assert torch.equal(merge(half).generate(**batch, max_new_tokens=6, do_sample=False), kept.sequences)
+    wide = model.generate(**batch, use_cache=True, **options)
+    assert cache_numbers(kept.past_key_values) * 2 == cache_numbers(wide.past_key_values)
+
+
+def cache_numbers(cache):
+    caches = (
+        [cache.self_attention_cache, cache.cross_attention_cache]
+        if hasattr(cache, "cross_attention_cache")
+        else [cache]
+    )
+    return sum(layer.keys.numel() + layer.values.numel() for c in caches for layer in c.layers)
+
+
+def bert():
+    case = zoo.BY_BASE["BertForMaskedLM"]
+    model = case.build()
+    data = [{"input_ids": torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(i))} for i in range(6)]
+    return model, data, collect_moments(model, data)
+
+
+def test_widths_are_chosen_where_they_are_predicted_to_be_better():
+    model, _, moments = bert()
+    with torch.no_grad():  # heads of which two directions of eight are used
+        for layer in model.bert.encoder.layer:
+            for linear in (layer.attention.self.query, layer.attention.self.value):
+                linear.weight.view(4, 8, 32)[:, 2:] *= 1e-4
+                linear.bias.view(4, 8)[:, 2:] *= 1e-4
+    moments = collect_moments(model, bert()[1])
+    joint, separate = (make_plan(model, moments, keep=0.4, joint=joint) for joint in (True, False))
+    assert {w <= 4 for w in joint.head_widths.values()} == {True}
+    assert separate.head_widths == {}
+    assert make_plan(model, moments, keep=0.4) == joint
+    assert make_plan(model, moments, keep=1.0).head_widths == {}
+    assert set(make_plan(model, moments, keep=0.4, multiple_of=4).head_widths.values()) == {4}
+    low = [name for name in joint.modules if ".attention." in name]
+    assert all(spec.rank < 32 for name, spec in joint.modules.items() if name in low)
+
+
+def test_equal_shares_know_no_widths():
+    model, _, moments = bert()
+    assert make_plan(model, moments, keep=0.4, allocation="uniform").head_widths == {}
+    assert make_plan(model, keep=0.4).head_widths == {}
+    with pytest.raises(TargetError, match="joint=True needs the global allocation"):
+        make_plan(model, moments, keep=0.4, allocation="uniform", joint=True)
+
+
+def test_an_excluded_projection_keeps_its_heads():
+    model, _, moments = bert()
+    plan = make_plan(model, moments, keep=0.3, exclude="*layer.0.attention.self.key")
+    assert "encoder.layer.0.attention" not in plan.head_widths
+    assert "encoder.layer.1.attention" in plan.head_widths
+
+
+def test_fused_layers_are_excluded_by_their_name():
+    case = zoo.BY_BASE["GPT2LMHeadModel"]
+    model, data = case.build(), [case.batch()]
+    moments = collect_moments(model, data)
+    small = convert(model, keep=0.4, calibration=moments, include=["*attn*"])
+    names = {n for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
+    assert any(name.endswith("c_attn.query") for name in names)
+    assert not any("mlp" in name for name in names)
+
+
+def test_a_failure_leaves_the_model_alone(monkeypatch):
+    model, data, moments = bert()
+    before, expected = list(model.modules()), logits(model, data[0])
+
+    def fails(*_, **__):
+        raise WeightError("on purpose")
+
+    monkeypatch.setattr(importlib.import_module("hf_reparam.convert"), "factor_layers", fails)
+    for inplace in (True, False):
+        with pytest.raises(WeightError, match="on purpose"):
+            convert(model, keep=0.3, calibration=moments, inplace=inplace)
+        assert list(model.modules()) == before
+        assert torch.equal(logits(model, data[0]), expected)
+
+
+def test_numbers_that_are_not_finite_are_named():
+    model, _, moments = bert()
+    moments.layers["encoder.layer.1.attention.self.key"].gradient_products[0, 0] = float("nan")
+    source = as_decompositions(moments, "fisher")
+    with pytest.raises(WeightError, match="encoder.layer.1.attention"):
+        NarrowHeads(model, attentions_by_name(model)["encoder.layer.1.attention"], source).prepare()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_stays(dtype):
+    model = bert()[0].to(dtype)
+    small = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4)))
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    assert merge(small).dtype == dtype
+
+
+def test_it_trains():
+    model, data, moments = bert()
+    small = convert(model, keep=0.4, calibration=moments).train()
+    assert summarize(small).heads
+    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-3)
+    batch = {**data[0], "labels": data[0]["input_ids"]}
+    losses = []
+    for _ in range(8):
+        loss = small(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    close(logits(merge(small.eval()), data[0]), logits(small, data[0]))
+
+
+def test_refit_takes_the_moments_that_the_heads_were_made_with():
+    model, data, moments = bert()
+    small = convert(model, keep=0.3, calibration=moments)
+    assert summarize(small).heads
+    with pytest.raises(TargetError, match="give the moments="):
+        refit(small, model, data)
+    before = list(model.modules())
+    report = refit(small, model, data, moments=moments)
+    assert report.after < report.before
+    assert list(model.modules()) == before
+    again = convert(model, keep=0.3, calibration=data, refit=True)
+    for key, value in small.state_dict().items():
+        torch.testing.assert_close(value, again.state_dict()[key], atol=1e-4, rtol=1e-4)
+
+
+def test_streaming_gives_the_same_tensors(tmp_path):
+    model, data, moments = bert()
+    model.save_pretrained(tmp_path / "dense")
+    memory = convert(model, keep=0.3, calibration=moments)
+    report = convert_checkpoint(tmp_path / "dense", tmp_path / "low", keep=0.3, moments=moments)
+    assert len(report.heads) == 2
+    streamed = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "low")
+    assert streamed.config.reparam["head_widths"] == memory.config.reparam["head_widths"]
+    assert all(torch.equal(value, streamed.state_dict()[key]) for key, value in memory.state_dict().items())
+    hf_reparam.merge_checkpoint(tmp_path / "low", tmp_path / "merged")
+    merged = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
+    assert type(merged) is tf.BertForMaskedLM
+    close(logits(merged, data[0]), logits(memory, data[0]))
+    separate = convert_checkpoint(tmp_path / "dense", tmp_path / "separate", keep=0.3, moments=moments, joint=False)
+    assert separate.heads == ()
+
+
+def test_another_head_loads_the_base(tmp_path):
+    model, data, moments = bert()
+    small = convert(model, keep=0.3, calibration=moments)
+    small.save_pretrained(tmp_path)
+    base = tf.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = small(**data[0], output_hidden_states=True).hidden_states[-1]
+        close(base(**data[0]).last_hidden_state, expected)
+
+
+def test_the_stock_class_refuses(tmp_path):
+    """Narrower heads alone, without any factor: the shapes are others."""
+    model, _, _ = bert()
+    convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size"):
+        tf.BertForMaskedLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w | {"encoder.layer.0.attention": 9}, "9 wide, above the 8"),
+        (lambda w: w | {"encoder.layer.0.output": 4}, "no such attention"),
+        (lambda w: w | {"encoder.layer.0.attention": 0}, "int of at least 1"),
+        (lambda w: w | {"encoder.layer.0.attention": True}, "int of at least 1"),
+        (lambda w: w | {"encoder.layer.0.attention": 10**9}, "int of at least 1"),
+        (lambda w: w | {"..": 4}, "module path"),
+        (lambda _: [4], "must be an object"),
+    ],
+)
+def test_tampered_widths_are_refused(tmp_path, change, message):
+    model, _, _ = bert()
+    convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["reparam"]["head_widths"] = change(config["reparam"]["head_widths"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=message):
+        tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_another_width_in_the_file_is_refused(tmp_path):
+    model, _, _ = bert()
+    convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["reparam"]["head_widths"]["encoder.layer.0.attention"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((RuntimeError, CheckpointError), match="do not have the shapes"):
+        tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_a_plan_of_format_1_has_no_widths():
+    plan = RankPlan({"a": LayerSpec(2)}, head_widths={"b": 4})
+    data = plan.to_dict()
+    assert data["format_version"] == 2
+    assert RankPlan.from_dict(data) == plan
+    assert RankPlan({"a": LayerSpec(2)}).to_dict()["format_version"] == 1
+    with pytest.raises(PlanError, match="format version 2"):
+        RankPlan.from_dict({**data, "format_version": 1})
+
+
+def test_a_converted_model_makes_no_plan():
+    model, _, moments = bert()
+    half = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4)))
+    with pytest.raises(TargetError, match="converted already"):
+        make_plan(half, moments, keep=0.3)
+    lower = convert(half, rank=4)  # but its layers can be factored
+    assert lower.config.reparam["head_widths"] == half.config.reparam["head_widths"]
+
+
+def test_unknown_attentions_are_named():
+    model, _, _ = bert()
+    with pytest.raises(PlanError, match="no attention of which this is known"):
+        convert(model, plan=RankPlan({}, "bert", head_widths={"encoder.layer.0": 4}))
+    with pytest.raises(PlanError, match="above the 8"):
+        convert(model, plan=RankPlan({}, "bert", head_widths={"encoder.layer.0.attention": 9}))
+
+
+def test_rotary_attention_is_no_candidate():
+    case = zoo.BY_BASE["LlamaForCausalLM"]
+    model = case.build()
+    assert find_attentions(model) == []
+    assert make_plan(model, collect_moments(model, [case.batch()]), keep=0.3).head_widths == {}
+
+
+class OwnAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head_dim = 16, 8
+        self.scale = self.head_dim**-0.5
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2))
+
+
+def test_a_registered_attention_of_a_plain_model(tmp_path):
+    register_attention(OwnAttention, AttentionType("q", "k", "v", "o", size="inner"))
+    net = nn.Sequential(OwnAttention(), nn.Linear(16, 16))
+    x = torch.randn(2, 5, 16)
+    plan = RankPlan({"0.o": LayerSpec(3)}, head_widths={"0": 4})
+    small = convert(net, plan=plan)
+    hf_reparam.save(small, tmp_path / "net")
+    again = hf_reparam.load(nn.Sequential(OwnAttention(), nn.Linear(16, 16)), tmp_path / "net")
+    assert torch.equal(again(x), small(x))
+    close(merge(again)(x), small(x))
+    other = nn.Sequential(nn.Linear(16, 16), OwnAttention())
+    with pytest.raises(PlanError, match="no attention here"):
+        hf_reparam.load(other, tmp_path / "net")
