@@ -298,7 +298,7 @@ def million(scratch: Path) -> dict[str, Any]:
             act(folder)
         except hf_reparam.ReparamError as error:
             results[f"{name}_seconds"] = round(time.perf_counter() - start, 3)
-            results[f"{name}_error"] = f"{type(error).__name__}: {error}"[:100]
+            results[f"{name}_error"] = type(error).__name__
     transformers.BertConfig().save_pretrained(folder)
     stock = json.loads((folder / "config.json").read_text())
     _write(folder, json.dumps(stock | {"entries": entries}))

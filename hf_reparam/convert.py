@@ -212,11 +212,12 @@ def convert(
             else:
                 plan = plan_for(source, keep=keep, target_params=target_params)
         before, name, whole = count_parameters(model), type(model).__name__, source.moments
+        narrowing: dict[str, float] = {}
         folder = _folder(offload_folder, scratch, temporary=inplace and not refit)
         if plan is not None:
             widths = plan.head_widths
             on_disk = None if offload_folder is None else folder
-            source = scratch.enter_context(narrowed(model, widths, source, on_disk, keep=inplace))
+            source, narrowing = scratch.enter_context(narrowed(model, widths, source, on_disk, keep=inplace))
             if widths:
                 targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
             chosen = fit_plan(model, targets.selected, plan)
@@ -225,7 +226,7 @@ def convert(
         skipped = skipped_reports([*(s for s in left if s.name not in {t.name for t in narrow}), *targets.skipped])
         layers, rows = factor_layers(model, targets.selected, specs, source, folder)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
-        record = _record(model, replace(source, moments=whole), rows, refitted)
+        record = _record(model, replace(source, moments=whole), rows, refitted, narrowing)
         rows += tuple(layer_report(t, None, t.parameters, None) for t in narrow if t.name not in specs)
         result = _install(model, layers, source.metric, record, inplace=inplace)
         if offload_folder is not None:
@@ -235,7 +236,7 @@ def convert(
             _bring_in(layers)
     if not return_report:
         return result
-    after, heads = count_parameters(result), heads_reports(result)
+    after, heads = count_parameters(result), heads_reports(result, narrowing)
     return result, ConversionReport(name, source.metric, rows, skipped, before, after, refitted, heads)
 
 
@@ -306,7 +307,7 @@ def _search(
         except RankError:  # below the smallest size
             low = keep
             continue
-        with narrowed(model, plan.head_widths, source, keep=False) as narrow:
+        with narrowed(model, plan.head_widths, source, keep=False) as (narrow, _):
             found = find_targets(model, protected=protected_layers(model)).selected
             found = tuple(t for t in found if layer_name(model, t.name) in plan.modules)
             layers, _ = factor_layers(model, found, fit_plan(model, found, plan)[0], narrow)
@@ -342,11 +343,15 @@ def _refit(
 
 
 def _record(
-    model: nn.Module, source: Decompositions, rows: Iterable[LayerReport], refitted: RefitReport | None
+    model: nn.Module,
+    source: Decompositions,
+    rows: Iterable[LayerReport],
+    refitted: RefitReport | None,
+    narrowing: Mapping[str, float],
 ) -> ConversionRecord:
     tokens = None if source.moments is None or source.metric == "svd" else source.moments.tokens
     errors = {layer_name(model, row.name): row.error for row in rows if row.error is not None}
-    return ConversionRecord(None, tokens, 0 if refitted is None else len(refitted.layers), errors)
+    return ConversionRecord(None, tokens, 0 if refitted is None else len(refitted.layers), {**narrowing, **errors})
 
 
 def _bring_in(layers: dict[nn.Module, nn.Module]) -> None:

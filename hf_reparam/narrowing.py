@@ -199,7 +199,7 @@ def _with_moments(source: Decompositions, new: Mapping[str, _Lazy], gone: set[st
 @contextmanager
 def narrowed(
     model: nn.Module, widths: Mapping[str, int], source: Decompositions, folder: Path | None = None, *, keep: bool
-) -> Iterator[Decompositions]:
+) -> Iterator[tuple[Decompositions, dict[str, float]]]:
     """A model with narrower heads, dense still, while the block lasts.
 
     Args:
@@ -210,14 +210,14 @@ def narrowed(
         keep: leave the narrower heads in place if the block ends well.
 
     Yields:
-        The same metric with the moments of the narrower layers.
+        The same metric with the moments of the narrower layers, and name of an attention -> its relative error.
 
     Raises:
         PlanError: no such attention that can be narrowed, or a width that is no smaller than its own.
         WeightError: weights or moments are not finite.
     """
     if not widths:
-        yield source
+        yield source, {}
         return
     known = attentions_by_name(model)
     for name, width in widths.items():
@@ -227,7 +227,11 @@ def narrowed(
             raise PlanError(f"{name}: the plan makes its heads {width} wide, above the {known[name].width} they have")
     chosen = {name: known[name] for name in widths}
     heads = {name: NarrowHeads(model, attention, source) for name, attention in chosen.items()}
-    maps = {name: part.prepare()[1].cut(widths[name]) for name, part in heads.items()}
+    maps, errors = {}, {}
+    for name, part in heads.items():
+        moments, full = part.prepare()
+        maps[name] = full.cut(widths[name])
+        errors[name] = moments.relative_error(maps[name])
     places = {layer_name(model, a.path(role, split=True)): (name, role) for name, a in chosen.items() for role in ROLES}
     old = {name: {role: a.layer(role) for role in ROLES} for name, a in chosen.items()}
 
@@ -256,7 +260,7 @@ def narrowed(
             mine = {role: built[layer_name(model, attention.path(role, split=True))][0] for role in ROLES}
             attention.narrow(mine, widths[name])
         gone = {layer_name(model, a.path(role, split=False)) for a in chosen.values() for role in ROLES}
-        yield _with_moments(source, seen, gone)
+        yield _with_moments(source, seen, gone), errors
         done = keep
     finally:
         if not done:

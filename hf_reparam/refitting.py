@@ -83,7 +83,7 @@ def _narrowed_like(model: nn.Module, dense: nn.Module, moments: Moments | None) 
     if moments is None:
         raise TargetError("the model has narrower heads: give the moments= that it was converted with")
     method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else None
-    with narrowed(dense, widths, as_decompositions(moments, method), keep=False) as source:
+    with narrowed(dense, widths, as_decompositions(moments, method), keep=False) as (source, _):
         yield source.moments
 
 

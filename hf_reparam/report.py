@@ -52,12 +52,15 @@ class HeadsReport:
         name: module path in the model.
         heads: how many it has.
         width_before, width_after: of one head; keys and values take this share of their memory in a cache.
+        error: root of the share that is lost of queries with keys and values with outputs, in the metric's norm; None
+            where nothing was made narrower in this call.
     """
 
     name: str
     heads: int
     width_before: int
     width_after: int
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,9 @@ class ConversionReport:
         if not self.heads:
             return []
         before, after = (_range([getattr(a, f"width_{x}") for a in self.heads], "d") for x in ("before", "after"))
-        return [f"heads:            {before} -> {after} wide, in {len(self.heads)} attentions"]
+        errors = [attention.error for attention in self.heads if attention.error is not None]
+        lost = f", error {_range(errors, '.3f')}" if errors else ""
+        return [f"heads:            {before} -> {after} wide, in {len(self.heads)} attentions{lost}"]
 
 
 _HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]

@@ -107,6 +107,10 @@ def test_saved_loaded_merged(family, tmp_path):
     assert type(dense) is type(model)
     assert {k: v.shape for k, v in dense.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     close(logits(dense, batch), expected)
+    errors = [h.error for h in report.heads]
+    assert all(0.0 < error < 1.0 for error in errors)
+    names = [layer_name(model, h.name) for h in report.heads]
+    assert [again.config.reparam["record"]["errors"][name] for name in names] == pytest.approx(errors, rel=1e-3)
     assert report.parameters_before == sum(p.numel() for p in model.parameters())
     assert report.parameters_after == sum(p.numel() for p in small.parameters())
     stands = summarize(again)
@@ -132,7 +136,8 @@ def test_moments_of_narrower_layers_are_those_that_would_be_collected(family):
     """At full width the function is the same, so that moments can be collected where they were computed."""
     model, batch, moments = family
     source = as_decompositions(moments, "fisher")
-    with narrowed(model, widths_of(model), source, keep=False) as narrow:
+    with narrowed(model, widths_of(model), source, keep=False) as (narrow, errors):
+        assert max(errors.values()) < 1e-6  # at full width nothing is lost
         seen = collect_moments(model, [batch])
         for a in find_attentions(model):
             for role in ROLES:

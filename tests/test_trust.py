@@ -59,6 +59,15 @@ def test_memory_is_the_result():
     assert f"Memory grew by {results('hostile')['peak_memory_growth_mb']} MB" in PAGE
 
 
+def test_a_million_layers_are_the_result():
+    found, page = results("hostile")["a_million_layers"], " ".join(PAGE.split())
+    assert f"is a file of {found['megabytes']:.0f} MB" in page
+    assert f"{found['auto_model_seconds']:.1f} s until it is refused" in page
+    assert f"by stock Transformers in {found['stock_configuration_seconds']:.0f} s" in page
+    assert found["load_seconds"] < 0.1
+    assert {found["load_error"], found["auto_model_error"]} == {"CheckpointError", "PlanError"}
+
+
 def test_every_exception_has_its_reason():
     """The page names the tests that ended worse than dense, each with its families, and no other."""
     told = {}

@@ -16,6 +16,7 @@ from hf_reparam.hf.families import auto_class_of
 from hf_reparam.hf.summary import summarize
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
+from hf_reparam.report import ConversionReport
 
 __all__ = ["add_tags", "model_card", "published_card"]
 
@@ -118,6 +119,7 @@ def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: s
     rows = {
         "parameters of the low-rank layers": _change(report.factored_before, report.factored_after),
         "parameters of the whole model": _change(report.parameters_before, report.parameters_after),
+        **({"heads of attentions": _heads(report)} if report.heads else {}),
         "method": _METHODS.get(plan.method, plan.method),
         "calibration": "none" if record.calibration_tokens is None else f"{record.calibration_tokens:,} tokens",
         "layers fitted again afterwards": str(record.refitted_layers),
@@ -157,6 +159,12 @@ def _loading(model: Any) -> str:
     where = "transformers" if auto else "hf_reparam"
     lines = ["import hf_reparam  # pip install hf-reparam", f"from {where} import {name}"]
     return "\n".join([*lines, "", f'model = {name}.from_pretrained("THIS_REPOSITORY")'])
+
+
+def _heads(report: ConversionReport) -> str:
+    after = [attention.width_after for attention in report.heads]
+    before = max(attention.width_before for attention in report.heads)
+    return f"{min(after)} to {max(after)} wide in {len(after)} attentions, {before} in the dense model"
 
 
 def _change(before: int, after: int) -> str:

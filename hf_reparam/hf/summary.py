@@ -1,11 +1,11 @@
 """`summarize`: a report of a model as it stands."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.hf.configuration import plan_of
+from hf_reparam.hf.configuration import plan_name, plan_of
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.targets import Skipped, Target, find_targets
@@ -54,9 +54,12 @@ def summarize(model: nn.Module) -> ConversionReport:
     )
 
 
-def heads_reports(model: nn.Module) -> tuple[HeadsReport, ...]:
-    """What the report says of attentions with narrower heads."""
-    return tuple(HeadsReport(a.name, a.heads, a.stock_width, a.width) for a in find_attentions(model) if a.narrowed)
+def heads_reports(model: nn.Module, errors: Mapping[str, float] | None = None) -> tuple[HeadsReport, ...]:
+    """What the report says of attentions with narrower heads; `errors` by their names in a plan."""
+    narrow = [attention for attention in find_attentions(model) if attention.narrowed]
+    named = {a.name: plan_name(model, a.name) if isinstance(model, PreTrainedModel) else a.name for a in narrow}
+    known = errors or {}
+    return tuple(HeadsReport(a.name, a.heads, a.stock_width, a.width, known.get(named[a.name])) for a in narrow)
 
 
 def layer_report(target: Target, spec: LayerSpec | None, after: int, error: float | None) -> LayerReport:

@@ -115,6 +115,12 @@ class HeadMoments:
             _dropped(self.values, self.outputs, maps.output, maps.value),
         )
 
+    def relative_error(self, maps: HeadMaps) -> float:
+        """Root of the errors' share of what no head at all would lose."""
+        nothing = (float((self.keys * self.queries).sum()), float((self.values * self.outputs).sum()))
+        lost = sum(max(error, 0.0) for error in self.errors(maps))
+        return float((lost / sum(nothing)) ** 0.5) if sum(nothing) > 0 else 0.0
+
 
 def _dropped(inner: Tensor, outer: Tensor, left: Tensor, right: Tensor) -> float:
     change = left.mT @ right - torch.eye(left.shape[2], dtype=torch.float64)

@@ -68,7 +68,7 @@ def test_card_says_what_was_done(dense, hub):
         "| encoder.layer.*.attention.self.query (x2) |".replace("encoder", "bert.encoder"),
     ):
         assert part in text, part
-    errors = sorted(layer.error for layer in report.layers if layer.error is not None)
+    errors = sorted(x.error for x in (*report.layers, *report.heads) if x.error is not None)
     assert f"{errors[0]:.3f} to {errors[-1]:.3f}" in text
 
 
@@ -81,7 +81,8 @@ def test_record_survives_saving_refitting_and_a_second_conversion(tmp_path, dens
     assert record.base_model == "google-bert/bert-tiny"
     assert record.calibration_tokens == 5 * 4 * 6
     assert record.refitted_layers == len(report.refit.layers)
-    measured = {x.name.removeprefix("bert."): x.error for x in report.layers if x.error is not None}
+    rows = [*report.layers, *report.heads]
+    measured = {x.name.removeprefix("bert."): x.error for x in rows if x.error is not None}
     assert record.errors == pytest.approx(measured, rel=1e-3)
     again = convert(loaded, rank=2, include="*.intermediate.dense")
     second = hf_reparam.RankPlan.from_dict(again.config.reparam).record
