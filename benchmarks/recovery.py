@@ -36,7 +36,7 @@ def main() -> None:
     score = lambda model: task.score(model)["accuracy"]  # noqa: E731
     dense = score(task.model)
     results: dict[str, Any] = {"dense": dense, "keep": KEEP, "train_sentences": len(rows), "seeds": SEEDS}
-    calibrated = {"calibration": hf_reparam.collect_moments(task.model, task.batches)}
+    calibrated = {"calibration": hf_reparam.collect_moments(task.model, task.batches), "joint": False}
     svd = {"metric": "svd", "allocation": "uniform", "form": "pair"}
     for start, options in {"plain SVD": svd, "calibrated": calibrated}.items():
         small = hf_reparam.convert(task.model, keep=KEEP, exclude=task.exclude, **options)

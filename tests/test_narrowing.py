@@ -367,6 +367,17 @@ def test_another_width_in_the_file_is_refused(tmp_path):
         tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_a_model_drawn_at_random_has_layers_of_the_familys_size():
+    model, _, _ = bert()
+    config = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
+    drawn = tf.AutoModelForMaskedLM.from_config(config)
+    for a in find_attentions(drawn):
+        assert a.width == 4
+        for role in ROLES:
+            assert a.layer(role).weight.std() == pytest.approx(config.initializer_range, rel=0.2)
+            assert not a.layer(role).bias.any()
+
+
 def test_a_plan_of_format_1_has_no_widths():
     plan = RankPlan({"a": LayerSpec(2)}, head_widths={"b": 4})
     data = plan.to_dict()

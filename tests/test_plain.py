@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_reparam
-from hf_reparam import CheckpointError, LowRankLinear, PlanError, TargetError, collect_moments, convert, merge
+from hf_reparam import CheckpointError, LowRankLinear, PlanError, RankPlan, TargetError, collect_moments, convert, merge
+from hf_reparam.hf.inspection import split_projections
 from hf_reparam.nn.attention import SplitMultiheadAttention
+from hf_reparam.nn.heads import find_attentions
 from tests import zoo
 
 WIDTH = 32
@@ -269,3 +271,55 @@ def test_wrong_arguments(stored, tmp_path):
         hf_reparam.save(bert, tmp_path / "x")
     with pytest.raises(TargetError, match="use from_pretrained"):
         hf_reparam.load(bert, stored)
+
+
+def narrow_plan(model, width, **layers):
+    with split_projections(model):
+        widths = dict.fromkeys((a.name for a in find_attentions(model)), width)
+    return RankPlan(layers, head_widths=widths)
+
+
+def test_heads_at_full_width_are_the_dense_ones(made):
+    model, batch = made
+    full = convert(model, plan=narrow_plan(model, 8))
+    torch.testing.assert_close(full(**batch), model(**batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_narrower_heads_are_stored_and_merged_back(made, inplace, tmp_path):
+    model, batch = made
+    build = copy.deepcopy(model)
+    keys, wholes = list(model.state_dict()), attentions(model, nn.MultiheadAttention)
+    small, report = convert(model, plan=narrow_plan(model, 4), inplace=inplace, return_report=True)
+    assert len(report.heads) == len(wholes) == len(attentions(small, SplitMultiheadAttention))
+    assert attentions(model, nn.MultiheadAttention) == ([] if inplace else wholes)
+    low = convert(small, rank=3, include="*out_proj")
+    expected = low(**batch)
+    assert not torch.allclose(expected, build(**batch), atol=1e-3)
+    hf_reparam.save(low, tmp_path / "low")
+    again = hf_reparam.load(copy.deepcopy(build), tmp_path / "low")
+    assert torch.equal(again(**batch), expected)
+    dense = merge(again)
+    assert list(dense.state_dict()) == keys
+    assert {k: v.shape for k, v in dense.state_dict().items()} == {k: v.shape for k, v in build.state_dict().items()}
+    torch.testing.assert_close(dense(**batch), expected, atol=1e-5, rtol=0)
+
+
+def test_a_budget_makes_heads_of_plain_models_narrower():
+    model = Textbook().eval()
+    with torch.no_grad():  # two of eight directions of every head are used
+        for attention in attentions(model, nn.MultiheadAttention):
+            for part in attention.in_proj_weight.view(3, 4, 8, WIDTH):
+                part[:, 2:] *= 1e-4
+    data = [ids() for _ in range(4)]
+
+    def loss(net, batch):
+        return nn.functional.cross_entropy(net(**batch).flatten(0, 1), batch["tgt"].flatten(), reduction="sum")
+
+    moments = collect_moments(model, data, loss_fn=loss)
+    small, report = convert(model, keep=0.4, calibration=moments, return_report=True)
+    assert report.heads
+    assert all(heads.width_after < 8 for heads in report.heads)
+    separate = convert(model, keep=0.4, calibration=moments, joint=False)
+    lost = {name: (net(**data[0]) - model(**data[0])).norm() for name, net in (("joint", small), ("apart", separate))}
+    assert lost["joint"] < lost["apart"]

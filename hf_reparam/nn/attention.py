@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_reparam.nn.dense import shape_of
+from hf_reparam.nn.heads import AttentionType, register_attention
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import has_hooks, replace_modules
 
@@ -28,7 +30,7 @@ class SplitMultiheadAttention(nn.Module):
     Args:
         q_proj, k_proj, v_proj: Linear or LowRankLinear, (embed_dim -> embed_dim), from kdim, from vdim.
         out_proj: (embed_dim -> embed_dim).
-        num_heads: heads, each embed_dim / num_heads wide.
+        num_heads: heads, each embed_dim / num_heads wide unless they were made narrower.
         dropout: of attention weights, in training.
         batch_first: whether inputs are (batch, length, width) instead of (length, batch, width).
     """
@@ -51,6 +53,9 @@ class SplitMultiheadAttention(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
         self.num_heads, self.dropout, self.batch_first = num_heads, dropout, batch_first
+        self.embed_dim = shape_of(q_proj)[1]
+        self.head_dim = self.embed_dim // num_heads
+        self.scale: float = self.head_dim**-0.5  # stays when heads become narrower
 
     def forward(
         self,
@@ -79,13 +84,13 @@ class SplitMultiheadAttention(nn.Module):
         dropped = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            scores = (q * self.scale) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
             weights = F.dropout(weights, dropped) if dropped else weights
             mixed = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped, scale=self.scale)
         out = self.out_proj(mixed.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], None if weights is None else weights[0]
@@ -94,7 +99,7 @@ class SplitMultiheadAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """(batch, length, embed_dim) or (length, embed_dim) -> (batch, heads, length, width)."""
         x = x if x.dim() == 3 else x[None]
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, attention: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """Both masks as one to be added to scores, (batch, heads, length, source length) or what broadcasts to it."""
@@ -109,6 +114,9 @@ class SplitMultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, dropout={self.dropout}, batch_first={self.batch_first}"
+
+
+register_attention(SplitMultiheadAttention, AttentionType(*_PROJECTIONS))
 
 
 def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,18 +192,19 @@ def join(attention: SplitMultiheadAttention) -> nn.MultiheadAttention:
 
 
 def join_dense(model: M) -> M:
-    """Join every attention of which no projection is low-rank; changes the model."""
-    found = [m for m in model.modules() if isinstance(m, SplitMultiheadAttention) and not _factored(m)]
+    """Join every attention that is dense and as wide as it was; changes the model."""
+    found = [m for m in model.modules() if isinstance(m, SplitMultiheadAttention) and not _changed(m)]
     return replace_modules(model, {m: join(m) for m in found if m is not model}, inplace=True)
 
 
-def _factored(attention: nn.Module) -> bool:
-    return any(isinstance(child, LowRankLinear) for child in attention.children())
+def _changed(attention: Any) -> bool:
+    low_rank = any(isinstance(child, LowRankLinear) for child in attention.children())
+    return low_rank or attention.head_dim * attention.num_heads < attention.embed_dim
 
 
 @contextmanager
 def split_attention(model: nn.Module) -> Iterator[None]:
-    """Every attention of a model in split form, until the block ends; those that were factored in it stay split."""
+    """Every attention of a model in split form, until the block ends; those that were changed in it stay split."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m is not model]
     splits: dict[nn.Module, nn.Module] = {m: split(m) for m in found if unsplittable(m, owners) is None}
@@ -203,4 +212,4 @@ def split_attention(model: nn.Module) -> Iterator[None]:
         replace_modules(model, splits, inplace=True)
         yield
     finally:
-        replace_modules(model, {s: whole for whole, s in splits.items() if not _factored(s)}, inplace=True)
+        replace_modules(model, {s: whole for whole, s in splits.items() if not _changed(s)}, inplace=True)
