@@ -374,7 +374,7 @@ def test_a_model_drawn_at_random_has_layers_of_the_familys_size():
     for a in find_attentions(drawn):
         assert a.width == 4
         for role in ROLES:
-            assert a.layer(role).weight.std() == pytest.approx(config.initializer_range, rel=0.2)
+            assert a.layer(role).weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)
             assert not a.layer(role).bias.any()
 
 
