@@ -15,7 +15,8 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 (arXiv 2312.05821), columns weighted by the root mean square of their input to the power 0.5; SVD-LLM (arXiv
 2403.07378), the root of the input's uncentred second moment. The others are this package's; the last two are
 `convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; the two before are the same with
-`joint=False`, every projection of an attention by itself.
+`joint=False`, every projection of an attention by itself. "+ embeddings" is `convert(model, target_params=...,
+embeddings=True, calibration=data)` with as many parameters of the *whole* model as "joint attention" may have at this keep.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from benchmarks import tasks
 from benchmarks.machine import RESULTS, describe
 from hf_reparam import Decompositions
 from hf_reparam.calibration import layer_name
-from hf_reparam.hf.inspection import protected_layers
+from hf_reparam.hf.inspection import count_parameters, protected_layers
 from hf_reparam.hf.objective import batch_masks, objective
 from hf_reparam.linalg import LayerMoments, Metric, decompose
 from hf_reparam.linalg.metric import root
@@ -57,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fisher, global, pivoted, refit": {"metric": "fisher", "joint": False, "refit": True},
     "joint attention": {"metric": "fisher"},
     "joint attention, refit": {"metric": "fisher", "refit": True},
+    "+ embeddings": {"metric": "fisher", "embeddings": True},
 }
 
 
@@ -97,6 +99,13 @@ def peers(task: tasks.Task, moments: hf_reparam.Moments) -> dict[str, Decomposit
     return {"fwsvd": all_layers(fwsvd), "asvd": all_layers(asvd), "svdllm": all_layers(svdllm)}
 
 
+def whole_size(task: tasks.Task, keep: float) -> int:
+    """Parameters of the whole model when its layers, without embeddings, keep a share of their weights."""
+    found = find_targets(task.model, exclude=task.exclude, protected=protected_layers(task.model)).selected
+    layers = sum(t.in_features * t.out_features for t in found)
+    return count_parameters(task.model) - layers + int(keep * layers)
+
+
 def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
     """Scores of methods at every size, from one calibration, with the seconds that it took."""
     start = time.perf_counter()
@@ -118,12 +127,16 @@ def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
             chosen = {"allocation": "uniform", "form": "pair"} if "peer" in options else dict(options)
             refit = chosen.pop("refit", False)
             chosen.pop("metric", None)
-            small = hf_reparam.convert(task.model, keep=keep, calibration=source, exclude=task.exclude, **chosen)
+            size: dict[str, Any] = (
+                {"target_params": whole_size(task, keep)} if "embeddings" in chosen else {"keep": keep}
+            )
+            small = hf_reparam.convert(task.model, **size, calibration=source, exclude=task.exclude, **chosen)
             if refit:
                 hf_reparam.refit(small, task.model, task.batches, moments=moments)
             took = time.perf_counter() - start
             scores = task.score(small)
-            rows.setdefault(name, {})[str(keep)] = scores | {"seconds": took}
+            share = count_parameters(small) / count_parameters(task.model)
+            rows.setdefault(name, {})[str(keep)] = scores | {"seconds": took, "parameter_ratio": share}
             shown = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
             print(f"{task.name:11} {name:31} keep {keep:<5} {shown}  {took:.1f} s", flush=True)
     return {"seconds": seconds, "rows": rows}
@@ -135,7 +148,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, marker in zip(METHODS, "v^<>soD*PX", strict=True):
+        for method, marker in zip(METHODS, "v^<>soD*PXp", strict=True):
             row = result["rows"][method]
             lost = [scores["lost"] for scores in row.values()]
             axis.plot([float(keep) for keep in row], lost, marker=marker, label=method)

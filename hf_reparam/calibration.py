@@ -18,7 +18,8 @@ from hf_reparam.hf.configuration import plan_name
 from hf_reparam.hf.inspection import protected_layers, with_projections
 from hf_reparam.hf.objective import is_multi_label, objective
 from hf_reparam.hf.processes import distributed, total
-from hf_reparam.linalg import LayerMoments, Moments
+from hf_reparam.hf.tables import TableGroup, table_groups
+from hf_reparam.linalg import LayerMoments, Moments, TableMoments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
 from hf_reparam.nn.targets import Target, find_targets
@@ -90,18 +91,28 @@ def collect_moments(
         )
     layers: dict[str, LayerMoments] = {}
     unseen: list[str] = []
+    tables = _tables(model) if metric == "fisher" else {}
     for number, group in enumerate(groups):
-        moments = _watch_group(model, group, batches, metric, tokenizer, loss_fn, alone=len(groups) == 1)
+        seen = tables if number == 0 else {}
+        moments = _watch_group(model, group, seen, batches, metric, tokenizer, loss_fn, alone=len(groups) == 1)
         unseen += [name for name, layer in moments.items() if layer.tokens == 0]
         if folder is None:
             layers.update(moments)
         else:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            Moments(metric, moments).save(Path(folder) / f"{number:05}.safetensors")
+            part = Moments(metric, moments, {n: t for n, (_, t) in seen.items()})
+            part.save(Path(folder) / f"{number:05}.safetensors")
+            del part
         del moments  # before the next group takes its memory
     if unseen:
         warnings.warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}", stacklevel=2)
-    return Moments(metric, layers) if folder is None else Moments.load(folder)
+    return Moments(metric, layers, {n: t for n, (_, t) in tables.items()}) if folder is None else Moments.load(folder)
+
+
+def _tables(model: nn.Module) -> dict[str, tuple[TableGroup, TableMoments]]:
+    """Empty moments of the tables that can be of low rank."""
+    groups = [group for group in table_groups(model) if group.why_not() is None]
+    return {layer_name(model, group.path): (group, TableMoments.zeros(*group.shape)) for group in groups}
 
 
 def _groups(named: dict[str, Target], metric: str, max_memory: int | str | None) -> list[dict[str, Target]]:
@@ -126,6 +137,7 @@ def _groups(named: dict[str, Target], metric: str, max_memory: int | str | None)
 def _watch_group(
     model: nn.Module,
     group: Mapping[str, Target],
+    tables: Mapping[str, tuple[TableGroup, TableMoments]],
     batches: Batches,
     metric: str,
     tokenizer: Any,
@@ -137,7 +149,8 @@ def _watch_group(
     fisher = metric == "fisher"
     moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in group.items()}
     seen = 0
-    with frozen(model), watch({n: t.module for n, t in group.items()}, moments) as watcher:
+    members = [(module, table) for group, table in tables.values() for module in set(group.members.values())]
+    with frozen(model), watch({n: t.module for n, t in group.items()}, moments, members) as watcher:
         for batch, watcher.masks in prepare(model, batches, tokenizer):
             seen += 1
             with torch.set_grad_enabled(fisher):
@@ -146,7 +159,7 @@ def _watch_group(
                 loss.backward()
     if isinstance(model, PreTrainedModel) and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
         model.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
-    if not _sum_over_processes(moments, seen):
+    if not _sum_over_processes({**moments, **{n: t for n, (_, t) in tables.items()}}, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
     return moments
 
@@ -167,7 +180,7 @@ def _loss(
     return objective(outputs, batch, masks, multi_label=is_multi_label(model))
 
 
-def _sum_over_processes(moments: Mapping[str, LayerMoments], seen: int) -> int:
+def _sum_over_processes(moments: Mapping[str, LayerMoments | TableMoments], seen: int) -> int:
     """Add up what the processes of a distributed run saw, so that all of them hold the same moments."""
     for layer in moments.values() if distributed() else ():
         vars(layer).update(vars(layer.map(total)))

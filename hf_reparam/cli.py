@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         const=False,
         help="leave heads as wide as they are; with --keep and --calibration they become narrower where that is better",
     )
+    convert.add_argument(
+        "--embeddings", action="store_true", help="with --keep, choose a rank for the input embeddings, too"
+    )
     convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
     convert.add_argument("--include", metavar="PATTERN", action="append", help=f"layers to convert: {_PATTERN_HELP}")
     convert.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
@@ -144,6 +147,7 @@ def _convert(args: argparse.Namespace) -> ConversionReport:
         texts=None if stored else data,
         form=args.form,
         joint=args.joint,
+        embeddings=args.embeddings,
         refit=args.refit,
         solver=args.solver,
         include=args.include,

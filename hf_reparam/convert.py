@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import RankError, TargetError
-from hf_reparam.factoring import factor_layers
+from hf_reparam.factoring import factor_layers, factor_tables
 from hf_reparam.hf.inspection import check_unquantized, count_parameters, protected_layers, with_projections
 from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
@@ -60,6 +60,7 @@ def convert(
     form: str | None = ...,
     multiple_of: int = ...,
     joint: bool | None = ...,
+    embeddings: bool = ...,
     refit: bool = ...,
     solver: str = ...,
     tokenizer: Any = ...,
@@ -87,6 +88,7 @@ def convert(
     form: str | None = ...,
     multiple_of: int = ...,
     joint: bool | None = ...,
+    embeddings: bool = ...,
     refit: bool = ...,
     solver: str = ...,
     tokenizer: Any = ...,
@@ -114,6 +116,7 @@ def convert(
     form: str | None = None,
     multiple_of: int = 1,
     joint: bool | None = None,
+    embeddings: bool = False,
     refit: bool = False,
     solver: str = "exact",
     tokenizer: Any = None,
@@ -151,7 +154,7 @@ def convert(
             texts), or what `decompose` returned.
         evaluate: model -> score, higher is better; with `tolerance`.
         metric: "svd", "activation" or "fisher" (the default with calibration data).
-        allocation, multiple_of, joint: how the budget is spent, as in `make_plan`.
+        allocation, multiple_of, joint, embeddings: how the budget is spent, and on what, as in `make_plan`.
         form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
         refit: fit the factors once more to the inputs that the low-rank layers before them give, as `refit` does; takes
             the calibration data itself, which is then held in memory.
@@ -193,6 +196,8 @@ def convert(
     ), 4160, 2112)
     """
     _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of)
+    if embeddings and (rank is not None or plan is not None):
+        raise TargetError("embeddings=True goes with keep, target_params or tolerance; a plan says it by itself")
     data = _kept_for_refit(calibration, offload_folder) if refit else None
     check_unquantized(model)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
@@ -205,8 +210,9 @@ def convert(
         moments = _moments(model, data or calibration, metric, tokenizer, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
         if chosen is None and plan is None:
-            plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of, joint=joint)
+            plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of)
             plan_for = functools.partial(plan_for, allocation=allocation, include=include, exclude=exclude)
+            plan_for = functools.partial(plan_for, joint=joint, embeddings=embeddings)
             if tolerance is not None and evaluate is not None:
                 plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
             else:
@@ -223,8 +229,12 @@ def convert(
             chosen = fit_plan(model, targets.selected, plan)
         specs, left = chosen or ({}, ())
         narrow = [t for t in targets.selected if t.stock_shape is not None]
-        skipped = skipped_reports([*(s for s in left if s.name not in {t.name for t in narrow}), *targets.skipped])
         layers, rows = factor_layers(model, targets.selected, specs, source, folder)
+        tables, table_rows, done = factor_tables(model, {} if plan is None else plan.embeddings, source)
+        layers |= tables
+        rows += table_rows
+        done |= {t.name for t in narrow}
+        skipped = skipped_reports(s for s in (*left, *targets.skipped) if s.name not in done)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
         record = _record(model, replace(source, moments=whole), rows, refitted, narrowing)
         rows += tuple(layer_report(t, None, t.parameters, None) for t in narrow if t.name not in specs)
@@ -311,6 +321,7 @@ def _search(
             found = find_targets(model, protected=protected_layers(model)).selected
             found = tuple(t for t in found if layer_name(model, t.name) in plan.modules)
             layers, _ = factor_layers(model, found, fit_plan(model, found, plan)[0], narrow)
+            layers |= factor_tables(model, plan.embeddings, narrow)[0]
             small = _install(model, layers, source.metric, ConversionRecord(), inplace=False)
         nearest = max(nearest, score := float(evaluate(small)))
         if score >= floor:

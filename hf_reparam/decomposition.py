@@ -11,7 +11,16 @@ from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.inspection import protected_layers, with_projections
 from hf_reparam.hf.offload import aligned
 from hf_reparam.hf.processes import distributed, spread
-from hf_reparam.linalg import Decomposition, LayerMoments, Metric, Moments, spectrum, working_device
+from hf_reparam.linalg import (
+    Decomposition,
+    LayerMoments,
+    Metric,
+    Moments,
+    Table,
+    decompose_table,
+    spectrum,
+    working_device,
+)
 from hf_reparam.linalg import decompose as decompose_weight
 from hf_reparam.linalg.factorize import SOLVERS
 from hf_reparam.linalg.moments import METRICS
@@ -89,6 +98,20 @@ class Decompositions:
             except WeightError as error:
                 raise WeightError(f"{target.name}: {error}") from None
         return squares.cpu() * (1 if moments is None else moments.tokens)
+
+    def table(self, name: str, module: nn.Module) -> Table:
+        """The decomposition of the input embeddings; raises WeightError, which names them."""
+        known = self.moments.tables.get(name) if self.moments is not None and self.metric == "fisher" else None
+        try:
+            with aligned(module):
+                return decompose_table(module.get_parameter("weight"), known)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from None
+
+    def table_tokens(self, name: str) -> float | None:
+        """How many tokens calibration saw of the input embeddings; None without a gradient."""
+        known = self.moments.tables.get(name) if self.moments is not None and self.metric == "fisher" else None
+        return None if known is None else known.tokens
 
     def mean(self, name: str, target: Target) -> Tensor | None:
         """E x (in,), where a bias can absorb the error in it."""

@@ -7,14 +7,17 @@ from torch import nn
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import Decompositions
+from hf_reparam.errors import TargetError
 from hf_reparam.hf.offload import aligned, build_layers, execution_device
-from hf_reparam.hf.summary import layer_report
+from hf_reparam.hf.summary import layer_report, table_report
+from hf_reparam.hf.tables import tables_of_plan
+from hf_reparam.nn.embedding import low_rank_tables
 from hf_reparam.nn.surgery import factor, low_rank_like
 from hf_reparam.nn.targets import Target
 from hf_reparam.plan import LayerSpec
 from hf_reparam.report import LayerReport
 
-__all__ = ["factor_layers"]
+__all__ = ["factor_layers", "factor_tables"]
 
 
 def factor_layers(
@@ -55,3 +58,31 @@ def factor_layers(
         layers[target.module] = layer
         rows.append(layer_report(target, spec, target.parameters_as(spec), error))
     return layers, tuple(rows)
+
+
+def factor_tables(
+    model: nn.Module, embeddings: Mapping[str, int], source: Decompositions
+) -> tuple[dict[nn.Module, nn.Module], tuple[LayerReport, ...], set[str]]:
+    """Modules that hold tables -> modules of low rank, what the report says of them, and their paths.
+
+    Raises:
+        PlanError: as `tables_of_plan`.
+        TargetError: a module that should be tied holds another tensor.
+    """
+    layers: dict[nn.Module, nn.Module] = {}
+    rows, paths = [], set()
+    for rank, group in tables_of_plan(model, embeddings):
+        dense = group.module
+        for other, module in group.members.items():
+            weight = module.get_parameter("weight")
+            if weight is not dense.weight and not weight.is_meta:  # in files it cannot be seen
+                raise TargetError(f"{other} is tied to {group.path} by the configuration, and holds another tensor")
+        found = source.table(layer_name(model, group.path), dense)
+        with aligned(dense):
+            weight = dense.weight
+            factors = [part.to(weight.device, weight.dtype) for part in found.cut(weight.detach().cpu(), rank)]
+        table, up = (nn.Parameter(part.contiguous(), dense.weight.requires_grad) for part in factors)
+        layers |= low_rank_tables(set(group.members.values()), table, up)
+        rows.append(table_report(group, rank, found.relative_error(rank)))
+        paths |= set(group.members)
+    return layers, tuple(rows), paths

@@ -15,6 +15,7 @@ from hf_reparam.hf.offload import aligned, build_layers, execution_device, mark_
 from hf_reparam.hf.retype import to_stock
 from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.dense import build_dense, dense_like, dense_matrix, shape_of
+from hf_reparam.nn.embedding import Tables, stock_tables
 from hf_reparam.nn.heads import INNER, ROLES, Attention, FusedProjections, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import replace_modules
@@ -54,7 +55,8 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     """
     narrow = [attention for attention in find_attentions(model) if attention.narrowed]
     parts = _parts(model, narrow)
-    if not parts:
+    tables = [module for module in model.modules() if isinstance(module, Tables)]
+    if not parts and not tables:
         raise TargetError(f"{type(model).__name__} has no low-rank layer: there is nothing to merge")
 
     def make(name: str) -> tuple[nn.Module, float]:
@@ -67,13 +69,30 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     devices = {name: execution_device(part.layers[0]) for name, part in parts.items()}
     folder = None if offload_folder is None else Path(offload_folder)
     built = build_layers(costs, make, lambda name: parts[name].empty(), devices, folder, desc="Merging layers")
-    replaced = {parts[name].module: dense for name, (dense, _) in built.items()}
+    replaced = {parts[name].module: dense for name, (dense, _) in built.items()} | _stock(tables)
     result = replace_modules(model, replaced, inplace=inplace)
     for attention in narrow:
         replace(attention, module=result.get_submodule(attention.name)).set_width(attention.stock_width)
     if folder is not None:
         mark_offloaded(result, parts)
     return to_stock(result) if isinstance(result, PreTrainedModel) else join_dense(result)
+
+
+@torch.no_grad()
+def _stock(tables: list[Tables]) -> dict[nn.Module, nn.Module]:
+    """Modules that hold factors of tables -> dense ones; those that share factors share the table."""
+    groups: dict[nn.Parameter, list[Tables]] = {}
+    for module in tables:
+        groups.setdefault(module.table.weight, []).append(module)
+    made: dict[nn.Module, nn.Module] = {}
+    for members in groups.values():
+        with aligned(members[0]):
+            table, up = members[0].factors()
+            if table.is_meta:
+                raise WeightError("the embeddings are on the meta device and have no data")
+            weight = nn.Parameter((table.double() @ up.double()).to(table.dtype), table.requires_grad)
+        made |= stock_tables(members, weight)
+    return made
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hf_reparam.record import ConversionRecord
 __all__ = ["FORMAT_VERSION", "FORMS", "LayerSpec", "RankPlan", "layer_kind"]
 
 FORMAT_VERSION = 2
-"""Newest version of the `reparam` entry in `config.json` that this package writes and reads; 2 knows narrower heads."""
+"""Newest version of the `reparam` entry in `config.json`; 1 knows no narrower heads and no low-rank embeddings."""
 
 FORMS = ("pair", "pivoted")
 """How a layer of rank r can be stored."""
@@ -26,7 +26,9 @@ _MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds th
 _MAX_NAME = 512
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MAX_WIDTH = 1_000_000
-_PLAN_KEYS = frozenset({"format_version", "base_model_type", "method", "modules", "head_widths", "record"})
+_PLAN_KEYS = frozenset(
+    {"format_version", "base_model_type", "method", "modules", "head_widths", "embeddings", "record"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,11 @@ class RankPlan:
             outputs, are narrower than in the dense model ("encoder.layer.0.attention"). Ranks of its layers are those
             of the narrower layers; a fused layer is three, "h.0.attn.c_attn.query" and so on.
 
+        embeddings: name of the input embeddings -> rank of their table, and of every table that is tied to it.
+
     Raises:
-        PlanError: a name is not a dotted module path, a width is not a positive int, or there are more than 100000.
+        PlanError: a name is not a dotted module path, a rank or width is not a positive int, or there are more than
+            100000 names.
 
     >>> plan = RankPlan({"encoder.layer.0.output.dense": LayerSpec(32)}, base_model_type="bert")
     >>> RankPlan.from_dict(plan.to_dict()) == plan
@@ -110,33 +115,41 @@ class RankPlan:
     method: str = "svd"
     record: ConversionRecord | None = field(default=None, compare=False)
     head_widths: Mapping[str, int] = field(default_factory=dict)
+    embeddings: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for names in (self.modules, self.head_widths):
+        for names in (self.modules, self.head_widths, self.embeddings):
             if len(names) > _MAX_MODULES:
                 raise PlanError(f"the plan names {len(names)} modules; at most {_MAX_MODULES} are accepted")
             for name in names:
                 if not isinstance(name, str) or len(name) > _MAX_NAME or not _NAME.fullmatch(name):
                     raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
-        for name, width in self.head_widths.items():
-            if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= _MAX_WIDTH:
-                raise PlanError(f"{name}: the width of heads must be an int of at least 1, got {_short(width)}")
+        for what, sizes in (("width of heads", self.head_widths), ("rank of embeddings", self.embeddings)):
+            for name, size in sizes.items():
+                if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _MAX_WIDTH:
+                    raise PlanError(f"{name}: the {what} must be an int of at least 1, got {_short(size)}")
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
         object.__setattr__(self, "head_widths", MappingProxyType(dict(self.head_widths)))
+        object.__setattr__(self, "embeddings", MappingProxyType(dict(self.embeddings)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
-        return type(self), (dict(self.modules), self.base_model_type, self.method, self.record, dict(self.head_widths))
+        widths, tables = dict(self.head_widths), dict(self.embeddings)
+        return type(self), (dict(self.modules), self.base_model_type, self.method, self.record, widths, tables)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""
         known = {
-            "format_version": 2 if self.head_widths else 1,
+            "format_version": 2 if self.head_widths or self.embeddings else 1,
             "base_model_type": self.base_model_type,
             "method": self.method,
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
         }
-        widths = {"head_widths": dict(self.head_widths)} if self.head_widths else {}
-        return known | widths | ({} if self.record is None else {"record": self.record.to_dict()})
+        later = {"head_widths": dict(self.head_widths), "embeddings": dict(self.embeddings)}
+        return (
+            known
+            | {key: value for key, value in later.items() if value}
+            | ({} if self.record is None else {"record": self.record.to_dict()})
+        )
 
     @classmethod
     def from_dict(cls, data: object) -> "RankPlan":
@@ -162,7 +175,7 @@ class RankPlan:
             raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
         layers = {name: _read_layer(name, spec) for name, spec in modules.items()}
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
-        return cls(layers, base, method, record, _read_widths(data))
+        return cls(layers, base, method, record, _read_sizes(data, "head_widths"), _read_sizes(data, "embeddings"))
 
 
 def layer_kind(name: str) -> str:
@@ -181,13 +194,14 @@ def _read_layer(name: object, data: object) -> LayerSpec:
         raise PlanError(f"layer {_short(name)}: {error}") from None
 
 
-def _read_widths(data: Mapping[str, Any]) -> Mapping[str, int]:
-    widths = data.get("head_widths", {})
-    if not isinstance(widths, Mapping):
-        raise PlanError(f"'reparam.head_widths' must be an object of attention names, got {_short(widths)}")
-    if widths and data["format_version"] < 2:
-        raise PlanError("'reparam.head_widths' belongs to format version 2")
-    return widths
+def _read_sizes(data: Mapping[str, Any], key: str) -> Mapping[str, int]:
+    """An entry of format 2: name -> int, which the plan checks."""
+    sizes = data.get(key, {})
+    if not isinstance(sizes, Mapping):
+        raise PlanError(f"'reparam.{key}' must be an object of names, got {_short(sizes)}")
+    if sizes and data["format_version"] < 2:
+        raise PlanError(f"'reparam.{key}' belongs to format version 2")
+    return sizes
 
 
 def _check_version(version: object) -> None:

@@ -1,7 +1,7 @@
 """`make_plan`: ranks for every layer from one budget, without touching the model."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.hf.processes import spread
+from hf_reparam.hf.tables import table_groups
 from hf_reparam.linalg import Alternative, Moments, Options, allocate, choose
 from hf_reparam.narrowing import NarrowHeads, attentions_by_name
 from hf_reparam.nn.heads import ROLES, Attention
@@ -41,6 +42,7 @@ def make_plan(
     form: str = "pivoted",
     multiple_of: int = 1,
     joint: bool | None = None,
+    embeddings: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
 ) -> RankPlan:
@@ -64,6 +66,8 @@ def make_plan(
             with outputs, are approximated as wholes before each is factored. For attentions that are registered (see
             `hf_reparam.nn.heads`), all four projections of which are targeted. With global allocation only, and by
             default with it.
+        embeddings: also choose ranks for the table of the input embeddings, which an output head that is tied to it
+            shares, and for an untied head; their numbers are then part of what is targeted.
         include, exclude: as in `convert`.
 
     Returns:
@@ -93,14 +97,20 @@ def make_plan(
         raise TargetError("the model has no dense layer that can be factored")
     if joint and allocation != "global":
         raise TargetError(f"joint=True needs the global allocation, which compares widths of heads; got {allocation!r}")
-    budget = _budget(model, targets, keep, target_params)
-    specs = {layer_name(model, n): spec for n, spec in _uniform(targets, budget, form, multiple_of).items()}
+    tables = _tables(model) if embeddings else []
+    extra = sum(table.size for table in tables)
+    budget = _budget(model, targets, keep, target_params, extra)
+    share = budget / (sum(map(_size, targets)) + extra)
+    uniform = _uniform(targets, share * sum(map(_size, targets)), form, multiple_of)
+    specs = {layer_name(model, n): spec for n, spec in uniform.items()}
+    specs |= {table.name: table.of_share(share) for table in tables}
     widths: dict[str, int] = {}
     if allocation == "global":
-        widths = _global(model, targets, source, budget, form, multiple_of, specs, joint=joint is not False)
+        widths = _global(model, targets, tables, source, share, form, multiple_of, specs, joint=joint is not False)
     base = model.config.model_type if isinstance(model, PreTrainedModel) else None
     modules = {name: spec for name, spec in specs.items() if spec is not None}
-    return RankPlan(modules, base, source.metric, head_widths=widths)
+    low = {table.name: spec.rank for table in tables if (spec := modules.pop(table.name, None)) is not None}
+    return RankPlan(modules, base, source.metric, head_widths=widths, embeddings=low)
 
 
 def check_budget(keep: float | None, target_params: int | None, multiple_of: int) -> None:
@@ -115,9 +125,55 @@ def check_budget(keep: float | None, target_params: int | None, multiple_of: int
         raise RankError(f"multiple_of must be an int of at least 1, got {multiple_of!r}")
 
 
-def _budget(model: nn.Module, targets: tuple[Target, ...], keep: float | None, target_params: int | None) -> float:
-    """Weights that the targeted layers may hold."""
-    total = sum(map(_size, targets))
+@dataclass(frozen=True)
+class _Table:
+    """A table, one row for each token.
+
+    Args:
+        name: in the plan.
+        module: what holds it.
+        tokens, width: their shape.
+    """
+
+    name: str
+    module: nn.Module
+    tokens: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Numbers in the dense table."""
+        return self.tokens * self.width
+
+    def of_share(self, share: float) -> LayerSpec | None:
+        """The rank at which it holds at most this share of its numbers; None to stay dense."""
+        rank = int(share * self.size / (self.tokens + self.width))
+        return LayerSpec(max(rank, 1)) if share < 1 and rank < self.width else None
+
+    def options(self, squares: Tensor, tokens: float, multiple_of: int) -> tuple[list[LayerSpec | None], Options]:
+        """Every rank at which it is smaller than dense, and None for the dense table."""
+        most = math.ceil(self.size / (self.tokens + self.width)) - 1
+        specs = [LayerSpec(rank) for rank in range(min(multiple_of, most), most + 1, multiple_of)]
+        kept = squares.cumsum(0)[[spec.rank - 1 for spec in specs]]
+        errors = torch.cat([(squares.sum() - kept).clamp_min(0) * tokens, torch.zeros(1, dtype=torch.float64)])
+        sizes = [spec.rank * (self.tokens + self.width) for spec in specs]
+        return [*specs, None], Options(errors, torch.tensor([*sizes, self.size], dtype=torch.float64))
+
+
+def _tables(model: nn.Module) -> list[_Table]:
+    groups = table_groups(model)
+    reasons = [group.why_not() for group in groups] or ["only those of Transformers models are known"]
+    if all(reasons):
+        raise TargetError(f"embeddings=True, and they cannot be of low rank: {reasons[0]}")
+    fit = [group for group, reason in zip(groups, reasons, strict=True) if reason is None]
+    return [_Table(layer_name(model, group.path), group.module, *group.shape) for group in fit]
+
+
+def _budget(
+    model: nn.Module, targets: tuple[Target, ...], keep: float | None, target_params: int | None, extra: int
+) -> float:
+    """Weights that the targeted layers may hold, and `extra` numbers of embeddings."""
+    total = sum(map(_size, targets)) + extra
     if target_params is None:
         return (keep or 1.0) * total
     rest = count_parameters(model) - total
@@ -185,8 +241,9 @@ class _Way:
 def _global(
     model: nn.Module,
     targets: tuple[Target, ...],
+    tables: Sequence[_Table],
     source: Decompositions,
-    budget: float,
+    share: float,
     form: str,
     multiple_of: int,
     specs: dict[str, LayerSpec | None],
@@ -200,7 +257,13 @@ def _global(
     # without the common unit a layer keeps its uniform share
     options = {n: _options(t, s, form, multiple_of) for n, t in named.items() if (s := spectra[n]) is not None}
     ways = {name: [_Way(0.0, {name: found})] for name, found in options.items()}
-    available = budget / sum(map(_size, targets)) * sum(_size(named[name]) for name in options)
+    available = share * sum(_size(named[name]) for name in options)
+    for table in tables:
+        tokens = source.table_tokens(table.name)
+        if tokens is not None:
+            squares = source.table(table.name, table.module).squares
+            ways[table.name] = [_Way(0.0, {table.name: table.options(squares, tokens, multiple_of)})]
+            available += share * table.size
     widths: dict[str, int] = {}
     if joint:
         ways |= _ways_of_heads(model, named, options, source, form, multiple_of)
@@ -286,7 +349,7 @@ def fit_plan(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> C
     unknown = sorted(set(plan.modules) - set(named))
     if unknown:
         raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
-    if not plan.modules and not plan.head_widths:
+    if not plan.modules and not plan.head_widths and not plan.embeddings:
         raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
     for name, spec in plan.modules.items():
         target = named[name]

@@ -30,6 +30,7 @@ from hf_reparam import (
 )
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import as_decompositions
+from hf_reparam.linalg import map_rows
 from hf_reparam.narrowing import NarrowHeads, attentions_by_name, narrowed
 from hf_reparam.nn.heads import ROLES, find_attentions
 from tests import zoo
@@ -113,6 +114,9 @@ def test_saved_loaded_merged(family, tmp_path):
     assert [again.config.reparam["record"]["errors"][name] for name in names] == pytest.approx(errors, rel=1e-3)
     assert report.parameters_before == sum(p.numel() for p in model.parameters())
     assert report.parameters_after == sum(p.numel() for p in small.parameters())
+    layers = {a.layer(role): a.shape(role, 8) for a in find_attentions(again) for role in ROLES}
+    biases = sum(shape[1] for layer, shape in layers.items() if layer.bias is not None)
+    assert report.factored_before == sum(n_in * n_out for n_in, n_out in layers.values()) + biases
     stands = summarize(again)
     assert (stands.factored_before, stands.factored_after) == (report.factored_before, report.factored_after)
     assert [(h.width_before, h.width_after) for h in stands.heads] == [(8, 4)] * len(widths)
@@ -147,6 +151,69 @@ def test_moments_of_narrower_layers_are_those_that_would_be_collected(family):
                 for key in ("input_sum", "input_products", "gradient_products"):
                     x, y = getattr(computed, key), getattr(collected, key)
                     assert (x - y).norm() <= 1e-3 * y.norm() + 1e-9, (name, key)  # float32 passes
+
+
+def oblique():
+    """A BERT whose queries use four of eight directions of a head, and whose keys use four others, as do the values."""
+    model, data, _ = bert()
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            inner = layer.attention.self
+            for linear in (inner.query, inner.key, inner.value):
+                bases = torch.randn(4, 8, 4)
+                linear.weight.copy_((bases @ torch.randn(4, 4, 32) * 0.1).flatten(0, 1))
+                linear.bias.copy_((bases @ torch.randn(4, 4, 1) * 0.1).flatten())
+    return model, data, collect_moments(model, data)
+
+
+def test_heads_that_use_half_of_their_width_lose_nothing():
+    """Narrower heads are the same function, and their moments those that can be collected there."""
+    model, data, moments = oblique()
+    plan = RankPlan({}, "bert", "fisher", head_widths=widths_of(model, 4))
+    torch.testing.assert_close(
+        logits(convert(model, plan=plan, calibration=moments), data[0]), logits(model, data[0]), atol=3e-4, rtol=0
+    )  # shrinkage leaves P a thousandth off
+    source = as_decompositions(moments, "fisher")
+    with narrowed(model, plan.head_widths, source, keep=False) as (narrow, errors):
+        assert max(errors.values()) < 3e-3  # shrinkage
+        seen = collect_moments(model, data)
+        for name in (n for n in seen.layers if ".attention." in n):
+            computed, collected = narrow.moments.layers[name], seen.layers[name]
+            for key in ("input_products", "gradient_products"):
+                x, y = getattr(computed, key), getattr(collected, key)
+                assert (x - y).norm() <= 1e-2 * y.norm(), (name, key)
+
+
+def test_maps_are_balanced():
+    model, _, moments = oblique()
+    heads = NarrowHeads(model, attentions_by_name(model)["encoder.layer.0.attention"], as_decompositions(moments, None))
+    for width in (3, 8):
+        maps = heads.prepare()[1].cut(width)
+        for left, right in ((maps.query, maps.key), (maps.output, maps.value)):
+            torch.testing.assert_close(left.norm(dim=2), right.norm(dim=2))
+
+
+def test_the_mean_of_keys_does_not_count():
+    model, data, _ = oblique()
+    found = []
+    for shift in (0.0, 3.0):
+        with torch.no_grad():
+            model.bert.encoder.layer[0].attention.self.key.bias += shift
+        source = as_decompositions(collect_moments(model, data), "fisher")
+        found.append(NarrowHeads(model, attentions_by_name(model)["encoder.layer.0.attention"], source).prepare()[0])
+    torch.testing.assert_close(found[0].keys, found[1].keys, atol=1e-6, rtol=1e-4)
+
+
+def test_the_output_bias_takes_the_mean_back():
+    model, _, moments = bert()
+    heads = NarrowHeads(
+        model, attentions_by_name(model)["encoder.layer.0.attention"], as_decompositions(moments, "fisher")
+    )
+    maps = heads.prepare()[1].cut(3)
+    mean = heads.moments("output").mean()
+    narrow = map_rows(mean[:, None], maps.value)[:, 0]
+    dense, small = heads.attention.layer("output"), heads.layer("output", maps)
+    torch.testing.assert_close(small(narrow.float()), dense(mean.float()), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
@@ -225,6 +292,13 @@ def test_an_excluded_projection_keeps_its_heads():
     plan = make_plan(model, moments, keep=0.3, exclude="*layer.0.attention.self.key")
     assert "encoder.layer.0.attention" not in plan.head_widths
     assert "encoder.layer.1.attention" in plan.head_widths
+
+
+def test_a_projection_that_is_used_elsewhere_keeps_its_shape():
+    model, _, moments = bert()
+    model.elsewhere = model.bert.encoder.layer[0].attention.self.query
+    plan = make_plan(model, moments, keep=0.3)
+    assert set(plan.head_widths) == {"encoder.layer.1.attention"}
 
 
 def test_fused_layers_are_excluded_by_their_name():
@@ -373,6 +447,24 @@ def test_a_model_drawn_at_random_has_layers_of_the_familys_size():
     drawn = tf.AutoModelForMaskedLM.from_config(config)
     for a in find_attentions(drawn):
         assert a.width == 4
+        for role in ROLES:
+            assert a.layer(role).weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)
+            assert not a.layer(role).bias.any()
+
+
+class Unfinished(tf.BertPreTrainedModel):
+    """A model whose class does not call post_init."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = tf.BertModel(config)
+
+
+def test_a_class_without_post_init_has_numbers_too():
+    model = Unfinished(zoo.bert())
+    config = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
+    drawn = hf_reparam.hf.modeling.model_class(Unfinished)(config)
+    for a in find_attentions(drawn):
         for role in ROLES:
             assert a.layer(role).weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)
             assert not a.layer(role).bias.any()

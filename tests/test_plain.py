@@ -305,6 +305,16 @@ def test_narrower_heads_are_stored_and_merged_back(made, inplace, tmp_path):
     torch.testing.assert_close(dense(**batch), expected, atol=1e-5, rtol=0)
 
 
+def test_weights_can_be_asked_for_with_narrower_heads():
+    net = nn.ModuleList([nn.MultiheadAttention(WIDTH, 4, batch_first=True)]).eval()
+    small = convert(net, plan=narrow_plan(net, 3))
+    x = torch.randn(2, 5, WIDTH)
+    plain, _ = small[0](x, x, x, need_weights=False)
+    out, weights = small[0](x, x, x, need_weights=True)
+    torch.testing.assert_close(out, plain, atol=1e-6, rtol=0)
+    assert weights.shape == (2, 5, 5)
+
+
 def test_a_budget_makes_heads_of_plain_models_narrower():
     model = Textbook().eval()
     with torch.no_grad():  # two of eight directions of every head are used

@@ -17,13 +17,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization, modeling_utils
 
-from hf_reparam.errors import CheckpointError, PlanError
+from hf_reparam.errors import CheckpointError, PlanError, TargetError
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
 from hf_reparam.hf.hub import Upload, written
 from hf_reparam.hf.parallel import factor_rules
 from hf_reparam.hf.remote import named_in_config, write_module
+from hf_reparam.hf.tables import name_ties, table_groups, tables_of_plan
 from hf_reparam.hf.untrusted import check_folder
 from hf_reparam.nn.dense import dense_matrix, dense_type, shape_of
+from hf_reparam.nn.embedding import LowRankEmbedding, Tables, low_rank_tables
 from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
@@ -60,11 +62,24 @@ class ReparamMixin:
         drawn = [
             module
             for module in self.modules()  # type: ignore[attr-defined]
-            if isinstance(module, LowRankLinear) and not getattr(module, "_is_hf_initialized", False)
+            if isinstance(module, (LowRankLinear, Tables)) and not getattr(module, "_is_hf_initialized", False)
         ]
         super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
-            _draw(module, self.config)
+            if isinstance(module, Tables):
+                _draw_tables(module, self.config)
+            else:
+                _draw(module, self.config)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base's. Raises TargetError for embeddings of low rank, which it cannot resize."""
+        if isinstance(self.get_input_embeddings(), LowRankEmbedding):  # type: ignore[attr-defined]
+            if new_num_tokens is None and not args and not kwargs:
+                return self.get_input_embeddings()  # type: ignore[attr-defined]
+            raise TargetError(
+                "embeddings of low rank cannot be resized: merge the model, resize the dense one and convert it again"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         """Where each tensor-parallel rule applies: the base's answer, with a low-rank layer's rule for its factors."""
@@ -101,6 +116,7 @@ class ReparamMixin:
             upload, before = Upload.prepare(self, **hub), written(folder)
         state = dict(state_dict or self.state_dict())  # type: ignore[attr-defined]
         names = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
+        names += [group.path for group in table_groups(self) if isinstance(group.module, Tables)]  # type: ignore[arg-type]
         for name in {layer_kind(name): name for name in reversed(names)}.values():
             state.setdefault(f"{name}.weight", torch.empty(0, dtype=torch.uint8))
         kwargs["save_original_format"] = False
@@ -241,6 +257,7 @@ def _swap(model: Any, *, strict: bool) -> None:
     """Make heads as narrow as the plan says, and every dense layer that it names an empty low-rank one."""
     plan = plan_of(model.config)
     _narrow(model, plan, strict=strict)
+    _swap_tables(model, plan)
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in resolve_plan(model, plan, strict=strict).items():
         if not isinstance(module, LowRankLinear):
@@ -249,6 +266,30 @@ def _swap(model: Any, *, strict: bool) -> None:
                 _draw(low, model.config)
     if layers:
         replace_modules(model, layers, inplace=True)
+
+
+def _swap_tables(model: Any, plan: RankPlan) -> None:
+    """Replace the tables that the plan names, and what is tied to them, by empty ones of low rank.
+
+    Raises:
+        PlanError: as `tables_of_plan`.
+    """
+    for rank, group in tables_of_plan(model, plan.embeddings):
+        weight = group.module.weight
+        low: dict[nn.Module, nn.Module] = {}
+        for module in set(group.members.values()):  # with factors of their own: what is missing would be taken for tied
+            low |= low_rank_tables([module], *(nn.Parameter(weight.new_empty(size, rank)) for size in group.shape))
+        replace_modules(model, low, inplace=True)
+        for module in low.values() if not weight.is_meta else ():
+            _draw_tables(module, model.config)
+        name_ties(model)
+
+
+@torch.no_grad()
+def _draw_tables(module: Any, config: Any) -> None:
+    """Give numbers to an embedding that has none."""
+    initialization.normal_(module.table.weight, std=_deviation(config, module.in_features))
+    initialization.normal_(module.up.weight, std=module.rank**-0.5)
 
 
 def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
@@ -311,10 +352,11 @@ def _draw(layer: LowRankLinear, config: Any) -> None:
 
 def _marker_patterns(plan: RankPlan) -> set[str]:
     """Regular expressions for the names of the empty markers."""
-    kinds = {layer_kind(name) for name in plan.modules}
+    kinds = {layer_kind(name) for name in (*plan.modules, *plan.embeddings)}
     return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}
 
 
+_TABLE_PARTS = ("table.weight", "up.weight")
 _PARTS = ("down.weight", "up.weight", "up.bias", "order")
 
 
@@ -324,7 +366,9 @@ def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[
     prefix = f"{model.base_model_prefix}." if base is not model else ""
     absent = {key.removeprefix(prefix) for key in missing}
     names = [name for name, module in base.named_modules() if isinstance(module, LowRankLinear)]
-    lost = sorted(absent & {f"{n}.{part}" for n in names for part in _PARTS})
+    tables = [name for name, module in base.named_modules() if isinstance(module, Tables)]
+    needed = {f"{n}.{part}" for n in names for part in _PARTS}
+    lost = sorted(absent & (needed | {f"{n}.{part}" for n in tables for part in _TABLE_PARTS}))
     found = {
         key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")
     }

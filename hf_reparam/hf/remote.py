@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_reparam.errors import CheckpointError
 from hf_reparam.hf.configuration import PREFIX
 from hf_reparam.hf.families import auto_classes
+from hf_reparam.nn.embedding import LowRankEmbedding
 from hf_reparam.nn.heads import FusedProjections, attention_types, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 
@@ -90,6 +91,11 @@ def _auto_map(base: Any) -> dict[str, str]:
 
 
 def _check_types(model: nn.Module) -> None:
+    if any(isinstance(module, LowRankEmbedding) for module in model.modules()):
+        raise CheckpointError(
+            "the file of remote_code=True knows no embeddings of low rank: save without it, and load where "
+            "hf_reparam is installed, or convert with embeddings=False"
+        )
     for attention in find_attentions(model):
         kind = type(attention.module)
         if attention.narrowed and not kind.__module__.startswith("transformers."):

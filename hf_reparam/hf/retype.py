@@ -13,6 +13,8 @@ from hf_reparam.hf.auto import register
 from hf_reparam.hf.configuration import plan_name, plan_of, stock_config_class
 from hf_reparam.hf.modeling import model_class, stock_model_class
 from hf_reparam.hf.offload import aligned
+from hf_reparam.hf.tables import name_ties, table_groups
+from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.plan import RankPlan
@@ -31,16 +33,21 @@ def to_reparam(model: Any, method: str, record: ConversionRecord) -> Any:
     """
     base = stock_config_class(model.config)
     register(base)
-    low = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    plan = RankPlan({plan_name(model, n): m.spec for n, m in low.items()}, base.model_type, method)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    plan = RankPlan({plan_name(model, n): m.spec for n, m in layers.items()}, base.model_type, method)
     old = plan_of(model.config)
     absent = {n: s for n, s in old.modules.items() if n not in plan.modules}
     widths = {plan_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
+    if any(isinstance(module, Tables) for module in model.modules()):
+        name_ties(model)
+    low = [group for group in table_groups(model) if isinstance(group.module, Tables)]
+    tables = {plan_name(model, group.path): group.module.rank for group in low}
     config = _copy_config(model.config, register(base))
     whole = {**plan.modules, **absent}
     known = _remembered(model.config, old, record)
-    config.reparam = RankPlan(whole, base.model_type, method, known, {**old.head_widths, **widths}).to_dict()
-    return _retype(model, config, model_class(type(model)))
+    widths, tables = {**old.head_widths, **widths}, {**old.embeddings, **tables}
+    config.reparam = RankPlan(whole, base.model_type, method, known, widths, tables).to_dict()
+    return _retype(model, config, model_class(type(model)), tables=bool(tables))
 
 
 def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecord) -> ConversionRecord:
@@ -53,8 +60,9 @@ def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecor
 def to_stock(model: Any) -> Any:
     """Give a model whose layers are dense again its stock class and configuration. Changes the model."""
     config = _copy_config(model.config, stock_config_class(model.config))
+    tables = bool(plan_of(model.config).embeddings)
     vars(config).pop("reparam", None)
-    return _retype(model, config, stock_model_class(model))
+    return _retype(model, config, stock_model_class(model), tables=tables)
 
 
 def _copy_config(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> Any:
@@ -64,8 +72,11 @@ def _copy_config(config: PreTrainedConfig, kind: type[PreTrainedConfig]) -> Any:
     return new
 
 
-def _retype(model: Any, config: Any, kind: type[PreTrainedModel]) -> Any:
-    """One new configuration object for every submodule that shared the old one; other models keep theirs."""
+def _retype(model: Any, config: Any, kind: type[PreTrainedModel], *, tables: bool = False) -> Any:
+    """One new configuration object for every submodule that shared the old one; other models keep theirs.
+
+    With `tables`, embeddings became of low rank or dense again, and what is tied to them has other parameters.
+    """
     old = model.config
     config.architectures = [kind.__name__]
     if getattr(config, "tie_word_embeddings", False) and not _tied(model):
@@ -75,6 +86,9 @@ def _retype(model: Any, config: Any, kind: type[PreTrainedModel]) -> Any:
         if vars(module).get("config") is old:
             module.config = config
     model.__class__ = kind
+    if tables:
+        name_ties(model)
+        model.tie_weights(recompute_mapping=False)
     return model
 
 

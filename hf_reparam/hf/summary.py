@@ -7,12 +7,14 @@ from transformers import PreTrainedModel
 
 from hf_reparam.hf.configuration import plan_name, plan_of
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
+from hf_reparam.hf.tables import TableGroup, table_groups
+from hf_reparam.nn.embedding import LowRankEmbedding, Tables
 from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import LayerSpec
 from hf_reparam.report import ConversionReport, HeadsReport, LayerReport, SkippedReport
 
-__all__ = ["heads_reports", "layer_report", "skipped_reports", "summarize"]
+__all__ = ["heads_reports", "layer_report", "skipped_reports", "summarize", "table_report"]
 
 
 @with_projections
@@ -40,8 +42,12 @@ def summarize(model: nn.Module) -> ConversionReport:
     dense = [t for t in targets.selected if t.spec is None and t.stock_shape is None]
     after = count_parameters(model)
     before = after + sum(t.stock_parameters - t.parameters for t in low)
-    rows = tuple(layer_report(t, t.spec, t.parameters, None) for t in low or dense)
-    left = [Skipped(t.name, t.kind, t.parameters, "dense") for t in dense] if low else []
+    low_tables = [group for group in table_groups(model) if isinstance(group.module, Tables)]
+    tables = tuple(table_report(group, group.module.rank, None) for group in low_tables)
+    before += sum(row.parameters_before - row.parameters_after for row in tables)
+    done = low or tables
+    rows = (*(layer_report(t, t.spec, t.parameters, None) for t in (low if done else dense)), *tables)
+    left = [Skipped(t.name, t.kind, t.parameters, "dense") for t in dense] if done else []
     method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else "svd"
     return ConversionReport(
         type(model).__name__,
@@ -52,6 +58,16 @@ def summarize(model: nn.Module) -> ConversionReport:
         after,
         heads=heads_reports(model),
     )
+
+
+def table_report(group: TableGroup, rank: int, error: float | None) -> LayerReport:
+    """What the report says of a table of this rank."""
+    tokens, width = group.shape
+    kind = "Embedding" if isinstance(group.module, (nn.Embedding, LowRankEmbedding)) else "Linear"
+    bias = 0 if (found := getattr(group.module, "bias", None)) is None else found.numel()
+    sizes = (tokens * width + bias, rank * (tokens + width) + bias)
+    shape = (tokens, width) if kind == "Embedding" else (width, tokens)
+    return LayerReport(group.path, kind, *shape, rank, *sizes, error, "pair")
 
 
 def heads_reports(model: nn.Module, errors: Mapping[str, float] | None = None) -> tuple[HeadsReport, ...]:

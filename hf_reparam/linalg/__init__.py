@@ -7,6 +7,7 @@ from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import LayerMoments, Moments
 from hf_reparam.linalg.paired import PairedMoments, Refit
 from hf_reparam.linalg.pivot import Pivots, pivot
+from hf_reparam.linalg.tables import Table, TableMoments, decompose_table
 
 __all__ = [
     "Alternative",
@@ -21,9 +22,12 @@ __all__ = [
     "PairedMoments",
     "Pivots",
     "Refit",
+    "Table",
+    "TableMoments",
     "allocate",
     "choose",
     "decompose",
+    "decompose_table",
     "map_both",
     "map_rows",
     "output_moment",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.linalg.metric import Metric, root
+from hf_reparam.linalg.tables import TableMoments
 
 __all__ = ["LayerMoments", "Moments"]
 
@@ -21,6 +22,7 @@ SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
 _FORMAT = "hf_reparam.moments.1"
 _SUMS = frozenset({"tokens", "input_sum", "input_products"})
 _ALL_SUMS = _SUMS | {"gradient_products"}
+_TABLE_SUMS = {f.name for f in fields(TableMoments)}
 
 
 @dataclass
@@ -115,6 +117,7 @@ class Moments:
     Args:
         metric: the richest metric they serve: "activation", or "fisher" with gradients.
         layers: layer name -> LayerMoments, names as in the plan; in memory, or read from files when asked for.
+        tables: name of input embeddings -> TableMoments.
 
     >>> a = Moments("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)})
     >>> a.layers["fc"].add_inputs(torch.ones(5, 4))
@@ -124,12 +127,15 @@ class Moments:
 
     metric: str
     layers: Mapping[str, LayerMoments] = field(default_factory=dict)
+    tables: Mapping[str, TableMoments] = field(default_factory=dict)
 
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of both data sets together."""
-        if self.metric != other.metric or self.layers.keys() != other.layers.keys():
+        same = self.layers.keys() == other.layers.keys() and self.tables.keys() == other.tables.keys()
+        if self.metric != other.metric or not same:
             raise WeightError("moments of different metrics or layers cannot be merged")
-        return Moments(self.metric, {name: m + other.layers[name] for name, m in self.layers.items()})
+        tables = {name: table + other.tables[name] for name, table in self.tables.items()}
+        return Moments(self.metric, {name: m + other.layers[name] for name, m in self.layers.items()}, tables)
 
     @property
     def tokens(self) -> int:
@@ -151,6 +157,8 @@ class Moments:
             tensors[f"{name}.input_products"] = layer.input_products
             if layer.gradient_products is not None:
                 tensors[f"{name}.gradient_products"] = layer.gradient_products
+        for name, table in self.tables.items():
+            tensors |= {f"{name}.{f.name}": getattr(table, f.name) for f in fields(table)}
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
@@ -172,14 +180,16 @@ class Moments:
         if not files:
             raise CheckpointError(f"{path} holds no moments: there is no .safetensors file in it")
         where: dict[str, Path] = {}
+        tables: dict[str, TableMoments] = {}
         metrics = set()
         for file in files:
-            metric, names = _contents(file)
+            metric, names, found = _contents(file)
             metrics.add(metric)
             where.update(dict.fromkeys(names, file))
+            tables |= {name: TableMoments(**_read(file, name)) for name in found}
         if len(metrics) > 1:
             raise CheckpointError(f"{path} holds moments of several metrics, {sorted(metrics)}")
-        return cls(metrics.pop(), _Stored(where))
+        return cls(metrics.pop(), _Stored(where), tables)
 
 
 class _Stored(Mapping[str, LayerMoments]):
@@ -189,15 +199,7 @@ class _Stored(Mapping[str, LayerMoments]):
         self._where = where
 
     def __getitem__(self, name: str) -> LayerMoments:
-        try:
-            with safe_open(self._where[name], framework="pt") as file:
-                tensors = {
-                    key.rpartition(".")[2]: file.get_tensor(key)
-                    for key in file.keys()  # noqa: SIM118  # it is no mapping
-                    if key.rpartition(".")[0] == name
-                }
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self._where[name]} cannot be read as moments: {error}") from None
+        tensors = _read(self._where[name], name)
         return LayerMoments(int(tensors.pop("tokens")), **tensors)
 
     def tokens(self) -> Iterator[int]:
@@ -213,8 +215,21 @@ class _Stored(Mapping[str, LayerMoments]):
         return len(self._where)
 
 
-def _contents(path: Path) -> tuple[str, list[str]]:
-    """The metric and the layer names of a file."""
+def _read(path: Path, name: str) -> dict[str, Tensor]:
+    """The sums of one layer or table in a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                key.rpartition(".")[2]: file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118  # it is no mapping
+                if key.rpartition(".")[0] == name
+            }
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as moments: {error}") from None
+
+
+def _contents(path: Path) -> tuple[str, list[str], list[str]]:
+    """The metric, the layer names and the names of tables of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             header, keys = file.metadata() or {}, list(file.keys())
@@ -223,7 +238,9 @@ def _contents(path: Path) -> tuple[str, list[str]]:
     sums: dict[str, set[str]] = {}
     for key in keys:
         sums.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
-    kinds = set(map(frozenset, sums.values()))
+    tables = sorted(name for name, found in sums.items() if found == _TABLE_SUMS)
+    layers = {name: found for name, found in sums.items() if name not in tables}
+    kinds = set(map(frozenset, layers.values()))
     if header.get("format") != _FORMAT or header.get("metric") not in METRICS or not kinds <= {_SUMS, _ALL_SUMS}:
         raise CheckpointError(f"{path} holds no moments of this version")
-    return header["metric"], sorted(sums)
+    return header["metric"], sorted(layers), tables

@@ -1,7 +1,7 @@
 """Hooks that watch what goes into layers and what gradient comes back, padding left out. They leave with the block."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.tables import TableMoments
 
 __all__ = ["Watcher", "inputs_of", "order_of", "rows", "watch"]
 
@@ -85,6 +86,24 @@ class Watcher:
         self.moments = moments
         self.masks: tuple[Tensor, ...] = ()
 
+    def watch_table(self, module: nn.Module, table: TableMoments) -> list[Any]:
+        """Install the hooks of an embedding, or of an output head that is tied to one, and return their handles."""
+        if not isinstance(module, nn.Embedding):
+
+            def inputs(_: nn.Module, args: tuple[Any, ...]) -> None:
+                table.add_head(rows(args[0], self.masks), None)
+
+            def logits(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+                return _with_gradient(out, lambda gradient: table.add_head(None, rows(gradient, self.masks)))
+
+            return [module.register_forward_pre_hook(inputs), module.register_forward_hook(logits)]
+
+        def embedded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            table.add_ids(rows(args[0][..., None], self.masks)[:, 0])
+            return _with_gradient(out, lambda gradient: table.add_gradients(rows(gradient, self.masks)))
+
+        return [module.register_forward_hook(embedded)]
+
     def watch_layer(self, name: str, module: nn.Module) -> list[Any]:
         """Install the hooks of one layer and return their handles."""
         layer = self.moments[name]
@@ -95,26 +114,38 @@ class Watcher:
         def output(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
             if layer.gradient_products is None:
                 return None
-            if not out.requires_grad:  # parameters are frozen: the first layers to be reached start the graph
-                out = out.detach().requires_grad_()
-            out.register_hook(lambda gradient: layer.add_gradients(rows(gradient, self.masks)))
-            return out
+            return _with_gradient(out, lambda gradient: layer.add_gradients(rows(gradient, self.masks)))
 
         return [module.register_forward_pre_hook(inputs), module.register_forward_hook(output)]
 
 
+def _with_gradient(out: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+    """An output that tells its gradient when it comes back."""
+    if not out.requires_grad:  # parameters are frozen: the first layers to be reached start the graph
+        out = out.detach().requires_grad_()
+    out.register_hook(see)
+    return out
+
+
 @contextmanager
-def watch(layers: Mapping[str, nn.Module], moments: Mapping[str, LayerMoments]) -> Iterator[Watcher]:
+def watch(
+    layers: Mapping[str, nn.Module],
+    moments: Mapping[str, LayerMoments],
+    tables: Iterable[tuple[nn.Module, TableMoments]] = (),
+) -> Iterator[Watcher]:
     """Watch layers until the block ends, however it ends. Set `masks` on the Watcher before each forward pass.
 
     Args:
         layers: name -> module, called with x (..., in), returning (..., out).
         moments: name -> LayerMoments to add to.
+        tables: embeddings, and heads that are tied to them, with TableMoments to add to.
     """
     watcher, handles = Watcher(moments), []
     try:
         for name, module in layers.items():
             handles += watcher.watch_layer(name, module)
+        for module, table in tables:
+            handles += watcher.watch_table(module, table)
         with torch.enable_grad():
             yield watcher
     finally:

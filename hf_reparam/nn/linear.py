@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["LowRankLinear", "PivotedLinear"]
+__all__ = ["LowRankLinear", "PivotedLinear", "Product"]
 
 
 class LowRankLinear(nn.Module):
@@ -58,7 +58,7 @@ class LowRankLinear(nn.Module):
         if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
             up, down = self.factors()
             return up @ down
-        return _Product(self)
+        return Product(self)
 
     @property
     def bias(self) -> Tensor | None:
@@ -125,22 +125,22 @@ _METADATA = frozenset(
 )
 
 
-class _Product(Tensor):
+class Product(Tensor):
     """up @ down, not yet multiplied: a tensor of the right shape, dtype and device that holds no numbers."""
 
-    _layer: LowRankLinear
+    _layer: Any
     _is_hf_initialized = True  # Transformers' initialisers must not draw numbers for it
 
     @staticmethod
-    def __new__(cls, layer: LowRankLinear) -> "_Product":
+    def __new__(cls, layer: Any) -> "Product":
         like = layer.up.weight
-        self: _Product = Tensor._make_wrapper_subclass(
+        self: Product = Tensor._make_wrapper_subclass(
             cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
         )
         self._layer = layer
         return self
 
-    def __init__(self, layer: LowRankLinear) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
 
     @classmethod
@@ -160,7 +160,7 @@ class _Product(Tensor):
 
 
 def _formed(value: Any) -> Any:
-    if isinstance(value, _Product):
+    if isinstance(value, Product):
         up, down = value._layer.factors()
         return up @ down
     if isinstance(value, (list, tuple)):

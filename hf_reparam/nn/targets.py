@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_reparam.nn.attention import unsplittable
 from hf_reparam.nn.dense import dense_matrix, dense_type, registered_types
+from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.heads import FusedProjections, stock_shapes
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
@@ -156,8 +157,8 @@ def _group(model: nn.Module) -> Modules:
     """First name -> (all names, module), without the factors inside low-rank layers."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
-    factors = {id(child) for m in model.modules() if isinstance(m, LowRankLinear) for child in m.modules()}
-    factors -= {id(m) for m in model.modules() if isinstance(m, LowRankLinear)}
+    low = [m for m in model.modules() if isinstance(m, (LowRankLinear, Tables))]
+    factors = {id(child) for m in low for child in m.modules()} - {id(m) for m in low}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) not in factors:
             names.setdefault(id(module), []).append(name)

@@ -1,0 +1,157 @@
+"""Embeddings of low rank: a table of r numbers for each token and one matrix up, shared with a tied output head."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_reparam.nn.linear import Product
+
+__all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "Tables", "low_rank_tables", "stock_tables"]
+
+
+class Factor(nn.Module):
+    """One matrix. No `nn.Linear`: adapters and quantizers would change it on one side of a tie only.
+
+    Args:
+        weight: its numbers.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class Tables(nn.Module):
+    """E (tokens, d) = table (tokens, r) @ up (d, r)^T; `weight` answers as the dense table's would."""
+
+    def __init__(self, table: nn.Parameter, up: nn.Parameter) -> None:
+        super().__init__()
+        self.table, self.up = Factor(table), Factor(up)
+
+    @property
+    def rank(self) -> int:
+        """Numbers for each token."""
+        return int(self.table.weight.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """Tokens."""
+        return int(self.table.weight.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """Width d."""
+        return int(self.up.weight.shape[0])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(tokens, r) and (r, d), whose product is the table."""
+        return self.table.weight, self.up.weight.T
+
+    @property
+    def weight(self) -> Tensor:
+        """The product (tokens, d), formed when arithmetic asks for it."""
+        if torch.compiler.is_compiling():
+            table, up = self.factors()
+            return table @ up
+        return Product(self)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}, {self.in_features}, rank={self.rank}"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Ignore the empty marker that saved checkpoints carry under the dense table's name."""
+        marker = state_dict.get(f"{prefix}weight")
+        if marker is not None and marker.numel() == 0:
+            del state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LowRankEmbedding(Tables):
+    """ids -> up (table[ids]): an embedding of r numbers for each token.
+
+    Args:
+        table: (tokens, r).
+        up: (d, r).
+        padding_idx: token whose row gets no gradient.
+
+    Cost: r d multiply-adds for each token.
+
+    >>> small = LowRankEmbedding(nn.Parameter(torch.ones(50, 2)), nn.Parameter(torch.ones(8, 2)))
+    >>> small(torch.tensor([[3, 7, 1]])).shape, small.weight.shape, sum(p.numel() for p in small.parameters())
+    (torch.Size([1, 3, 8]), torch.Size([50, 8]), 116)
+    """
+
+    def __init__(self, table: nn.Parameter, up: nn.Parameter, *, padding_idx: int | None = None) -> None:
+        super().__init__(table, up)
+        self.padding_idx = padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens."""
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width d."""
+        return self.in_features
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int -> (..., d)."""
+        return F.linear(F.embedding(ids, self.table.weight, self.padding_idx), self.up.weight)
+
+
+class LowRankHead(Tables):
+    """h -> table (up^T h) + bias: the output layer that shares an embedding's factors.
+
+    Args:
+        table: (tokens, r).
+        up: (d, r).
+        bias: (tokens,), or none.
+
+    Cost: r (d + tokens) multiply-adds for each row.
+    """
+
+    def __init__(self, table: nn.Parameter, up: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__(table, up)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., tokens)."""
+        return F.linear(x @ self.up.weight, self.table.weight, self.bias)
+
+
+def low_rank_tables(members: Iterable[nn.Module], table: nn.Parameter, up: nn.Parameter) -> dict[nn.Module, nn.Module]:
+    """Dense module -> low-rank one, for all modules that hold one table; they share the factors."""
+    made: dict[nn.Module, nn.Module] = {}
+    for module in members:
+        if isinstance(module, nn.Embedding):
+            made[module] = LowRankEmbedding(table, up, padding_idx=module.padding_idx)
+        else:
+            made[module] = LowRankHead(table, up, _copied(module.bias))
+        made[module].train(module.training)
+    return made
+
+
+def stock_tables(members: Iterable[nn.Module], weight: nn.Parameter) -> dict[nn.Module, nn.Module]:
+    """Low-rank module -> dense one, for all modules that share one pair of factors; they share the table."""
+    made: dict[nn.Module, nn.Module] = {}
+    for module in members:
+        dense: Any
+        if isinstance(module, LowRankEmbedding):
+            dense = nn.Embedding(1, 1, device="meta")
+            dense.num_embeddings, dense.embedding_dim = weight.shape
+            dense.padding_idx = module.padding_idx
+        else:
+            dense = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
+            dense.out_features, dense.in_features = weight.shape
+            dense.bias = _copied(module.bias)
+        dense.weight = weight
+        made[module] = dense.train(module.training)
+    return made
+
+
+def _copied(bias: Any) -> nn.Parameter | None:
+    return None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
