@@ -16,7 +16,7 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 2403.07378), the root of the input's uncentred second moment. The others are this package's; the last two are
 `convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; the two before are the same with
 `joint=False`, every projection of an attention by itself. "+ embeddings" is `convert(model, target_params=...,
-embeddings=True, calibration=data)` with as many parameters of the *whole* model as "joint attention" may have at this keep.
+embeddings=True, calibration=data)` with as many parameters of the *whole* model as the other rows may have at this keep.
 """
 
 import argparse
@@ -127,9 +127,9 @@ def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
             chosen = {"allocation": "uniform", "form": "pair"} if "peer" in options else dict(options)
             refit = chosen.pop("refit", False)
             chosen.pop("metric", None)
-            size: dict[str, Any] = (
-                {"target_params": whole_size(task, keep)} if "embeddings" in chosen else {"keep": keep}
-            )
+            size: dict[str, Any] = {"keep": keep}
+            if "embeddings" in chosen:
+                size = {"target_params": whole_size(task, keep)}
             small = hf_reparam.convert(task.model, **size, calibration=source, exclude=task.exclude, **chosen)
             if refit:
                 hf_reparam.refit(small, task.model, task.batches, moments=moments)

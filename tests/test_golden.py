@@ -34,7 +34,8 @@ def test_golden(folder):
     assert type(model).__name__ == f"Reparam{base}"
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert {spec["form"] for spec in model.config.reparam["modules"].values()} == {form}
-    assert bool(model.config.reparam.get("head_widths")) == (folder.parent.name != "format-1")
+    for key in ("head_widths", "embeddings"):
+        assert bool(model.config.reparam.get(key)) == (folder.parent.name != "format-1")
     for each in (model, merge(model)):
         with torch.no_grad():
             got = each(**expected).logits

@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import save_file
 
 import hf_reparam
+from hf_reparam.calibration import layer_name
+from hf_reparam.hf.tables import table_groups
 from hf_reparam.narrowing import attentions_by_name
 from hf_reparam.plan import FORMAT_VERSION, FORMS
 from tests import zoo
@@ -44,7 +46,8 @@ def make(folder: Path, made_from: str) -> None:
             place = folder / f"{base}-{form}"
             model = case.build()
             widths = dict.fromkeys(attentions_by_name(model), 4)  # of 8: format 2 knows narrower heads
-            plan = hf_reparam.RankPlan({}, model.config.model_type, head_widths=widths)
+            ranks = {layer_name(model, group.path): 12 for group in table_groups(model)}  # of 32, and embeddings
+            plan = hf_reparam.RankPlan({}, model.config.model_type, head_widths=widths, embeddings=ranks)
             small = hf_reparam.convert(hf_reparam.convert(model, plan=plan), rank=6, form=form)
             small.save_pretrained(place)
             with torch.no_grad():
