@@ -16,7 +16,7 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 2403.07378), the root of the input's uncentred second moment. The others are this package's; the last two are
 `convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; the two before are the same with
 `joint=False`, every projection of an attention by itself. "+ embeddings" is `convert(model, target_params=...,
-embeddings=True, calibration=data)` with as many parameters of the *whole* model as the other rows may have at this keep.
+embeddings=True, calibration=data)` with as many parameters of the *whole* model as the other rows may have here.
 """
 
 import argparse
