@@ -28,12 +28,12 @@ from hf_reparam.narrowing import narrowed
 from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import replace_modules
-from hf_reparam.nn.targets import Target, find_targets
+from hf_reparam.nn.targets import Target, Targets, find_targets
 from hf_reparam.plan import FORMS, RankPlan
 from hf_reparam.planning import Chosen, check_budget, fit_plan, make_plan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
-from hf_reparam.report import ConversionReport, LayerReport, RefitReport
+from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
 
 __all__ = ["convert"]
 
@@ -227,20 +227,12 @@ def convert(
             if widths:
                 targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
             chosen = fit_plan(model, targets.selected, plan)
-        specs, left = chosen or ({}, ())
-        narrow = [t for t in targets.selected if t.stock_shape is not None]
-        layers, rows = factor_layers(model, targets.selected, specs, source, folder)
-        tables, table_rows, done = factor_tables(model, {} if plan is None else plan.embeddings, source)
-        layers |= tables
-        rows += table_rows
-        done |= {t.name for t in narrow}
-        skipped = skipped_reports(s for s in (*left, *targets.skipped) if s.name not in done)
+        layers, rows, skipped = _factor(model, targets, chosen or ({}, ()), plan, source, folder)
         refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
         record = _record(model, replace(source, moments=whole), rows, refitted, narrowing)
-        rows += tuple(layer_report(t, None, t.parameters, None) for t in narrow if t.name not in specs)
         result = _install(model, layers, source.metric, record, inplace=inplace)
         if offload_folder is not None:
-            mark_offloaded(result, {*specs, *(t.name for t in narrow)})
+            mark_offloaded(result, {row.name for row in rows})
         elif folder is not None:
             del targets
             _bring_in(layers)
@@ -333,6 +325,24 @@ def _search(
             f"no size has a score of {floor:.6g} or above; the best had {nearest:.6g}: allow more tolerance"
         )
     return best
+
+
+def _factor(
+    model: nn.Module,
+    targets: Targets,
+    chosen: Chosen,
+    plan: RankPlan | None,
+    source: Decompositions,
+    folder: Path | None,
+) -> tuple[dict[nn.Module, nn.Module], tuple[LayerReport, ...], tuple[SkippedReport, ...]]:
+    """New modules in the place of old ones, and what the report says of what changes and what does not."""
+    specs, left = chosen
+    layers, rows = factor_layers(model, targets.selected, specs, source, folder)
+    tables, table_rows, done = factor_tables(model, {} if plan is None else plan.embeddings, source)
+    narrow = [t for t in targets.selected if t.stock_shape is not None]
+    rows += table_rows + tuple(layer_report(t, None, t.parameters, None) for t in narrow if t.name not in specs)
+    done |= {t.name for t in narrow}
+    return layers | tables, rows, skipped_reports(s for s in (*left, *targets.skipped) if s.name not in done)
 
 
 def _kept_for_refit(calibration: Calibration | None, offload_folder: object) -> list[Any]:
