@@ -27,7 +27,7 @@ Chosen = tuple[Mapping[str, LayerSpec], tuple[Skipped, ...]]
 
 ALLOCATIONS = ("global", "uniform")
 _WIDTHS = 8  # of heads that are tried, in equal steps
-_CAUTION = 1.5  # what narrower heads are predicted to lose counts for more: scores are products of two approximations
+_CAUTION = 1.5  # what narrower heads and tables lose counts for more: it meets the errors of other layers
 
 
 @with_projections
@@ -155,7 +155,9 @@ class _Table:
         most = math.ceil(self.size / (self.tokens + self.width)) - 1
         specs = [LayerSpec(rank) for rank in range(min(multiple_of, most), most + 1, multiple_of)]
         kept = squares.cumsum(0)[[spec.rank - 1 for spec in specs]]
-        errors = torch.cat([(squares.sum() - kept).clamp_min(0) * tokens, torch.zeros(1, dtype=torch.float64)])
+        errors = torch.cat(
+            [(squares.sum() - kept).clamp_min(0) * tokens * _CAUTION, torch.zeros(1, dtype=torch.float64)]
+        )
         sizes = [spec.rank * (self.tokens + self.width) for spec in specs]
         return [*specs, None], Options(errors, torch.tensor([*sizes, self.size], dtype=torch.float64))
 
