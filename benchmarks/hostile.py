@@ -308,14 +308,20 @@ def million(scratch: Path) -> dict[str, Any]:
 
 
 def _source(folder: Path, form: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:
-    """Configuration, tensors and weight file of a small converted model."""
+    """Configuration, tensors and weight file of a small converted model; if pivoted, with narrower heads and tables."""
     torch.manual_seed(SEED)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
+    if form == "pivoted":
+        widths = {f"encoder.layer.{i}.attention": 5 for i in range(2)}
+        plan = hf_reparam.RankPlan({}, "bert", head_widths=widths, embeddings={"embeddings.word_embeddings": 6})
+        model = hf_reparam.convert(model, plan=plan)
     hf_reparam.convert(model, rank=4, form=form).save_pretrained(folder)
     path = folder / "model.safetensors"
     stored = load_file(path)
-    stored["cls.predictions.decoder.weight"] = stored["bert.embeddings.word_embeddings.weight"]
+    for name, tensor in list(stored.items()):  # what is tied is stored once
+        if name.startswith("bert.embeddings.word_embeddings."):
+            stored[name.replace("bert.embeddings.word_embeddings", "cls.predictions.decoder")] = tensor
     stored["cls.predictions.decoder.bias"] = stored["cls.predictions.bias"]
     return json.loads((folder / "config.json").read_text()), stored, path
 
