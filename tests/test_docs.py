@@ -297,6 +297,26 @@ def test_textbook_figures_are_the_results():
     assert f"writes {results['0.3']['dense']:.1%}" in page
 
 
+def test_figures_of_heads_are_the_results():
+    data = json.loads((ROOT / "benchmarks" / "results" / "heads.json").read_text())
+    page = (ROOT / "docs" / "when-faster.md").read_text()
+    for row in data["decoding"]:
+        cells = [
+            row["prompt"],
+            row["model"],
+            f"{row['cache_bytes']:,}",
+            f"{row['cache_ratio']:.2f}",
+            f"{row['ratio']:.2f}",
+        ]
+        assert f"| {' | '.join(map(str, cells))} |" in page
+    decision = (ROOT / "docs" / "decisions" / "0013-joint-attention.md").read_text()
+    tables = [data["quality"][model]["rows"] for model in ("MiniLM", "GPT-2 2.2M")]
+    for method in tables[0]:
+        cells = [" / ".join(f"{rows[method][s]['lost']:.4f}" for s in ("0.75", "0.5", "0.25")) for rows in tables]
+        assert f"| {method} | {' | '.join(cells)} |" in decision
+        assert all(rows["this package"][s]["lost"] <= rows[method][s]["lost"] for rows in tables for s in rows[method])
+
+
 def test_make_targets_exist():
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.M)
     assert targets == ["demo", "test"]
