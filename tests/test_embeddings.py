@@ -26,7 +26,7 @@ from hf_reparam import (
 )
 from hf_reparam.hf.inspection import count_parameters
 from hf_reparam.hf.tables import table_groups
-from hf_reparam.nn.embedding import LowRankEmbedding, LowRankHead, Tables
+from hf_reparam.nn.embedding import LowRankEmbedding, LowRankHead, Tables, low_rank_tables
 from tests import zoo
 
 NAMES = {
@@ -382,3 +382,10 @@ def test_report_names_the_table():
     assert report.factored_after == 12 * (99 + 32)
     assert not any("word_embeddings" in item.name or "decoder" in item.name for item in report.skipped)
     assert hf_reparam.model_card(convert(model, plan=plan_of("BertForMaskedLM", model)))
+
+
+def test_a_head_gets_a_bias_of_its_own():
+    dense = nn.Linear(4, 9)
+    (low,) = low_rank_tables([dense], nn.Parameter(torch.ones(9, 2)), nn.Parameter(torch.ones(4, 2))).values()
+    assert torch.equal(low.bias, dense.bias)
+    assert low.bias is not dense.bias

@@ -84,3 +84,13 @@ def test_errors():
     weight[0, 0] = float("inf")
     with pytest.raises(WeightError, match="NaN or infinite"):
         decompose_table(weight, None)
+
+
+def test_a_tied_head_makes_its_tokens_count():
+    seen = TableMoments.zeros(4, 2)
+    seen.add_ids(torch.zeros(10, dtype=torch.long))
+    seen.add_gradients(torch.ones(10, 2))
+    seen.add_head(torch.ones(10, 2), None)
+    seen.add_head(None, torch.tensor([[0.0, 0.0, 2.0, 0.0]]).expand(10, 4))
+    rows, _ = seen.metric()
+    torch.testing.assert_close(rows, 0.9 * torch.tensor([2.0, 0.0, 8.0, 0.0], dtype=torch.float64) / 10 + 0.1 / 4)
