@@ -213,7 +213,7 @@ def narrowed(
         The same metric with the moments of the narrower layers, and name of an attention -> its relative error.
 
     Raises:
-        PlanError: no such attention that can be narrowed, or a width that is no smaller than its own.
+        PlanError: no such attention that can be narrowed, or a width above its own.
         WeightError: weights or moments are not finite.
     """
     if not widths:
