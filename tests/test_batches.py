@@ -107,6 +107,7 @@ ids = torch.randint(3, 90, (12, 7), generator=torch.Generator().manual_seed(0))
 loader = accelerator.prepare(torch.utils.data.DataLoader([{"input_ids": row} for row in ids], batch_size=2))
 moments = collect_moments(case.build(), loader)
 moments.save(f"{sys.argv[1]}/{accelerator.process_index}")
+accelerator.end_training()  # without it, gloo may abort a process that ends
 """
 
 

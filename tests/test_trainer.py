@@ -121,6 +121,7 @@ args = TrainingArguments(folder, use_cpu=True, max_steps=6, per_device_train_bat
 trainer = Trainer(model, args, train_dataset=data)
 trainer.train()
 torch.save(trainer.model.state_dict(), f"{folder}/rank{args.process_index}-of-{args.world_size}.pt")
+trainer.accelerator.end_training()  # without it, gloo may abort a process that ends
 """
 
 
