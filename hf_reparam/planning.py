@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from hf_reparam.hf.tables import table_groups
 from hf_reparam.linalg import Alternative, Moments, Options, allocate, choose
 from hf_reparam.narrowing import NarrowHeads, attentions_by_name
 from hf_reparam.nn.heads import ROLES, Attention
-from hf_reparam.nn.targets import Skipped, Target, find_targets
+from hf_reparam.nn.targets import SHARES, Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
+from hf_reparam.sharing import same_inputs, stack_losses
 
 __all__ = ["Chosen", "check_budget", "fit_plan", "make_plan"]
 
@@ -42,6 +43,7 @@ def make_plan(
     form: str = "pivoted",
     multiple_of: int = 1,
     joint: bool | None = None,
+    shared: bool | None = None,
     embeddings: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
@@ -66,6 +68,9 @@ def make_plan(
             with outputs, are approximated as wholes before each is factored. For attentions that are registered (see
             `hf_reparam.nn.heads`), all four projections of which are targeted. With global allocation only, and by
             default with it.
+        shared: whether layers that got the same inputs, such as queries, keys and values, or the gate and the up
+            projection of an MLP, may use one `down` where that is predicted to cost less. With global allocation only,
+            and by default with it.
         embeddings: also choose ranks for the table of the input embeddings, which an output head that is tied to it
             shares, and for an untied head; their numbers are then part of what is targeted.
         include, exclude: as in `convert`.
@@ -79,7 +84,8 @@ def make_plan(
         WeightError: a weight or its moments are not finite, or the metric needs moments that are not there.
 
     Cost: with global allocation one symmetric eigenvalue problem, without vectors, for each layer that is not
-    decomposed yet, and for each of eight widths of heads one for each of the four layers of an attention.
+    decomposed yet, and for each group of layers with the same inputs; and for each of eight widths of heads one for
+    each of the four layers of an attention.
 
     >>> plan = make_plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), keep=0.5, form="pair")
     >>> [spec.rank for spec in plan.modules.values()]
@@ -95,8 +101,9 @@ def make_plan(
         raise TargetError("the model is converted already: make plans from the dense model")
     if not targets:
         raise TargetError("the model has no dense layer that can be factored")
-    if joint and allocation != "global":
-        raise TargetError(f"joint=True needs the global allocation, which compares widths of heads; got {allocation!r}")
+    for option, value in (("joint", joint), ("shared", shared)):
+        if value and allocation != "global":
+            raise TargetError(f"{option}=True needs the global allocation, which compares losses; got {allocation!r}")
     tables = _tables(model) if embeddings else []
     extra = sum(table.size for table in tables)
     budget = _budget(model, targets, keep, target_params, extra)
@@ -106,7 +113,8 @@ def make_plan(
     specs |= {table.name: table.of_share(share) for table in tables}
     widths: dict[str, int] = {}
     if allocation == "global":
-        widths = _global(model, targets, tables, source, share, form, multiple_of, specs, joint=joint is not False)
+        options = {"joint": joint is not False, "shared": shared is not False}
+        widths = _global(model, targets, tables, source, share, form, multiple_of, specs, **options)
     base = model.config.model_type if isinstance(model, PreTrainedModel) else None
     modules = {name: spec for name, spec in specs.items() if spec is not None}
     low = {table.name: spec.rank for table in tables if (spec := modules.pop(table.name, None)) is not None}
@@ -150,7 +158,7 @@ class _Table:
         rank = int(share * self.size / (self.tokens + self.width))
         return LayerSpec(max(rank, 1)) if share < 1 and rank < self.width else None
 
-    def options(self, squares: Tensor, tokens: float, multiple_of: int) -> tuple[list[LayerSpec | None], Options]:
+    def options(self, squares: Tensor, tokens: float, multiple_of: int) -> "_Choices":
         """Every rank at which it is smaller than dense, and None for the dense table."""
         most = math.ceil(self.size / (self.tokens + self.width)) - 1
         specs = [LayerSpec(rank) for rank in range(min(multiple_of, most), most + 1, multiple_of)]
@@ -225,6 +233,9 @@ def _uniform(targets: tuple[Target, ...], budget: float, form: str, multiple_of:
     return specs
 
 
+_Choices = tuple[list[LayerSpec | None], Options]
+
+
 @dataclass(frozen=True)
 class _Way:
     """One way to build some layers together: ranks to choose from, for each of them.
@@ -233,11 +244,13 @@ class _Way:
         error: predicted loss of this way at full ranks.
         layers: layer name -> its choices, and what they cost and lose.
         width: of the heads that they belong to; None for the stock width.
+        users: name of one of them -> other layers, which use its `down`, and whose choices and losses are among its.
     """
 
     error: float
-    layers: Mapping[str, tuple[list[LayerSpec | None], Options]]
+    layers: Mapping[str, _Choices]
     width: int | None = None
+    users: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _global(
@@ -251,6 +264,7 @@ def _global(
     specs: dict[str, LayerSpec | None],
     *,
     joint: bool,
+    shared: bool,
 ) -> dict[str, int]:
     """Put ranks by one Lagrangian into `specs`, for the layers that have a common unit of error; None where a layer
     stays dense. Returns widths of heads, and takes layers that they replace out of `specs`."""
@@ -266,29 +280,57 @@ def _global(
             squares = source.table(table.name, table.module).squares
             ways[table.name] = [_Way(0.0, {table.name: table.options(squares, tokens, multiple_of)})]
             available += share * table.size
-    widths: dict[str, int] = {}
     if joint:
-        ways |= _ways_of_heads(model, named, options, source, form, multiple_of)
-        inside = {name for way in ways.values() if len(way) > 1 for name in way[0].layers}
-        ways = {name: way for name, way in ways.items() if name not in inside or len(way) > 1}
-        groups = {n: [Alternative(w.error, [o for _, o in w.layers.values()]) for w in way] for n, way in ways.items()}
-        best = {name: ways[name][i] for name, i in choose(groups, available).items()}
-        widths = {name: way.width for name, way in best.items() if way.width is not None}
-        for name in widths:
-            for replaced in ways[name][0].layers:
-                del specs[replaced]
-    else:
-        best = {name: way[0] for name, way in ways.items()}
+        heads = _ways_of_heads(model, named, options, source, form, multiple_of)
+        inside = {name for group in heads.values() for name in group[0].layers}
+        ways = {name: group for name, group in ways.items() if name not in inside} | heads
+    if shared:
+        dense = {name: named[name] for name in options}
+        stacks = same_inputs(dense, source)
+        for names, losses in zip(stacks, stack_losses(stacks, dense, source).values(), strict=True):
+            _add_stack(ways, names, _stack_options(names, dense, losses, form, multiple_of))
+    groups = {n: [Alternative(w.error, [o for _, o in w.layers.values()]) for w in way] for n, way in ways.items()}
+    best = {name: ways[name][i] for name, i in choose(groups, available).items()}
     final = {name: found for way in best.values() for name, found in way.layers.items()}
     chosen = allocate({name: options for name, (_, options) in final.items()}, available)
+    for name, way in best.items():
+        if way.width is not None:
+            for replaced in ways[name][0].layers:
+                del specs[replaced]
     specs.update({name: final[name][0][option] for name, option in chosen.items()})
-    return widths
+    for lender, others in ((lender, others) for way in best.values() for lender, others in way.users.items()):
+        spec, last = specs[lender], lender.rpartition(".")[2]
+        specs.update(dict.fromkeys(others, None if spec is None else replace(spec, down_of=last)))
+    return {name: way.width for name, way in best.items() if way.width is not None}
+
+
+def _add_stack(ways: dict[str, list[_Way]], names: tuple[str, ...], choices: _Choices) -> None:
+    """Let layers with one input also use one `down`, that of the first of them."""
+    touched = [key for key, group in ways.items() if set(names) & set(group[0].layers)]
+    if len(touched) > 1 and any(len(ways[key]) > 1 for key in touched):
+        return  # part of an attention, with layers outside of it
+    separate = [ways.pop(key) for key in touched]
+    layers = {name: found for group in separate for name, found in group[0].layers.items()}
+    rest = {name: found for name, found in layers.items() if name not in names}
+    way = _Way(0.0, {**rest, names[0]: choices}, users={names[0]: names[1:]})
+    ways[touched[0]] = [*separate[0], way] if len(separate) == 1 else [_Way(0.0, layers), way]
+
+
+def _stack_options(
+    names: tuple[str, ...], named: Mapping[str, Target], losses: Tensor, form: str, multiple_of: int
+) -> _Choices:
+    """As `_options`, for layers that use the `down` of the first of them, whose rank cannot exceed its outputs."""
+    lender = named[names[0]]
+    whole = replace(lender, out_features=sum(named[name].out_features for name in names))
+    specs, found = _options(whole, losses, form, multiple_of)
+    fit = [i for i, spec in enumerate(specs) if spec is None or spec.rank <= lender.full_rank]
+    return [specs[i] for i in fit], Options(found.errors[fit], found.costs[fit])
 
 
 def _ways_of_heads(
     model: nn.Module,
     named: Mapping[str, Target],
-    options: Mapping[str, tuple[list[LayerSpec | None], Options]],
+    options: Mapping[str, _Choices],
     source: Decompositions,
     form: str,
     multiple_of: int,
@@ -328,7 +370,7 @@ def _widths(attention: Attention, multiple_of: int) -> list[int]:
     return list(range(step, attention.width + attention.kind.fused, step))
 
 
-def _options(target: Target, losses: Tensor, form: str, multiple_of: int) -> tuple[list[LayerSpec | None], Options]:
+def _options(target: Target, losses: Tensor, form: str, multiple_of: int) -> _Choices:
     """Every rank at which the layer is smaller than dense, and None for the dense layer itself."""
     least = _weights(target, LayerSpec(multiple_of, form)) if multiple_of <= target.full_rank else _size(target)
     step = multiple_of if least < _size(target) else 1  # too narrow for one multiple
@@ -355,9 +397,14 @@ def fit_plan(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> C
         raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
     for name, spec in plan.modules.items():
         target = named[name]
+        if target.shares:
+            raise PlanError(f"{name}: {SHARES}")
         most = spec.limit(target.in_features, target.out_features) if target.spec is None else target.spec.rank
         if spec.rank > most:
             raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above the {most} it can have")
+        lender = spec.lender(name)
+        if lender is not None and named[lender].in_features != target.in_features:
+            raise PlanError(f"{name}: the plan lets it use the `down` of {lender}, which has another width of inputs")
     specs = {named[name].name: spec for name, spec in plan.modules.items()}
     dense = [t for t in targets if t.name not in specs]
     return specs, tuple(Skipped(t.name, t.kind, t.parameters, "the plan leaves it dense") for t in dense)

@@ -26,6 +26,7 @@ LAYERS = [
     "calibration",
     "decomposition",
     "narrowing",
+    "sharing",
     "planning",
     "plot",
     "factoring",

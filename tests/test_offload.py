@@ -39,7 +39,8 @@ def test_new_layers_stay_in_a_folder(tmp_path, case, form):
     model, expected = case.build(), convert(case.build(), rank=6, form=form)
     small = convert(model, rank=6, form=form, offload_folder=tmp_path / "layers")
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLinear)}
-    assert all(t.is_meta for m in low.values() for t in m.state_dict().values())
+    factors = [t for m in low.values() for key, t in m.state_dict().items() if key != "order"]  # pivots stay in memory
+    assert all(t.is_meta for t in factors)
     assert {p.name for p in (tmp_path / "layers").iterdir()} == set(small.config.reparam["modules"])
     for _ in range(2):
         assert all(map(torch.equal, zoo.outputs(small, case.batch()), zoo.outputs(expected, case.batch())))

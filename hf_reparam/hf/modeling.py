@@ -27,7 +27,7 @@ from hf_reparam.hf.untrusted import check_folder
 from hf_reparam.nn.dense import dense_matrix, dense_type, shape_of
 from hf_reparam.nn.embedding import LowRankEmbedding, Tables, low_rank_tables
 from hf_reparam.nn.heads import find_attentions
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
 
@@ -261,11 +261,12 @@ def _swap(model: Any, *, strict: bool) -> None:
     layers: dict[nn.Module, nn.Module] = {}
     for name, module in resolve_plan(model, plan, strict=strict).items():
         if not isinstance(module, LowRankLinear):
-            layers[module] = low = low_rank_like(module, plan.modules[name])
-            if not low.up.weight.is_meta:
-                _draw(low, model.config)
+            layers[module] = low_rank_like(module, plan.modules[name])
     if layers:
         replace_modules(model, layers, inplace=True)
+    for low in layers.values():
+        if isinstance(low, LowRankLinear) and not low.up.weight.is_meta:
+            _draw(low, model.config)
 
 
 def _swap_tables(model: Any, plan: RankPlan) -> None:
@@ -338,12 +339,14 @@ def _deviation(config: Any, n_in: int) -> float:
 def _draw(layer: LowRankLinear, config: Any) -> None:
     """Give numbers to a layer that has none, so that its product has the family's deviation, or a fresh nn.Linear's.
 
-    One factor has it, and the other mixes its r rows or columns with variance 1 / r.
+    One factor has it, and the other mixes its r rows or columns with variance 1 / r. A `down` that is another layer's
+    is left to that.
     """
-    pivoted = isinstance(layer, PivotedLinear)
-    outer, mixing = (layer.up, layer.down) if pivoted else (layer.down, layer.up)
-    initialization.normal_(outer.weight, std=_deviation(config, layer.in_features))
-    initialization.normal_(mixing.weight, std=layer.rank**-0.5)
+    family, mixing = _deviation(config, layer.in_features), layer.rank**-0.5
+    up, down = (family, mixing) if layer.form == "pivoted" else (mixing, family)
+    initialization.normal_(layer.up.weight, std=up)
+    if not isinstance(layer, SharedLinear):
+        initialization.normal_(layer.down.weight, std=down)
     if layer.up.bias is not None:
         initialization.zeros_(layer.up.bias)
     if isinstance(layer, PivotedLinear):
@@ -372,7 +375,8 @@ def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[
     found = {
         key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")
     }
-    lost = lost or sorted(f"{name}.weight" for name in found if f"{name}.weight" in absent)
+    shared = {name for name, module in base.named_modules() if isinstance(module, SharedLinear)}
+    lost = lost or sorted(f"{n}.weight" for n in found if f"{n}.weight" in absent or n in shared)
     if lost:
         raise CheckpointError(
             f"{source}: {len(lost)} tensors of low-rank layers are missing or do not fit the plan, among them "

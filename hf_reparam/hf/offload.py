@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, align_module_device, offload_state_dict
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    align_module_device,
+    offload_state_dict,
+    set_module_tensor_to_device,
+)
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.hf.processes import distributed, spread
+from hf_reparam.nn.linear import SharedLinear
 
 __all__ = ["aligned", "build_layers", "check_stored", "execution_device", "mark_offloaded", "recall"]
 
@@ -23,9 +30,11 @@ _ERROR = "error.json"
 
 @contextmanager
 def aligned(module: nn.Module) -> Iterator[None]:
-    """Have a module's weights in memory while the block runs, wherever accelerate keeps them."""
+    """Have a module's weights in memory while the block runs, with the `down` that it shares, wherever accelerate keeps
+    them."""
+    parts = [*module.modules(), *(module.lender.modules() if isinstance(module, SharedLinear) else ())]
     with ExitStack() as stack:
-        for part in module.modules():
+        for part in parts:
             stack.enter_context(align_module_device(part))
         yield
 
@@ -133,5 +142,7 @@ def _write(place: Path, layer: nn.Module, error: float) -> None:
 def _read_from(place: Path, layer: nn.Module, device: torch.device) -> nn.Module:
     """Let a layer read its tensors from its folder whenever it computes; in between it holds no memory."""
     weights = OffloadedWeightsLoader(save_folder=place)
-    attach_align_device_hook(layer, execution_device=device, offload=True, offload_buffers=True, weights_map=weights)
+    for name, buffer in layer.named_buffers():  # small, and read by layers that share a `down`: they stay in memory
+        set_module_tensor_to_device(layer, name, device, value=weights[name], dtype=buffer.dtype)
+    attach_align_device_hook(layer, execution_device=device, offload=True, weights_map=weights)
     return layer

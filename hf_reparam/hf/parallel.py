@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import PlanError
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear
 
 __all__ = ["factor_rules", "supported"]
 
@@ -32,9 +32,11 @@ def factor_rules(rules: dict[str, str], name: str, layer: LowRankLinear) -> dict
         layer: the layer.
 
     Raises:
-        PlanError: its style shards packed inputs, and it has pivots.
+        PlanError: its style shards packed inputs, and it has pivots; or it shards inputs, and its `down` is shared.
     """
     style = rules.get(name, "")
+    if "rowwise" in style and (layer.users > 1 or isinstance(layer, SharedLinear)):
+        raise PlanError(f"{name}: a layer that shares its `down` cannot be sharded by its inputs, as {style!r} does")
     if "colwise" in style:
         moved = _rules(f"{name}.up", layer.up, style)
     elif "rowwise" in style and not isinstance(layer, PivotedLinear):

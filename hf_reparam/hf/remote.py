@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+PlanError = ValueError
+
 try:
     import hf_reparam as _installed
 except ImportError:
@@ -40,6 +42,7 @@ class LayerSpec(NamedTuple):
 
     rank: int
     form: str = "pair"
+    down_of: str | None = None
 
 
 '''

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 # what follows up to the next comment of this kind is replaced by the definitions themselves
 from hf_reparam.nn.heads import FusedProjections
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear, connect
 from hf_reparam.plan import LayerSpec
 
 _installed: Any = None
@@ -97,11 +97,12 @@ def _swap(model: Any) -> None:
     for name, entry in model.config.reparam["modules"].items():
         dense = modules.get(prefix + name, modules.get(name))  # None: a layer of a head that this model has not
         if dense is not None and not isinstance(dense, LowRankLinear):
-            made[dense] = _empty(name, dense, LayerSpec(entry["rank"], entry["form"]))
+            made[dense] = _empty(name, dense, LayerSpec(**entry))
     for module in list(model.modules()):
         for child_name, child in module._modules.items():
             if child in made:
                 module._modules[child_name] = made[child]
+    connect(model)
 
 
 def _narrow(name: str, attention: Any, width: Any) -> None:
@@ -149,6 +150,8 @@ def _empty(name: str, dense: Any, spec: LayerSpec) -> LowRankLinear:
         raise ValueError(f"{name}: rank {spec.rank!r} does not fit {n_in} inputs and {n_out} outputs")
     like: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     up = nn.Linear(spec.rank, n_out, bias=dense.bias is not None, **like)
+    if spec.down_of is not None:
+        return SharedLinear(up, n_in, down_of=spec.down_of, form=spec.form, dense_type=type(dense))
     if spec.form == "pair":
         return LowRankLinear(nn.Linear(n_in, spec.rank, bias=False, **like), up, dense_type=type(dense))
     down = nn.Linear(n_in - spec.rank, spec.rank, bias=False, **like)

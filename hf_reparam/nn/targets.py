@@ -15,7 +15,10 @@ from hf_reparam.nn.patterns import as_patterns, check_used, first_match
 from hf_reparam.nn.surgery import has_hooks
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["Skipped", "Target", "Targets", "find_targets"]
+__all__ = ["SHARES", "Skipped", "Target", "Targets", "find_targets"]
+
+SHARES = "uses one `down` together with other layers: merge the model, or convert the dense one"
+"""Why such a layer cannot be converted again."""
 
 Modules = Mapping[str, tuple[tuple[str, ...], nn.Module]]
 """First name of a module -> all its names, and the module."""
@@ -49,6 +52,11 @@ class Target:
     def spec(self) -> LayerSpec | None:
         """The present rank and form of a low-rank layer, None for a dense one."""
         return self.module.spec if isinstance(self.module, LowRankLinear) else None
+
+    @property
+    def shares(self) -> bool:
+        """Whether it uses one `down` together with other layers."""
+        return isinstance(self.module, LowRankLinear) and (self.module.users > 1 or self.spec.down_of is not None)  # type: ignore[union-attr]
 
     @property
     def full_rank(self) -> int:
