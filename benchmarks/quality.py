@@ -14,10 +14,11 @@ The first four rows are other methods' formulas through this package's machinery
 plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
 (arXiv 2312.05821), columns weighted by the root mean square of their input to the power 0.5; SVD-LLM (arXiv
 2403.07378), the root of the input's uncentred second moment. The others are this package's. "+ shared inputs" is
-`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; "joint attention" is the same with
-`shared=False`, every layer with a `down` of its own, and "fisher, global" with `joint=False`, too, every projection of
-an attention by itself. "+ embeddings" is `convert(model, target_params=..., embeddings=True, calibration=data)` with as
-many parameters of the *whole* model as the other rows may have here.
+`convert(model, keep=..., calibration=data)` as it is, and with `refit=True` (where no layers share, it has the scores
+of the row of the same plan, which "as" names); "joint attention" is the same with `shared=False`, every layer with a
+`down` of its own, and "fisher, global" with `joint=False`, too, every projection of an attention by itself.
+"+ embeddings" is `convert(model, target_params=..., embeddings=True, calibration=data)` with as many parameters of the
+*whole* model as the other rows may have here.
 """
 
 import argparse
@@ -110,8 +111,14 @@ def whole_size(task: tasks.Task, keep: float) -> int:
     return count_parameters(task.model) - layers + int(keep * layers)
 
 
-def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
-    """Scores of methods at every size, from one calibration, with the seconds that it took."""
+def shares(task: tasks.Task, source: Decompositions, keep: float) -> bool:
+    """Whether any layers share a `down` at this size, so that `shared` makes a difference."""
+    plan = hf_reparam.make_plan(task.model, source, keep=keep, exclude=task.exclude)
+    return any(spec.down_of for spec in plan.modules.values())
+
+
+def measure(task: tasks.Task, methods: Collection[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of methods at every size, from one calibration, with the seconds that it took; `known` are older rows."""
     start = time.perf_counter()
     moments = hf_reparam.collect_moments(task.model, task.batches)
     seconds = {"calibration": time.perf_counter() - start}
@@ -126,6 +133,10 @@ def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
         if name not in methods:
             continue
         for keep in task.keeps:
+            apart = name.replace("+ shared inputs", "joint attention")
+            if apart != name and not shares(task, sources["fisher"], keep):  # the same plan, the same model
+                rows.setdefault(name, {})[str(keep)] = (known | rows)[apart][str(keep)] | {"as": apart}
+                continue
             start = time.perf_counter()
             source = others[options["peer"]] if "peer" in options else sources[options["metric"]]
             chosen = {"allocation": "uniform", "form": "pair"} if "peer" in options else dict(options)
@@ -153,6 +164,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for method, marker in zip(METHODS, "v^<>soD*PXhHp", strict=True):
+            if method not in result["rows"]:
+                continue
             row = result["rows"][method]
             lost = [scores["lost"] for scores in row.values()]
             color = "black" if method == "+ embeddings" else None  # there are ten others
@@ -180,8 +193,9 @@ def main() -> None:
     for name in args.only or TASKS:
         torch.manual_seed(tasks.SEED)
         task = TASKS[name](args.data, args.models)
-        result = {"lost": task.lost, **measure(task, args.method or METHODS)}
         stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
+        known = stored[task.name]["rows"] if args.method else {}
+        result = {"lost": task.lost, **measure(task, args.method or METHODS, known)}
         if args.again:
             print(f"{task.name}: largest difference to the stored scores {difference(result, stored[task.name]):.2g}")
             continue

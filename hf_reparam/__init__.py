@@ -17,7 +17,14 @@ from hf_reparam.hf.card import model_card
 from hf_reparam.hf.summary import summarize
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
-from hf_reparam.nn import AttentionType, LowRankLinear, PivotedLinear, register_attention, register_dense
+from hf_reparam.nn import (
+    AttentionType,
+    LowRankLinear,
+    PivotedLinear,
+    SharedLinear,
+    register_attention,
+    register_dense,
+)
 from hf_reparam.plan import LayerSpec, RankPlan
 from hf_reparam.planning import make_plan
 from hf_reparam.record import ConversionRecord
@@ -45,6 +52,7 @@ __all__ = [
     "RefitReport",
     "ReparamConfig",
     "ReparamError",
+    "SharedLinear",
     "SkippedReport",
     "TargetError",
     "WeightError",

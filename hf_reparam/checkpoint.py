@@ -91,6 +91,7 @@ def convert_checkpoint(
 
     Cost: as `convert`, and disk space for the result twice. Memory, when streaming: three to four times the largest
     layer in float64, in the metric of moments its moments, too, or two shards; at least twice the largest tensor.
+    Layers that may share a `down` count as one.
     """
     folder, target = _open(source, Path(out), force)
     if refit and texts is None:
@@ -101,19 +102,8 @@ def convert_checkpoint(
         raise TargetError("give exactly one of rank, keep and plan")
     lines, tokenizer = (None, None) if texts is None else (_read_lines(texts), load_tokenizer(folder))
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
-    options = [
-        rank,
-        keep,
-        plan and plan.to_dict(),
-        form,
-        joint,
-        shared,
-        embeddings,
-        solver,
-        include,
-        exclude,
-        max_memory,
-    ]
+    choices: dict[str, Any] = {"form": form, "joint": joint, "shared": shared, "embeddings": embeddings}
+    options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, include, exclude, max_memory]
     fingerprint = _fingerprint(folder, moments, lines, options) if stream else None
     with new_folder(target, resume=fingerprint) as work:
         model = load(folder, offload_folder=work / "source" if stream else None)
@@ -121,14 +111,8 @@ def convert_checkpoint(
             model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         known = _moments(model, moments, lines, tokenizer, max_memory, work, shared=stream)
         if keep is not None:
-            choices = {
-                **patterns,
-                "form": form or "pivoted",
-                "joint": joint,
-                "shared": shared,
-                "embeddings": embeddings,
-            }
-            plan, form = _plan(model, known, keep, choices, work), None
+            choices["form"] = form or "pivoted"
+            plan, form = _plan(model, known, keep, patterns | choices, work), None
         small, report = convert(
             model,
             rank=rank,

@@ -16,9 +16,9 @@ from hf_reparam.record import ConversionRecord
 
 __all__ = ["FORMAT_VERSION", "FORMS", "LayerSpec", "RankPlan", "layer_kind"]
 
-FORMAT_VERSION = 2
-"""Newest version of the `reparam` entry in `config.json`; 1 knows no narrower heads, no low-rank embeddings, no layers
-that use the `down` of another."""
+FORMAT_VERSION = 3
+"""Newest version of the `reparam` entry in `config.json`: 2 added narrower heads and low-rank embeddings, 3 layers that
+use the `down` of another. The oldest that knows what a plan has is written."""
 
 FORMS = ("pair", "pivoted")
 """How a layer of rank r can be stored."""
@@ -82,8 +82,12 @@ class LayerSpec:
         return None if self.down_of is None else f"{parent}{dot}{self.down_of}"
 
     def limit(self, n_in: int, n_out: int) -> int:
-        """The highest rank that a layer of this shape can have in this form: pivots need inputs beside them."""
-        return min(n_in - 1 if self.form == "pivoted" else n_in, n_out)
+        """The highest rank that a layer of this shape can have in this form: pivots need inputs beside them.
+
+        A layer without a `down` of its own may have fewer outputs than that.
+        """
+        inputs = n_in - 1 if self.form == "pivoted" else n_in
+        return inputs if self.down_of is not None else min(inputs, n_out)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -172,7 +176,7 @@ class RankPlan:
         """The JSON form: what `config.json` holds under `reparam`."""
         shared = any(spec.down_of is not None for spec in self.modules.values())
         known = {
-            "format_version": 2 if self.head_widths or self.embeddings or shared else 1,
+            "format_version": 3 if shared else 2 if self.head_widths or self.embeddings else 1,
             "base_model_type": self.base_model_type,
             "method": self.method,
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
@@ -207,8 +211,8 @@ class RankPlan:
         if len(modules) > _MAX_MODULES:
             raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
         layers = {name: _read_layer(name, spec) for name, spec in modules.items()}
-        if data["format_version"] < 2 and any(spec.down_of is not None for spec in layers.values()):
-            raise PlanError("'down_of' belongs to format version 2")
+        if data["format_version"] < 3 and any(spec.down_of is not None for spec in layers.values()):
+            raise PlanError("'down_of' belongs to format version 3")
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
         return cls(layers, base, method, record, _read_sizes(data, "head_widths"), _read_sizes(data, "embeddings"))
 
@@ -230,7 +234,7 @@ def _read_layer(name: object, data: object) -> LayerSpec:
 
 
 def _read_sizes(data: Mapping[str, Any], key: str) -> Mapping[str, int]:
-    """An entry of format 2: name -> int, which the plan checks."""
+    """An entry of format 2 and later: name -> int, which the plan checks."""
     sizes = data.get(key, {})
     if not isinstance(sizes, Mapping):
         raise PlanError(f"'reparam.{key}' must be an object of names, got {_short(sizes)}")

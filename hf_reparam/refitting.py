@@ -183,5 +183,5 @@ def _fit(
     ups = factors.up.split([layer.out_features for layer in layers])
     for layer, up, original, fit in zip(layers, ups, originals, fits, strict=True):
         set_factors(layer, Factors(up, factors.down))
-        if has_bias:
+        if original.bias is not None:
             set_bias(layer, original, fit.dense_mean, fit.low_mean)

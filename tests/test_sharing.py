@@ -217,7 +217,7 @@ def test_it_is_chosen_where_it_loses_less(form):
         assert weights + left <= 0.4 * 6 * 32 * 32
         lost.append(float((logits(small, batch) - dense).square().sum()))
     assert lost[0] < 0.9 * lost[1]
-    assert json.loads(json.dumps(plan.to_dict()))["format_version"] == 2
+    assert json.loads(json.dumps(plan.to_dict()))["format_version"] == 3
     assert RankPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(TargetError, match="shared=True needs the global allocation"):
         make_plan(model, moments, keep=0.5, allocation="uniform", shared=True)
@@ -531,7 +531,7 @@ def rewritten(folder, change):
         (lambda m, c: m[f"{LAYER}.k_proj"].update(form="pivoted"), "their ranks or forms differ"),
         (lambda m, c: m[f"{LAYER}.k_proj"].update(down_of="a.b"), "must be the name of a layer beside it"),
         (lambda m, c: m[f"{LAYER}.k_proj"].update(down_of=["q_proj"]), "must be the name of a layer beside it"),
-        (lambda m, c: c["reparam"].update(format_version=1), "belongs to format version 2"),
+        (lambda m, c: c["reparam"].update(format_version=2), "belongs to format version 3"),
         (lambda m, c: m.pop(f"{LAYER}.q_proj"), "the plan gives that layer none"),
         (lambda m, c: m.update({f"{LAYER}.o_proj": {"rank": 6, "form": "pair", "down_of": "q_proj"}}), None),
     ],
@@ -563,6 +563,24 @@ def test_widths_have_to_agree():
 def test_a_layer_on_its_own_says_what_it_misses():
     with pytest.raises(RuntimeError, match="which it was not connected with"):
         SharedLinear(nn.Linear(3, 4), 8, down_of="q")(torch.zeros(1, 8))
+
+
+def test_ranks_above_the_outputs_of_some(tmp_path):
+    """Of grouped queries: the keys' projection has 16 outputs, and rank 20 of its stack."""
+    case = zoo.BY_BASE["LlamaForCausalLM"]
+    model, batch = case.build(), case.batch()
+    moments = collect_moments(model, [batch])
+    for form in zoo.FORMS:
+        plan = shared_plan(model, moments, 20, form)
+        small, report = convert(model, plan=plan, calibration=moments, return_report=True)
+        assert f"20{' pivoted' if form == 'pivoted' else ''}, down of q_proj" in str(report)
+        small.save_pretrained(tmp_path / form, remote_code=True)
+        assert torch.equal(logits(type(small).from_pretrained(tmp_path / form), batch), logits(small, batch))
+        torch.save(batch, tmp_path / form / "batch.pt")
+        done = without_package(tmp_path / form, "AutoModelForCausalLM", tmp_path / f"{form}-again")
+        assert done.returncode == 0, done.stderr
+    with pytest.raises(PlanError, match="rank 33, above"):
+        convert(model, plan=shared_plan(model, moments, 33), calibration=moments)
 
 
 def test_data_parallel_is_refused(llama):

@@ -23,7 +23,7 @@ _installed: Any = None
 _ATTENTIONS: dict[str, dict[str, str]] = {}  # class -> where its projections are
 # the definitions end here
 
-_FORMAT_VERSIONS = (1, 2)
+_FORMAT_VERSIONS = (1, 2, 3)
 _PREFIX = "Reparam"
 
 
@@ -146,7 +146,8 @@ def _empty(name: str, dense: Any, spec: LayerSpec) -> LowRankLinear:
     if type(dense) not in (nn.Linear, Conv1D):
         raise ValueError(f"{name} is a {type(dense).__name__}, no dense layer")
     n_out, n_in = dense.weight.shape if type(dense) is nn.Linear else dense.weight.T.shape
-    if not (isinstance(spec.rank, int) and 1 <= spec.rank <= min(n_in - (spec.form == "pivoted"), n_out)):
+    most = min(n_in - (spec.form == "pivoted"), n_in if spec.down_of else n_out)
+    if not (isinstance(spec.rank, int) and 1 <= spec.rank <= most):
         raise ValueError(f"{name}: rank {spec.rank!r} does not fit {n_in} inputs and {n_out} outputs")
     like: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     up = nn.Linear(spec.rank, n_out, bias=dense.bias is not None, **like)

@@ -7,15 +7,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
 
 import hf_reparam
+from hf_reparam import LayerSpec, RankPlan
 from hf_reparam.calibration import layer_name
+from hf_reparam.hf.inspection import protected_layers
 from hf_reparam.hf.tables import table_groups
 from hf_reparam.narrowing import attentions_by_name
+from hf_reparam.nn.heads import find_attentions
+from hf_reparam.nn.targets import find_targets
 from hf_reparam.plan import FORMAT_VERSION, FORMS
 from tests import zoo
 
@@ -37,6 +42,20 @@ def commit(root: Path) -> str:
     return head.stdout.strip()
 
 
+def converted(model: Any, form: str) -> Any:
+    """Everything that the newest format knows."""
+    widths = dict.fromkeys(attentions_by_name(model), 4)  # of 8: format 2 knows narrower heads
+    ranks = {layer_name(model, group.path): 12 for group in table_groups(model)}  # of 32, and embeddings
+    plan = RankPlan({}, model.config.model_type, head_widths=widths, embeddings=ranks)
+    narrow = hf_reparam.convert(model, plan=plan)
+    found = find_targets(narrow, protected=protected_layers(narrow)).selected
+    specs = {layer_name(narrow, target.name): LayerSpec(6, form) for target in found}
+    for attention in find_attentions(narrow):  # format 3: values use the `down` of keys
+        key, value = (layer_name(narrow, attention.path(role, split=True)) for role in ("key", "value"))
+        specs[value] = LayerSpec(6, form, key.rpartition(".")[2])
+    return hf_reparam.convert(narrow, plan=RankPlan(specs, model.config.model_type))
+
+
 def make(folder: Path, made_from: str) -> None:
     """Write every base in every form, the inputs and outputs beside them, and what made them."""
     folder.mkdir(parents=True)  # an error if it is there: golden is golden
@@ -44,11 +63,7 @@ def make(folder: Path, made_from: str) -> None:
         case = zoo.BY_BASE[base]
         for form in FORMS:
             place = folder / f"{base}-{form}"
-            model = case.build()
-            widths = dict.fromkeys(attentions_by_name(model), 4)  # of 8: format 2 knows narrower heads
-            ranks = {layer_name(model, group.path): 12 for group in table_groups(model)}  # of 32, and embeddings
-            plan = hf_reparam.RankPlan({}, model.config.model_type, head_widths=widths, embeddings=ranks)
-            small = hf_reparam.convert(hf_reparam.convert(model, plan=plan), rank=6, form=form)
+            small = converted(case.build(), form)
             small.save_pretrained(place)
             with torch.no_grad():
                 logits = small(**case.batch()).logits
