@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ from hf_reparam import RankPlan, convert
 from hf_reparam.hf.auto import register
 from hf_reparam.hf.configuration import plan_of
 from hf_reparam.hf.modeling import model_class
+from hf_reparam.narrowing import attentions_by_name
 from tests import zoo
 
 __all__ = ["DENSE", "FAMILIES", "FORMS", "Family"]
 
 DENSE = "dense"
-FORMS = (DENSE, *zoo.FORMS)
+FORMS = (DENSE, *zoo.FORMS, "joint")
+"""How layers are stored; "joint" also has heads half as wide where that can be, and values use the `down` of keys."""
 RANK = 8
+_KEYS = {"value": "key", "v_proj": "k_proj", "v": "k"}  # name of a layer of values -> of its keys
 BATCH, LENGTH = 13, 7  # as the testers of Transformers have them: some tests cut to a batch of 7
 
 
@@ -89,11 +92,18 @@ class Family:
     @functools.cache  # noqa: B019  # a handful of families
     def plan(self, form: str) -> RankPlan:
         """The layers that `convert` makes low-rank in any of the classes."""
-        layers = {}
+        layers, widths, base = {}, {}, self.config().model_type
         for name in self.classes:
-            small = convert(self.stock(name)(self.config()), rank=RANK, form=form)
+            model = self.stock(name)(self.config())
+            if form == "joint":
+                widths |= {name: a.width // 2 for name, a in attentions_by_name(model).items()}
+                model = convert(model, plan=RankPlan({}, base, head_widths=widths)) if widths else model
+            small = convert(model, rank=RANK, form="pivoted" if form == "joint" else form)
             layers |= plan_of(small.config).modules
-        return RankPlan(layers, base_model_type=self.config().model_type)
+        if form == "joint":
+            for name, spec in layers.items():
+                layers[name] = replace(spec, down_of=_KEYS.get(name.rpartition(".")[2]))
+        return RankPlan(layers, base, head_widths=widths)
 
 
 FAMILIES = (

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SHORT = "test_config or test_save_load or test_resize or test_tied or test_gradient_checkpointing or test_init_weights"
 
 
-@pytest.mark.parametrize("name", ["BERT_pair", "GPT2_pivoted", "T5_pair"])
+@pytest.mark.parametrize("name", ["BERT_pair", "GPT2_pivoted", "T5_joint"])
 def test_a_part_of_transformers_own_tests(tmp_path, name):
     place = tmp_path / "outcomes.json"
     command = [sys.executable, "-m", "pytest", "conformance", "-k", f"{name} and ({SHORT})", f"--outcomes={place}"]
