@@ -34,7 +34,7 @@ from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import as_decompositions
 from hf_reparam.hf.inspection import protected_layers
 from hf_reparam.nn.dense import dense_matrix
-from hf_reparam.nn.linear import PivotedLinear, SharedLinear
+from hf_reparam.nn.linear import PivotedLinear, SharedLinear, connect
 from hf_reparam.nn.targets import find_targets
 from hf_reparam.sharing import same_inputs
 from tests import zoo
@@ -278,7 +278,7 @@ def test_one_down_is_computed_once(llama):
 def pair_of_layers():
     q = LowRankLinear(nn.Linear(8, 3, bias=False), nn.Linear(3, 8))
     net = nn.ModuleDict({"q": q, "k": SharedLinear(nn.Linear(3, 4), 8, down_of="q")})
-    hf_reparam.nn.linear.connect(net)
+    connect(net)
     return net
 
 
@@ -305,7 +305,15 @@ def test_what_was_computed_is_never_stale():
     assert down.calls == 2
     assert net.q.down.weight.grad is not None
     net.q(x).sum().backward()
-    net.q(x).sum().backward()  # a layer takes it once: its graph may be gone
+    net.q(x).sum().backward()  # its graph is gone
+    with torch.no_grad():
+        net.q(x)
+        down.weight.mul_(2)
+        torch.testing.assert_close(net.k(x), x @ net.k.weight.T + net.k.bias)
+        net.q(x)
+        down.weight.data.mul_(2)  # not counted: a layer takes it once
+        torch.testing.assert_close(net.q(x), x @ net.q.weight.T + net.q.bias)
+    net.q._memo = None
     with torch.inference_mode():  # changes of such tensors are not counted
         y = torch.randn(2, 8)
         net.q(y)
@@ -558,6 +566,24 @@ def test_widths_have_to_agree():
     net = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(16, 8)})
     with pytest.raises(PlanError, match="another width of inputs"):
         convert(net, plan=RankPlan({"q": LayerSpec(2), "k": LayerSpec(2, down_of="q")}))
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        (SharedLinear(nn.Linear(4, 4), 8, down_of="q"), "another rank or width"),
+        (SharedLinear(nn.Linear(3, 4), 9, down_of="q"), "another rank or width"),
+        (SharedLinear(nn.Linear(3, 4), 8, down_of="q", form="pivoted"), "another rank or width"),
+        (SharedLinear(nn.Linear(3, 4), 8, down_of="v"), "no layer beside it has one"),
+        (SharedLinear(nn.Linear(3, 4), 8, down_of="k"), "no layer beside it has one"),
+        (SharedLinear(nn.Linear(3, 4), 8, down_of="dense"), "no layer beside it has one"),
+    ],
+)
+def test_only_a_fitting_layer_beside_it_is_connected(user, message):
+    net = pair_of_layers()
+    net["dense"], net["user"] = nn.Linear(8, 4), user
+    with pytest.raises(PlanError, match=f"user: it uses the `down` of '{user.down_of}', .*{message}"):
+        connect(net)
 
 
 def test_a_layer_on_its_own_says_what_it_misses():

@@ -60,13 +60,14 @@ class LowRankLinear(nn.Module):
         """`hidden(x)`, computed once where all layers that use this `down` ask for it with the very same tensor.
 
         Each of them may take what was computed once. It is forgotten when all have, when one asks with another tensor
-        or after the tensor was changed, and when gradients have come back. In a compiled graph changes in place between
-        two layers that use one `down` are not seen; nothing that can be trained makes them.
+        or after that tensor or `down` was changed, and when gradients have come back. In a compiled graph changes in
+        place between two layers that use one `down` are not seen; nothing that can be trained makes them.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and x.is_inference():  # changes of such tensors are not counted
+        seen = [] if compiling else [x, *self.down.parameters()]
+        if any(tensor.is_inference() for tensor in seen):  # changes of such tensors are not counted
             return self.hidden(x)
-        changes = 0 if compiling else x._version
+        changes = tuple(tensor._version for tensor in seen)
         state = (changes, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         memo = self._memo
         if memo is None or memo.x is not x or memo.state != state or id(user) in memo.taken:
@@ -264,7 +265,7 @@ class _Memo(NamedTuple):
     """
 
     x: Tensor
-    state: tuple[int, bool, bool]
+    state: tuple[tuple[int, ...], bool, bool]
     hidden: Tensor
     taken: set[int]
 
