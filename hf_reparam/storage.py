@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         force: replace the folder if it exists.
 
     Raises:
-        TargetError: the model is a `PreTrainedModel`, which has `save_pretrained`, or has no low-rank layer.
+        TargetError: the model is a `PreTrainedModel`, which has `save_pretrained`, or nothing in it was converted.
         CheckpointError: the folder exists, or cannot be written.
 
     >>> import tempfile
@@ -60,8 +60,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
     modules = {name: module.spec for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     widths = {attention.name: attention.width for attention in find_attentions(model) if attention.narrowed}
-    if not modules:
-        raise TargetError(f"{type(model).__name__} has no low-rank layer: save it as any module")
+    if not modules and not widths:
+        raise TargetError(f"{type(model).__name__} has no low-rank layer and no narrower heads: save it as any module")
     out = Path(path)
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists; choose another place, or replace it with force=True")

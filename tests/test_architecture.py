@@ -27,6 +27,7 @@ LAYERS = [
     "decomposition",
     "narrowing",
     "sharing",
+    "choices",
     "planning",
     "plot",
     "factoring",

@@ -520,12 +520,12 @@ def test_a_registered_attention_of_a_plain_model(tmp_path):
     register_attention(OwnAttention, AttentionType("q", "k", "v", "o", size="inner"))
     net = nn.Sequential(OwnAttention(), nn.Linear(16, 16))
     x = torch.randn(2, 5, 16)
-    plan = RankPlan({"0.o": LayerSpec(3)}, head_widths={"0": 4})
-    small = convert(net, plan=plan)
-    hf_reparam.save(small, tmp_path / "net")
-    again = hf_reparam.load(nn.Sequential(OwnAttention(), nn.Linear(16, 16)), tmp_path / "net")
-    assert torch.equal(again(x), small(x))
-    close(merge(again)(x), small(x))
+    for name, layers in (("dense", {}), ("net", {"0.o": LayerSpec(3)})):
+        small = convert(net, plan=RankPlan(layers, head_widths={"0": 4}))
+        hf_reparam.save(small, tmp_path / name)
+        again = hf_reparam.load(nn.Sequential(OwnAttention(), nn.Linear(16, 16)), tmp_path / name)
+        assert torch.equal(again(x), small(x))
+        close(merge(again)(x), small(x))
     other = nn.Sequential(nn.Linear(16, 16), OwnAttention())
     with pytest.raises(PlanError, match="no attention here"):
         hf_reparam.load(other, tmp_path / "net")

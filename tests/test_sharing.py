@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import hf_reparam
 from hf_reparam import (
+    AttentionType,
     CheckpointError,
     LayerSpec,
     LowRankLinear,
@@ -28,12 +29,14 @@ from hf_reparam import (
     merge,
     merge_checkpoint,
     refit,
+    register_attention,
     summarize,
 )
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import as_decompositions
 from hf_reparam.hf.inspection import protected_layers
 from hf_reparam.nn.dense import dense_matrix
+from hf_reparam.nn.heads import attention_types
 from hf_reparam.nn.linear import PivotedLinear, SharedLinear, connect
 from hf_reparam.nn.targets import find_targets
 from hf_reparam.sharing import same_inputs
@@ -249,6 +252,42 @@ def test_narrower_heads_or_one_down():
     assert torch.isfinite(logits(small, batch)).all()
 
 
+class Gated(nn.Module):
+    """An attention with a gate that gets the same input, and keys without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head_dim = 32, 8
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32, bias=name != "k") for name in "qkvo")
+        self.gate = nn.Linear(32, 32)
+
+    def forward(self, x):
+        heads = (layer(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(*heads, scale=8**-0.5)
+        return self.o(mixed.transpose(1, 2).flatten(2)) * self.gate(x).sigmoid()
+
+
+def test_layers_with_and_without_a_bias_do_not_share():
+    torch.manual_seed(0)
+    net, batch = nn.Sequential(Gated()), {"input": torch.randn(4, 5, 32)}
+    moments = collect_moments(net, [batch], loss_fn=lambda m, b: m(**b).square().sum())
+    assert stacks_of(net, moments) == [("0.q", "0.v", "0.gate")]
+
+
+def test_a_layer_beside_an_attention_does_not_keep_it_from_narrower_heads(monkeypatch):
+    monkeypatch.setattr("hf_reparam.nn.heads._registry", dict(attention_types()))
+    register_attention(Gated, AttentionType("q", "k", "v", "o", size="inner"))
+    torch.manual_seed(0)
+    net, batch = nn.Sequential(Gated()), {"input": torch.randn(16, 5, 32)}
+    with torch.no_grad():
+        for layer in (net[0].q, net[0].k, net[0].v):  # heads that use 2 of their 8 numbers
+            layer.weight.view(4, 8, 32)[:, 2:] *= 0.01
+            layer.weight.mul_(2)
+    moments = collect_moments(net, [batch], loss_fn=lambda m, b: m(**b).square().sum())
+    plan = make_plan(net, moments, keep=0.5)
+    assert plan.head_widths
+
+
 class Counting(nn.Linear):
     calls = 0
 
@@ -310,6 +349,7 @@ def test_what_was_computed_is_never_stale():
         net.q(x)
         down.weight.mul_(2)
         torch.testing.assert_close(net.k(x), x @ net.k.weight.T + net.k.bias)
+        net.q._memo = None
         net.q(x)
         down.weight.data.mul_(2)  # not counted: a layer takes it once
         torch.testing.assert_close(net.q(x), x @ net.q.weight.T + net.q.bias)

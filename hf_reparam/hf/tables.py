@@ -37,6 +37,12 @@ class TableGroup:
         module = self.module
         return (module.out_features, module.in_features) if isinstance(module, Tables) else tuple(module.weight.shape)
 
+    @property
+    def size(self) -> int:
+        """Numbers in the dense table."""
+        tokens, width = self.shape
+        return tokens * width
+
     def why_not(self) -> str | None:
         """Why it cannot be of low rank, or None."""
         for path, module in self.members.items():

@@ -68,10 +68,15 @@ class Target:
         """Numbers in the bias."""
         return self.out_features if self.module.bias is not None else 0
 
+    def weights(self, spec: LayerSpec | None = None) -> int:
+        """Numbers without the bias: of the dense layer, or in this rank and form."""
+        n_in, n_out = self.in_features, self.out_features
+        return n_in * n_out if spec is None else spec.weights(n_in, n_out)
+
     @property
     def dense_parameters(self) -> int:
         """Numbers in the dense layer, bias included."""
-        return self.in_features * self.out_features + self.bias_parameters
+        return self.weights() + self.bias_parameters
 
     @property
     def stock_parameters(self) -> int:
@@ -88,7 +93,7 @@ class Target:
 
     def parameters_as(self, spec: LayerSpec) -> int:
         """Numbers that the layer would hold in this rank and form, bias included."""
-        return spec.weights(self.in_features, self.out_features) + self.bias_parameters
+        return self.weights(spec) + self.bias_parameters
 
 
 @dataclass(frozen=True, slots=True)
