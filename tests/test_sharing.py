@@ -288,6 +288,30 @@ def test_a_layer_beside_an_attention_does_not_keep_it_from_narrower_heads(monkey
     assert plan.head_widths
 
 
+class Narrow(nn.Module):
+    """Layers of 16 outputs each, which together read 20 directions of their 64 inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(64, 16) for _ in range(4))
+        directions = torch.randn(20, 64)
+        for part in self.parts:
+            part.weight.data = torch.randn(16, 20) @ directions
+
+    def forward(self, x):
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_a_rank_is_never_above_the_outputs_of_the_lender(form):
+    torch.manual_seed(0)
+    net, batch = Narrow(), {"x": torch.randn(200, 64)}
+    moments = collect_moments(net, [batch], loss_fn=lambda m, b: m(**b).square().sum())
+    plan = make_plan(net, moments, keep=0.9, form=form)
+    assert all(spec.rank <= 16 for spec in plan.modules.values())  # one `down` of rank 20 would lose nothing
+    convert(net, plan=plan, calibration=moments)
+
+
 class Counting(nn.Linear):
     calls = 0
 
