@@ -168,8 +168,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
                 continue
             row = result["rows"][method]
             lost = [scores["lost"] for scores in row.values()]
-            color = "black" if method == "+ embeddings" else None  # there are ten others
-            axis.plot([float(keep) for keep in row], lost, marker=marker, label=method, color=color)
+            color = {"+ embeddings": "black", "+ shared inputs": "gold", "+ shared inputs, refit": "lime"}.get(method)
+            axis.plot([float(keep) for keep in row], lost, marker=marker, label=method, color=color)  # of ten others
         axis.set(title=name, xlabel="share of the factored layers' weights kept", ylabel=result["lost"])
         axis.set_yscale("symlog", linthresh=1e-2 if "accuracy" in result["lost"] else 1e-5)
         axis.grid(alpha=0.3)

@@ -342,11 +342,10 @@ def _draw(layer: LowRankLinear, config: Any) -> None:
     One factor has it, and the other mixes its r rows or columns with variance 1 / r. A `down` that is another layer's
     is left to that.
     """
-    family, mixing = _deviation(config, layer.in_features), layer.rank**-0.5
-    up, down = (family, mixing) if layer.form == "pivoted" else (mixing, family)
-    initialization.normal_(layer.up.weight, std=up)
-    if not isinstance(layer, SharedLinear):
-        initialization.normal_(layer.down.weight, std=down)
+    outer, mixing = (layer.up, layer.down) if layer.form == "pivoted" else (layer.down, layer.up)
+    for part, std in ((outer, _deviation(config, layer.in_features)), (mixing, layer.rank**-0.5)):
+        if part is layer.up or not isinstance(layer, SharedLinear):
+            initialization.normal_(part.weight, std=std)
     if layer.up.bias is not None:
         initialization.zeros_(layer.up.bias)
     if isinstance(layer, PivotedLinear):
