@@ -20,12 +20,15 @@ def same_inputs(named: Mapping[str, Target], source: Decompositions) -> list[tup
         named: layer name -> dense layer.
         source: with moments of the layers; those without are left out.
     """
+    known = source.moments
+    if known is None or source.metric == "svd":
+        return []
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, target in named.items():
-        moments = source.layer_moments(name)
-        if moments is not None:
+        if name in known.layers:
+            tokens, inputs = known.inputs(name)
             parents = tuple(path.rpartition(".")[0] for path in target.names)
-            rows = (moments.tokens, moments.input_sum.numpy().tobytes())  # the same sums to the last bit
+            rows = (tokens, inputs.numpy().tobytes())  # the same sums to the last bit
             groups.setdefault((parents, target.bias_parameters > 0, *rows), []).append(name)
     ordered = (sorted(names, key=lambda name: -named[name].out_features) for names in groups.values())
     return [tuple(names) for names in ordered if len(names) > 1]

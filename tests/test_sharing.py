@@ -19,6 +19,7 @@ from hf_reparam import (
     CheckpointError,
     LayerSpec,
     LowRankLinear,
+    Moments,
     PlanError,
     RankPlan,
     TargetError,
@@ -265,6 +266,14 @@ class Gated(nn.Module):
         heads = (layer(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
         mixed = nn.functional.scaled_dot_product_attention(*heads, scale=8**-0.5)
         return self.o(mixed.transpose(1, 2).flatten(2)) * self.gate(x).sigmoid()
+
+
+def test_stored_moments_are_not_read_whole(family, tmp_path, monkeypatch):
+    model, _, moments = family
+    moments.save(tmp_path / "moments.safetensors")
+    stored = Moments.load(tmp_path / "moments.safetensors")
+    monkeypatch.setattr("hf_reparam.linalg.moments._read", lambda *_: pytest.fail("read"))
+    assert stacks_of(model, stored) == stacks_of(model, moments)
 
 
 def test_layers_with_and_without_a_bias_do_not_share():
