@@ -122,6 +122,51 @@ def test_saved_loaded_merged(family, tmp_path):
     assert [(h.width_before, h.width_after) for h in stands.heads] == [(8, 4)] * len(widths)
 
 
+CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+T5_LIKE = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+KIN = {
+    "XLMRobertaModel": lambda: tf.XLMRobertaConfig(**zoo.BERT_LIKE),
+    "CamembertModel": lambda: tf.CamembertConfig(**zoo.BERT_LIKE),
+    "ElectraModel": lambda: tf.ElectraConfig(**zoo.BERT_LIKE, embedding_size=24),
+    "MBartModel": lambda: zoo.bart_like(tf.MBartConfig),
+    "PegasusModel": lambda: zoo.bart_like(tf.PegasusConfig),
+    "BlenderbotModel": lambda: zoo.bart_like(tf.BlenderbotConfig),
+    "MT5Model": lambda: tf.MT5Config(**T5_LIKE),
+    "UMT5Model": lambda: tf.UMT5Config(**T5_LIKE),
+    "CLIPTextModel": lambda: tf.CLIPTextConfig(**CLIP, vocab_size=99, max_position_embeddings=64, eos_token_id=2),
+    "CLIPVisionModel": lambda: tf.CLIPVisionConfig(**CLIP, image_size=16, patch_size=8),
+}
+
+
+@pytest.mark.parametrize("name", KIN)
+def test_kin_of_these_families(name, tmp_path):
+    """At full width the same outputs; half as wide saved, loaded and merged."""
+    torch.manual_seed(0)
+    model = getattr(tf, name)(KIN[name]()).eval()
+    with torch.no_grad():
+        for layer in {a.layer(role) for a in find_attentions(model) for role in ROLES}:
+            layer.weight *= 0.15 / layer.weight.std()
+    batch = (
+        {"pixel_values": torch.randn(2, 3, 16, 16)} if "Vision" in name else {"input_ids": torch.randint(3, 90, (2, 7))}
+    )
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.randint(3, 90, (2, 5))
+
+    def last(model):
+        with torch.no_grad():
+            return model(**batch).last_hidden_state
+
+    widths = widths_of(model)
+    assert len(widths) == (6 if model.config.is_encoder_decoder else 2)
+    moments = collect_moments(model, [batch], loss_fn=lambda m, b: m(**b).last_hidden_state[..., :9].square().sum())
+    close(last(convert(model, plan=RankPlan({}, None, "fisher", head_widths=widths), calibration=moments)), last(model))
+    half = convert(model, plan=RankPlan({}, None, "fisher", head_widths=dict.fromkeys(widths, 4)), calibration=moments)
+    assert not torch.allclose(last(half), last(model), atol=1e-3)
+    half.save_pretrained(tmp_path)
+    assert torch.equal(last(type(half).from_pretrained(tmp_path)), last(half))
+    close(last(merge(half)), last(half))
+
+
 def test_the_model_is_as_before(family):
     model, batch, moments = family
     before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
