@@ -156,10 +156,14 @@ class NarrowHeads:
         return made
 
     def narrow_moments(self, role: str, maps: HeadMaps) -> LayerMoments:
-        """The moments that the narrower layer of a role has, if it has any."""
+        """The moments that the narrower layer of a role has.
+
+        Raises:
+            WeightError: there are none of the layer.
+        """
         layer = self.moments(role)
         if layer is None:
-            return LayerMoments(0, torch.zeros(0), torch.zeros(0, 0))
+            raise WeightError(f"{self.attention.name}: there are no moments of its {role} projection")
         if role == "output":
             mean = map_rows(layer.input_sum[:, None], maps.value)[:, 0]
             return replace(layer, input_sum=mean, input_products=map_both(layer.input_products, maps.value))
