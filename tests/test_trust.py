@@ -79,6 +79,9 @@ def test_every_exception_has_its_reason():
         assert forms["dense"]["passed"] > 100
         for name in forms["pair"]["worse_than_dense"]:
             found.setdefault(name, []).append(family)
+        assert set(forms["joint"]["worse_than_dense"]) >= set(forms["pair"]["worse_than_dense"])
+        for name in set(forms["joint"]["worse_than_dense"]) - set(forms["pair"]["worse_than_dense"]):
+            found.setdefault(name, []).append(f"{family}, joint")
     every = list(results("conformance")["families"])
     shown = {" ".join(every): "all", " ".join(f for f in every if f != "T5"): "all but T5"}
     assert set(found) == EXPECTED
