@@ -317,6 +317,18 @@ def test_figures_of_heads_are_the_results():
         assert all(rows["this package"][s]["lost"] <= rows[method][s]["lost"] for rows in tables for s in rows[method])
 
 
+def test_figures_of_shared_downs_are_the_results():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sharing.json").read_text())["rows"]
+    page = (ROOT / "docs" / "when-faster.md").read_text()
+    cells = {}
+    for row in rows:
+        line = cells.setdefault((row["group"], row["form"], "compiled" if row["compiled"] else "eager"), {})
+        line.setdefault(row["keep"], []).append(f"{row['shared'] / row['apart']:.2f}")
+    assert len(cells) == 8
+    for key, by_keep in cells.items():
+        assert f"| {' | '.join(key)} | {' | '.join(' / '.join(by_keep[keep]) for keep in (0.5, 0.25))} |" in page
+
+
 def test_make_targets_exist():
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.M)
     assert targets == ["demo", "test"]

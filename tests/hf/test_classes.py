@@ -161,7 +161,7 @@ def put(name, rank):
         (put("encoder.layer.1", 4), "is a BertLayer, no dense layer"),
         (put("cls.predictions.decoder", 4), "output embeddings"),
         (put("__class__.__init__", 4), None),
-        (lambda plan: plan.update(format_version=7), "format version 7, and this hf_reparam reads versions 1 to 2"),
+        (lambda plan: plan.update(format_version=7), "format version 7, and this hf_reparam reads versions 1 to 3"),
         (lambda plan: plan.update(base_model_type="no-such"), "'no-such', which Transformers .* does not know"),
         (lambda plan: plan.update(base_model_type="reparam"), "does not know"),
         (lambda plan: plan.update(base_model_type=None), "does not know"),

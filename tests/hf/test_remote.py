@@ -119,7 +119,7 @@ def test_auto_map_goes_with_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["reparam"].update(format_version=3), "format version 3"),
+        (lambda c: c["reparam"].update(format_version=4), "format version 4"),
         (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 99}), "cannot be 99 wide"),
         (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 4}), "size mismatch|do not fit"),
         (lambda c: c["reparam"].update(head_widths={"encoder.layer.0": 4}), "cannot be made narrower"),
