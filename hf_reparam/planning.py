@@ -60,8 +60,8 @@ def make_plan(
             share of the budget, take a lower rank.
         joint: whether heads may become narrower where that is predicted to cost less: queries with keys, and values
             with outputs, are approximated as wholes before each is factored. For attentions that are registered (see
-            `hf_reparam.nn.heads`), all four projections of which are targeted. With global allocation only, and by
-            default with it.
+            `hf_reparam.nn.heads`), all four projections of which are targeted. With global allocation and the fisher
+            metric only, in which what heads and layers lose has one unit, and by default with them.
         shared: whether layers that got the same inputs, such as queries, keys and values, or the gate and the up
             projection of an MLP, may use one `down` where that is predicted to cost less. With global allocation only,
             and by default with it.
@@ -98,6 +98,8 @@ def make_plan(
     for option, value in (("joint", joint), ("shared", shared)):
         if value and allocation != "global":
             raise TargetError(f"{option}=True needs the global allocation, which compares losses; got {allocation!r}")
+    if joint and source.metric != "fisher":
+        raise TargetError(f"joint=True needs the fisher metric, in which losses compare; got {source.metric!r}")
     tables = _tables(model) if embeddings else {}
     extra = sum(group.size for group in tables.values())
     budget = _budget(model, targets, keep, target_params, extra)
@@ -107,7 +109,7 @@ def make_plan(
     specs |= {name: _table_of_share(group, share) for name, group in tables.items()}
     widths: dict[str, int] = {}
     if allocation == "global":
-        options = {"joint": joint is not False, "shared": shared is not False}
+        options = {"joint": joint is not False and source.metric == "fisher", "shared": shared is not False}
         widths = _global(model, targets, tables, source, share, form, multiple_of, specs, **options)
     base = model.config.model_type if isinstance(model, PreTrainedModel) else None
     modules = {name: spec for name, spec in specs.items() if spec is not None}
@@ -211,9 +213,7 @@ def _global(
     named = {layer_name(model, t.name): t for t in targets}
     ways = ways_to_build(model, named, tables, source, form, multiple_of, joint=joint, shared=shared)
     sizes = {name: t.weights() for name, t in named.items()} | {name: group.size for name, group in tables.items()}
-    available = share * sum(
-        sizes[name] for group in ways.values() for name in group[0].layers
-    )  # the others keep theirs
+    available = share * sum(sizes[name] for group in ways.values() for name in group[0].layers)
     groups = {n: [Alternative(w.error, [o for _, o in w.layers.values()]) for w in way] for n, way in ways.items()}
     best = {name: ways[name][i] for name, i in choose(groups, available).items()}
     final = {name: found for way in best.values() for name, found in way.layers.items()}

@@ -167,6 +167,15 @@ def test_kin_of_these_families(name, tmp_path):
     close(last(merge(half)), last(half))
 
 
+@pytest.mark.parametrize("metric", ["svd", "activation"])
+def test_heads_are_compared_with_layers_in_the_fisher_metric_only(metric):
+    model, _, moments = bert()
+    options = {"keep": 0.4, "metric": metric, "allocation": "global"}
+    assert make_plan(model, moments, **options).head_widths == {}
+    with pytest.raises(TargetError, match="joint=True needs the fisher metric"):
+        make_plan(model, moments, **options, joint=True)
+
+
 def test_the_model_is_as_before(family):
     model, batch, moments = family
     before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
