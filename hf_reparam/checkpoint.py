@@ -94,12 +94,7 @@ def convert_checkpoint(
     Layers that may share a `down` count as one.
     """
     folder, target = _open(source, Path(out), force)
-    if refit and texts is None:
-        raise TargetError("refit needs the calibration texts themselves: give texts= (--calibration FILE)")
-    if refit and stream:
-        raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
-    if (keep is not None) + (rank is not None) + (plan is not None) != 1:
-        raise TargetError("give exactly one of rank, keep and plan")
+    _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream)
     lines, tokenizer = (None, None) if texts is None else (_read_lines(texts), load_tokenizer(folder))
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
     choices: dict[str, Any] = {"form": form, "joint": joint, "shared": shared, "embeddings": embeddings}
@@ -132,6 +127,15 @@ def convert_checkpoint(
         if _save(small, folder, work, saving):
             model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
     return report
+
+
+def _check_options(sizes: tuple[object, ...], *, refit: bool, texts: object, stream: bool) -> None:
+    if refit and texts is None:
+        raise TargetError("refit needs the calibration texts themselves: give texts= (--calibration FILE)")
+    if refit and stream:
+        raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
+    if sum(size is not None for size in sizes) != 1:
+        raise TargetError("give exactly one of rank, keep and plan")
 
 
 def merge_checkpoint(

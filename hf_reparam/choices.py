@@ -157,10 +157,14 @@ def _choices(target: Target, losses: Tensor, form: str, multiple_of: int) -> Cho
     step = multiple_of if least < target.weights() else 1  # too narrow for one multiple
     specs = [LayerSpec(rank, form) for rank in range(step, target.full_rank + 1, step)]
     specs = [spec for spec in specs if target.weights(spec) < target.weights()]
+    return _and_dense(specs, losses, [*map(target.weights, specs), target.weights()])
+
+
+def _and_dense(specs: list[LayerSpec], losses: Tensor, costs: list[int]) -> Choices:
+    """These ranks and, last, dense, which loses nothing; `costs` of all of them."""
     kept = losses.cumsum(0)[[spec.rank - 1 for spec in specs]]
     errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
-    costs = torch.tensor([*(target.weights(spec) for spec in specs), target.weights()], dtype=torch.float64)
-    return [*specs, None], Options(errors, costs)
+    return [*specs, None], Options(errors, torch.tensor(costs, dtype=torch.float64))
 
 
 def _choices_of_table(group: TableGroup, losses: Tensor, multiple_of: int) -> Choices:
@@ -168,7 +172,4 @@ def _choices_of_table(group: TableGroup, losses: Tensor, multiple_of: int) -> Ch
     numbers = sum(group.shape)  # for each rank
     most = math.ceil(group.size / numbers) - 1
     specs = [LayerSpec(rank) for rank in range(min(multiple_of, most), most + 1, multiple_of)]
-    kept = losses.cumsum(0)[[spec.rank - 1 for spec in specs]]
-    errors = torch.cat([(losses.sum() - kept).clamp_min(0) * _CAUTION, torch.zeros(1, dtype=torch.float64)])
-    costs = torch.tensor([*(spec.rank * numbers for spec in specs), group.size], dtype=torch.float64)
-    return [*specs, None], Options(errors, costs)
+    return _and_dense(specs, losses * _CAUTION, [*(spec.rank * numbers for spec in specs), group.size])

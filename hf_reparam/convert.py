@@ -198,9 +198,7 @@ def convert(
       (up): Linear(in_features=16, out_features=64, bias=True)
     ), 4160, 2112)
     """
-    _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of)
-    if embeddings and (rank is not None or plan is not None):
-        raise TargetError("embeddings=True goes with keep, target_params or tolerance; a plan says it by itself")
+    _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of, embeddings=embeddings)
     data = _kept_for_refit(calibration, offload_folder) if refit else None
     check_unquantized(model)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
@@ -221,12 +219,10 @@ def convert(
             else:
                 plan = plan_for(source, keep=keep, target_params=target_params)
         before, name, whole = count_parameters(model), type(model).__name__, source.moments
-        narrowing: dict[str, float] = {}
         folder = _folder(offload_folder, scratch, temporary=inplace and not refit)
+        widths, on_disk = {} if plan is None else plan.head_widths, None if offload_folder is None else folder
+        source, narrowing = scratch.enter_context(narrowed(model, widths, source, on_disk, keep=inplace))
         if plan is not None:
-            widths = plan.head_widths
-            on_disk = None if offload_folder is None else folder
-            source, narrowing = scratch.enter_context(narrowed(model, widths, source, on_disk, keep=inplace))
             if widths:
                 targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
             chosen = fit_plan(model, targets.selected, plan)
@@ -254,6 +250,8 @@ def _check_options(
     evaluate: Evaluate | None,
     form: str | None,
     multiple_of: int,
+    *,
+    embeddings: bool,
 ) -> None:
     if sum(option is not None for option in (rank, keep, target_params, tolerance, plan)) != 1:
         raise TargetError("give exactly one of rank, keep, target_params, tolerance and plan")
@@ -265,6 +263,8 @@ def _check_options(
         raise TargetError("tolerance= and evaluate= belong together: evaluate(model) gives a score, higher is better")
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < math.inf):
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
+    if embeddings and (rank is not None or plan is not None):
+        raise TargetError("embeddings=True goes with keep, target_params or tolerance; a plan says it by itself")
 
 
 def _moments(

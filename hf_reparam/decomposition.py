@@ -1,6 +1,7 @@
 """`decompose`: every layer of a model decomposed once, in one metric, to be cut at any rank in no time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +18,7 @@ from hf_reparam.linalg import (
     Metric,
     Moments,
     Table,
+    TableMoments,
     decompose_table,
     spectrum,
     stacked,
@@ -29,6 +31,16 @@ from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.targets import Target, find_targets
 
 __all__ = ["Decompositions", "as_decompositions", "decompose"]
+
+
+@contextmanager
+def _at_hand(name: str, module: nn.Module) -> Iterator[None]:
+    """Have a module's weights in memory, offloaded ones for the while; a WeightError of the block names the module."""
+    try:
+        with aligned(module):
+            yield
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -56,13 +68,10 @@ class Decompositions:
         """
         if name in self.layers:
             return self.layers[name]
-        try:
-            with aligned(target.module):  # offloaded weights are brought in, one layer at a time
-                weight = dense_matrix(target.module)
-                metric = self._coordinates(name, target, working_device(weight))
-                return decompose_weight(weight, max_rank=max_rank, metric=metric, solver=self.solver)
-        except WeightError as error:
-            raise WeightError(f"{target.name}: {error}") from None
+        with _at_hand(target.name, target.module):
+            weight = dense_matrix(target.module)
+            metric = self._coordinates(name, target, working_device(weight))
+            return decompose_weight(weight, max_rank=max_rank, metric=metric, solver=self.solver)
 
     def stack(self, targets: Mapping[str, Target], *, max_rank: int | None = None) -> Decomposition:
         """The decomposition of several layers with one and the same input as one layer, their outputs side by side.
@@ -86,13 +95,10 @@ class Decompositions:
         """The weights one above the other, and the metric that has the gradients of each in a block."""
         weights, metrics = [], []
         for name, target in targets.items():
-            try:
-                with aligned(target.module):
-                    weight = dense_matrix(target.module)
-                    metrics.append(self._coordinates(name, target, working_device(weight)))
-                    weights.append(weight.detach().to(working_device(weight), copy=True))
-            except WeightError as error:
-                raise WeightError(f"{target.name}: {error}") from None
+            with _at_hand(target.name, target.module):
+                weight = dense_matrix(target.module)
+                metrics.append(self._coordinates(name, target, working_device(weight)))
+                weights.append(weight.detach().to(working_device(weight), copy=True))
         return torch.cat(weights), stacked(metrics)
 
     def complete(self, targets: Mapping[str, Target]) -> "Decompositions":
@@ -123,27 +129,23 @@ class Decompositions:
         if name in self.layers:
             squares = self.layers[name].singular_values.square()
         else:
-            try:
-                with aligned(target.module):
-                    weight = dense_matrix(target.module)
-                    squares = spectrum(weight, self._coordinates(name, target, working_device(weight)))
-            except WeightError as error:
-                raise WeightError(f"{target.name}: {error}") from None
+            with _at_hand(target.name, target.module):
+                weight = dense_matrix(target.module)
+                squares = spectrum(weight, self._coordinates(name, target, working_device(weight)))
         return squares.cpu() * (1 if moments is None else moments.tokens)
 
     def table(self, name: str, module: nn.Module) -> Table:
         """The decomposition of the input embeddings; raises WeightError, which names them."""
-        known = self.moments.tables.get(name) if self.moments is not None and self.metric == "fisher" else None
-        try:
-            with aligned(module):
-                return decompose_table(module.get_parameter("weight"), known)
-        except WeightError as error:
-            raise WeightError(f"{name}: {error}") from None
+        with _at_hand(name, module):
+            return decompose_table(module.get_parameter("weight"), self._table_moments(name))
 
     def table_tokens(self, name: str) -> float | None:
         """How many tokens calibration saw of the input embeddings; None without a gradient."""
-        known = self.moments.tables.get(name) if self.moments is not None and self.metric == "fisher" else None
+        known = self._table_moments(name)
         return None if known is None else known.tokens
+
+    def _table_moments(self, name: str) -> TableMoments | None:
+        return self.moments.tables.get(name) if self.moments is not None and self.metric == "fisher" else None
 
     def mean(self, name: str, target: Target) -> Tensor | None:
         """E x (in,), where a bias can absorb the error in it."""

@@ -43,6 +43,7 @@ from hf_reparam.nn.targets import find_targets
 from hf_reparam.sharing import same_inputs
 from tests import zoo
 from tests.hf.test_remote import without_package
+from tests.resume import trains_and_resumes
 from tests.test_checkpoint import assert_same_folder
 
 FAMILIES = [
@@ -439,15 +440,7 @@ def test_adapters_train_and_merge(llama):
 
 def test_the_trainer_saves_and_resumes(llama, tmp_path):
     _, _, small = llama
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 90, (16, 7))]
-    options = {"max_steps": 4, "save_steps": 2, "report_to": [], "per_device_train_batch_size": 4, "use_cpu": True}
-    tf.Trainer(small, tf.TrainingArguments(str(tmp_path), **options), train_dataset=rows).train()
-    again = type(small).from_pretrained(tmp_path / "checkpoint-2")
-    tf.Trainer(again, tf.TrainingArguments(str(tmp_path), **options), train_dataset=rows).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
-    )
-    for key, value in small.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[key], value, atol=1e-6, rtol=0)
+    trains_and_resumes(small, tmp_path)
 
 
 def test_it_generates_what_the_merged_model_does(llama):

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import PlanError
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 
 __all__ = ["factor_rules", "supported"]
 
@@ -35,7 +35,7 @@ def factor_rules(rules: dict[str, str], name: str, layer: LowRankLinear) -> dict
         PlanError: its style shards packed inputs, and it has pivots; or it shards inputs, and its `down` is shared.
     """
     style = rules.get(name, "")
-    if "rowwise" in style and (layer.users > 1 or isinstance(layer, SharedLinear)):
+    if "rowwise" in style and layer.shares:
         raise PlanError(f"{name}: a layer that shares its `down` cannot be sharded by its inputs, as {style!r} does")
     if "colwise" in style:
         moved = _rules(f"{name}.up", layer.up, style)

@@ -55,7 +55,7 @@ def write_module(folder: Path) -> None:
     fused = inspect.getsource(FusedProjections)
     known = {name: asdict(entry) for name, entry in attention_types().items() if name.startswith("transformers.")}
     table = f"_ATTENTIONS: dict[str, dict[str, str]] = {pformat(known, width=110)}\n"
-    definitions = f"{_BEFORE_LAYERS}{layers[layers.index('class LowRankLinear') :]}\n\n{fused}\n\n{table}"
+    definitions = f"{_BEFORE_LAYERS}{layers[layers.index('class Factored') :]}\n\n{fused}\n\n{table}"
     text = (package / "hf" / "standalone.py").read_text(encoding="utf-8")
     (folder / FILE).write_text(_IMPORTED.sub(lambda _: f"{definitions}\n", text, count=1), encoding="utf-8")
 

@@ -52,9 +52,9 @@ class Metric:
 
 def stacked(metrics: Sequence[Metric]) -> Metric:
     """The Metric of layers with one and the same input, one above the other; without gradients unless all have them."""
-    roots = [metric.output_root for metric in metrics if isinstance(metric.output_root, Tensor)]
     if len(metrics) == 1:
         return metrics[0]
+    roots = [metric.output_root for metric in metrics if isinstance(metric.output_root, Tensor)]
     return Metric(metrics[0].input_root, tuple(roots) if len(roots) == len(metrics) else None)
 
 

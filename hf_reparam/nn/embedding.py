@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_reparam.nn.linear import Product
+from hf_reparam.nn.linear import Factored
 
 __all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "Tables", "low_rank_tables", "stock_tables"]
 
@@ -24,7 +23,7 @@ class Factor(nn.Module):
         self.weight = weight
 
 
-class Tables(nn.Module):
+class Tables(Factored):
     """E (tokens, d) = table (tokens, r) @ up (d, r)^T; `weight` answers as the dense table's would."""
 
     def __init__(self, table: nn.Parameter, up: nn.Parameter) -> None:
@@ -50,23 +49,8 @@ class Tables(nn.Module):
         """(tokens, r) and (r, d), whose product is the table."""
         return self.table.weight, self.up.weight.T
 
-    @property
-    def weight(self) -> Tensor:
-        """The product (tokens, d), formed when arithmetic asks for it."""
-        if torch.compiler.is_compiling():
-            table, up = self.factors()
-            return table @ up
-        return Product(self)
-
     def extra_repr(self) -> str:
         return f"{self.out_features}, {self.in_features}, rank={self.rank}"
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Ignore the empty marker that saved checkpoints carry under the dense table's name."""
-        marker = state_dict.get(f"{prefix}weight")
-        if marker is not None and marker.numel() == 0:
-            del state_dict[f"{prefix}weight"]
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LowRankEmbedding(Tables):
@@ -79,6 +63,7 @@ class LowRankEmbedding(Tables):
 
     Cost: r d multiply-adds for each token.
 
+    >>> import torch
     >>> small = LowRankEmbedding(nn.Parameter(torch.ones(50, 2)), nn.Parameter(torch.ones(8, 2)))
     >>> small(torch.tensor([[3, 7, 1]])).shape, small.weight.shape, sum(p.numel() for p in small.parameters())
     (torch.Size([1, 3, 8]), torch.Size([50, 8]), 116)

@@ -13,10 +13,33 @@ from torch import Tensor, nn
 from hf_reparam.errors import PlanError
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["LowRankLinear", "PivotedLinear", "Product", "SharedLinear", "connect"]
+__all__ = ["Factored", "LowRankLinear", "PivotedLinear", "Product", "SharedLinear", "connect"]
 
 
-class LowRankLinear(nn.Module):
+class Factored(nn.Module):
+    """Two factors in the place of a dense weight, for which `weight` answers: see `Product`."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, r) and (r, in), whose product is the weight."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The product (out, in), formed when arithmetic asks for it, with gradients into both factors."""
+        if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
+            up, down = self.factors()
+            return up @ down
+        return Product(self)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Ignore the empty marker that saved checkpoints carry under the dense weight's name."""
+        marker = state_dict.get(f"{prefix}weight")
+        if marker is not None and marker.numel() == 0:
+            del state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LowRankLinear(Factored):
     """y = up(down(x)): a dense layer with W (out, in) = up.weight (out, r) @ down.weight (r, in).
 
     The children are plain `nn.Linear`s, so that LoRA, quantizers, FSDP and tensor-parallel plans see what they know.
@@ -85,6 +108,11 @@ class LowRankLinear(nn.Module):
         return {**vars(self), "_memo": None}
 
     @property
+    def shares(self) -> bool:
+        """Whether it uses one `down` together with other layers."""
+        return self.users > 1
+
+    @property
     def spec(self) -> LayerSpec:
         """Its entry in a plan."""
         return LayerSpec(self.rank, self.form)
@@ -98,27 +126,12 @@ class LowRankLinear(nn.Module):
         return self.down.weight
 
     @property
-    def weight(self) -> Tensor:
-        """The product (out, in), formed when arithmetic asks for it, with gradients into both factors."""
-        if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
-            up, down = self.factors()
-            return up @ down
-        return Product(self)
-
-    @property
     def bias(self) -> Tensor | None:
         """The bias (out,), or None."""
         return self.up.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, form={self.form}"
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Ignore the empty marker that saved checkpoints carry under the dense weight's name."""
-        marker = state_dict.get(f"{prefix}weight")
-        if marker is not None and marker.numel() == 0:
-            del state_dict[f"{prefix}weight"]
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PivotedLinear(LowRankLinear):
@@ -222,6 +235,11 @@ class SharedLinear(LowRankLinear):
     def basis(self) -> Tensor:
         """(r, in), the lender's."""
         return self.lender.basis()
+
+    @property
+    def shares(self) -> bool:
+        """Whether it uses one `down` together with other layers: it does."""
+        return True
 
     @property
     def spec(self) -> LayerSpec:

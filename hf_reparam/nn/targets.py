@@ -56,7 +56,7 @@ class Target:
     @property
     def shares(self) -> bool:
         """Whether it uses one `down` together with other layers."""
-        return isinstance(self.module, LowRankLinear) and (self.module.users > 1 or self.spec.down_of is not None)  # type: ignore[union-attr]
+        return isinstance(self.module, LowRankLinear) and self.module.shares
 
     @property
     def full_rank(self) -> int:

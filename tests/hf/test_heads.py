@@ -12,6 +12,7 @@ from hf_reparam import LowRankLinear, RankPlan, collect_moments, convert, merge,
 from hf_reparam.narrowing import attentions_by_name
 from hf_reparam.nn.heads import FusedProjections
 from tests import zoo
+from tests.resume import trains_and_resumes
 
 
 def halved(base):
@@ -45,15 +46,7 @@ def test_adapters_train_and_merge(base):
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
 def test_the_trainer_saves_and_resumes(base, tmp_path):
     small, _ = halved(base)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 90, (16, 7))]
-    options = {"max_steps": 4, "save_steps": 2, "report_to": [], "per_device_train_batch_size": 4, "use_cpu": True}
-    tf.Trainer(small, tf.TrainingArguments(str(tmp_path), **options), train_dataset=rows).train()
-    again = type(small).from_pretrained(tmp_path / "checkpoint-2")
-    tf.Trainer(again, tf.TrainingArguments(str(tmp_path), **options), train_dataset=rows).train(
-        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
-    )
-    for key, value in small.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[key], value, atol=1e-6, rtol=0)
+    trains_and_resumes(small, tmp_path)
 
 
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
