@@ -317,6 +317,17 @@ def test_figures_of_heads_are_the_results():
         assert all(rows["this package"][s]["lost"] <= rows[method][s]["lost"] for rows in tables for s in rows[method])
 
 
+def test_the_decision_on_shared_inputs_says_what_was_measured():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]["Llama 0.9M"]["rows"]
+    page = " ".join((ROOT / "docs" / "decisions" / "0015-shared-inputs.md").read_text().split())
+
+    def lost(method):
+        digits = {"0.9": 5, "0.8": 4, "0.6": 4, "0.4": 4}
+        return " / ".join(f"{rows[method][keep]['lost']:.{n}f}"[1:] for keep, n in digits.items())
+
+    assert f"loses {lost('+ shared inputs')} nats where layers apart lose {lost('joint attention')}" in page
+
+
 def test_figures_of_shared_downs_are_the_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "sharing.json").read_text())["rows"]
     page = (ROOT / "docs" / "when-faster.md").read_text()
