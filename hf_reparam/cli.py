@@ -81,13 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         help="leave heads as wide as they are; with --keep and --calibration they become narrower where that is better",
     )
     convert.add_argument(
-        "--no-shared",
-        dest="shared",
-        action="store_const",
-        const=False,
-        help="give every layer a `down` of its own; with --keep and --calibration layers with one input may share one",
-    )
-    convert.add_argument(
         "--embeddings", action="store_true", help="with --keep, choose a rank for the input embeddings, too"
     )
     convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
@@ -154,7 +147,6 @@ def _convert(args: argparse.Namespace) -> ConversionReport:
         texts=None if stored else data,
         form=args.form,
         joint=args.joint,
-        shared=args.shared,
         embeddings=args.embeddings,
         refit=args.refit,
         solver=args.solver,

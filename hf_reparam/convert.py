@@ -60,7 +60,6 @@ def convert(
     form: str | None = ...,
     multiple_of: int = ...,
     joint: bool | None = ...,
-    shared: bool | None = ...,
     embeddings: bool = ...,
     refit: bool = ...,
     solver: str = ...,
@@ -89,7 +88,6 @@ def convert(
     form: str | None = ...,
     multiple_of: int = ...,
     joint: bool | None = ...,
-    shared: bool | None = ...,
     embeddings: bool = ...,
     refit: bool = ...,
     solver: str = ...,
@@ -118,7 +116,6 @@ def convert(
     form: str | None = None,
     multiple_of: int = 1,
     joint: bool | None = None,
-    shared: bool | None = None,
     embeddings: bool = False,
     refit: bool = False,
     solver: str = "exact",
@@ -157,7 +154,7 @@ def convert(
             texts), or what `decompose` returned.
         evaluate: model -> score, higher is better; with `tolerance`.
         metric: "svd", "activation" or "fisher" (the default with calibration data).
-        allocation, multiple_of, joint, shared, embeddings: how the budget is spent, and on what, as in `make_plan`.
+        allocation, multiple_of, joint, embeddings: how the budget is spent, and on what, as in `make_plan`.
         form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
         refit: fit the factors once more to the inputs that the low-rank layers before them give, as `refit` does; takes
             the calibration data itself, which is then held in memory.
@@ -213,7 +210,7 @@ def convert(
         if chosen is None and plan is None:
             plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of)
             plan_for = functools.partial(plan_for, allocation=allocation, include=include, exclude=exclude)
-            plan_for = functools.partial(plan_for, joint=joint, shared=shared, embeddings=embeddings)
+            plan_for = functools.partial(plan_for, joint=joint, embeddings=embeddings)
             if tolerance is not None and evaluate is not None:
                 plan = _search(model, targets.selected, source, tolerance, evaluate, plan_for)
             else:

@@ -21,7 +21,6 @@ from hf_reparam.linalg import (
     TableMoments,
     decompose_table,
     spectrum,
-    stacked,
     working_device,
 )
 from hf_reparam.linalg import decompose as decompose_weight
@@ -72,34 +71,6 @@ class Decompositions:
             weight = dense_matrix(target.module)
             metric = self._coordinates(name, target, working_device(weight))
             return decompose_weight(weight, max_rank=max_rank, metric=metric, solver=self.solver)
-
-    def stack(self, targets: Mapping[str, Target], *, max_rank: int | None = None) -> Decomposition:
-        """The decomposition of several layers with one and the same input as one layer, their outputs side by side.
-
-        Args:
-            targets: layer name -> layer, in the order of the outputs.
-            max_rank: as `layer`.
-
-        Raises:
-            WeightError: as `layer`.
-        """
-        weight, metric = self._stacked(targets)
-        return decompose_weight(weight, max_rank=max_rank, metric=metric, solver=self.solver)
-
-    def stack_losses(self, targets: Mapping[str, Target]) -> Tensor:
-        """As `losses`, of such a stack of layers that all have a gradient."""
-        moments = self.layer_moments(next(iter(targets)))
-        return spectrum(*self._stacked(targets)).cpu() * (1 if moments is None else moments.tokens)
-
-    def _stacked(self, targets: Mapping[str, Target]) -> tuple[Tensor, Metric]:
-        """The weights one above the other, and the metric that has the gradients of each in a block."""
-        weights, metrics = [], []
-        for name, target in targets.items():
-            with _at_hand(target.name, target.module):
-                weight = dense_matrix(target.module)
-                metrics.append(self._coordinates(name, target, working_device(weight)))
-                weights.append(weight.detach().to(working_device(weight), copy=True))
-        return torch.cat(weights), stacked(metrics)
 
     def complete(self, targets: Mapping[str, Target]) -> "Decompositions":
         """The same with every one of these layers decomposed and kept."""

@@ -1,8 +1,6 @@
 """The long work of a conversion: every layer that a plan names decomposed, cut and stored."""
 
-import functools
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -13,7 +11,6 @@ from hf_reparam.errors import TargetError
 from hf_reparam.hf.offload import aligned, build_layers, execution_device
 from hf_reparam.hf.summary import layer_report, table_report
 from hf_reparam.hf.tables import tables_of_plan
-from hf_reparam.linalg import Decomposition
 from hf_reparam.nn.embedding import low_rank_tables
 from hf_reparam.nn.surgery import factor, low_rank_like
 from hf_reparam.nn.targets import Target
@@ -40,27 +37,11 @@ def factor_layers(
         folder: where new layers go instead of into memory; layers that it holds already are taken from there.
     """
     named = {layer_name(model, t.name): t for t in targets if t.name in specs}
-    lenders = {name: specs[target.name].lender(name) or name for name, target in named.items()}
-    stacks: dict[str, dict[str, Target]] = {}
-    for name, lender in lenders.items():
-        stacks.setdefault(lender, {})[name] = named[name]
-
-    @functools.lru_cache(maxsize=1)  # layers that use one `down` follow each other
-    def stack(lender: str) -> Decomposition:
-        return source.stack(stacks[lender], max_rank=specs[named[lender].name].rank)
-
-    def decomposition_of(name: str) -> Decomposition:
-        users = list(stacks[lenders[name]])
-        if len(users) == 1:
-            return source.layer(name, named[name], max_rank=specs[named[name].name].rank)
-        whole = stack(lenders[name])
-        rows = whole.left.split([named[other].out_features for other in users])
-        return replace(whole, left=rows[users.index(name)])
 
     def make(name: str) -> tuple[nn.Module, float]:
         target = named[name]
         spec = specs[target.name]
-        decomposition = decomposition_of(name)
+        decomposition = source.layer(name, target, max_rank=spec.rank)
         with aligned(target.module):
             layer = factor(target.module, spec, decomposition, mean=source.mean(name, target))
         return layer, decomposition.relative_error(spec.rank)

@@ -16,9 +16,9 @@ from hf_reparam.record import ConversionRecord
 
 __all__ = ["FORMAT_VERSION", "FORMS", "LayerSpec", "RankPlan", "layer_kind"]
 
-FORMAT_VERSION = 3
-"""Newest version of the `reparam` entry in `config.json`: 2 added narrower heads and low-rank embeddings, 3 layers that
-use the `down` of another. The oldest that knows what a plan has is written."""
+FORMAT_VERSION = 2
+"""Newest version of the `reparam` entry in `config.json`: 2 added narrower heads and low-rank embeddings. The oldest
+that knows what a plan has is written."""
 
 FORMS = ("pair", "pivoted")
 """How a layer of rank r can be stored."""
@@ -40,11 +40,9 @@ class LayerSpec:
         rank: the inner width r of the factors, 1 <= r. Whether it fits the layer is checked when it is applied.
         form: "pair" for y = up(down(x)), down (r, in), up (out, r); "pivoted" for y = up(x[p] + down(x[rest])),
             down (r, in - r), up (out, r), r^2 numbers fewer.
-        down_of: name of the layer beside it, a child of the same module, whose `down` it uses instead of one of its
-            own, "q_proj"; both have the same rank and form, and should get the same inputs.
 
     Raises:
-        PlanError: the rank is not a positive int, the form is unknown, or `down_of` is no name.
+        PlanError: the rank is not a positive int, or the form is unknown.
 
     >>> LayerSpec(rank=64).to_dict()
     {'rank': 64, 'form': 'pair'}
@@ -52,59 +50,40 @@ class LayerSpec:
 
     rank: int
     form: str = "pair"
-    down_of: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise PlanError(f"rank must be an int of at least 1, got {_short(self.rank)}")
         if self.form not in FORMS:
             raise PlanError(f"form must be one of {list(FORMS)}, got {_short(self.form)}")
-        if self.down_of is not None and not _is_path(self.down_of, dots=False):
-            raise PlanError(f"down_of must be the name of a layer beside it, got {_short(self.down_of)}")
 
     def weights(self, n_in: int, n_out: int) -> int:
         """Numbers that a layer of this shape stores, without its bias.
 
-        >>> [spec.weights(16, 8) for spec in (LayerSpec(2), LayerSpec(2, "pivoted"), LayerSpec(2, down_of="q"))]
-        [48, 44, 16]
+        >>> [spec.weights(16, 8) for spec in (LayerSpec(2), LayerSpec(2, "pivoted"))]
+        [48, 44]
         """
-        if self.down_of is not None:
-            return self.rank * n_out
         return self.rank * (n_in + n_out - (self.rank if self.form == "pivoted" else 0))
 
-    def lender(self, name: str) -> str | None:
-        """Name of the layer whose `down` the layer of this name uses; None if it has one of its own.
-
-        >>> LayerSpec(2, down_of="q_proj").lender("layers.0.self_attn.k_proj")
-        'layers.0.self_attn.q_proj'
-        """
-        parent, dot, _ = name.rpartition(".")
-        return None if self.down_of is None else f"{parent}{dot}{self.down_of}"
-
     def limit(self, n_in: int, n_out: int) -> int:
-        """The highest rank that a layer of this shape can have in this form: pivots need inputs beside them.
-
-        A layer without a `down` of its own may have fewer outputs than that.
-        """
-        inputs = n_in - 1 if self.form == "pivoted" else n_in
-        return inputs if self.down_of is not None else min(inputs, n_out)
+        """The highest rank that a layer of this shape can have in this form: pivots need inputs beside them."""
+        return min(n_in - 1 if self.form == "pivoted" else n_in, n_out)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        shared = {} if self.down_of is None else {"down_of": self.down_of}
-        return {"rank": self.rank, "form": self.form, **shared}
+        return {"rank": self.rank, "form": self.form}
 
     @classmethod
     def from_dict(cls, data: object) -> "LayerSpec":
         """Read the JSON form; PlanError on anything else."""
         if not isinstance(data, Mapping):
             raise PlanError(f"a layer must be an object with 'rank' and 'form', got {_short(data)}")
-        unknown = sorted(map(str, set(data) - {"rank", "form", "down_of"}))
+        unknown = sorted(map(str, set(data) - {"rank", "form"}))
         if unknown:
-            raise PlanError(f"unknown keys {unknown[:3]}; a layer has 'rank', 'form' and perhaps 'down_of'")
+            raise PlanError(f"unknown keys {unknown[:3]}; a layer has 'rank' and 'form'")
         if "rank" not in data:
             raise PlanError("the key 'rank' is missing")
-        return cls(data["rank"], data.get("form", "pair"), data.get("down_of"))
+        return cls(data["rank"], data.get("form", "pair"))
 
 
 @dataclass(frozen=True)
@@ -124,8 +103,8 @@ class RankPlan:
         embeddings: name of the input embeddings -> rank of their table, and of every table that is tied to it.
 
     Raises:
-        PlanError: a name is not a dotted module path, a rank or width is not a positive int, there are more than
-            100000 names, or a layer uses the `down` of one that has none, or has another rank or form.
+        PlanError: a name is not a dotted module path, a rank or width is not a positive int, or there are more than
+            100000 names.
 
     >>> plan = RankPlan({"encoder.layer.0.output.dense": LayerSpec(32)}, base_model_type="bert")
     >>> RankPlan.from_dict(plan.to_dict()) == plan
@@ -150,8 +129,6 @@ class RankPlan:
             for name, size in sizes.items():
                 if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _MAX_WIDTH:
                     raise PlanError(f"{name}: the {what} must be an int of at least 1, got {_short(size)}")
-        for name in self.modules:
-            self._check_lender(name)
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
         object.__setattr__(self, "head_widths", MappingProxyType(dict(self.head_widths)))
         object.__setattr__(self, "embeddings", MappingProxyType(dict(self.embeddings)))
@@ -160,23 +137,10 @@ class RankPlan:
         widths, tables = dict(self.head_widths), dict(self.embeddings)
         return type(self), (dict(self.modules), self.base_model_type, self.method, self.record, widths, tables)
 
-    def _check_lender(self, name: str) -> None:
-        """Raise PlanError unless the layer has a `down` of its own, or uses that of one with the same rank and form."""
-        spec = self.modules[name]
-        lender = spec.lender(name)
-        if lender is None:
-            return
-        other = self.modules.get(lender)
-        if other is None or other.down_of is not None:
-            raise PlanError(f"{name}: it uses the `down` of {_short(lender)}, and the plan gives that layer none")
-        if (spec.rank, spec.form) != (other.rank, other.form):
-            raise PlanError(f"{name}: it uses the `down` of {_short(lender)}, and their ranks or forms differ")
-
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""
-        shared = any(spec.down_of is not None for spec in self.modules.values())
         known = {
-            "format_version": 3 if shared else 2 if self.head_widths or self.embeddings else 1,
+            "format_version": 2 if self.head_widths or self.embeddings else 1,
             "base_model_type": self.base_model_type,
             "method": self.method,
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
@@ -211,8 +175,6 @@ class RankPlan:
         if len(modules) > _MAX_MODULES:
             raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
         layers = {name: _read_layer(name, spec) for name, spec in modules.items()}
-        if data["format_version"] < 3 and any(spec.down_of is not None for spec in layers.values()):
-            raise PlanError("'down_of' belongs to format version 3")
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
         return cls(layers, base, method, record, _read_sizes(data, "head_widths"), _read_sizes(data, "embeddings"))
 
@@ -243,10 +205,9 @@ def _read_sizes(data: Mapping[str, Any], key: str) -> Mapping[str, int]:
     return sizes
 
 
-def _is_path(name: object, *, dots: bool = True) -> bool:
-    """Whether a value is a module path like "encoder.layer.0"; without dots, the name of a child."""
-    fits = isinstance(name, str) and len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
-    return fits and (dots or "." not in str(name))
+def _is_path(name: object) -> bool:
+    """Whether a value is a module path like "encoder.layer.0"."""
+    return isinstance(name, str) and len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def _check_version(version: object) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.hf.tables import TableGroup, table_groups
 from hf_reparam.linalg import Alternative, Moments, allocate, choose
-from hf_reparam.nn.targets import SHARES, Skipped, Target, find_targets
+from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 
 __all__ = ["Chosen", "check_budget", "fit_plan", "make_plan"]
@@ -37,7 +36,6 @@ def make_plan(
     form: str = "pivoted",
     multiple_of: int = 1,
     joint: bool | None = None,
-    shared: bool | None = None,
     embeddings: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
@@ -62,9 +60,6 @@ def make_plan(
             with outputs, are approximated as wholes before each is factored. For attentions that are registered (see
             `hf_reparam.nn.heads`), all four projections of which are targeted. With global allocation and the fisher
             metric only, in which what heads and layers lose has one unit, and by default with them.
-        shared: whether layers that got the same inputs, such as queries, keys and values, or the gate and the up
-            projection of an MLP, may use one `down` where that is predicted to cost less. With global allocation only,
-            and by default with it.
         embeddings: also choose ranks for the table of the input embeddings, which an output head that is tied to it
             shares, and for an untied head; their numbers are then part of what is targeted.
         include, exclude: as in `convert`.
@@ -78,8 +73,7 @@ def make_plan(
         WeightError: a weight or its moments are not finite, or the metric needs moments that are not there.
 
     Cost: with global allocation one symmetric eigenvalue problem, without vectors, for each layer that is not
-    decomposed yet, and for each group of layers with the same inputs; and for each of eight widths of heads one for
-    each of the four layers of an attention.
+    decomposed yet, and for each of eight widths of heads one for each of the four layers of an attention.
 
     >>> plan = make_plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), keep=0.5, form="pair")
     >>> [spec.rank for spec in plan.modules.values()]
@@ -95,9 +89,8 @@ def make_plan(
         raise TargetError("the model is converted already: make plans from the dense model")
     if not targets:
         raise TargetError("the model has no dense layer that can be factored")
-    for option, value in (("joint", joint), ("shared", shared)):
-        if value and allocation != "global":
-            raise TargetError(f"{option}=True needs the global allocation, which compares losses; got {allocation!r}")
+    if joint and allocation != "global":
+        raise TargetError(f"joint=True needs the global allocation, which compares losses; got {allocation!r}")
     if joint and source.metric != "fisher":
         raise TargetError(f"joint=True needs the fisher metric, in which losses compare; got {source.metric!r}")
     tables = _tables(model) if embeddings else {}
@@ -109,8 +102,8 @@ def make_plan(
     specs |= {name: _table_of_share(group, share) for name, group in tables.items()}
     widths: dict[str, int] = {}
     if allocation == "global":
-        options = {"joint": joint is not False and source.metric == "fisher", "shared": shared is not False}
-        widths = _global(model, targets, tables, source, share, form, multiple_of, specs, **options)
+        narrow = joint is not False and source.metric == "fisher"
+        widths = _global(model, targets, tables, source, share, form, multiple_of, specs, joint=narrow)
     base = model.config.model_type if isinstance(model, PreTrainedModel) else None
     modules = {name: spec for name, spec in specs.items() if spec is not None}
     low = {name: spec.rank for name in tables if (spec := modules.pop(name, None)) is not None}
@@ -206,12 +199,11 @@ def _global(
     specs: dict[str, LayerSpec | None],
     *,
     joint: bool,
-    shared: bool,
 ) -> dict[str, int]:
     """Put ranks by one Lagrangian into `specs`, for what has a common unit of error; None where it stays dense. Returns
     widths of heads, and takes layers that they replace out of `specs`."""
     named = {layer_name(model, t.name): t for t in targets}
-    ways = ways_to_build(model, named, tables, source, form, multiple_of, joint=joint, shared=shared)
+    ways = ways_to_build(model, named, tables, source, form, multiple_of, joint=joint)
     sizes = {name: t.weights() for name, t in named.items()} | {name: group.size for name, group in tables.items()}
     available = share * sum(sizes[name] for group in ways.values() for name in group[0].layers)
     groups = {n: [Alternative(w.error, [o for _, o in w.layers.values()]) for w in way] for n, way in ways.items()}
@@ -223,9 +215,6 @@ def _global(
             for replaced in ways[name][0].layers:
                 del specs[replaced]
     specs.update({name: final[name][0][option] for name, option in chosen.items()})
-    for lender, others in ((lender, others) for way in best.values() for lender, others in way.users.items()):
-        spec, last = specs[lender], lender.rpartition(".")[2]
-        specs.update(dict.fromkeys(others, None if spec is None else replace(spec, down_of=last)))
     return {name: way.width for name, way in best.items() if way.width is not None}
 
 
@@ -244,14 +233,9 @@ def fit_plan(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> C
         raise TargetError("the plan makes no layer low-rank: there is nothing to convert")
     for name, spec in plan.modules.items():
         target = named[name]
-        if target.shares:
-            raise PlanError(f"{name}: {SHARES}")
         most = spec.limit(target.in_features, target.out_features) if target.spec is None else target.spec.rank
         if spec.rank > most:
             raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above the {most} it can have")
-        lender = spec.lender(name)
-        if lender is not None and named[lender].in_features != target.in_features:
-            raise PlanError(f"{name}: the plan lets it use the `down` of {lender}, which has another width of inputs")
     specs = {named[name].name: spec for name, spec in plan.modules.items()}
     dense = [t for t in targets if t.name not in specs]
     return specs, tuple(Skipped(t.name, t.kind, t.parameters, "the plan leaves it dense") for t in dense)

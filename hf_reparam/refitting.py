@@ -16,12 +16,12 @@ from hf_reparam.errors import TargetError
 from hf_reparam.hf.configuration import note_refit, plan_of
 from hf_reparam.hf.inspection import split_projections
 from hf_reparam.hf.objective import divergence
-from hf_reparam.linalg import Factors, Moments, PairedMoments, decompose, stacked
+from hf_reparam.linalg import Moments, PairedMoments, decompose
 from hf_reparam.narrowing import attentions_by_name, narrowed
 from hf_reparam.nn.calibrate import inputs_of, order_of, rows
 from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.heads import find_attentions
-from hf_reparam.nn.linear import LowRankLinear, SharedLinear
+from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import set_bias, set_factors
 from hf_reparam.report import RefitReport
 
@@ -103,9 +103,8 @@ def _refit(
             group = {name: layers[name] for name in names}
             saved = {name: _copy(layer) for name, layer in group.items()}
             paired = _collect(model, dense, group, {name: originals[name] for name in names}, fitting)
-            for unit in _units(group):
-                gradients = [_gradient(model, moments, name) for name in unit]
-                _fit([group[name] for name in unit], [originals[name] for name in unit], paired[unit[0]], gradients)
+            for name, layer in group.items():
+                _fit(layer, originals[name], paired[name], _gradient(model, moments, name))
             now = _divergence(model, dense, judging)
             if now < best:
                 best, kept = now, [*kept, *names]
@@ -158,30 +157,8 @@ def _gradient(model: nn.Module, moments: Moments | None, name: str) -> Tensor | 
     return layer.gradient_products if layer is not None and layer.has_gradient() else None
 
 
-def _units(group: Mapping[str, LowRankLinear]) -> list[list[str]]:
-    """Names of layers that are fitted as one: those that use one `down`, its owner first, and every other alone."""
-    units: dict[nn.Module, list[str]] = {layer: [name] for name, layer in group.items()}
-    for layer in group.values():
-        if isinstance(layer, SharedLinear):
-            mine = units.pop(layer)
-            if layer.lender in units:  # another input than its lender's: it stays as it is
-                units[layer.lender] += mine
-    return list(units.values())
-
-
-def _fit(
-    layers: list[LowRankLinear], originals: list[nn.Module], paired: PairedMoments, gradients: list[Tensor | None]
-) -> None:
-    """Fit layers with one `down`, or a single layer."""
-    has_bias = originals[0].bias is not None
-    fits = [
-        paired.refit(dense_matrix(original).double().cpu(), gradient, centred=has_bias)
-        for original, gradient in zip(originals, gradients, strict=True)
-    ]
-    whole, rank = torch.cat([fit.weight for fit in fits]), layers[0].rank
-    factors = decompose(whole, max_rank=rank, metric=stacked([fit.metric for fit in fits])).cut(rank)
-    ups = factors.up.split([layer.out_features for layer in layers])
-    for layer, up, original, fit in zip(layers, ups, originals, fits, strict=True):
-        set_factors(layer, Factors(up, factors.down))
-        if original.bias is not None:
-            set_bias(layer, original, fit.dense_mean, fit.low_mean)
+def _fit(layer: LowRankLinear, original: nn.Module, paired: PairedMoments, gradient: Tensor | None) -> None:
+    fit = paired.refit(dense_matrix(original).double().cpu(), gradient, centred=original.bias is not None)
+    set_factors(layer, decompose(fit.weight, max_rank=layer.rank, metric=fit.metric).cut(layer.rank))
+    if original.bias is not None:
+        set_bias(layer, original, fit.dense_mean, fit.low_mean)

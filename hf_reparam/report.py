@@ -21,7 +21,6 @@ class LayerReport:
         parameters_before, parameters_after: numbers in the dense model and now, bias included.
         error: ||W - up @ down|| / ||W|| in the metric's norm; None where nothing was factored in this call.
         form: "pair" or "pivoted"; None while the layer is dense.
-        down_of: name of the layer beside it whose `down` it uses; None if it has one of its own.
     """
 
     name: str
@@ -33,7 +32,6 @@ class LayerReport:
     parameters_after: int
     error: float | None = None
     form: str | None = None
-    down_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +188,7 @@ def _change(before: int, after: int) -> str:
 def _fold_layers(layers: Iterable[LayerReport]) -> list[list[str]]:
     groups: dict[tuple[object, ...], list[LayerReport]] = {}
     for layer in layers:
-        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.form, layer.down_of)
+        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.form)
         groups.setdefault(key, []).append(layer)
     return [_layer_row(group) for group in groups.values()]
 
@@ -203,7 +201,6 @@ def _layer_row(group: list[LayerReport]) -> list[str]:
     error = _range(errors, ".3f") if errors else "-"
     rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
     rank += " pivoted" if first.form == "pivoted" else ""
-    rank += "" if first.down_of is None else f", down of {first.down_of}"
     count = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
     return [name, first.kind, f"{first.in_features} x {first.out_features}", rank, count, error]
 

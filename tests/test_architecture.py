@@ -26,7 +26,6 @@ LAYERS = [
     "calibration",
     "decomposition",
     "narrowing",
-    "sharing",
     "choices",
     "planning",
     "plot",

@@ -158,7 +158,7 @@ def test_quality_figures_are_the_results():
         "SST-2": (("0.5", "0.25"), "accuracy", ".3f"),
     }
     methods = [method for method in results["MiniLM"]["rows"] if method != "dense"]
-    assert len(methods) == 13
+    assert len(methods) == 11
     for method in methods:
         cells = [
             " / ".join(format(results[model]["rows"][method][keep][score], style) for keep in keeps)
@@ -315,29 +315,6 @@ def test_figures_of_heads_are_the_results():
         cells = [" / ".join(f"{rows[method][s]['lost']:.4f}" for s in ("0.75", "0.5", "0.25")) for rows in tables]
         assert f"| {method} | {' | '.join(cells)} |" in decision
         assert all(rows["this package"][s]["lost"] <= rows[method][s]["lost"] for rows in tables for s in rows[method])
-
-
-def test_the_decision_on_shared_inputs_says_what_was_measured():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]["Llama 0.9M"]["rows"]
-    page = " ".join((ROOT / "docs" / "decisions" / "0015-shared-inputs.md").read_text().split())
-
-    def lost(method):
-        digits = {"0.9": 5, "0.8": 4, "0.6": 4, "0.4": 4}
-        return " / ".join(f"{rows[method][keep]['lost']:.{n}f}"[1:] for keep, n in digits.items())
-
-    assert f"loses {lost('+ shared inputs')} nats where layers apart lose {lost('joint attention')}" in page
-
-
-def test_figures_of_shared_downs_are_the_results():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "sharing.json").read_text())["rows"]
-    page = (ROOT / "docs" / "when-faster.md").read_text()
-    cells = {}
-    for row in rows:
-        line = cells.setdefault((row["group"], row["form"], "compiled" if row["compiled"] else "eager"), {})
-        line.setdefault(row["keep"], []).append(f"{row['shared'] / row['apart']:.2f}")
-    assert len(cells) == 8
-    for key, by_keep in cells.items():
-        assert f"| {' | '.join(key)} | {' | '.join(' / '.join(by_keep[keep]) for keep in (0.5, 0.25))} |" in page
 
 
 def test_make_targets_exist():

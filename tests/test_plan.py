@@ -47,7 +47,7 @@ def test_frozen():
         (None, "must be an object"),
         ([], "must be an object"),
         ({}, "format_version"),
-        (changed(format_version=4), "format version 4, and this hf_reparam reads versions 1 to 3: install"),
+        (changed(format_version=3), "format version 3, and this hf_reparam reads versions 1 to 2: install"),
         (changed(format_version=0), "format version 0"),
         (changed(format_version="1"), "must be an int"),
         (changed(format_version=True), "must be an int"),

@@ -170,7 +170,7 @@ def test_target_params_above_the_model_is_nothing_to_do(bert):
 def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypatch):
     model, moments, _ = bert
     found = decompose(model, moments, metric=metric)
-    plans = [make_plan(model, moments, keep=keep, metric=metric, joint=False, shared=False) for keep in (0.3, 0.6)]
+    plans = [make_plan(model, moments, keep=keep, metric=metric, joint=False) for keep in (0.3, 0.6)]
     models = [convert(model, plan=plan, calibration=moments) for plan in plans]
 
     def forbidden(*args, **kwargs):
@@ -178,7 +178,7 @@ def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypat
 
     for name in ("decompose_weight", "spectrum"):
         monkeypatch.setattr(f"hf_reparam.decomposition.{name}", forbidden)
-    assert [make_plan(model, found, keep=keep, joint=False, shared=False) for keep in (0.3, 0.6)] == plans
+    assert [make_plan(model, found, keep=keep, joint=False) for keep in (0.3, 0.6)] == plans
     for plan, expected in zip(plans, models, strict=True):
         small = convert(model, plan=plan, calibration=found)
         for key, value in expected.base_model.state_dict().items():

@@ -54,7 +54,6 @@ def test_dict_is_json():
         "parameters_after": 144,
         "error": 0.3,
         "form": "pair",
-        "down_of": None,
     }
     assert data["factored_after"] == 288
     assert data["skipped"][0]["reason"] == "tied"

@@ -27,7 +27,7 @@ from hf_reparam.hf.untrusted import check_folder
 from hf_reparam.nn.dense import dense_matrix, dense_type, shape_of
 from hf_reparam.nn.embedding import LowRankEmbedding, Tables, low_rank_tables
 from hf_reparam.nn.heads import find_attentions
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
 
@@ -339,13 +339,11 @@ def _deviation(config: Any, n_in: int) -> float:
 def _draw(layer: LowRankLinear, config: Any) -> None:
     """Give numbers to a layer that has none, so that its product has the family's deviation, or a fresh nn.Linear's.
 
-    One factor has it, and the other mixes its r rows or columns with variance 1 / r. A `down` that is another layer's
-    is left to that.
+    One factor has it, and the other mixes its r rows or columns with variance 1 / r.
     """
     outer, mixing = (layer.up, layer.down) if layer.form == "pivoted" else (layer.down, layer.up)
     for part, std in ((outer, _deviation(config, layer.in_features)), (mixing, layer.rank**-0.5)):
-        if part is layer.up or not isinstance(layer, SharedLinear):
-            initialization.normal_(part.weight, std=std)
+        initialization.normal_(part.weight, std=std)
     if layer.up.bias is not None:
         initialization.zeros_(layer.up.bias)
     if isinstance(layer, PivotedLinear):
@@ -374,8 +372,7 @@ def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[
     found = {
         key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")
     }
-    shared = {name for name, module in base.named_modules() if isinstance(module, SharedLinear)}
-    lost = lost or sorted(f"{n}.weight" for n in found if f"{n}.weight" in absent or n in shared)
+    lost = lost or sorted(f"{n}.weight" for n in found if f"{n}.weight" in absent)
     if lost:
         raise CheckpointError(
             f"{source}: {len(lost)} tensors of low-rank layers are missing or do not fit the plan, among them "

@@ -21,7 +21,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.hf.processes import distributed, spread
-from hf_reparam.nn.linear import SharedLinear
 
 __all__ = ["aligned", "build_layers", "check_stored", "execution_device", "mark_offloaded", "recall"]
 
@@ -30,11 +29,9 @@ _ERROR = "error.json"
 
 @contextmanager
 def aligned(module: nn.Module) -> Iterator[None]:
-    """Have a module's weights in memory while the block runs, with the `down` that it shares, wherever accelerate keeps
-    them."""
-    parts = [*module.modules(), *(module.lender.modules() if isinstance(module, SharedLinear) else ())]
+    """Have a module's weights in memory while the block runs, wherever accelerate keeps them."""
     with ExitStack() as stack:
-        for part in parts:
+        for part in module.modules():
             stack.enter_context(align_module_device(part))
         yield
 
@@ -142,7 +139,7 @@ def _write(place: Path, layer: nn.Module, error: float) -> None:
 def _read_from(place: Path, layer: nn.Module, device: torch.device) -> nn.Module:
     """Let a layer read its tensors from its folder whenever it computes; in between it holds no memory."""
     weights = OffloadedWeightsLoader(save_folder=place)
-    for name, buffer in layer.named_buffers():  # small, and read by layers that share a `down`: they stay in memory
+    for name, buffer in layer.named_buffers():  # small: they stay in memory
         set_module_tensor_to_device(layer, name, device, value=weights[name], dtype=buffer.dtype)
     attach_align_device_hook(layer, execution_device=device, offload=True, weights_map=weights)
     return layer

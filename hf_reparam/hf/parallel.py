@@ -32,11 +32,9 @@ def factor_rules(rules: dict[str, str], name: str, layer: LowRankLinear) -> dict
         layer: the layer.
 
     Raises:
-        PlanError: its style shards packed inputs, and it has pivots; or it shards inputs, and its `down` is shared.
+        PlanError: its style shards packed inputs, and it has pivots.
     """
     style = rules.get(name, "")
-    if "rowwise" in style and layer.shares:
-        raise PlanError(f"{name}: a layer that shares its `down` cannot be sharded by its inputs, as {style!r} does")
     if "colwise" in style:
         moved = _rules(f"{name}.up", layer.up, style)
     elif "rowwise" in style and not isinstance(layer, PivotedLinear):

@@ -42,7 +42,6 @@ class LayerSpec(NamedTuple):
 
     rank: int
     form: str = "pair"
-    down_of: str | None = None
 
 
 '''

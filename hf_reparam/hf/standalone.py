@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 # what follows up to the next comment of this kind is replaced by the definitions themselves
 from hf_reparam.nn.heads import FusedProjections
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear, connect
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.plan import LayerSpec
 
 _installed: Any = None
@@ -102,7 +102,6 @@ def _swap(model: Any) -> None:
         for child_name, child in module._modules.items():
             if child in made:
                 module._modules[child_name] = made[child]
-    connect(model)
 
 
 def _narrow(name: str, attention: Any, width: Any) -> None:
@@ -146,13 +145,11 @@ def _empty(name: str, dense: Any, spec: LayerSpec) -> LowRankLinear:
     if type(dense) not in (nn.Linear, Conv1D):
         raise ValueError(f"{name} is a {type(dense).__name__}, no dense layer")
     n_out, n_in = dense.weight.shape if type(dense) is nn.Linear else dense.weight.T.shape
-    most = min(n_in - (spec.form == "pivoted"), n_in if spec.down_of else n_out)
+    most = min(n_in - (spec.form == "pivoted"), n_out)
     if not (isinstance(spec.rank, int) and 1 <= spec.rank <= most):
         raise ValueError(f"{name}: rank {spec.rank!r} does not fit {n_in} inputs and {n_out} outputs")
     like: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
     up = nn.Linear(spec.rank, n_out, bias=dense.bias is not None, **like)
-    if spec.down_of is not None:
-        return SharedLinear(up, n_in, down_of=spec.down_of, form=spec.form, dense_type=type(dense))
     if spec.form == "pair":
         return LowRankLinear(nn.Linear(n_in, spec.rank, bias=False, **like), up, dense_type=type(dense))
     down = nn.Linear(n_in - spec.rank, spec.rank, bias=False, **like)

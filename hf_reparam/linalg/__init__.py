@@ -3,7 +3,7 @@
 from hf_reparam.linalg.allocate import Alternative, Options, allocate, choose
 from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum, working_device
 from hf_reparam.linalg.heads import HeadMaps, HeadMoments, map_both, map_rows, output_moment
-from hf_reparam.linalg.metric import Metric, stacked
+from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import LayerMoments, Moments
 from hf_reparam.linalg.paired import PairedMoments, Refit
 from hf_reparam.linalg.pivot import Pivots, pivot
@@ -33,6 +33,5 @@ __all__ = [
     "output_moment",
     "pivot",
     "spectrum",
-    "stacked",
     "working_device",
 ]

@@ -5,13 +5,12 @@ the expected squared change of the output for G = I, and the K-FAC model of the 
 G.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Metric", "root", "stacked"]
+__all__ = ["Metric", "root"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,47 +19,28 @@ class Metric:
 
     Args:
         input_root: L_C (in, in), float64, lower triangular.
-        output_root: L_G (out, out), float64, lower triangular; a tuple for the blocks of one that is block-diagonal.
+        output_root: L_G (out, out), float64, lower triangular.
     """
 
     input_root: Tensor | None = None
-    output_root: Tensor | tuple[Tensor, ...] | None = None
+    output_root: Tensor | None = None
 
     def apply(self, weight: Tensor) -> Tensor:
         """M = L_G^T W L_C, a new tensor, for W (out, in) float64."""
         weight = weight.clone() if self.input_root is None else weight @ self.input_root
-        if isinstance(self.output_root, tuple):
-            blocks = weight.split([len(root) for root in self.output_root])
-            return torch.cat([root.T @ block for root, block in zip(self.output_root, blocks, strict=True)])
         return weight if self.output_root is None else self.output_root.T @ weight
 
     def unapply_left(self, left: Tensor) -> Tensor:
         """L_G^-T U, for U (out, k)."""
         if self.output_root is None:
             return left
-        if isinstance(self.output_root, tuple):
-            blocks = left.split([len(root) for root in self.output_root])
-            return torch.cat([_solve(root, block) for root, block in zip(self.output_root, blocks, strict=True)])
-        return _solve(self.output_root, left)
+        return torch.linalg.solve_triangular(self.output_root.T, left, upper=True)
 
     def unapply_right(self, right: Tensor) -> Tensor:
         """V L_C^-1, for V (k, in)."""
         if self.input_root is None:
             return right
         return torch.linalg.solve_triangular(self.input_root, right, upper=False, left=False)
-
-
-def stacked(metrics: Sequence[Metric]) -> Metric:
-    """The Metric of layers with one and the same input, one above the other; without gradients unless all have them."""
-    if len(metrics) == 1:
-        return metrics[0]
-    roots = [metric.output_root for metric in metrics if isinstance(metric.output_root, Tensor)]
-    return Metric(metrics[0].input_root, tuple(roots) if len(roots) == len(metrics) else None)
-
-
-def _solve(output_root: Tensor, left: Tensor) -> Tensor:
-    """L_G^-T U."""
-    return torch.linalg.solve_triangular(output_root.T, left, upper=True)
 
 
 def root(second_moment: Tensor, shrinkage: float) -> Tensor:

@@ -144,13 +144,6 @@ class Moments:
         counts = layers.tokens() if isinstance(layers, _Stored) else (layer.tokens for layer in layers.values())
         return max(counts, default=0)
 
-    def inputs(self, name: str) -> tuple[int, Tensor]:
-        """Tokens that a layer saw and the sum of its inputs (in,); of stored moments only these are read."""
-        if isinstance(self.layers, _Stored):
-            return self.layers.inputs(name)
-        layer = self.layers[name]
-        return layer.tokens, layer.input_sum
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, which appears whole or not at all.
 
@@ -211,11 +204,6 @@ class _Stored(Mapping[str, LayerMoments]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
-
-    def inputs(self, name: str) -> tuple[int, Tensor]:
-        """The count of one layer, and the sum of its inputs."""
-        with safe_open(self._where[name], framework="pt") as file:
-            return int(file.get_tensor(f"{name}.tokens")), file.get_tensor(f"{name}.input_sum")
 
     def tokens(self) -> Iterator[int]:
         """The count of every layer."""

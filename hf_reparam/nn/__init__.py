@@ -2,7 +2,7 @@
 
 from hf_reparam.nn.dense import DenseType, register_dense
 from hf_reparam.nn.heads import AttentionType, register_attention
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.nn.ranks import Rank
 from hf_reparam.nn.targets import Skipped, Target, Targets, find_targets
 
@@ -12,7 +12,6 @@ __all__ = [
     "LowRankLinear",
     "PivotedLinear",
     "Rank",
-    "SharedLinear",
     "Skipped",
     "Target",
     "Targets",

@@ -1,19 +1,14 @@
-"""The low-rank layers: two ordinary Linears that stand where one dense layer stood, as a pair or with pivots.
-
-Layers with one and the same input, such as the queries, keys and values of an attention, may use one `down`: it hangs
-in one of them, and the others hold an `up` alone.
-"""
+"""The low-rank layers: two ordinary Linears that stand where one dense layer stood, as a pair or with pivots."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_reparam.errors import PlanError
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["Factored", "LowRankLinear", "PivotedLinear", "Product", "SharedLinear", "connect"]
+__all__ = ["Factored", "LowRankLinear", "PivotedLinear", "Product"]
 
 
 class Factored(nn.Module):
@@ -59,9 +54,6 @@ class LowRankLinear(Factored):
     """
 
     form = "pair"
-    users = 1
-    """Layers that use this one's `down`, itself included."""
-    _memo: "_Memo | None" = None
 
     def __init__(self, down: nn.Linear, up: nn.Linear, *, dense_type: type[nn.Module] = nn.Linear) -> None:
         super().__init__()
@@ -71,46 +63,13 @@ class LowRankLinear(Factored):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        out: Tensor = self.up(self.hidden(x) if self.users == 1 else self.shared_hidden(x, self))
+        out: Tensor = self.up(self.hidden(x))
         return out
 
     def hidden(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., r), what `up` gets."""
         out: Tensor = self.down(x)
         return out
-
-    def shared_hidden(self, x: Tensor, user: nn.Module) -> Tensor:
-        """`hidden(x)`, computed once where all layers that use this `down` ask for it with the very same tensor.
-
-        Each of them may take what was computed once. It is forgotten when all have, when one asks with another tensor
-        or after that tensor or `down` was changed, and when gradients have come back. In a compiled graph changes in
-        place between two layers that use one `down` are not seen; nothing that can be trained makes them.
-        """
-        compiling = torch.compiler.is_compiling()
-        seen = [] if compiling else [x, *self.down.parameters()]
-        if any(tensor.is_inference() for tensor in seen):  # changes of such tensors are not counted
-            return self.hidden(x)
-        changes = tuple(tensor._version for tensor in seen)
-        state = (changes, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
-        memo = self._memo
-        if memo is None or memo.x is not x or memo.state != state or id(user) in memo.taken:
-            memo = _Memo(x, state, self.hidden(x), set())
-            if memo.hidden.requires_grad and not compiling:
-                memo.hidden.register_hook(self._forget)  # its graph may be gone when gradients have come back
-        memo.taken.add(id(user))
-        self._memo = None if len(memo.taken) == self.users else memo
-        return memo.hidden
-
-    def _forget(self, _: Tensor) -> None:
-        self._memo = None
-
-    def __getstate__(self) -> dict[str, Any]:  # what was computed stays out of copies and pickles
-        return {**vars(self), "_memo": None}
-
-    @property
-    def shares(self) -> bool:
-        """Whether it uses one `down` together with other layers."""
-        return self.users > 1
 
     @property
     def spec(self) -> LayerSpec:
@@ -176,116 +135,6 @@ class PivotedLinear(LowRankLinear):
         combinations = self.down.weight
         identity = torch.eye(self.rank, dtype=combinations.dtype, device=combinations.device)
         return torch.cat([identity, combinations], 1)[:, self.order.argsort()]
-
-
-class SharedLinear(LowRankLinear):
-    """y = up(what the `down` of another layer gives): a low-rank layer without a `down` of its own.
-
-    The other layer, its lender, is a child of the same module and gets the same inputs: the queries' projection of an
-    attention for its keys and values. Here it is no submodule, so that its factors have one name and are counted,
-    trained, stored and adapted once. `connect` finds it; `replace_modules` calls that.
-
-    Args:
-        up: Linear (r -> out), with the layer's bias or none.
-        in_features: of the dense layer.
-        form: "pair" or "pivoted", that of the lender.
-        down_of: name of the lender, "q_proj".
-        dense_type: class of the dense layer it stands for, to which `merge` returns.
-
-    Cost: r out multiply-adds for each row of x, beside the lender's r in, or r (in - r).
-
-    >>> k = SharedLinear(nn.Linear(2, 4), 16, down_of="q")
-    >>> both = nn.ModuleDict({"q": LowRankLinear(nn.Linear(16, 2, bias=False), nn.Linear(2, 8)), "k": k})
-    >>> connect(both)
-    >>> k(torch.zeros(3, 16)).shape, k.weight.shape, sum(p.numel() for p in both.parameters())
-    (torch.Size([3, 4]), torch.Size([4, 16]), 68)
-    """
-
-    def __init__(
-        self,
-        up: nn.Linear,
-        in_features: int,
-        *,
-        down_of: str,
-        form: str = "pair",
-        dense_type: type[nn.Module] = nn.Linear,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.rank = in_features, up.out_features, up.in_features
-        self.form, self.down_of, self.dense_type = form, down_of, dense_type
-        self.up = up
-        self._lender: tuple[LowRankLinear, ...] = ()  # in a tuple nn.Module does not see it
-
-    @property
-    def lender(self) -> LowRankLinear:
-        """The layer whose `down` this one uses."""
-        if not self._lender:
-            raise RuntimeError(f"this layer uses the `down` of {self.down_of!r}, which it was not connected with")
-        return self._lender[0]
-
-    @property
-    def down(self) -> Any:  # type: ignore[override]
-        """The lender's."""
-        return self.lender.down
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., r), what `up` gets."""
-        return self.lender.shared_hidden(x, self)
-
-    def basis(self) -> Tensor:
-        """(r, in), the lender's."""
-        return self.lender.basis()
-
-    @property
-    def shares(self) -> bool:
-        """Whether it uses one `down` together with other layers: it does."""
-        return True
-
-    @property
-    def spec(self) -> LayerSpec:
-        """Its entry in a plan."""
-        return LayerSpec(self.rank, self.form, self.down_of)
-
-    def _replicate_for_data_parallel(self) -> Any:
-        raise RuntimeError("layers that share a `down` cannot run in nn.DataParallel; use DistributedDataParallel")
-
-
-def connect(model: nn.Module) -> None:
-    """Let every SharedLinear find the layer whose `down` it uses.
-
-    Raises:
-        PlanError: there is no such layer beside it, or it has another rank, form or width.
-    """
-    users: dict[LowRankLinear, int] = {}
-    for module in model.modules():
-        for name, child in module.named_children():
-            if not isinstance(child, SharedLinear):
-                continue
-            lender = module._modules.get(child.down_of)
-            if not isinstance(lender, LowRankLinear) or isinstance(lender, SharedLinear):
-                raise PlanError(f"{name}: it uses the `down` of {child.down_of!r}, and no layer beside it has one")
-            if (lender.rank, lender.form, lender.in_features) != (child.rank, child.form, child.in_features):
-                raise PlanError(f"{name}: it uses the `down` of {child.down_of!r}, which has another rank or width")
-            child._lender = (lender,)
-            users[lender] = users.get(lender, 1) + 1
-    for lender, count in users.items():
-        lender.users, lender._memo = count, None
-
-
-class _Memo(NamedTuple):
-    """What a `down` gave, for the other layers that use it.
-
-    Args:
-        x: the input.
-        state: what else has to be the same, for it to be taken.
-        hidden: what it gave.
-        taken: ids of the layers that took it.
-    """
-
-    x: Tensor
-    state: tuple[tuple[int, ...], bool, bool]
-    hidden: Tensor
-    taken: set[int]
 
 
 _METADATA = frozenset(

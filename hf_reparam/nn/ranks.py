@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
-from hf_reparam.nn.targets import SHARES, Skipped, Target
+from hf_reparam.nn.targets import Skipped, Target
 from hf_reparam.plan import LayerSpec
 
 __all__ = ["Rank", "choose_ranks"]
@@ -88,8 +88,6 @@ def _wanted(target: Target, value: int | float, *, explicit: bool) -> int:
 
 
 def _useless(target: Target, spec: LayerSpec, allow_larger: bool) -> str | None:
-    if target.shares:
-        return SHARES
     if target.spec == spec:
         return f"already has rank {spec.rank}"
     if spec.rank > target.full_rank:

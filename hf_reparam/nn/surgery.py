@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from hf_reparam.errors import TargetError
 from hf_reparam.linalg import Decomposition, Factors, pivot
 from hf_reparam.nn.dense import dense_matrix
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear, SharedLinear, connect
+from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.plan import LayerSpec
 
 __all__ = ["factor", "has_hooks", "low_rank_like", "replace_modules", "set_bias", "set_factors"]
@@ -33,9 +32,7 @@ def low_rank_like(dense: nn.Module, spec: LayerSpec) -> LowRankLinear:
     bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
     up = _empty_linear(spec.rank, n_out, like, bias)
     low: LowRankLinear
-    if spec.down_of is not None:
-        low = SharedLinear(up, n_in, down_of=spec.down_of, form=spec.form, dense_type=kind)
-    elif spec.form == "pair":
+    if spec.form == "pair":
         low = LowRankLinear(_empty_linear(n_in, spec.rank, like, None), up, dense_type=kind)
     else:
         down, order = _empty_linear(n_in - spec.rank, spec.rank, like, None), torch.arange(n_in, device=like.device)
@@ -70,17 +67,13 @@ def factor(
         decomposition: of its weight, in any metric.
         mean: E x (in,), for b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
     """
-    layer = low_rank_like(dense, replace(spec, down_of=None))
+    layer = low_rank_like(dense, spec)
     set_factors(layer, decomposition.cut(spec.rank))
     if isinstance(dense.bias, nn.Parameter):
         layer.up.bias.copy_(dense.bias)
         if mean is not None:
             set_bias(layer, dense, mean, mean)
-    if spec.down_of is None:
-        return layer
-    shared = low_rank_like(dense, spec)
-    shared.up = layer.up
-    return shared
+    return layer
 
 
 @torch.no_grad()
@@ -95,18 +88,14 @@ def set_bias(layer: LowRankLinear, dense: nn.Module, mean: Tensor, low_mean: Ten
 
 @torch.no_grad()
 def set_factors(layer: LowRankLinear, factors: Factors) -> None:
-    """Make a layer's product that of factors (float64) of its rank; of a SharedLinear, whose `down` has them, `up`."""
-    if layer.form == "pivoted":
+    """Make a layer's product that of factors (float64) of its rank."""
+    if isinstance(layer, PivotedLinear):
         pivots = pivot(factors.up, factors.down)
         layer.up.weight.copy_(pivots.columns)
-    else:
-        layer.up.weight.copy_(factors.up)
-    if isinstance(layer, SharedLinear):
-        return
-    if isinstance(layer, PivotedLinear):
         layer.down.weight.copy_(pivots.combinations)
         layer.order.copy_(pivots.order)
     else:
+        layer.up.weight.copy_(factors.up)
         layer.down.weight.copy_(factors.down)
 
 
@@ -121,19 +110,15 @@ def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, in
 
     Raises:
         TargetError: inplace, and the model itself is to be replaced.
-        PlanError: as `connect`.
     """
     if not inplace:
-        result = copy.deepcopy(model, {id(old): new for old, new in replacements.items()})
-        connect(result)
-        return result
+        return copy.deepcopy(model, {id(old): new for old, new in replacements.items()})
     if model in replacements:
         raise TargetError("a model that is itself one dense layer cannot be replaced in place: use inplace=False")
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and child in replacements:
                 module._modules[name] = replacements[child]
-    connect(model)
     return model
 
 

@@ -15,10 +15,7 @@ from hf_reparam.nn.patterns import as_patterns, check_used, first_match
 from hf_reparam.nn.surgery import has_hooks
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["SHARES", "Skipped", "Target", "Targets", "find_targets"]
-
-SHARES = "uses one `down` together with other layers: merge the model, or convert the dense one"
-"""Why such a layer cannot be converted again."""
+__all__ = ["Skipped", "Target", "Targets", "find_targets"]
 
 Modules = Mapping[str, tuple[tuple[str, ...], nn.Module]]
 """First name of a module -> all its names, and the module."""
@@ -52,11 +49,6 @@ class Target:
     def spec(self) -> LayerSpec | None:
         """The present rank and form of a low-rank layer, None for a dense one."""
         return self.module.spec if isinstance(self.module, LowRankLinear) else None
-
-    @property
-    def shares(self) -> bool:
-        """Whether it uses one `down` together with other layers."""
-        return isinstance(self.module, LowRankLinear) and self.module.shares
 
     @property
     def full_rank(self) -> int:

@@ -19,7 +19,6 @@ from hf_reparam.calibration import layer_name
 from hf_reparam.hf.inspection import protected_layers
 from hf_reparam.hf.tables import table_groups
 from hf_reparam.narrowing import attentions_by_name
-from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.targets import find_targets
 from hf_reparam.plan import FORMAT_VERSION, FORMS
 from tests import zoo
@@ -50,9 +49,6 @@ def converted(model: Any, form: str) -> Any:
     narrow = hf_reparam.convert(model, plan=plan)
     found = find_targets(narrow, protected=protected_layers(narrow)).selected
     specs = {layer_name(narrow, target.name): LayerSpec(6, form) for target in found}
-    for attention in find_attentions(narrow):  # format 3: values use the `down` of keys
-        key, value = (layer_name(narrow, attention.path(role, split=True)) for role in ("key", "value"))
-        specs[value] = LayerSpec(6, form, key.rpartition(".")[2])
     return hf_reparam.convert(narrow, plan=RankPlan(specs, model.config.model_type))
 
 

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from hf_reparam import LayerSpec, LowRankLinear, PlanError, RankPlan, convert
+from hf_reparam import LowRankLinear, PlanError, convert
 from hf_reparam.hf.parallel import factor_rules, supported
 from tests import zoo
 from tests.launch import launch
@@ -59,7 +59,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("form", [*zoo.FORMS, "shared"])
+@pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -69,32 +69,17 @@ dist.destroy_process_group()
 )
 def test_two_processes_are_one(tmp_path, mode, form):
     model = zoo.BY_BASE["LlamaForCausalLM"].build()
-    stored = "pair" if form == "shared" else form
-    small = convert(model, rank=6, form=stored, exclude="*layers.1.self_attn.q_proj")
-    if form == "shared":  # keys and values of the first block use the queries' `down`
-        layers = RankPlan.from_dict(small.config.reparam).modules
-        using = LayerSpec(6, down_of="q_proj")
-        shared = {f"layers.0.self_attn.{name}": using for name in ("k_proj", "v_proj")}
-        small = convert(model, plan=RankPlan({**layers, **shared}, "llama"))
+    small = convert(model, rank=6, form=form, exclude="*layers.1.self_attn.q_proj")
     small.save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(SCRIPT)
     sharded = set(launch(tmp_path / "script.py", tmp_path / "model", mode).split())
-    row = "down" if stored == "pair" else "up"  # what shards where the plan shards inputs
+    row = "down" if form == "pair" else "up"  # what shards where the plan shards inputs
     layer = "model.layers.0."
     assert {f"{layer}self_attn.q_proj.up.weight", f"{layer}mlp.down_proj.{row}.weight"} <= sharded
     assert "model.layers.1.self_attn.q_proj.weight" in sharded
     if mode == "tensor":
         assert f"{layer}self_attn.q_proj.down.weight" not in sharded
         assert f"{layer}self_attn.k_proj.up.weight" in sharded
-
-
-def test_what_shares_its_down_is_not_sharded_by_inputs():
-    net = nn.Sequential(nn.Linear(16, 8), nn.Linear(16, 8))
-    small = convert(net, plan=RankPlan({"0": LayerSpec(2), "1": LayerSpec(2, down_of="0")}))
-    for layer in small:
-        with pytest.raises(PlanError, match="fc: a layer that shares its `down` cannot be sharded by its inputs"):
-            factor_rules({"fc": "rowwise"}, "fc", layer)
-        assert "fc.up" in factor_rules({"fc": "colwise"}, "fc", layer)
 
 
 def low(form):
