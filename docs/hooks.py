@@ -1,8 +1,9 @@
-"""The site's front page is the README, and the benchmarks' figures and pictures go with it."""
+"""The site's front page is the README, the benchmarks' figures and pictures go with it, and examples are code."""
 
 import re
 from pathlib import Path
 
+from griffe import Extension
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -24,3 +25,11 @@ def on_page_markdown(markdown, page, config, files):
         markdown = re.sub(r"\]\((?:docs/)?decisions/\)", "](decisions/0001-solver.md)", markdown)
         markdown = markdown.replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
     return markdown
+
+
+class Examples(Extension):
+    """Examples of docstrings, `>>> ...` up to an empty line, are code: to Markdown they are quotes within quotes."""
+
+    def on_object(self, *, obj, **kwargs):
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^(>>> .*(?:\n.+)*)", r"```pycon\n\1\n```", obj.docstring.value, flags=re.M)

@@ -121,13 +121,19 @@ def test_tasks_end_to_end(task):
 
 
 def test_the_site_is_built(tmp_path):
-    run = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    run = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     settings = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, env=settings)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = (done.stdout + done.stderr)[-3000:]
+    assert done.returncode == 0, said
+    assert "INFO" in said, "what is said is heard"
+    assert not re.findall(r"WARNING|ERROR", said), said
     front = (tmp_path / "site" / "index.html").read_text()
     assert "Low-rank reparameterization of pretrained" in front
-    assert "distillation_loss" in (tmp_path / "site" / "reference" / "index.html").read_text()
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text()
+    assert "distillation_loss" in reference
+    assert reference.count('class="gp">&gt;&gt;&gt;') >= 10  # examples of docstrings are code,
+    assert "<blockquote>" not in reference  # not quotes within quotes
     assert (tmp_path / "site" / "results" / "quality.png").exists()
 
 
