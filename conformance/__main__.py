@@ -32,7 +32,8 @@ def outcome(counts: dict[str, int]) -> str:
 def compare(found: dict[str, dict[str, int]]) -> dict[str, dict[str, object]]:
     """Family -> form -> how many tests passed, failed and were skipped, and which ended worse than dense.
 
-    A test ended worse if it passed dense and did not pass, or if more of its parts were skipped than dense.
+    A test ended worse if it passed dense and did not pass, if more of its parts were skipped than dense, or if it
+    failed where dense all of it was skipped.
     """
     report = {}
     for family in FAMILIES:
@@ -54,8 +55,25 @@ def _of(found: dict[str, dict[str, int]], test_class: str) -> dict[str, dict[str
 
 def _worse(parts: dict[str, int], dense: dict[str, int]) -> bool:
     if outcome(dense) != "passed":
-        return False
+        return outcome(dense) == "skipped" and bool(parts) and outcome(parts) == "failed"
     return not parts or outcome(parts) != "passed" or parts.get("skipped", 0) > dense.get("skipped", 0)
+
+
+def unfit(status: int, report: dict[str, dict[str, dict[str, object]]], *, whole: bool) -> list[str]:
+    """Why outcomes say nothing: pytest's status is not that of tests that passed or failed, or there is nothing to
+    compare.
+
+    Args:
+        status: of pytest.
+        report: what `compare` gave.
+        whole: every form of every family was to be run; else of those that ran the dense one has to be among them.
+    """
+    reasons = [] if status in (0, 1) else [f"pytest ended with status {status}"]
+    for name, forms in report.items():
+        if whole or any(row[o] for row in forms.values() for o in OUTCOMES):
+            needed = FORMS if whole else (DENSE,)
+            reasons += [f"{name}, {form}: no test passed" for form in needed if not forms[form]["passed"]]
+    return reasons
 
 
 def main() -> int:
@@ -68,19 +86,23 @@ def main() -> int:
         place = Path(folder) / "outcomes.json"
         command = [sys.executable, "-m", "pytest", "conformance", "-n", options.processes, "--dist", "worksteal"]
         command += ["--tb", "line", f"--outcomes={place}", *(["-k", options.only] if options.only else [])]
-        subprocess.run(command, cwd=Path(__file__).parent.parent, env={**os.environ, "PYTHONWARNINGS": ""}, check=False)
-        found = json.loads(place.read_text())
+        settings = {**os.environ, "PYTHONWARNINGS": ""}
+        status = subprocess.run(command, cwd=Path(__file__).parent.parent, env=settings, check=False).returncode
+        found = json.loads(place.read_text()) if place.exists() else {}
     report = compare(found)
     for name, forms in report.items():
         for form, row in forms.items():
             print(f"{name:6} {form:8}", *(f"{row[o]:5} {o}" for o in OUTCOMES), *row["worse_than_dense"])
-    if options.only is None:
+    reasons = unfit(status, report, whole=options.only is None)
+    for reason in reasons:
+        print(f"no result: {reason}")
+    if options.only is None and not reasons:
         result = {"machine": {**describe(0), "command": "make conformance"}, "seconds": round(time.time() - start)}
         (RESULTS / "conformance.json").write_text(json.dumps({**result, "families": report}, indent=1) + "\n")
     worse = {name for forms in report.values() for row in forms.values() for name in row["worse_than_dense"]}
     for name in sorted(worse - EXPECTED):
         print(f"worse than dense, and not as expected: {name}")
-    return int(not worse <= EXPECTED)
+    return int(bool(reasons) or not worse <= EXPECTED)
 
 
 if __name__ == "__main__":
