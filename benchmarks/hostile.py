@@ -4,7 +4,8 @@
     python -m benchmarks.hostile --configs 500   # a taste
 
 A case is good if it ends within `LIMIT` seconds with an error of a named kind, or with a model all of whose tensors are
-those in the file. Anything else is written down, and the exit status is 1.
+those in the file. Anything else is written down, and the exit status is 1; so it is if a configuration of a million
+layers is not refused, or if memory grew by more than `MEMORY` MB.
 """
 
 import argparse
@@ -42,6 +43,8 @@ from benchmarks.machine import write
 from hf_reparam.hf.folder import load, skeleton
 
 LIMIT = 1.0
+MEMORY = 2000
+PARTS = ("configurations", "whole_loads", "skeletons", "weight_files")
 WRONG = "loaded, with tensors that are not in the file"
 SEED = 0
 HUGE = 10**6
@@ -243,7 +246,22 @@ def main() -> int:
         print(name, json.dumps(part, indent=1))
     if not options.no_write:
         write("hostile", results, SEED)
-    return int(any(isinstance(part, dict) and part.get("bad") for part in results.values()))
+    for reason in (reasons := failures(results)):
+        print(reason)
+    return int(bool(reasons))
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """What did not hold."""
+    found = [f"{name}: {results[name]['bad']} cases are bad" for name in PARTS if results[name]["bad"]]
+    grown, refused = results["peak_memory_growth_mb"], results["a_million_layers"]
+    if grown > MEMORY:
+        found.append(f"memory grew by {grown} MB, more than {MEMORY}")
+    if refused.get("load_seconds", LIMIT) >= LIMIT:
+        found.append(f"load does not refuse a million layers within {LIMIT} s")
+    if "auto_model_error" not in refused:
+        found.append("AutoModel does not refuse a million layers")
+    return found
 
 
 def attack(scratch: Path, configs: int, loads: int, files: int) -> dict[str, Any]:

@@ -20,11 +20,37 @@ from hf_reparam.hf.folder import load
 from tests import zoo
 
 
-@pytest.mark.parametrize("part", ["configurations", "whole_loads", "skeletons", "weight_files"])
+@pytest.mark.parametrize("part", hostile.PARTS)
 def test_a_taste_of_the_attacks(attacked, part):
     assert attacked[part]["first_bad"] == []
     assert attacked[part]["cases"] >= 100
     assert sum(n for end, n in attacked[part]["ends"].items() if "Error" in end) > 50
+
+
+REFUSED = {"load_seconds": 0.01, "load_error": "CheckpointError", "auto_model_error": "PlanError"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"skeletons": {"bad": 2}}, "skeletons: 2 cases are bad"),
+        ({"peak_memory_growth_mb": 9000}, "memory grew by 9000 MB"),
+        ({"a_million_layers": REFUSED | {"load_seconds": 2.0}}, "load does not refuse"),
+        ({"a_million_layers": {"auto_model_error": "PlanError"}}, "load does not refuse"),
+        ({"a_million_layers": {"load_seconds": 0.01}}, "AutoModel does not refuse"),
+    ],
+)
+def test_what_did_not_hold_fails_the_benchmark(monkeypatch, change, message):
+    good = {part: {"bad": 0} for part in hostile.PARTS}
+    good |= {"peak_memory_growth_mb": 600, "a_million_layers": REFUSED}
+    monkeypatch.setattr(hostile, "attack", lambda *_: good | change)
+    monkeypatch.setattr(hostile, "million", lambda _: (good | change)["a_million_layers"])
+    monkeypatch.setattr("sys.argv", ["hostile", "--no-write"])
+    monkeypatch.setattr("sys.stdin", None)  # as it is, again, afterwards
+    monkeypatch.setattr(transformers.logging, "set_verbosity", lambda _: None)
+    assert hostile.main() == (message is not None)
+    assert [text.startswith(message) for text in hostile.failures(good | change)] == [True] * (message is not None)
 
 
 BUSY = 5.0
@@ -133,7 +159,9 @@ def test_code_beside_the_weights_is_not_run(saved, tmp_path):
     for door in doors(saved):
         model = door()
         assert type(model).__name__ == "ReparamBertForMaskedLM"
-        assert all(torch.equal(model.state_dict()[k], v) for k, v in expected.items() if v.numel() and v.dim() != 1)
+        told = {key: value for key, value in expected.items() if value.numel() and value.dim() != 1}
+        assert told
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in told.items())
     assert not (tmp_path / "ran").exists()
 
 
@@ -188,6 +216,7 @@ def test_flipped_bits_of_numbers_show_only_in_the_numbers(saved):
     shard.write_bytes(data)
     stored = load_file(shard)
     state = load(saved).state_dict()
+    assert stored.keys() & state.keys()
     assert all(state[k].numpy().tobytes() == v.numpy().tobytes() for k, v in stored.items() if k in state)
 
 
