@@ -22,6 +22,7 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 STORED = RESULTS / "quality.json"
+SAME = 2e-3  # by which a score may be worse on another machine, and count as the same
 _APART = {"joint": False}
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"metric": "svd", "allocation": "uniform", "form": "pair"},
@@ -167,23 +169,28 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 TASKS = {"llama": tasks.llama, "gpt2": tasks.gpt2, "minilm": tasks.similarity, "sst2": tasks.sentiment}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--only", choices=TASKS, action="append", help="this model alone; may be repeated")
     parser.add_argument("--method", choices=METHODS, action="append", help="this row alone; may be repeated")
-    parser.add_argument("--again", action="store_true", help="compare with the stored scores, write nothing")
+    parser.add_argument(
+        "--again", action="store_true", help="compare with the stored scores, write nothing; status 1 if one is worse"
+    )
     args = parser.parse_args()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    worse: list[str] = []
     for name in args.only or TASKS:
         torch.manual_seed(tasks.SEED)
         task = TASKS[name](args.data, args.models)
         stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
         result = {"lost": task.lost, **measure(task, args.method or METHODS)}
         if args.again:
-            print(f"{task.name}: largest difference to the stored scores {difference(result, stored[task.name]):.2g}")
+            apart = differences(result, stored[task.name])
+            print(f"{task.name}: of {len(apart)} scores, differences to the stored ones {apart}")
+            worse += [f"{task.name}, {row}: {by:+.2g}" for row, by in apart.items() if not by <= SAME]
             continue
         machine = describe(tasks.SEED)
         if args.method:  # beside the rows that are stored
@@ -196,13 +203,16 @@ def main() -> None:
         results = {**stored, task.name: result}
         STORED.write_text(json.dumps({"results": results}, indent=2) + "\n")
         draw(results, RESULTS / "quality.png")
+    for row in worse:
+        print(f"worse than stored: {row}")
+    return int(bool(worse))
 
 
-def difference(result: Mapping[str, Any], stored: Mapping[str, Any]) -> float:
-    """The largest difference between two runs' scores of one model."""
+def differences(result: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, float]:
+    """ "method, keep" -> what one run of a model lost more than another."""
     rows, old = result["rows"], stored["rows"]
-    return max(abs(rows[m][k]["lost"] - old[m][k]["lost"]) for m in rows for k in rows[m])
+    return {f"{m}, {k}": rows[m][k]["lost"] - old[m][k]["lost"] for m in rows for k in rows[m]}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
