@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -262,13 +263,22 @@ def test_module_and_script_are_the_same_command():
         assert out.strip() == f"hf-reparam {hf_reparam.__version__}"
 
 
-def test_help_names_every_option(capsys):
-    for command in ("convert", "merge", "inspect"):
-        with pytest.raises(SystemExit):
-            run(command, "--help")
-        text = capsys.readouterr().out
-        assert "SRC" in text
-        assert "--json" in text
+OPTIONS = {
+    "convert": "rank keep calibration form no-joint no-shared embeddings refit include exclude solver max-memory "
+    "remote-code json quiet stream max-shard-size force help",
+    "merge": "json quiet stream max-shard-size force help",
+    "inspect": "json quiet help",
+}
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_option(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        run(command, "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "SRC" in text
+    assert sorted(set(re.findall(r"^  (?:-h, )?--([\w-]+)", text, re.M))) == sorted(OPTIONS[command].split())
 
 
 def test_card_takes_the_licence_of_the_source_and_remote_code_its_file(tmp_path, dense, capsys):

@@ -1,6 +1,7 @@
 """Wheel and source distribution: built, checked, and used from where nothing else of the project is."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,9 +35,7 @@ def call(*command, **options):
 def built(tmp_path_factory):
     """A folder with wheel and source distribution of a copy of the project."""
     source, out = tmp_path_factory.mktemp("source") / "project", tmp_path_factory.mktemp("dist")
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache", ".conformance")
-    )
+    shutil.copytree(ROOT, source, ignore=IGNORED)
     call("-m", "build", "--no-isolation", "--outdir", out, source)
     return out
 
@@ -63,9 +62,12 @@ def test_the_wheel_works_by_itself(built, tmp_path):
     assert (out / "modeling_reparam.py").exists()
 
 
-def test_extras_in_the_readme_exist(built):
+def test_extras_that_are_named_exist(built):
     (wheel,) = built.glob("*.whl")
     archive = zipfile.ZipFile(wheel)
     (name,) = [name for name in archive.namelist() if name.endswith("METADATA")]
     extras = {line.partition(": ")[2] for line in archive.read(name).decode().splitlines() if "Provides-Extra" in line}
-    assert {"plot", "docs"} <= extras
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+    named = {found for page in pages for found in re.findall(r"(?:hf-reparam|\.)\[(\w+)\]'", page.read_text())}
+    assert {"plot", "docs", "benchmark", "peers"} <= named
+    assert named <= extras

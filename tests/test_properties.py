@@ -6,7 +6,9 @@ The same examples every time; `HYPOTHESIS_PROFILE=deep` draws fresh ones, twenty
 import json
 import os
 import tempfile
+from collections import Counter
 
+import pytest
 import torch
 import transformers as tf
 from hypothesis import HealthCheck, assume, event, given, settings
@@ -32,6 +34,23 @@ def examples(count):
     return settings(
         max_examples=20 * count if DEEP else count, deadline=None, derandomize=not DEEP, suppress_health_check=quiet
     )
+
+
+ENDS = Counter()
+
+
+@pytest.fixture(autouse=True)
+def most_are_converted():
+    """A test whose examples were all refused has tested nothing."""
+    ENDS.clear()
+    yield
+    assert ENDS["converted"] > ENDS["refused"], ENDS
+
+
+def refused(error):
+    """Count a refusal, which names what is wrong."""
+    event(type(error).__name__)
+    ENDS["refused"] += 1
 
 
 def close(dtype, scale):
@@ -102,11 +121,12 @@ def test_any_chain_of_layers(model, rank, form, larger):
     before, dense = model(x), {k: v.clone() for k, v in model.state_dict().items()}
     try:
         small, report = convert(model, rank=rank, form=form, allow_larger=larger, return_report=True)
-    except (RankError, TargetError) as error:  # a refusal names what is wrong, and changes nothing
-        event(type(error).__name__)
+    except (RankError, TargetError) as error:  # it changes nothing
+        refused(error)
         assert all(torch.equal(v, dense[k]) for k, v in model.state_dict().items())
         return
     assert all(torch.equal(v, dense[k]) for k, v in model.state_dict().items())
+    ENDS["converted"] += 1
     assert larger or parameters(small) < parameters(model)
     assert report.parameters_before == parameters(model)
     assert report.parameters_after == parameters(small)
@@ -143,8 +163,9 @@ def test_the_budget_is_kept(model, keep, form, multiple_of, metric, shares):
         plan = make_plan(model, moments, keep=keep, **options)
         small, report = convert(model, plan=plan, calibration=moments, return_report=True)
     except (RankError, TargetError) as error:
-        event(type(error).__name__)
+        refused(error)
         return
+    ENDS["converted"] += 1
     assert RankPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     held = dense = 0
     for target in find_targets(model).selected:
@@ -224,10 +245,11 @@ def test_any_transformer(model, rank, form, inplace, shard):
     try:
         small, report = convert(model, rank=rank, form=form, inplace=inplace, return_report=True)
     except (RankError, TargetError) as error:
-        event(type(error).__name__)
+        refused(error)
         assert type(model) is stock
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         return
+    ENDS["converted"] += 1
     assert isinstance(small, stock)
     assert (small is model) == inplace
     assert parameters(small) < size
