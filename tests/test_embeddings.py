@@ -222,7 +222,9 @@ def test_adapters_leave_the_factors_alone():
     model = case.build()
     small = convert(model, plan=plan_of("GPT2LMHeadModel", model))
     adapted = get_peft_model(copy.deepcopy(small), LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    assert not any("wte" in name or "lm_head" in name for name, _ in adapted.named_parameters() if "lora" in name)
+    adapters = [name for name, _ in adapted.named_parameters() if "lora" in name]
+    assert len(adapters) == 2 * 2 * 4  # A and B in two blocks of four layers
+    assert not any("wte" in name or "lm_head" in name for name in adapters)
     changed = outputs(adapted, case.batch())
     merged = adapted.merge_and_unload()
     close(outputs(merged, case.batch()), changed, 1e-4)

@@ -35,7 +35,7 @@ def test_round_trip_through_json():
 
 def test_frozen():
     plan = RankPlan.from_dict(GOOD)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         plan.modules["x"] = LayerSpec(1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.method = "x"

@@ -58,7 +58,9 @@ def test_from_config_builds_the_same_skeleton_with_random_weights():
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     t5 = convert(zoo.BY_BASE["T5ForConditionalGeneration"].build(), rank=6)
     drawn = transformers.AutoModelForSeq2SeqLM.from_config(t5.config)
-    assert all(0 < p.std() < 10 for n, p in drawn.named_parameters() if n.endswith(("down.weight", "up.weight")))
+    factors = [p for n, p in drawn.named_parameters() if n.endswith(("down.weight", "up.weight"))]
+    assert len(factors) > 20
+    assert all(0 < p.std() < 10 for p in factors)
 
 
 def test_a_derived_config_without_a_plan_is_the_dense_model():
@@ -89,7 +91,8 @@ def test_submodel_saves_and_loads(tmp_path):
     small.bert.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     expected = small.bert.state_dict()
-    assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items() if k in expected)
+    assert expected.keys() <= loaded.state_dict().keys()  # a pooler is added
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in expected.items())
 
 
 def test_composite_with_a_converted_encoder(tmp_path):

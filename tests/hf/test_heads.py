@@ -37,7 +37,9 @@ def test_adapters_train_and_merge(base):
     assert not torch.allclose(changed, logits(small, batch), atol=1e-3)
     labels = batch.get("decoder_input_ids", batch["input_ids"])
     adapted(**batch, labels=labels).loss.backward()
-    assert all(p.grad is not None for n, p in adapted.named_parameters() if "lora_B" in n and "c_attn" in n)
+    trained = [p for n, p in adapted.named_parameters() if "lora_B" in n]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged, batch), changed, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits(merge(merged), batch), changed, atol=1e-4, rtol=0)

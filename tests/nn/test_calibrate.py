@@ -37,8 +37,8 @@ def test_inputs_and_an_early_end(net):
 
 
 def test_hooks_leave_when_the_pass_fails(net):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
         inputs_of({"last": net.last}, lambda: net(torch.randn(2, 5)))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
         order_of({"last": net.last}, lambda: net(torch.randn(2, 5)))
     assert not any(m._forward_pre_hooks for m in net.modules())
