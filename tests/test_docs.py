@@ -1,6 +1,8 @@
 """The code of README and docs runs, block by block; notebooks run from top to bottom; figures are the results."""
 
+import ast
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -41,14 +43,25 @@ def test_python_blocks_run_in_order(tmp_path, minilm):
     assert (tmp_path / "out-dense" / "model.safetensors").exists()
 
 
-def test_shell_commands_run(tmp_path, minilm, monkeypatch):
+def run_command(line, source, capsys):
+    """Run a line that begins with `hf-reparam`, and judge what it printed and wrote."""
+    words = [source if word == "SRC" else word for word in shlex.split(line)[1:]]
+    assert cli.main([*words, "--quiet"]) == 0, line
+    printed = capsys.readouterr().out
+    dense = words[:2] == ["inspect", source]
+    assert ("dense layers that can be converted" if dense else "low-rank layers") in printed.splitlines()[0], line
+    if words[0] != "inspect":
+        loaded = type(AutoModel.from_pretrained(words[2])).__name__
+        assert loaded == {"convert": "ReparamBertModel", "merge": "BertModel"}[words[0]], line
+
+
+def test_shell_commands_run(tmp_path, minilm, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-reparam")]
     assert len(commands) == 3
     for command in commands:
-        words = [minilm if word == "SRC" else word for word in shlex.split(command)[1:]]
-        assert cli.main([*words, "--quiet"]) == 0
+        run_command(command, minilm, capsys)
 
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
@@ -91,14 +104,15 @@ COMMANDED = sorted(
 
 
 @pytest.mark.parametrize("page", COMMANDED)
-def test_the_commands_of_pages_run(page, tmp_path, minilm, monkeypatch):
+def test_the_commands_of_pages_run(page, tmp_path, minilm, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
     lines = [line for block in blocks("bash", page) for line in block.splitlines()]
     for line in [line for line in lines if line.startswith("hf-reparam")]:
-        words = [minilm if word == "SRC" else word for word in shlex.split(line)[1:]]
-        assert cli.main([*words, "--quiet"]) == 0, line
-    for line in [line for line in lines if "-m hf_reparam" in line]:  # what follows the launcher is the command line's
+        run_command(line, minilm, capsys)
+    launched = [line for line in lines if "-m hf_reparam" in line]
+    assert len(launched) == (2 if page == "docs/big-models.md" else 0)
+    for line in launched:  # what follows the launcher is the command line's
         assert cli._parser().parse_args(shlex.split(line.partition("-m hf_reparam ")[2])).keep == 0.5
 
 
@@ -118,6 +132,39 @@ def test_tasks_end_to_end(task):
     solved = -1.3 if "text_generation" in task[0] else 0.9  # minus the perplexity, else a share
     assert scores["dense"] > solved
     assert scores["fine-tuned"] > solved
+
+
+def test_every_task_has_its_command():
+    named = [page.name for page in sorted((ROOT / "docs" / "tasks").glob("*.md")) if blocks("bash", page)]
+    others = [page.name for page in sorted((ROOT / "docs" / "tasks").glob("*.md")) if page.name not in named]
+    assert others == ["flow.md"]
+    assert len(TASKS) == 9
+    assert {task[0] for task in TASKS} == {
+        f"examples.{path.stem}" for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()
+    }
+
+
+@pytest.mark.parametrize("task", sorted({task[0] for task in TASKS}))
+def test_tasks_are_run_by_their_command(task):
+    """What the tests import as a module a user runs: it has to call `main` then."""
+    tree = ast.parse((ROOT / f"{task.replace('.', '/')}.py").read_text())
+    assert ast.unparse(tree.body[-1]).startswith("if __name__ == '__main__':")
+    assert "main(" in ast.unparse(tree.body[-1].body)
+
+
+def test_commands_of_texts_exist():
+    """Modules behind `python -m` and targets behind `make`, in pages and in the Makefile itself."""
+    makefile = (ROOT / "Makefile").read_text()
+    pages = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")]
+    texts = [page.read_text() for page in pages] + [importlib.import_module("benchmarks.demo").__doc__]
+    modules = {
+        name for text in texts for name in re.findall(r"-m ((?:benchmarks|conformance|examples|tests)[\w.]*)", text)
+    }
+    assert len(modules) > 15
+    assert [name for name in sorted(modules) if importlib.util.find_spec(name.rstrip(".")) is None] == []
+    targets = {name for text in texts for name in re.findall(r"[`\n]make ([\w-]+)[`\n]", text)}
+    assert targets >= {"audit", "benchmarks", "conformance", "demo", "test"}
+    assert [name for name in sorted(targets) if f"\n{name}:" not in makefile] == []
 
 
 def test_the_site_is_built(tmp_path):
@@ -330,8 +377,20 @@ def test_make_targets_exist():
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
+def shown(notebook):
+    """Words of each cell's output, without the numbers, and its pictures."""
+    outputs = [(i, o) for i, cell in enumerate(notebook.cells) for o in cell.get("outputs", [])]
+    texts = [
+        (i, o.get("text") or o.get("data", {}).get("text/plain", "")) for i, o in outputs if "stderr" not in o.values()
+    ]
+    return [(i, word) for i, text in texts for word in re.sub(r"\d[\d.,]*(e[+-]\d+)?", "#", text).split()]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks(path, tmp_path):
+    """They run, and what they show, a process's error message for its output among it, is what they have stored."""
     notebook = nbformat.read(path, as_version=4)
-    assert any(cell.get("outputs") for cell in notebook.cells), "outputs are stored"
+    stored = shown(notebook)
+    assert len(stored) > 5, "outputs are stored"
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert shown(notebook) == stored
