@@ -130,7 +130,7 @@ def main() -> int:
             results[name] |= killer.run(options.kills)
         print(name, json.dumps(results[name]))
     write("faults", {"killed": results}, SEED)
-    return int(any(ends["broken"] for ends in results.values()))
+    return int(any(ends["broken"] or not ends["absent"] for ends in results.values()))  # kills after the end are none
 
 
 if __name__ == "__main__":

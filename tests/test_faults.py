@@ -232,3 +232,4 @@ def test_killed_at_random_moments(tmp_path, name):
     ends = Killer(tmp_path, name).run(kills=4)
     assert ends["broken"] == 0
     assert sum(ends.values()) == 4
+    assert ends["absent"] > 0  # kills after the end are none
