@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest conformance audit format benchmarks clean
+.PHONY: demo test test-oldest conformance audit format notebooks benchmarks clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -30,6 +30,10 @@ audit: $(VENV)/bin/python
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Run the notebooks and store what they show
+notebooks: $(VENV)/test.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py notebooks/*.ipynb
 
 benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.foundation
