@@ -19,6 +19,7 @@ from hf_reparam.hf.inspection import protected_layers, with_projections
 from hf_reparam.hf.objective import is_multi_label, objective
 from hf_reparam.hf.processes import distributed, total
 from hf_reparam.hf.tables import TableGroup, table_groups
+from hf_reparam.items import check_data
 from hf_reparam.linalg import LayerMoments, Moments, TableMoments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
@@ -37,6 +38,8 @@ def collect_moments(
     metric: str = "fisher",
     tokenizer: Any = None,
     loss_fn: LossFunction | None = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
 ) -> Moments:
@@ -51,10 +54,16 @@ def collect_moments(
     Args:
         model: a dense or converted model.
         batches: dicts for `model(**batch)` (a list, a DataLoader, a generator), a `datasets.Dataset` of examples, or
-            texts with a tokenizer. In a distributed run every process gives its own share, and all get the sum.
+            texts with a tokenizer: strings, or rows with a column `text`, `sentence` or `content` or only one of
+            strings, a known pair of columns (`premise`, `hypothesis` ...), or a chat (`messages`). Columns that
+            `forward` does not name are left out, and `label` is taken for `labels`. In a distributed run every process
+            gives its own share, and all get the sum.
         metric: "activation" for inputs alone, "fisher" for gradients, too.
-        tokenizer: for texts; needs a padding token.
+        tokenizer: for texts; or a processor that has one.
         loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above.
+        max_length: tokens of a text in one row; the rest goes into further rows (pairs and texts with labels are cut).
+            Default: the smallest of 512, the tokenizer's and the model's limit.
+        max_samples: how many texts, rows or rows of batches are used, the first ones.
         folder: where moments go, in place of memory; `Moments.load` opens it again.
         max_memory: bytes, or a text such as "8GB", that moments may take in memory: layers are watched in groups, in
             one pass over the data each, and every group goes to `folder`. The data must allow several passes.
@@ -63,8 +72,9 @@ def collect_moments(
         Moments, which can be saved, merged and used for any number of conversions.
 
     Raises:
-        TargetError: no such metric, no layer to watch, no batch, a batch that is no dict, texts without a tokenizer,
-            `max_memory` without `folder` or too small for one layer, or data for one pass only.
+        TargetError: no such metric, no layer to watch, no batch, data that cannot be read (the message says what to
+            write instead), texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory`
+            without `folder` or too small for one layer, or data for one pass only.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
     (in^2 + out^2) multiply-adds and in^2 + out^2 float64 numbers for each layer.
@@ -78,6 +88,7 @@ def collect_moments(
     """
     if metric not in METRICS[1:]:
         raise TargetError(f"metric must be one of {list(METRICS[1:])} to collect moments, got {metric!r}")
+    check_data(batches)
     targets = find_targets(model, protected=protected_layers(model))
     if not targets.selected:
         raise TargetError(f"{type(model).__name__} has no layer that can be factored")
@@ -89,12 +100,13 @@ def collect_moments(
         raise TargetError(
             f"max_memory={max_memory!r} takes {len(groups)} passes over the data: give a list, no iterator"
         )
+    reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
     layers: dict[str, LayerMoments] = {}
     unseen: list[str] = []
     tables = _tables(model) if metric == "fisher" else {}
     for number, group in enumerate(groups):
         seen = tables if number == 0 else {}
-        moments = _watch_group(model, group, seen, batches, metric, tokenizer, loss_fn, alone=len(groups) == 1)
+        moments = _watch_group(model, group, seen, batches, metric, reading, loss_fn, alone=len(groups) == 1)
         unseen += [name for name, layer in moments.items() if layer.tokens == 0]
         if folder is None:
             layers.update(moments)
@@ -140,7 +152,7 @@ def _watch_group(
     tables: Mapping[str, tuple[TableGroup, TableMoments]],
     batches: Batches,
     metric: str,
-    tokenizer: Any,
+    reading: Mapping[str, Any],
     loss_fn: LossFunction | None,
     *,
     alone: bool,
@@ -151,7 +163,7 @@ def _watch_group(
     seen = 0
     members = [(module, table) for group, table in tables.values() for module in set(group.members.values())]
     with frozen(model), watch({n: t.module for n, t in group.items()}, moments, members) as watcher:
-        for batch, watcher.masks in prepare(model, batches, tokenizer):
+        for batch, watcher.masks in prepare(model, batches, **reading):
             seen += 1
             with torch.set_grad_enabled(fisher):
                 loss = _loss(model, batch, watcher.masks, loss_fn if fisher else None, fisher)

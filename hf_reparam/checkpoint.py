@@ -44,6 +44,8 @@ def convert_checkpoint(
     plan: RankPlan | None = None,
     moments: Moments | str | os.PathLike[str] | None = None,
     texts: str | os.PathLike[str] | None = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
     form: str | None = None,
     joint: bool | None = None,
     embeddings: bool = False,
@@ -71,6 +73,7 @@ def convert_checkpoint(
         rank, keep, plan: one of them, as in `convert`.
         moments: Moments, or a file or folder of them.
         texts: a text file to calibrate with instead, one text a line, read with the source's tokenizer.
+        max_length, max_samples: tokens of a text in one row, and how many texts are used, as for `collect_moments`.
         form, joint, embeddings, refit, solver, include, exclude: as in `convert`; `refit` needs `texts` and
             `stream=False`.
         stream: False to hold the model in memory, which is faster where it fits.
@@ -92,17 +95,20 @@ def convert_checkpoint(
     layer in float64, in the metric of moments its moments, too, or two shards; at least twice the largest tensor.
     """
     folder, target = _open(source, Path(out), force)
-    _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream)
-    lines, tokenizer = (None, None) if texts is None else (_read_lines(texts), load_tokenizer(folder))
+    reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
+    _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream, reading=reading)
+    lines = None if texts is None else _read_lines(texts)
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
     choices: dict[str, Any] = {"form": form, "joint": joint, "embeddings": embeddings}
     options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, include, exclude, max_memory]
+    options += [max_length, max_samples]
+    reading["tokenizer"] = None if texts is None else load_tokenizer(folder)
     fingerprint = _fingerprint(folder, moments, lines, options) if stream else None
     with new_folder(target, resume=fingerprint) as work:
         model = load(folder, offload_folder=work / "source" if stream else None)
         if not os.path.isdir(source):
             model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
-        known = _moments(model, moments, lines, tokenizer, max_memory, work, shared=stream)
+        known = _moments(model, moments, lines, reading, max_memory, work, shared=stream)
         if keep is not None:
             choices["form"] = form or "pivoted"
             plan, form = _plan(model, known, keep, patterns | choices, work), None
@@ -119,7 +125,7 @@ def convert_checkpoint(
             return_report=True,
         )
         if refit and lines is not None:
-            fitted = refit_factors(small, model, lines, moments=known, tokenizer=tokenizer)
+            fitted = refit_factors(small, model, lines, moments=known, **reading)
             report = replace(report, refit=fitted)
         saving = {**_sharding(stream, max_shard_size), "remote_code": remote_code}
         if _save(small, folder, work, saving):
@@ -127,7 +133,11 @@ def convert_checkpoint(
     return report
 
 
-def _check_options(sizes: tuple[object, ...], *, refit: bool, texts: object, stream: bool) -> None:
+def _check_options(
+    sizes: tuple[object, ...], *, refit: bool, texts: object, stream: bool, reading: dict[str, Any]
+) -> None:
+    if texts is None and any(value is not None for value in reading.values()):
+        raise TargetError("max_length and max_samples say how texts are read: give texts= (--calibration FILE)")
     if refit and texts is None:
         raise TargetError("refit needs the calibration texts themselves: give texts= (--calibration FILE)")
     if refit and stream:
@@ -191,7 +201,7 @@ def _moments(
     model: Any,
     given: Any,
     lines: list[str] | None,
-    tokenizer: Any,
+    reading: dict[str, Any],
     max_memory: int | str | None,
     work: Path,
     *,
@@ -203,7 +213,7 @@ def _moments(
     if lines is None:
         return None
     place, unfinished = work / "moments", work / "moments~"
-    mine = own_share(list(batched(model, lines, tokenizer)))  # whole batches, for the same rounding as in one process
+    mine = own_share(list(batched(model, lines, **reading)))  # whole batches, for the same rounding as in one process
     if not shared:
         return collect_moments(model, mine, folder=None if max_memory is None else place, max_memory=max_memory)
     if not place.exists():

@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--calibration", metavar="FILE", help="texts, one a line, or moments (.safetensors, or a folder of them)"
     )
+    convert.add_argument(
+        "--max-length", metavar="TOKENS", type=int, help="of a text in one row, the rest goes into further rows (512)"
+    )
+    convert.add_argument("--max-samples", metavar="N", type=int, help="use the first N texts")
     convert.add_argument("--form", choices=FORMS, help="pair (default with --rank) or pivoted (default with --keep)")
     convert.add_argument(
         "--no-joint",
@@ -145,6 +149,8 @@ def _convert(args: argparse.Namespace) -> ConversionReport:
         keep=args.keep,
         moments=data if stored else None,
         texts=None if stored else data,
+        max_length=args.max_length,
+        max_samples=args.max_samples,
         form=args.form,
         joint=args.joint,
         embeddings=args.embeddings,

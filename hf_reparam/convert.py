@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from hf_reparam.batches import kept
 from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import RankError, TargetError
@@ -23,6 +24,7 @@ from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
 from hf_reparam.hf.retype import to_reparam
 from hf_reparam.hf.summary import heads_reports, layer_report, skipped_reports
+from hf_reparam.items import check_data
 from hf_reparam.linalg import Moments
 from hf_reparam.narrowing import narrowed
 from hf_reparam.nn.attention import join_dense
@@ -64,6 +66,8 @@ def convert(
     refit: bool = ...,
     solver: str = ...,
     tokenizer: Any = ...,
+    max_length: int | None = ...,
+    max_samples: int | None = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
     inplace: bool = ...,
@@ -92,6 +96,8 @@ def convert(
     refit: bool = ...,
     solver: str = ...,
     tokenizer: Any = ...,
+    max_length: int | None = ...,
+    max_samples: int | None = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
     inplace: bool = ...,
@@ -120,6 +126,8 @@ def convert(
     refit: bool = False,
     solver: str = "exact",
     tokenizer: Any = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     inplace: bool = False,
@@ -159,7 +167,8 @@ def convert(
         refit: fit the factors once more to the inputs that the low-rank layers before them give, as `refit` does; takes
             the calibration data itself, which is then held in memory.
         solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.decompose`.
-        tokenizer: for calibration texts.
+        tokenizer, max_length, max_samples: for calibration texts, and how much of the data is used, as for
+            `collect_moments`.
         include: patterns of layers to convert, globs or `re:` expressions over the whole name; None for all.
         exclude: patterns of layers to leave alone; wins over include.
         inplace: change `model` itself; new layers wait in a temporary folder until the old ones are freed. Otherwise
@@ -196,7 +205,9 @@ def convert(
     ), 4160, 2112)
     """
     _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of, embeddings=embeddings)
-    data = _kept_for_refit(calibration, offload_folder) if refit else None
+    reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
+    _check_calibration(calibration, max_length, max_samples)
+    data = _kept_for_refit(model, calibration, max_samples, offload_folder) if refit else None
     check_unquantized(model)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
     chosen: Chosen | None = None  # ranks that are given are judged before any long work
@@ -205,7 +216,7 @@ def convert(
     elif plan is not None and not plan.head_widths:
         fit_plan(model, targets.selected, plan)
     with ExitStack() as scratch:
-        moments = _moments(model, data or calibration, metric, tokenizer, max_memory, scratch)
+        moments = _moments(model, calibration if data is None else data, metric, reading, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
         if chosen is None and plan is None:
             plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of)
@@ -224,7 +235,7 @@ def convert(
                 targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
             chosen = fit_plan(model, targets.selected, plan)
         layers, rows, skipped = _factor(model, targets, chosen or ({}, ()), plan, source, folder)
-        refitted = None if data is None else _refit(model, layers, data, source.moments, tokenizer)
+        refitted = None if data is None else _refit(model, layers, data, source.moments, reading)
         record = _record(model, replace(source, moments=whole), rows, refitted, narrowing)
         result = _install(model, layers, source.metric, record, inplace=inplace)
         if offload_folder is not None:
@@ -268,16 +279,15 @@ def _moments(
     model: nn.Module,
     calibration: Calibration | None,
     metric: str | None,
-    tokenizer: Any,
+    reading: dict[str, Any],
     max_memory: int | str | None,
     scratch: ExitStack,
 ) -> Moments | Decompositions | None:
     if calibration is None or isinstance(calibration, (Moments, Decompositions)):
         return calibration
     folder = None if max_memory is None else scratch.enter_context(TemporaryDirectory(prefix="hf_reparam-"))
-    return collect_moments(
-        model, calibration, metric=metric or "fisher", tokenizer=tokenizer, folder=folder, max_memory=max_memory
-    )
+    metric = metric or "fisher"
+    return collect_moments(model, calibration, metric=metric, folder=folder, max_memory=max_memory, **reading)
 
 
 def _folder(given: str | os.PathLike[str] | None, scratch: ExitStack, *, temporary: bool) -> Path | None:
@@ -345,22 +355,36 @@ def _factor(
     return layers | tables, rows, skipped_reports(s for s in (*left, *targets.skipped) if s.name not in done)
 
 
-def _kept_for_refit(calibration: Calibration | None, offload_folder: object) -> list[Any]:
+def _check_calibration(calibration: Calibration | None, max_length: int | None, max_samples: int | None) -> None:
+    if calibration is None or isinstance(calibration, (Moments, Decompositions)):
+        if max_length is not None or max_samples is not None:
+            raise TargetError("max_length= and max_samples= say how calibration data is read: give calibration=data")
+    else:
+        check_data(calibration)
+
+
+def _kept_for_refit(
+    model: nn.Module, calibration: Calibration | None, max_samples: int | None, offload_folder: object
+) -> list[Any]:
     if calibration is None or isinstance(calibration, (Moments, Decompositions)):
         raise TargetError(
             "refit=True needs the calibration data itself: give calibration=batches, or call refit() with it afterwards"
         )
     if offload_folder is not None:
         raise TargetError("refit=True fits layers in memory: leave offload_folder out")
-    return list(calibration)
+    return kept(model, calibration, max_samples)
 
 
 def _refit(
-    model: nn.Module, layers: Mapping[nn.Module, nn.Module], data: list[Any], moments: Moments | None, tokenizer: Any
+    model: nn.Module,
+    layers: Mapping[nn.Module, nn.Module],
+    data: list[Any],
+    moments: Moments | None,
+    reading: dict[str, Any],
 ) -> RefitReport:
     """Refit new layers in a copy of the model, which holds these very layers."""
     trial = replace_modules(model, layers, inplace=False)
-    return refit(trial, model, data, moments=moments, tokenizer=tokenizer)
+    return refit(trial, model, data, moments=moments, **reading)
 
 
 def _record(

@@ -1,6 +1,6 @@
 """`refit`: fit the factors once more, layer by layer, to what the low-rank layers before them really give."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_reparam.errors import TargetError
 from hf_reparam.hf.configuration import note_refit, plan_of
 from hf_reparam.hf.inspection import split_projections
 from hf_reparam.hf.objective import divergence
+from hf_reparam.items import length_of
 from hf_reparam.linalg import Moments, PairedMoments, decompose
 from hf_reparam.narrowing import attentions_by_name, narrowed
 from hf_reparam.nn.calibrate import inputs_of, order_of, rows
@@ -29,11 +30,19 @@ __all__ = ["refit"]
 
 _HOLD_OUT = 5  # every fifth batch judges, the others fit
 
-Prepared = list[tuple[dict[str, Any], tuple[Tensor, ...]]]
+Batch = tuple[dict[str, Any], tuple[Tensor, ...]]
+Prepared = list[Batch]
 
 
 def refit(
-    model: nn.Module, dense: nn.Module, batches: Batches, *, moments: Moments | None = None, tokenizer: Any = None
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Batches,
+    *,
+    moments: Moments | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
 ) -> RefitReport:
     """Fit the factors of a converted model again, against the dense model's outputs; changes `model` in place.
 
@@ -47,7 +56,7 @@ def refit(
         dense: the dense model that it was made from.
         batches: calibration data, as for `collect_moments`; held in memory.
         moments: of `dense`; with gradients they weigh the errors of outputs.
-        tokenizer: for texts.
+        tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `collect_moments`.
 
     Returns:
         A RefitReport: layers that were fitted anew, and the divergence on held-out batches before and after.
@@ -68,7 +77,10 @@ def refit(
     True
     """
     with split_projections(dense), _narrowed_like(model, dense, moments) as known:
-        return _refit(model, dense, batches, known, tokenizer)
+        data = prepare(
+            model, batches, tokenizer, max_length=max_length, max_samples=max_samples, desc="Reading batches"
+        )
+        return _refit(model, dense, data, known)
 
 
 @contextmanager
@@ -87,12 +99,10 @@ def _narrowed_like(model: nn.Module, dense: nn.Module, moments: Moments | None) 
         yield source.moments
 
 
-def _refit(
-    model: nn.Module, dense: nn.Module, batches: Batches, moments: Moments | None, tokenizer: Any
-) -> RefitReport:
+def _refit(model: nn.Module, dense: nn.Module, prepared: Iterable[Batch], moments: Moments | None) -> RefitReport:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     originals = _originals(layers, dense)
-    data: Prepared = list(prepare(model, batches, tokenizer, desc="Reading batches"))
+    data = list(prepared)
     judging, fitting = data[::_HOLD_OUT], [item for i, item in enumerate(data) if i % _HOLD_OUT]
     if not fitting:
         raise TargetError(f"refitting holds batches out, and {len(data)} were given: give at least two")
@@ -113,7 +123,7 @@ def _refit(
                     layer.load_state_dict(saved[name])
     if isinstance(model, PreTrainedModel):
         note_refit(model.config, len(kept))
-    examples = sum(len(next(iter(batch.values()))) for batch, _ in judging)
+    examples = sum(length_of(batch) for batch, _ in judging)
     return RefitReport(tuple(kept), len(layers), before / examples, best / examples)
 
 

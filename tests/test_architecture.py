@@ -22,6 +22,8 @@ LAYERS = [
     "linalg",
     "nn",
     "hf",
+    "items",
+    "texts",
     "batches",
     "calibration",
     "decomposition",

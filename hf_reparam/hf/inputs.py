@@ -1,0 +1,106 @@
+"""What a model's `forward` takes: names, positions, padding."""
+
+import inspect
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import TransformersKwargs
+
+__all__ = ["Names", "batches_of_one", "forward_names", "host", "padding_id", "positions", "predicts_tokens"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of inputs.
+
+    Args:
+        known: what `forward` names itself, or a Transformers model inside of a wrapper that passes everything on.
+        others: whether `forward` also takes any other (`**kwargs`).
+    """
+
+    known: frozenset[str]
+    others: bool
+
+
+def forward_names(model: nn.Module) -> Names:
+    """The inputs of a model; of a Transformers model only those that it names, although nearly all take `**kwargs`."""
+    known, rest = _parameters(model)
+    inside = host(model)
+    if rest is None or inside is None:
+        return Names(known, rest is not None)
+    if inside is not model:
+        return Names(known | _parameters(inside)[0], True)
+    return Names(known | TransformersKwargs.__annotations__.keys(), rest.annotation is inspect.Parameter.empty)
+
+
+def _parameters(model: nn.Module) -> tuple[frozenset[str], inspect.Parameter | None]:
+    """Names of parameters of `forward`, and its `**kwargs` if it has them."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)), (*rest, None)[0]
+
+
+def host(model: nn.Module) -> PreTrainedModel | None:
+    """The Transformers model that gets the inputs: the model itself, or the first one inside of it."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def positions(model: nn.Module) -> float:
+    """How many tokens of text fit into one row: the size of its table of positions; infinite if nothing says it."""
+    inside = host(model)
+    if inside is None:
+        return math.inf
+    config: Any = getattr(inside.config, "encoder", None)
+    if not isinstance(config, PreTrainedConfig):
+        config = inside.config
+        with suppress(ValueError):  # several configurations of texts
+            config = config.get_text_config()
+    sizes = [getattr(config, name, None) for name in ("max_position_embeddings", "max_encoder_position_embeddings")]
+    size = min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
+    return math.inf if size is None else size - _first_position(inside, size)
+
+
+def _first_position(model: PreTrainedModel, size: int) -> int:
+    """Where a table of positions starts: RoBERTa and its kin count on from the padding token's id."""
+    words = None
+    with suppress(NotImplementedError, AttributeError):
+        words = model.get_input_embeddings()
+    for module in model.modules():
+        if module is not words and getattr(module, "num_embeddings", None) == size:
+            padding = getattr(module, "padding_idx", None)
+            if padding is not None and padding + 1 < size:
+                return int(padding) + 1
+    return 0
+
+
+def padding_id(model: nn.Module, tokenizer: Any) -> int:
+    """The id that fills rows up: the model's, the tokenizer's, or any, because padding is masked."""
+    for known in (_config_padding(model), tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(known, int) and known >= 0:
+            return known
+    return 0
+
+
+def _config_padding(model: nn.Module) -> Any:
+    inside = host(model)
+    return None if inside is None else getattr(inside.config, "pad_token_id", None)
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model's labels are tokens: it has output embeddings."""
+    with suppress(NotImplementedError, AttributeError):
+        inside = host(model)
+        return inside is not None and inside.get_output_embeddings() is not None
+    return False
+
+
+def batches_of_one(model: nn.Module) -> bool:
+    """Whether a model may refuse batches of several rows: heads that look for the last token need a padding id."""
+    inside = host(model)
+    if inside is None or _config_padding(model) is not None or predicts_tokens(model):
+        return False
+    return "input_ids" in _parameters(inside)[0] and "labels" in _parameters(inside)[0]
