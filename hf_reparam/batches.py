@@ -131,14 +131,14 @@ class _Reader:
         """What one example gives, with the names of inputs that may be padded: several rows for a long text."""
         others = self._row(item)
         if words is None:
-            _check_inputs(self.model, self.names, item, others)
+            self._check(item, others)
             yield others, frozenset()
             return
         _check_decoder(self.model, self.names, others)
         for tokens in tokenized(words, self.tokenizer, self.length, single="labels" in others):
             tokens.setdefault("attention_mask", [1] * len(tokens["input_ids"]))
             row = self._row(tokens)
-            _check_inputs(self.model, self.names, item, row)
+            self._check(item, row if "input_ids" in row else {})
             yield row | others, frozenset(row) if "attention_mask" in row else frozenset()
 
     def _row(self, item: Mapping[str, Any]) -> Row:
@@ -151,7 +151,7 @@ class _Reader:
     def _batch(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What the model takes of a batch; what is neither an array nor a list of numbers stays as it is."""
         taken = self._taken(item, self.names.others, ranks=2)
-        _check_inputs(self.model, self.names, item, taken)
+        self._check(item, taken)
         return {k: self._tensor(k, v) if depth(v) and _is_number(leaf(v)) else v for k, v in taken.items()}
 
     def _taken(self, item: Mapping[str, Any], every: bool, *, ranks: int) -> dict[str, Any]:
@@ -170,6 +170,14 @@ class _Reader:
                     )
                 found.setdefault(name, value)
         return found
+
+    def _check(self, item: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
+        known = self.names.known
+        if not any(name not in LABELS for name in taken):
+            raise TargetError(
+                f"{type(self.model).__name__} takes none of {list(item)} for its input; "
+                f"it takes {sorted(known.intersection(INPUTS) or known)}"
+            )
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         """Numbers as a tensor: integers as int64, others in the model's dtype; a tensor as it is."""
@@ -201,13 +209,6 @@ def _is_empty(batch: Mapping[str, Any]) -> bool:
     """Whether there are no rows, or no columns of a main input."""
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.dim()}
     return any(not len(value) or (key in INPUTS and not value.numel()) for key, value in tensors.items())
-
-
-def _check_inputs(model: nn.Module, names: Names, item: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
-    if not any(name not in LABELS for name in taken):
-        raise TargetError(
-            f"{type(model).__name__} takes none of {list(item)} for its input; it takes {sorted(names.known)}"
-        )
 
 
 def _check_decoder(model: nn.Module, names: Names, others: Mapping[str, Any]) -> None:

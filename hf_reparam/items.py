@@ -192,10 +192,10 @@ def _words_of(item: Mapping[str, Any], names: Names) -> Words | None:
     named = [key for key in _TEXTS if key in item and (item[key] is None or isinstance(item[key], str))]
     texts = [key for key, value in item.items() if isinstance(value, str) and not _names_a_row(key)]
     chosen = named or texts
+    if not named and names.others and any(depth(v) and not isinstance(leaf(v), (str, Mapping)) for v in item.values()):
+        return None  # forward takes any name
     if len(chosen) == 1:
         return item[chosen[0]] or ""
-    if not texts and names.others and any(depth(v) and not isinstance(leaf(v), (str, Mapping)) for v in item.values()):
-        return None
     if "translation" in item:
         raise TargetError(
             "a row of calibration data holds a 'translation', which has to be tokenized on both sides: give rows "
