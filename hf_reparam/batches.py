@@ -25,6 +25,7 @@ Batches = Iterable[Mapping[str, Any]] | Iterable[str]
 
 Row = dict[str, Tensor]
 
+_MASKS = ("attention_mask", "decoder_attention_mask")
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
 _SIZE = 32  # texts or rows in a batch
 _SORTED = 32 * _SIZE  # texts that are sorted by length before they are put into batches: less padding, less time
@@ -56,9 +57,9 @@ def prepare(
     device = execution_device(model)
     total, read = count(batches, max_samples), 0
     with tqdm(total=total, desc=desc, unit="example") as bar:
-        for batch, done in _Reader(model, tokenizer, max_length).read(batches, max_samples):
+        for batch, unused, done in _Reader(model, tokenizer, max_length).read(batches, max_samples):
             for part in _told_apart(model, send_to_device(batch, device)):
-                yield part, batch_masks(part)
+                yield part, batch_masks({**send_to_device(unused, device), **part})
             bar.update(done)
             read += done
         bar.update(max(0, (total or 0) - read))  # empty texts
@@ -73,7 +74,7 @@ def batched(
     max_samples: int | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Batches as `prepare` makes them of any data, not yet moved to a device."""
-    return (batch for batch, _ in _Reader(model, tokenizer, max_length).read(data, max_samples))
+    return (batch for batch, _, _ in _Reader(model, tokenizer, max_length).read(data, max_samples))
 
 
 def kept(model: nn.Module, data: Batches, max_samples: int | None = None) -> list[Any]:
@@ -100,14 +101,14 @@ class _Reader:
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.tokens_are_labels = predicts_tokens(model)
 
-    def read(self, data: Batches, max_samples: int | None) -> Iterator[tuple[dict[str, Any], int]]:
-        """Batches, and for how many examples each of them stands."""
+    def read(self, data: Batches, max_samples: int | None) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
+        """Batches, padding masks that came with them but are nothing to the model, and how many examples they are."""
         waiting: dict[Any, list[tuple[Row, int]]] = {}
         for item, words in examples(data, self.names, max_samples):
             if words is None and not is_row(item):
                 batch = self._batch(item)
                 if not _is_empty(batch):
-                    yield batch, length_of(batch)
+                    yield batch, {k: item[k] for k in _MASKS if k in item and k not in batch}, length_of(batch)
                 continue
             for number, (row, padded) in enumerate(self._rows(item, words)):
                 alike = tuple((key, None if key in padded else value.shape) for key, value in row.items())
@@ -119,13 +120,13 @@ class _Reader:
         for rows in waiting.values():
             yield from self._collated(rows)
 
-    def _collated(self, rows: list[tuple[Row, int]]) -> Iterator[tuple[Row, int]]:
+    def _collated(self, rows: list[tuple[Row, int]]) -> Iterator[tuple[Row, dict[str, Any], int]]:
         """Batches of rows of about one length, padded to the longest of them."""
         rows = sorted((r for r in rows if not _is_empty(r[0])), key=lambda r: len(r[0].get("input_ids", ())))
         for i in range(0, len(rows), self.size):
             part = [row for row, _ in rows[i : i + self.size]]
             batch = {key: _stacked([r[key] for r in part], self.padding * (key == "input_ids")) for key in part[0]}
-            yield batch, sum(first for _, first in rows[i : i + self.size])
+            yield batch, {}, sum(first for _, first in rows[i : i + self.size])
 
     def _rows(self, item: Mapping[str, Any], words: Words | None) -> Iterator[tuple[Row, frozenset[str]]]:
         """What one example gives, with the names of inputs that may be padded: several rows for a long text."""
