@@ -25,7 +25,7 @@ FORMS = ("pair", "pivoted")
 
 _MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds the work a hostile file can ask for
 _MAX_NAME = 512
-_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_NAME = re.compile(r"\.?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _MAX_WIDTH = 1_000_000
 _PLAN_KEYS = frozenset(
     {"format_version", "base_model_type", "method", "modules", "head_widths", "embeddings", "record"}
@@ -92,7 +92,8 @@ class RankPlan:
 
     Args:
         modules: layer name -> LayerSpec. Names are relative to the base model ("encoder.layer.0.attention.self.query"),
-            names of head modules are relative to the head model, so that one plan serves every head.
+            names of head modules are relative to the head model, so that one plan serves every head; with a dot before
+            them (".feature_extractor") where the base model has a module whose name begins alike.
         base_model_type: Transformers' `model_type` of the dense model ("bert"), None for a plain `nn.Module`.
         method: how the factors were made, "svd" for the truncated singular value decomposition of the weight.
         record: what is remembered of a conversion that was carried out; no part of the decision, and not compared.

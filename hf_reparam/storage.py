@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_reparam.errors import CheckpointError, PlanError, TargetError
 from hf_reparam.hf.folder import new_folder
 from hf_reparam.hf.inspection import with_projections
+from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.heads import ROLES, Attention, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
@@ -39,7 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         force: replace the folder if it exists.
 
     Raises:
-        TargetError: the model is a `PreTrainedModel`, which has `save_pretrained`, or nothing in it was converted.
+        TargetError: the model is a `PreTrainedModel`, which has `save_pretrained`, nothing in it was converted, or it
+            has embeddings of low rank.
         CheckpointError: the folder exists, or cannot be written.
 
     >>> import tempfile
@@ -60,6 +62,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
     modules = {name: module.spec for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     widths = {attention.name: attention.width for attention in find_attentions(model) if attention.narrowed}
+    tables = [name for name, module in model.named_modules() if isinstance(module, Tables)]
+    if tables:
+        raise TargetError(
+            f"{tables[0]} is an embedding of low rank, which this format does not hold: save the PreTrainedModel that "
+            "has it with its save_pretrained, or convert with embeddings=False"
+        )
     if not modules and not widths:
         raise TargetError(f"{type(model).__name__} has no low-rank layer and no narrower heads: save it as any module")
     out = Path(path)

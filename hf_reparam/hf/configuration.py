@@ -11,10 +11,12 @@ from hf_reparam.hf.untrusted import check_entries
 from hf_reparam.plan import RankPlan
 
 __all__ = [
+    "HEAD",
     "MODEL_TYPE",
     "PREFIX",
     "PUBLIC_MODULE",
     "ReparamConfigMixin",
+    "base_prefix",
     "config_class",
     "note_refit",
     "plan_name",
@@ -29,12 +31,21 @@ PREFIX = "Reparam"
 PUBLIC_MODULE = "hf_reparam"
 """Module under whose name generated classes are published, imported and unpickled."""
 
+HEAD = "."
+"""Before the name of a head's layer in a plan where the base model has a module that begins with the same name."""
+
 
 class ReparamConfigMixin:
     """What a derived configuration adds to its base: the entry `reparam`, a rank plan as JSON."""
 
     base_class: type[PreTrainedConfig]
+    base_config_key: str
     reparam: dict[str, Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return (_instance_of, (self.base_class,), *state)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields of the base, the plan, and `model_type` "reparam"."""
@@ -48,11 +59,22 @@ class ReparamConfigMixin:
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # base's contract
-        """Read `config.json`, naming the type as the base does, so that no mismatch is reported."""
+        """Read `config.json`, naming the type as the base does, so that no mismatch is reported.
+
+        A class of a part finds the plan of the whole in the part's entry.
+        """
         data, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
-        return (
-            {**data, "model_type": cls.base_class.model_type} if data.get("model_type") == MODEL_TYPE else data
-        ), rest
+        if data.get("model_type") != MODEL_TYPE:
+            return data, rest
+        plan, mine = data.get("reparam"), cls.base_class.model_type
+        whole = plan.get("base_model_type") if isinstance(plan, dict) else mine
+        if whole == mine or not isinstance(whole, str):
+            return {**data, "model_type": mine}, rest
+        for key, part in data.items():
+            found = isinstance(part, dict) and (key == cls.base_config_key or part.get("model_type") == mine)
+            if found and "reparam" not in part:
+                data = {**data, key: {**part, "reparam": {**plan, "base_model_type": mine}}}
+        return {**data, "model_type": whole}, rest
 
 
 @functools.cache
@@ -77,8 +99,15 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         self.reparam = plan.to_dict()
 
     body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", "__init__": __init__}
+    body["_auto_class"] = None  # its code is this package's: no file of it goes beside the weights
     make: Any = type(base)
     return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**body, "base_class": base})
+
+
+def _instance_of(base: type[PreTrainedConfig]) -> Any:
+    """An empty object of the derived class, for unpickling and copying."""
+    derived: Any = config_class(base)  # type: ignore[arg-type]  # a class is hashable
+    return derived.__new__(derived)
 
 
 def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
@@ -100,7 +129,17 @@ def plan_of(config: PreTrainedConfig) -> RankPlan:
     return RankPlan(base_model_type=config.model_type)
 
 
+def base_prefix(model: Any) -> str:
+    """What paths of the base model's modules begin with: "bert.", or nothing where the model is its own base."""
+    return f"{model.base_model_prefix}." if model.base_model is not model else ""
+
+
 def plan_name(model: Any, name: str) -> str:
-    """The name a plan uses for a module path: relative to the base model, or to the head model for head modules."""
-    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    return name.removeprefix(prefix)
+    """The name a plan uses for a module path: relative to the base model, or to the head model for head modules.
+
+    These get `HEAD` before them where the base model would claim the name for itself.
+    """
+    prefix = base_prefix(model)
+    if not prefix or name.startswith(prefix):
+        return name.removeprefix(prefix)
+    return f"{HEAD}{name}" if hasattr(model.base_model, name.partition(".")[0]) else name

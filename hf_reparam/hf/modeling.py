@@ -8,7 +8,6 @@ arrive by Transformers' own loading.
 import contextlib
 import functools
 import re
-from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,21 +16,33 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization, modeling_utils
 
-from hf_reparam.errors import CheckpointError, PlanError, TargetError
-from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
+from hf_reparam.errors import PlanError, TargetError
+from hf_reparam.hf.configuration import HEAD, PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
+from hf_reparam.hf.drawing import deviations, draw, draw_dense, draw_tables
 from hf_reparam.hf.hub import Upload, written
+from hf_reparam.hf.naming import (
+    check_absent,
+    find_paths,
+    inherit_conversions,
+    loading,
+    local_names,
+    note_plan,
+    shapes_may_differ,
+    while_loading,
+)
 from hf_reparam.hf.parallel import factor_rules
 from hf_reparam.hf.remote import named_in_config, write_module
+from hf_reparam.hf.stored import check_factors, check_orders, renew_layers, stored_shapes
 from hf_reparam.hf.tables import name_ties, table_groups, tables_of_plan
 from hf_reparam.hf.untrusted import check_folder
-from hf_reparam.nn.dense import dense_matrix, dense_type, shape_of
+from hf_reparam.nn.dense import dense_matrix, dense_type
 from hf_reparam.nn.embedding import LowRankEmbedding, Tables, low_rank_tables
 from hf_reparam.nn.heads import find_attentions
-from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
+from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
 
-__all__ = ["ReparamMixin", "model_class", "resolve_plan", "stock_model_class"]
+__all__ = ["ReparamMixin", "mark_parts", "model_class", "resolve_plan", "stock_model_class", "unmark_parts"]
 
 _HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
@@ -50,7 +61,8 @@ class ReparamMixin:
         _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
         ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
         kind = set if isinstance(ignored, set) else list
-        self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *_marker_patterns(plan_of(self.config))])
+        self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *_marker_patterns(self)])
+        mark_parts(self)  # type: ignore[arg-type]  # a model
 
     def post_init(self) -> None:
         """Swap the layers, then let the base initialise, tie and shard what is there."""
@@ -62,14 +74,15 @@ class ReparamMixin:
         drawn = [
             module
             for module in self.modules()  # type: ignore[attr-defined]
-            if isinstance(module, (LowRankLinear, Tables)) and not getattr(module, "_is_hf_initialized", False)
+            if isinstance(module, (LowRankLinear, Tables)) and not _has_numbers(module)
         ]
+        sizes = deviations(self, drawn)  # type: ignore[arg-type]  # a model
         super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
             if isinstance(module, Tables):
-                _draw_tables(module, self.config)
+                draw_tables(module, self.config, sizes.get(module))
             else:
-                _draw(module, self.config)
+                draw(module, self.config, sizes.get(module))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the base's. Raises TargetError for embeddings of low rank, which it cannot resize."""
@@ -115,11 +128,10 @@ class ReparamMixin:
             hub |= {"repo_id": hub.get("repo_id", folder.name), "token": kwargs.get("token")}
             upload, before = Upload.prepare(self, **hub), written(folder)
         state = dict(state_dict or self.state_dict())  # type: ignore[attr-defined]
-        names = [n for n, m in self.named_modules() if isinstance(m, LowRankLinear)]  # type: ignore[attr-defined]
-        names += [group.path for group in table_groups(self) if isinstance(group.module, Tables)]  # type: ignore[arg-type]
-        for name in {layer_kind(name): name for name in reversed(names)}.values():
-            state.setdefault(f"{name}.weight", torch.empty(0, dtype=torch.uint8))
+        for name, marker in markers(self).items():
+            state.setdefault(name, marker)
         kwargs["save_original_format"] = False
+        note_plan(self)  # type: ignore[arg-type]  # a model
         with named_in_config(self, remote_code=remote_code):
             super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
         if remote_code and is_main_process:
@@ -144,17 +156,39 @@ class ReparamMixin:
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
             return upload.send(Path(folder), {})
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return (_instance_of, (self.base_class,), *state)
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
         """As the base's, from safetensors alone. Raises CheckpointError when a factor is missing, or left over."""
         source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path") or "")
         check_folder(Path(source) / (kwargs.get("subfolder") or ""))
         kwargs["use_safetensors"] = True  # nothing is ever unpickled
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        if kwargs.get("state_dict") is None:
-            _check_factors(model, info["missing_keys"], info["unexpected_keys"], source)
-        _check_orders(model, source)
+        sizes = {"ignore_mismatched_sizes": bool(kwargs.get("ignore_mismatched_sizes"))}
+        with while_loading(**sizes):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+            if kwargs.get("state_dict") is None:
+                check_factors(model, info["missing_keys"], info["unexpected_keys"], source, **sizes)
+            note_plan(model)
+        check_orders(model, source)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the base class: Transformers draws new heads and renames tensors otherwise for code that it has not."""
+        return cls.base_class.is_custom_code()
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+        """As the base's, after a look at what the file has: layers of another head than this model's become dense."""
+        stored = stored_shapes(state_dict, files)
+        check_absent(model, stored)
+        renew_layers(model, stored, ignore_mismatched_sizes=load_config.ignore_mismatched_sizes)
+        base: Any = super(ReparamMixin, type(model))
+        return base._load_pretrained_model(model, state_dict, files, load_config, *args)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -190,11 +224,19 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__doc__": f"`{base.__name__}` with low-rank layers.",
             "config_class": config_class(base.config_class),
             "base_class": base,
+            "_auto_class": None,  # its code is this package's: no file of it goes beside the weights
         }
         make: Any = type(base)
         _model_classes[base] = make(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
         _record_outputs_as(base, _model_classes[base])
+        inherit_conversions(base, _model_classes[base])
     return _model_classes[base]
+
+
+def _instance_of(base: type[PreTrainedModel]) -> Any:
+    """An empty object of the derived class, for unpickling and copying."""
+    derived = model_class(base)
+    return derived.__new__(derived)
 
 
 def _record_outputs_as(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
@@ -222,22 +264,22 @@ def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True)
         PlanError: strict, and a name leads nowhere, to no dense layer, or its rank does not fit the layer's shape.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    paths = find_paths(model, plan.modules)
     known = {name for name, _ in model.base_model.named_children()}
     output = model.get_output_embeddings() if plan.modules else None
     found = {}
     for name, spec in plan.modules.items():
-        module = modules.get(prefix + name, modules.get(name))
-        if module is None:
-            if strict and name.partition(".")[0] in known:
-                raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
-            continue
-        _check_layer(name, module, spec, module is output)
-        found[name] = module
+        if name in paths:
+            module = modules[paths[name]]
+            if _check_layer(name, module, spec, module is output):
+                found[name] = module
+        elif strict and not loading() and name.partition(".")[0] in known:
+            raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
     return found
 
 
-def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool) -> None:
+def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool) -> bool:
+    """Whether a layer is to be of low rank; False for a new one of another shape than the plan was made for."""
     if isinstance(module, LowRankLinear):
         n_out, n_in = module.out_features, module.in_features
     elif dense_type(module) is not None:
@@ -247,10 +289,13 @@ def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool)
     if is_output:
         raise PlanError(f"{name}: the plan makes the output embeddings low-rank, which this version does not")
     if spec.rank > spec.limit(n_in, n_out):
+        if shapes_may_differ():
+            return False
         limit = "min(in - 1, out)" if spec.form == "pivoted" else "min(in, out)"
         raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}")
     if isinstance(module, LowRankLinear) and module.spec != spec:
         raise PlanError(f"{name}: the plan makes it {spec}, and the model has it as {module.spec}")
+    return True
 
 
 def _swap(model: Any, *, strict: bool) -> None:
@@ -266,7 +311,7 @@ def _swap(model: Any, *, strict: bool) -> None:
         replace_modules(model, layers, inplace=True)
     for low in layers.values():
         if isinstance(low, LowRankLinear) and not low.up.weight.is_meta:
-            _draw(low, model.config)
+            draw(low, model.config)
 
 
 def _swap_tables(model: Any, plan: RankPlan) -> None:
@@ -275,22 +320,15 @@ def _swap_tables(model: Any, plan: RankPlan) -> None:
     Raises:
         PlanError: as `tables_of_plan`.
     """
-    for rank, group in tables_of_plan(model, plan.embeddings):
+    for rank, group in tables_of_plan(model, local_names(model, plan.embeddings)):
         weight = group.module.weight
         low: dict[nn.Module, nn.Module] = {}
         for module in set(group.members.values()):  # with factors of their own: what is missing would be taken for tied
             low |= low_rank_tables([module], *(nn.Parameter(weight.new_empty(size, rank)) for size in group.shape))
         replace_modules(model, low, inplace=True)
         for module in low.values() if not weight.is_meta else ():
-            _draw_tables(module, model.config)
+            draw_tables(module, model.config)
         name_ties(model)
-
-
-@torch.no_grad()
-def _draw_tables(module: Any, config: Any) -> None:
-    """Give numbers to an embedding that has none."""
-    initialization.normal_(module.table.weight, std=_deviation(config, module.in_features))
-    initialization.normal_(module.up.weight, std=module.rank**-0.5)
 
 
 def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
@@ -303,7 +341,7 @@ def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
         return
     known = {plan_name(model, attention.name): attention for attention in find_attentions(model)}
     children = {name for name, _ in model.base_model.named_children()}
-    for name, width in plan.head_widths.items():
+    for name, width in local_names(model, plan.head_widths).items():
         attention = known.get(name)
         if attention is None:
             if strict and name.partition(".")[0] in children:
@@ -317,75 +355,51 @@ def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
             made = attention.empty(width)
             for layer in made.values():
                 if not layer.get_parameter("weight").is_meta:
-                    _draw_dense(layer, model.config)
+                    draw_dense(layer, model.config)
             attention.narrow(made, width)
 
 
-@torch.no_grad()
-def _draw_dense(layer: Any, config: Any) -> None:
-    """Give numbers to a dense layer that has none, as the base class may not do it again."""
-    initialization.normal_(layer.weight, std=_deviation(config, layer.weight.numel() // shape_of(layer)[1]))
-    if layer.bias is not None:
-        initialization.zeros_(layer.bias)
+def markers(model: Any) -> dict[str, torch.Tensor]:
+    """Name -> empty tensor, under the dense weight's name of the first low-rank layer of each kind."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    names += [group.path for group in table_groups(model) if isinstance(group.module, Tables)]
+    first = {layer_kind(name): name for name in reversed(names)}
+    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in first.values()}
 
 
-def _deviation(config: Any, n_in: int) -> float:
-    """The family's, or that of a fresh nn.Linear."""
-    std = getattr(config, "initializer_range", None)
-    return float((3 * n_in) ** -0.5 if std is None else std)
-
-
-@torch.no_grad()
-def _draw(layer: LowRankLinear, config: Any) -> None:
-    """Give numbers to a layer that has none, so that its product has the family's deviation, or a fresh nn.Linear's.
-
-    One factor has it, and the other mixes its r rows or columns with variance 1 / r.
-    """
-    outer, mixing = (layer.up, layer.down) if layer.form == "pivoted" else (layer.down, layer.up)
-    for part, std in ((outer, _deviation(config, layer.in_features)), (mixing, layer.rank**-0.5)):
-        initialization.normal_(part.weight, std=std)
-    if layer.up.bias is not None:
-        initialization.zeros_(layer.up.bias)
-    if isinstance(layer, PivotedLinear):
-        initialization.copy_(layer.order, torch.arange(layer.in_features))
-
-
-def _marker_patterns(plan: RankPlan) -> set[str]:
-    """Regular expressions for the names of the empty markers."""
-    kinds = {layer_kind(name) for name in (*plan.modules, *plan.embeddings)}
+def _marker_patterns(model: Any) -> set[str]:
+    """Regular expressions for the names of the empty markers, as the file has them and as they are here."""
+    plan = plan_of(model.config)
+    names = [*plan.modules, *plan.embeddings, *local_names(model, {**plan.modules, **plan.embeddings})]
+    kinds = {layer_kind(name.removeprefix(HEAD)) for name in names}
     return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}
 
 
-_TABLE_PARTS = ("table.weight", "up.weight")
-_PARTS = ("down.weight", "up.weight", "up.bias", "order")
+def mark_parts(model: PreTrainedModel) -> None:
+    """Have the stock models inside of a converted one add markers, too, when one of them is saved by itself."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and not isinstance(part, ReparamMixin):
+            if _add_markers not in part._state_dict_hooks.values() and markers(part):
+                part.register_state_dict_post_hook(_add_markers)
 
 
-def _check_factors(model: Any, missing: Collection[str], unexpected: Collection[str], source: str) -> None:
-    """Raise CheckpointError for factors that the base model lacks, and for factors that found only a dense layer."""
-    base = model.base_model
-    prefix = f"{model.base_model_prefix}." if base is not model else ""
-    absent = {key.removeprefix(prefix) for key in missing}
-    names = [name for name, module in base.named_modules() if isinstance(module, LowRankLinear)]
-    tables = [name for name, module in base.named_modules() if isinstance(module, Tables)]
-    needed = {f"{n}.{part}" for n in names for part in _PARTS}
-    lost = sorted(absent & (needed | {f"{n}.{part}" for n in tables for part in _TABLE_PARTS}))
-    found = {
-        key.removeprefix(prefix).removesuffix(".down.weight") for key in unexpected if key.endswith(".down.weight")
-    }
-    lost = lost or sorted(f"{n}.weight" for n in found if f"{n}.weight" in absent)
-    if lost:
-        raise CheckpointError(
-            f"{source}: {len(lost)} tensors of low-rank layers are missing or do not fit the plan, among them "
-            f"{lost[:3]}. The checkpoint is incomplete, its plan was edited, or its names are another version's; "
-            "loading it would leave random layers"
-        )
+def unmark_parts(model: PreTrainedModel) -> None:
+    """Take back what `mark_parts` did."""
+    for part in model.modules():
+        for key in [key for key, hook in part._state_dict_hooks.items() if hook is _add_markers]:
+            del part._state_dict_hooks[key]
 
 
-def _check_orders(model: Any, source: str) -> None:
-    """Raise CheckpointError for pivots that are no permutation."""
-    for name, module in model.named_modules():
-        if isinstance(module, PivotedLinear) and not module.order.is_meta:
-            identity = torch.arange(module.in_features, device=module.order.device)
-            module.order = module.order.to(torch.int64)  # families that keep layers in float32 cast this, too
-            if not torch.equal(module.order.sort()[0], identity):
-                raise CheckpointError(f"{source}: {name}.order is no permutation of its {module.in_features} inputs")
+def _add_markers(part: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook on `state_dict()`: markers, where it was called on the part itself."""
+    if not prefix:
+        for name, marker in markers(part).items():
+            state.setdefault(name, marker)
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    """Whether all of a module's tensors were loaded or drawn."""
+    tensors = (*module.parameters(), *module.buffers())
+    return getattr(module, "_is_hf_initialized", False) or all(
+        getattr(tensor, "_is_hf_initialized", False) for tensor in tensors
+    )

@@ -20,7 +20,7 @@ from hf_reparam.nn.embedding import LowRankEmbedding
 from hf_reparam.nn.heads import FusedProjections, attention_types, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
 
-__all__ = ["FILE", "named_in_config", "write_module"]
+__all__ = ["FILE", "forget_file", "named_in_config", "write_module"]
 
 FILE = "modeling_reparam.py"
 _IMPORTED = re.compile(r"# what follows up.*?# the definitions end here\n", re.DOTALL)
@@ -30,6 +30,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 PlanError = ValueError
+CheckpointError = OSError
 
 try:
     import hf_reparam as _installed
@@ -67,19 +68,27 @@ def named_in_config(model: Any, *, remote_code: bool) -> Iterator[None]:
         CheckpointError: a layer stands for a dense type that the file does not know.
     """
     config = model.config
-    old = vars(config).pop("auto_map", None)
-    kept = {name: ref for name, ref in (old or {}).items() if f"{Path(FILE).stem}." not in str(ref)}
+    old = vars(config).pop("auto_map", None)  # of this file, or of code for the dense model alone
     if remote_code:
         _check_types(model)
-        kept = {**kept, **_auto_map(config.base_class)}
-    if kept:
-        config.auto_map = kept
+        config.auto_map = _auto_map(config.base_class)
     try:
         yield
     finally:
         vars(config).pop("auto_map", None)
         if old is not None:
             config.auto_map = old
+
+
+def forget_file(config: Any) -> None:
+    """Take the file's classes out of the configuration of a model that is dense again."""
+    kept = {name: ref for name, ref in (vars(config).pop("auto_map", None) or {}).items() if not _is_ours(ref)}
+    if kept:
+        config.auto_map = kept
+
+
+def _is_ours(reference: object) -> bool:
+    return f"{Path(FILE).stem}." in str(reference)
 
 
 def _auto_map(base: Any) -> dict[str, str]:
@@ -92,7 +101,12 @@ def _auto_map(base: Any) -> dict[str, str]:
     return {auto: f"{Path(FILE).stem}.{PREFIX}{name}" for auto, name in sorted(names.items())}
 
 
-def _check_types(model: nn.Module) -> None:
+def _check_types(model: Any) -> None:
+    if not model.base_class.__module__.startswith("transformers."):
+        raise CheckpointError(
+            f"{model.base_class.__name__} is no class of Transformers, and the file of remote_code=True knows no "
+            "others: save without it, and load where hf_reparam is installed and that class is registered"
+        )
     if any(isinstance(module, LowRankEmbedding) for module in model.modules()):
         raise CheckpointError(
             "the file of remote_code=True knows no embeddings of low rank: save without it, and load where "

@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_reparam.hf.auto import register
 from hf_reparam.hf.configuration import plan_name, plan_of, stock_config_class
-from hf_reparam.hf.modeling import model_class, stock_model_class
+from hf_reparam.hf.modeling import mark_parts, model_class, stock_model_class, unmark_parts
 from hf_reparam.hf.offload import aligned
+from hf_reparam.hf.remote import forget_file
 from hf_reparam.hf.tables import name_ties, table_groups
 from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.heads import find_attentions
@@ -47,7 +48,9 @@ def to_reparam(model: Any, method: str, record: ConversionRecord) -> Any:
     known = _remembered(model.config, old, record)
     widths, tables = {**old.head_widths, **widths}, {**old.embeddings, **tables}
     config.reparam = RankPlan(whole, base.model_type, method, known, widths, tables).to_dict()
-    return _retype(model, config, model_class(type(model)), tables=bool(tables))
+    result = _retype(model, config, model_class(type(model)), tables=bool(tables))
+    mark_parts(result)
+    return result
 
 
 def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecord) -> ConversionRecord:
@@ -62,6 +65,9 @@ def to_stock(model: Any) -> Any:
     config = _copy_config(model.config, stock_config_class(model.config))
     tables = bool(plan_of(model.config).embeddings)
     vars(config).pop("reparam", None)
+    forget_file(config)
+    vars(model).pop("_weight_conversions", None)  # of the derived class, which saves the names that it has
+    unmark_parts(model)
     return _retype(model, config, stock_model_class(model), tables=tables)
 
 

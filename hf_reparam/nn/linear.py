@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_reparam.errors import CheckpointError
 from hf_reparam.plan import LayerSpec
 
 __all__ = ["Factored", "LowRankLinear", "PivotedLinear", "Product"]
@@ -123,9 +124,20 @@ class PivotedLinear(LowRankLinear):
         super().__init__(down, up, dense_type=dense_type)
         self.in_features = order.numel()
         self.register_buffer("order", order)
+        self.seen = 0  # the version of `order` that is known to be a permutation
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As the base's. Raises CheckpointError for an `order` that is no permutation, as after a cast."""
+        order = state_dict.get(f"{prefix}order")
+        if isinstance(order, Tensor) and order.shape == self.order.shape:
+            _check_order(order, f"{prefix}order")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def hidden(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., r), what `up` gets."""
+        if not torch.compiler.is_compiling() and not self.order.is_inference() and self.order._version != self.seen:
+            _check_order(self.order, "order")  # averages of weights are written into it, too
+            self.seen = self.order._version
         pivots, rest = x.gather(-1, self.order.expand_as(x)).tensor_split((self.rank,), -1)
         out: Tensor = pivots + self.down(rest)
         return out
@@ -135,6 +147,19 @@ class PivotedLinear(LowRankLinear):
         combinations = self.down.weight
         identity = torch.eye(self.rank, dtype=combinations.dtype, device=combinations.device)
         return torch.cat([identity, combinations], 1)[:, self.order.argsort()]
+
+
+def _check_order(order: Tensor, name: str) -> None:
+    if order.dtype != torch.int64:
+        raise CheckpointError(
+            f"{name} holds places of inputs, is int64 and cannot be cast or averaged; got {order.dtype}: take it as it "
+            "was saved, and cast or average the other tensors"
+        )
+    if not order.is_meta and not torch.equal(order.sort()[0], torch.arange(order.numel(), device=order.device)):
+        raise CheckpointError(
+            f"{name} is no permutation of its {order.numel()} inputs, as after a cast or an average: take it as it was "
+            "saved, and cast or average the other tensors"
+        )
 
 
 _METADATA = frozenset(
