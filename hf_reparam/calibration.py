@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError
-from hf_reparam.hf.configuration import plan_name
-from hf_reparam.hf.inspection import protected_layers, with_projections
+from hf_reparam.hf.host import called, check_model, hosts, layer_name, own_tokenizer
+from hf_reparam.hf.inspection import check_no_adapters, check_unsharded, protected_layers, with_projections
 from hf_reparam.hf.objective import is_multi_label, objective
 from hf_reparam.hf.processes import distributed, total
 from hf_reparam.hf.tables import TableGroup, table_groups
@@ -52,14 +51,16 @@ def collect_moments(
     hooks are as before, also after an error.
 
     Args:
-        model: a dense or converted model.
+        model: a dense or converted model, or an object with such models in it; of one that cannot be called with
+            batches (a container, a SentenceTransformer, a wrapper of a whole model) the only Transformers model inside
+            is called.
         batches: dicts for `model(**batch)` (a list, a DataLoader, a generator), a `datasets.Dataset` of examples, or
             texts with a tokenizer: strings, or rows with a column `text`, `sentence` or `content` or only one of
             strings, a known pair of columns (`premise`, `hypothesis` ...), or a chat (`messages`). Columns that
             `forward` does not name are left out, and `label` is taken for `labels`. In a distributed run every process
             gives its own share, and all get the sum.
         metric: "activation" for inputs alone, "fisher" for gradients, too.
-        tokenizer: for texts; or a processor that has one.
+        tokenizer: for texts; or a processor that has one. A SentenceTransformer or CrossEncoder brings its own along.
         loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above.
         max_length: tokens of a text in one row; the rest goes into further rows (pairs and texts with labels are cut).
             Default: the smallest of 512, the tokenizer's and the model's limit.
@@ -72,9 +73,10 @@ def collect_moments(
         Moments, which can be saved, merged and used for any number of conversions.
 
     Raises:
-        TargetError: no such metric, no layer to watch, no batch, data that cannot be read (the message says what to
-            write instead), texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory`
-            without `folder` or too small for one layer, or data for one pass only.
+        TargetError: no model, one with adapters, or with several Transformers models and no way to call them; no such
+            metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead), texts
+            without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or too small
+            for one layer, or data for one pass only.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
     (in^2 + out^2) multiply-adds and in^2 + out^2 float64 numbers for each layer.
@@ -89,6 +91,9 @@ def collect_moments(
     if metric not in METRICS[1:]:
         raise TargetError(f"metric must be one of {list(METRICS[1:])} to collect moments, got {metric!r}")
     check_data(batches)
+    check_model(model)
+    check_no_adapters(model)
+    check_unsharded(model)
     targets = find_targets(model, protected=protected_layers(model))
     if not targets.selected:
         raise TargetError(f"{type(model).__name__} has no layer that can be factored")
@@ -100,7 +105,7 @@ def collect_moments(
         raise TargetError(
             f"max_memory={max_memory!r} takes {len(groups)} passes over the data: give a list, no iterator"
         )
-    reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
+    reading = {"tokenizer": tokenizer or own_tokenizer(model), "max_length": max_length, "max_samples": max_samples}
     layers: dict[str, LayerMoments] = {}
     unseen: list[str] = []
     tables = _tables(model) if metric == "fisher" else {}
@@ -158,34 +163,29 @@ def _watch_group(
     alone: bool,
 ) -> dict[str, LayerMoments]:
     """The moments of some layers, from one pass over the data; `alone` if there are no others."""
-    fisher = metric == "fisher"
+    fisher, inner = metric == "fisher", called(model)
     moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in group.items()}
     seen = 0
     members = [(module, table) for group, table in tables.values() for module in set(group.members.values())]
     with frozen(model), watch({n: t.module for n, t in group.items()}, moments, members) as watcher:
-        for batch, watcher.masks in prepare(model, batches, **reading):
+        for batch, watcher.masks in prepare(inner, batches, **reading):
             seen += 1
             with torch.set_grad_enabled(fisher):
-                loss = _loss(model, batch, watcher.masks, loss_fn if fisher else None, fisher)
+                if fisher and loss_fn is not None:
+                    loss = loss_fn(model, batch)
+                else:
+                    loss = _loss(inner, batch, watcher.masks, fisher)
             if fisher and (alone or loss.requires_grad):  # it need not depend on every group: a pooler without a head
                 loss.backward()
-    if isinstance(model, PreTrainedModel) and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-        model.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
+    for host in hosts(model).values():
+        if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
+            host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
     if not _sum_over_processes({**moments, **{n: t for n, (_, t) in tables.items()}}, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
     return moments
 
 
-def layer_name(model: nn.Module, name: str) -> str:
-    """The name under which plans and moments know the layer at this module path."""
-    return plan_name(model, name) if isinstance(model, PreTrainedModel) else name
-
-
-def _loss(
-    model: nn.Module, batch: Any, masks: tuple[Tensor, ...], loss_fn: LossFunction | None, fisher: bool
-) -> Tensor:
-    if loss_fn is not None:
-        return loss_fn(model, batch)
+def _loss(model: nn.Module, batch: Any, masks: tuple[Tensor, ...], fisher: bool) -> Tensor:
     outputs = model(**batch)
     if not fisher:
         return torch.zeros(())

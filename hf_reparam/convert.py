@@ -19,17 +19,26 @@ from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.factoring import factor_layers, factor_tables
-from hf_reparam.hf.inspection import check_unquantized, count_parameters, protected_layers, with_projections
+from hf_reparam.hf.host import check_model, unwrapped
+from hf_reparam.hf.inspection import (
+    check_convertible,
+    check_no_adapters,
+    check_unquantized,
+    count_parameters,
+    protected_layers,
+    with_projections,
+)
 from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
-from hf_reparam.hf.retype import to_reparam
+from hf_reparam.hf.retype import retype
 from hf_reparam.hf.summary import heads_reports, layer_report, skipped_reports
 from hf_reparam.items import check_data
 from hf_reparam.linalg import Moments
 from hf_reparam.narrowing import narrowed
 from hf_reparam.nn.attention import join_dense
+from hf_reparam.nn.patterns import as_patterns
 from hf_reparam.nn.ranks import Rank, choose_ranks
-from hf_reparam.nn.surgery import replace_modules
+from hf_reparam.nn.surgery import check_copyable, replace_modules, undone_on_error
 from hf_reparam.nn.targets import Target, Targets, find_targets
 from hf_reparam.plan import FORMS, RankPlan
 from hf_reparam.planning import Chosen, check_budget, fit_plan, make_plan
@@ -148,8 +157,10 @@ def convert(
     without, they are truncated SVDs.
 
     Args:
-        model: any `PreTrainedModel` or `nn.Module`; in one that is no `PreTrainedModel` the projections of an
-            `nn.MultiheadAttention` are layers, too. One that accelerate has dispatched (`device_map=`) gets its new
+        model: any `PreTrainedModel` or `nn.Module`. Transformers models inside another object (SentenceTransformer,
+            CrossEncoder, `torch.compile`, DataParallel, a container or a class of your own) get derived classes and
+            plans of their own, and save as such. Outside of them the projections of an `nn.MultiheadAttention` are
+            layers, too; what an object with a `save_pretrained` saves by itself stays dense. One that accelerate has dispatched (`device_map=`) gets its new
             layers on the devices where the old ones compute.
         rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
             which the first match decides and layers that none matches stay dense.
@@ -185,7 +196,8 @@ def convert(
         The converted model, or the model and a ConversionReport.
 
     Raises:
-        TargetError: a pattern matches nothing, or nothing would change; none or several sizes were given.
+        TargetError: no model, or one that cannot be copied, is sharded, or has adapters that are not merged; a pattern
+            matches nothing, or nothing would change; none or several sizes were given.
         RankError: a size is out of range, or higher than a low-rank layer's own, or no size holds the tolerance.
         WeightError: a weight is not finite, on the meta device, or quantized.
         PlanError: the plan does not fit the model.
@@ -204,12 +216,13 @@ def convert(
       (up): Linear(in_features=16, out_features=64, bias=True)
     ), 4160, 2112)
     """
+    check_model(model)
     _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of, embeddings=embeddings)
     reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
     _check_calibration(calibration, max_length, max_samples)
     data = _kept_for_refit(model, calibration, max_samples, offload_folder) if refit else None
-    check_unquantized(model)
-    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
+    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude") or ()
+    targets = _targets(model, include, exclude, inplace=inplace)
     chosen: Chosen | None = None  # ranks that are given are judged before any long work
     if rank is not None:
         chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
@@ -273,6 +286,21 @@ def _check_options(
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
     if embeddings and (rank is not None or plan is not None):
         raise TargetError("embeddings=True goes with keep, target_params or tolerance; a plan says it by itself")
+
+
+def _targets(
+    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...], *, inplace: bool
+) -> Targets:
+    """The layers, if the model is one that can be converted: what would fail at the end fails here, before any work."""
+    check_no_adapters(model)
+    check_convertible(model, inplace=inplace)
+    check_unquantized(model)
+    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
+    if not inplace:
+        check_copyable(unwrapped(model), [target.module for target in targets.selected])
+    elif any(target.module is model for target in targets.selected):
+        raise TargetError("a model that is itself one dense layer cannot be changed in place: use inplace=False")
+    return targets
 
 
 def _moments(
@@ -410,8 +438,12 @@ def _bring_in(layers: dict[nn.Module, nn.Module]) -> None:
 def _install(
     model: M, layers: Mapping[nn.Module, nn.Module], method: str, record: ConversionRecord, *, inplace: bool
 ) -> M:
-    """Put the layers in place, and give a `PreTrainedModel` its derived class."""
-    result = replace_modules(model, layers, inplace=inplace)
-    if isinstance(result, PreTrainedModel):
-        return to_reparam(result, method, record)
-    return result if inplace else join_dense(result)
+    """Put the layers in place, and give every Transformers model its derived class; all of it, or nothing."""
+    result = model if inplace else replace_modules(model, layers, inplace=False)
+    with undone_on_error(result):
+        if inplace:
+            replace_modules(model, layers, inplace=True)
+        elif not isinstance(result, PreTrainedModel):
+            join_dense(result)
+        retype(result, layers.values(), method, record)
+    return result

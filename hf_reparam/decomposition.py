@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.hf.inspection import protected_layers, with_projections
+from hf_reparam.hf.host import check_model
+from hf_reparam.hf.inspection import check_no_adapters, protected_layers, with_projections
 from hf_reparam.hf.offload import aligned
 from hf_reparam.hf.processes import distributed, spread
 from hf_reparam.linalg import (
@@ -167,6 +168,8 @@ def decompose(
     >>> decompose(net).layers["1"].singular_values.shape
     torch.Size([64])
     """
+    check_model(model)
+    check_no_adapters(model)
     lazy = as_decompositions(moments, metric)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model)).selected
     return lazy.complete({layer_name(model, target.name): target for target in targets})

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.hf.host import check_model, hosts, unwrapped
+from hf_reparam.hf.inspection import check_convertible
+from hf_reparam.hf.modeling import ReparamMixin
 from hf_reparam.hf.offload import aligned, build_layers, execution_device, mark_offloaded
 from hf_reparam.hf.retype import to_stock
 from hf_reparam.nn.attention import join_dense
@@ -18,7 +20,7 @@ from hf_reparam.nn.dense import build_dense, dense_like, dense_matrix, shape_of
 from hf_reparam.nn.embedding import Tables, stock_tables
 from hf_reparam.nn.heads import INNER, ROLES, Attention, FusedProjections, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
-from hf_reparam.nn.surgery import replace_modules
+from hf_reparam.nn.surgery import check_copyable, replace_modules, undone_on_error
 
 __all__ = ["merge"]
 
@@ -30,8 +32,8 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
 
     Heads that are narrower are filled up with zeros, which is exact, and a fused layer that was split is fused.
 
-    A `PreTrainedModel` comes back as its stock class with its stock configuration; saved, it loads where hf_reparam was
-    never installed. Tied weights stay tied, and `tie_word_embeddings` says what the tensors are.
+    A `PreTrainedModel`, and every one inside another object, comes back as its stock class with its stock configuration;
+    saved, it loads where hf_reparam was never installed. Tied weights stay tied, and `tie_word_embeddings` says what the tensors are.
 
     Args:
         model: a converted model, trained or not.
@@ -42,7 +44,7 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
         The dense model, of the same dtype, device, `requires_grad` and training mode.
 
     Raises:
-        TargetError: the model has no low-rank layer.
+        TargetError: the model has no low-rank layer, is sharded, or cannot be copied.
         WeightError: factors are wrapped by an adapter, quantized, or without data.
 
     Cost: r * in * out multiply-adds for each layer. The relative error of each weight is rounding alone.
@@ -53,11 +55,18 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
       (0): Linear(in_features=64, out_features=64, bias=True)
     )
     """
+    check_model(model)
+    check_convertible(model, inplace=inplace)
     narrow = [attention for attention in find_attentions(model) if attention.narrowed]
     parts = _parts(model, narrow)
     tables = [module for module in model.modules() if isinstance(module, Tables)]
     if not parts and not tables:
         raise TargetError(f"{type(model).__name__} has no low-rank layer: there is nothing to merge")
+
+    if not inplace:
+        check_copyable(unwrapped(model), [*tables, *(part.module for part in parts.values())])
+    elif any(part.module is model for part in parts.values()):
+        raise TargetError("a model that is itself one low-rank layer cannot be changed in place: use inplace=False")
 
     def make(name: str) -> tuple[nn.Module, float]:
         try:
@@ -70,12 +79,18 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     folder = None if offload_folder is None else Path(offload_folder)
     built = build_layers(costs, make, lambda name: parts[name].empty(), devices, folder, desc="Merging layers")
     replaced = {parts[name].module: dense for name, (dense, _) in built.items()} | _stock(tables)
-    result = replace_modules(model, replaced, inplace=inplace)
-    for attention in narrow:
-        replace(attention, module=result.get_submodule(attention.name)).set_width(attention.stock_width)
-    if folder is not None:
-        mark_offloaded(result, parts)
-    return to_stock(result) if isinstance(result, PreTrainedModel) else join_dense(result)
+    result = model if inplace else replace_modules(model, replaced, inplace=False)
+    with undone_on_error(result):
+        if inplace:
+            replace_modules(model, replaced, inplace=True)
+        for attention in narrow:
+            replace(attention, module=result.get_submodule(attention.name)).set_width(attention.stock_width)
+        if folder is not None:
+            mark_offloaded(result, parts)
+        for path, host in hosts(result).items():
+            if not path or any(isinstance(module, ReparamMixin) for module in host.modules()):
+                to_stock(host)
+        return result if "" in hosts(result) else join_dense(result)
 
 
 @torch.no_grad()

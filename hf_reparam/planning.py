@@ -4,15 +4,16 @@ import math
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.choices import ways_to_build
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import PlanError, RankError, TargetError
-from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
+from hf_reparam.hf.host import base_type, check_model
+from hf_reparam.hf.inspection import check_no_adapters, count_parameters, protected_layers, with_projections
 from hf_reparam.hf.tables import TableGroup, table_groups
 from hf_reparam.linalg import Alternative, Moments, allocate, choose
+from hf_reparam.nn.patterns import as_patterns
 from hf_reparam.nn.targets import Skipped, Target, find_targets
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 
@@ -79,7 +80,10 @@ def make_plan(
     >>> [spec.rank for spec in plan.modules.values()]
     [16, 16]
     """
+    check_model(model)
+    check_no_adapters(model)
     check_budget(keep, target_params, multiple_of)
+    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude") or ()
     source = as_decompositions(moments, metric)
     allocation = allocation or ("global" if source.metric == "fisher" else "uniform")
     if allocation not in ALLOCATIONS or form not in FORMS:
@@ -89,6 +93,8 @@ def make_plan(
         raise TargetError("the model is converted already: make plans from the dense model")
     if not targets:
         raise TargetError("the model has no dense layer that can be factored")
+    if any(not t.name for t in targets):
+        raise TargetError("the model is itself one dense layer, and a plan needs a name: put it in nn.Sequential(layer)")
     if joint and allocation != "global":
         raise TargetError(f"joint=True needs the global allocation, which compares losses; got {allocation!r}")
     if joint and source.metric != "fisher":
@@ -104,10 +110,9 @@ def make_plan(
     if allocation == "global":
         narrow = joint is not False and source.metric == "fisher"
         widths = _global(model, targets, tables, source, share, form, multiple_of, specs, joint=narrow)
-    base = model.config.model_type if isinstance(model, PreTrainedModel) else None
     modules = {name: spec for name, spec in specs.items() if spec is not None}
     low = {name: spec.rank for name in tables if (spec := modules.pop(name, None)) is not None}
-    return RankPlan(modules, base, source.metric, head_widths=widths, embeddings=low)
+    return RankPlan(modules, base_type(model), source.metric, head_widths=widths, embeddings=low)
 
 
 def check_budget(keep: float | None, target_params: int | None, multiple_of: int) -> None:

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.calibration import frozen, layer_name
 from hf_reparam.decomposition import as_decompositions
 from hf_reparam.errors import TargetError
-from hf_reparam.hf.configuration import note_refit, plan_of
-from hf_reparam.hf.inspection import split_projections
+from hf_reparam.hf.configuration import note_refit
+from hf_reparam.hf.host import called, check_model, hosts, method_of, own_tokenizer
+from hf_reparam.hf.inspection import check_no_adapters, split_projections
 from hf_reparam.hf.objective import divergence
 from hf_reparam.items import length_of
 from hf_reparam.linalg import Moments, PairedMoments, decompose
@@ -62,7 +62,7 @@ def refit(
         A RefitReport: layers that were fitted anew, and the divergence on held-out batches before and after.
 
     Raises:
-        TargetError: no low-rank layer, a layer that `dense` has not, or fewer than two batches.
+        TargetError: no model, one with adapters, no low-rank layer, a layer that `dense` has not, or fewer than two batches.
 
     Cost: for each group of layers with one input, about a forward pass of both models over the data.
 
@@ -76,10 +76,12 @@ def refit(
     >>> report.after < report.before
     True
     """
+    for given in (model, dense):
+        check_model(given)
+        check_no_adapters(given)
     with split_projections(dense), _narrowed_like(model, dense, moments) as known:
-        data = prepare(
-            model, batches, tokenizer, max_length=max_length, max_samples=max_samples, desc="Reading batches"
-        )
+        reads, desc = tokenizer or own_tokenizer(model), "Reading batches"
+        data = prepare(called(model), batches, reads, max_length=max_length, max_samples=max_samples, desc=desc)
         return _refit(model, dense, data, known)
 
 
@@ -94,7 +96,7 @@ def _narrowed_like(model: nn.Module, dense: nn.Module, moments: Moments | None) 
         return
     if moments is None:
         raise TargetError("the model has narrower heads: give the moments= that it was converted with")
-    method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else None
+    method = method_of(model) if hosts(model) else None
     with narrowed(dense, widths, as_decompositions(moments, method), keep=False) as (source, _):
         yield source.moments
 
@@ -102,27 +104,28 @@ def _narrowed_like(model: nn.Module, dense: nn.Module, moments: Moments | None) 
 def _refit(model: nn.Module, dense: nn.Module, prepared: Iterable[Batch], moments: Moments | None) -> RefitReport:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     originals = _originals(layers, dense)
+    low, full = called(model), called(dense)
     data = list(prepared)
     judging, fitting = data[::_HOLD_OUT], [item for i, item in enumerate(data) if i % _HOLD_OUT]
     if not fitting:
         raise TargetError(f"refitting holds batches out, and {len(data)} were given: give at least two")
     kept: list[str] = []
     with torch.no_grad(), frozen(model), frozen(dense):
-        before = best = _divergence(model, dense, judging)
-        for names in tqdm(order_of(layers, lambda: model(**data[0][0])), desc="Refitting", unit="group"):
+        before = best = _divergence(low, full, judging)
+        for names in tqdm(order_of(layers, lambda: low(**data[0][0])), desc="Refitting", unit="group"):
             group = {name: layers[name] for name in names}
             saved = {name: _copy(layer) for name, layer in group.items()}
-            paired = _collect(model, dense, group, {name: originals[name] for name in names}, fitting)
+            paired = _collect(low, full, group, {name: originals[name] for name in names}, fitting)
             for name, layer in group.items():
                 _fit(layer, originals[name], paired[name], _gradient(model, moments, name))
-            now = _divergence(model, dense, judging)
+            now = _divergence(low, full, judging)
             if now < best:
                 best, kept = now, [*kept, *names]
             else:
                 for name, layer in group.items():
                     layer.load_state_dict(saved[name])
-    if isinstance(model, PreTrainedModel):
-        note_refit(model.config, len(kept))
+    for path, host in hosts(model).items():
+        note_refit(host.config, sum(not path or name.startswith(f"{path}.") for name in kept))
     examples = sum(length_of(batch) for batch, _ in judging)
     return RefitReport(tuple(kept), len(layers), before / examples, best / examples)
 

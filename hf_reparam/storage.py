@@ -13,14 +13,17 @@ from transformers import PreTrainedModel
 
 from hf_reparam.errors import CheckpointError, PlanError, TargetError
 from hf_reparam.hf.folder import new_folder
-from hf_reparam.hf.inspection import with_projections
+from hf_reparam.hf.host import check_model, layer_name, method_of
+from hf_reparam.hf.inspection import protected_layers, with_projections
+from hf_reparam.hf.retype import retype
 from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.heads import ROLES, Attention, find_attentions
 from hf_reparam.nn.linear import LowRankLinear
-from hf_reparam.nn.surgery import low_rank_like, replace_modules
+from hf_reparam.nn.surgery import low_rank_like, replace_modules, undone_on_error
 from hf_reparam.nn.targets import find_targets
 from hf_reparam.plan import RankPlan
 from hf_reparam.planning import fit_plan
+from hf_reparam.record import ConversionRecord
 
 __all__ = ["load", "save"]
 
@@ -31,6 +34,8 @@ _PLAN, _TENSORS = "plan.json", "model.safetensors"
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write a converted model that is no `PreTrainedModel`: `plan.json` and `model.safetensors` in a folder.
+
+    Transformers models inside of it are part of it; each can also be saved by its own `save_pretrained`.
 
     The folder appears whole or not at all. Of tensors that are shared one is stored.
 
@@ -58,10 +63,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
       )
     )
     """
+    check_model(model)
     if isinstance(model, PreTrainedModel):
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
-    modules = {name: module.spec for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    widths = {attention.name: attention.width for attention in find_attentions(model) if attention.narrowed}
+    low = {name: module.spec for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    modules = {layer_name(model, name): spec for name, spec in low.items()}
+    widths = {layer_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
     tables = [name for name, module in model.named_modules() if isinstance(module, Tables)]
     if tables:
         raise TargetError(
@@ -70,12 +77,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         )
     if not modules and not widths:
         raise TargetError(f"{type(model).__name__} has no low-rank layer and no narrower heads: save it as any module")
+    plan = RankPlan(modules, method=method_of(model), head_widths=widths)
     out = Path(path)
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists; choose another place, or replace it with force=True")
     with new_folder(out) as work:
         (work / "new").mkdir()
-        (work / "new" / _PLAN).write_text(json.dumps(RankPlan(modules, head_widths=widths).to_dict(), indent=1) + "\n")
+        (work / "new" / _PLAN).write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
         save_model(model, str(work / "new" / _TENSORS))
 
 
@@ -94,23 +102,26 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
         PlanError: the plan is malformed, or names what is no dense layer of this model.
         TargetError: the model is a `PreTrainedModel`, which has `from_pretrained`.
     """
+    check_model(model)
     if isinstance(model, PreTrainedModel):
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use from_pretrained")
     folder = Path(path)
     plan = _plan(folder)
-    known = {attention.name: attention for attention in find_attentions(model)}
+    known = {layer_name(model, attention.name): attention for attention in find_attentions(model)}
     _check_widths(plan, known)
     stock = {name: {role: known[name].layer(role) for role in ROLES} for name in plan.head_widths}
     layers: dict[nn.Module, nn.Module] = {}
     try:
         for name, width in plan.head_widths.items():
             known[name].narrow(known[name].empty(width), width)
-        targets = find_targets(model).selected
+        targets = find_targets(model, protected=protected_layers(model)).selected
         specs, _ = fit_plan(model, targets, plan)
         chosen = [target for target in targets if target.name in specs]
         layers.update({t.module: low_rank_like(t.module, specs[t.name]) for t in chosen})
         replace_modules(model, layers, inplace=True)
         load_model(model, folder / _TENSORS)
+        with undone_on_error(model):
+            retype(model, layers.values(), plan.method, ConversionRecord())
     except BaseException as error:
         replace_modules(model, {low: dense for dense, low in layers.items()}, inplace=True)
         for name, old in stock.items():

@@ -168,7 +168,8 @@ def test_again_on_other_layers_keeps_the_first():
 
 def test_quantized_and_meta_models_are_refused():
     model = zoo.BY_BASE["BertModel"].build()
-    model.config.quantization_config = {"quant_method": "x"}
+    dense = model.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(dense.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(WeightError, match="BertModel is quantized"):
         convert(model, rank=4)
     with torch.device("meta"):

@@ -5,55 +5,142 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.errors import WeightError
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.hf.host import embeddings_of, hosts, saved_otherwise, unwrapped
 from hf_reparam.nn.attention import split_attention
 
-__all__ = ["check_unquantized", "count_parameters", "protected_layers", "split_projections", "with_projections"]
+__all__ = [
+    "check_convertible",
+    "check_no_adapters",
+    "check_unquantized",
+    "check_unsharded",
+    "count_parameters",
+    "protected_layers",
+    "split_projections",
+    "with_projections",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_QUANTIZERS = ("torchao.", "bitsandbytes.", "torch.ao.nn.quantized.", "hqq.", "optimum.quanto.", "compressed_tensors.")
+_PACKED = ("weight", "qweight", "weight_packed", "W_q")  # buffers that hold quantized weights
+_PACKED_TYPES = (torch.int16, torch.int32)
+
 
 def protected_layers(model: nn.Module) -> dict[str, str]:
-    """Layers that stay dense: the output embeddings, and whatever a model declares as tied; none of a plain module."""
+    """Layers that stay dense, and why: the output embeddings, whatever a Transformers model declares as tied, and what
+    an object around it saves by itself; none of a plain module."""
     reasons: dict[str, str] = {}
-    if not isinstance(model, PreTrainedModel):
-        return reasons
-    output = model.get_output_embeddings()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if output is not None and module is output:
-            reasons[name] = "output embeddings"
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        for key in (target, source):
-            reasons.setdefault(key.rpartition(".")[0], "tied: another module holds the same parameter")
-    return reasons
+    for path, host in hosts(model).items():
+        start = f"{path}." if path else ""
+        _, output = embeddings_of(host)
+        for name, module in host.named_modules(remove_duplicate=False):
+            if output is not None and module is output:
+                reasons[start + name] = "output embeddings"
+        for target, source in (getattr(host, "all_tied_weights_keys", None) or {}).items():
+            for key in (target, source):
+                owner = start + key.rpartition(".")[0]
+                reasons.setdefault(owner, "tied: another module holds the same parameter")
+    return {**reasons, **dict(saved_otherwise(model))}
 
 
 def check_unquantized(model: nn.Module) -> None:
-    """Raise WeightError for a `PreTrainedModel` that a quantizer has loaded."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
-        raise WeightError(
-            f"{type(model).__name__} is quantized: convert the full-precision model, then quantize the result"
+    """Raise WeightError for a Transformers model, or one in another object, with quantized weights.
+
+    The weights decide, and a quantizer that still belongs to the model; an entry left over in the configuration does
+    not.
+    """
+    for path, host in hosts(model).items():
+        where = _quantized(host)
+        if where is not None:
+            place = f"{path}: " if path else ""
+            raise WeightError(
+                f"{place}{type(host).__name__} is quantized{where}: convert the full-precision model, then quantize "
+                "the result"
+            )
+
+
+def _quantized(model: PreTrainedModel) -> str | None:
+    """Where a model is quantized, for a message; None if it is not."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTIZERS):
+            return f" ({name} is a {type(module).__module__}.{type(module).__name__})"
+        weights = dict(module._parameters)
+        weights.update((key, value) for key, value in module._buffers.items() if key in _PACKED)
+        for key, value in weights.items():
+            if value is None or value.dim() < 2 or value.dtype is torch.bool:
+                continue
+            foreign = type(value).__module__.startswith(_QUANTIZERS)
+            if foreign or value.dtype.itemsize == 1 or value.dtype in _PACKED_TYPES:
+                return f" ({name}.{key} is a {type(value).__name__} of {value.dtype})"
+    return "" if getattr(model, "hf_quantizer", None) is not None else None
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise TargetError, which names the place, for a model with adapters that are not merged."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("peft.") or {"base_layer", "lora_A"} & module._modules.keys():
+            place = f"{path} is" if path else "it is"
+            raise TargetError(
+                f"{type(model).__name__} has an adapter that is not merged: {place} a {kind.__name__}. Merge the adapter "
+                "first: model = peft_model.merge_and_unload(); or convert the model before adapters are put on it"
+            )
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raise TargetError for a model in FullyShardedDataParallel, which holds all weights in flat tensors."""
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            place = f"{path} of {type(model).__name__}" if path else "the model"
+            raise TargetError(
+                f"{place} is wrapped by FullyShardedDataParallel, which holds weights in flat tensors: convert or "
+                "merge the model before it is wrapped"
+            )
+
+
+def check_convertible(model: nn.Module, *, inplace: bool) -> None:
+    """Raise for a model that cannot be converted or merged as a whole, before any work.
+
+    Raises:
+        TargetError: it is sharded or compiled in parts, or replicas know its parameters.
+    """
+    check_unsharded(model)
+    if inplace and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise TargetError(
+            "DistributedDataParallel would go on with the old parameters: change model.module in place and wrap it "
+            "anew, or use inplace=False"
         )
+    for path, host in hosts(model).items():
+        for name, module in host.named_modules():
+            if unwrapped(module) is not module:
+                raise TargetError(
+                    f"{f'{path}.' if path else ''}{name} is wrapped by {type(module).__name__} inside of "
+                    f"{type(host).__name__}, whose folder would have names that nothing loads: unwrap it first"
+                )
 
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers in a model's parameters, shared ones counted once."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device sharing cannot be seen
+    tied: set[str] = set()  # on the meta device sharing cannot be seen
+    for path, host in hosts(model).items():
+        start = f"{path}." if path else ""
+        tied |= {start + key for key in getattr(host, "all_tied_weights_keys", None) or ()}
     return sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in tied))
 
 
 def split_projections(model: object) -> AbstractContextManager[None]:
     """The projections of every `nn.MultiheadAttention` as layers, while the block lasts; see `split_attention`.
 
-    Not in a `PreTrainedModel`, whose class would build another skeleton when it is loaded.
+    Not in a Transformers model, whose class would build another skeleton when it is loaded.
     """
-    plain = isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel)
-    return split_attention(model) if plain else nullcontext()  # type: ignore[arg-type]  # a module
+    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+        return nullcontext()
+    return split_attention(model, {part for host in hosts(model).values() for part in host.modules()})
 
 
 def with_projections(function: F) -> F:

@@ -38,11 +38,11 @@ from hf_reparam.hf.untrusted import check_folder
 from hf_reparam.nn.dense import dense_matrix, dense_type
 from hf_reparam.nn.embedding import LowRankEmbedding, Tables, low_rank_tables
 from hf_reparam.nn.heads import find_attentions
-from hf_reparam.nn.linear import LowRankLinear
+from hf_reparam.nn.linear import Factored, LowRankLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
 from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
 
-__all__ = ["ReparamMixin", "mark_parts", "model_class", "resolve_plan", "stock_model_class", "unmark_parts"]
+__all__ = ["ReparamMixin", "model_class", "resolve_plan", "stock_model_class"]
 
 _HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
@@ -62,7 +62,6 @@ class ReparamMixin:
         ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
         kind = set if isinstance(ignored, set) else list
         self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *_marker_patterns(self)])
-        mark_parts(self)  # type: ignore[arg-type]  # a model
 
     def post_init(self) -> None:
         """Swap the layers, then let the base initialise, tie and shard what is there."""
@@ -101,6 +100,17 @@ class ReparamMixin:
             if isinstance(module, LowRankLinear):
                 rules = factor_rules(rules, name, module)
         return rules
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # base's contract
+        """As the base's. The model itself leaves markers of its low-rank layers to `save_pretrained`; inside another
+        object, which may know nothing of its plan, they stay."""
+        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if not args and not {"destination", "prefix"} & kwargs.keys():
+            for name, module in self.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]
+                marker = state.get(f"{name}.weight") if isinstance(module, Factored) else None
+                if marker is not None and marker.numel() == 0:
+                    del state[f"{name}.weight"]
+        return state
 
     def save_pretrained(  # base's contract
         self,
@@ -373,28 +383,6 @@ def _marker_patterns(model: Any) -> set[str]:
     names = [*plan.modules, *plan.embeddings, *local_names(model, {**plan.modules, **plan.embeddings})]
     kinds = {layer_kind(name.removeprefix(HEAD)) for name in names}
     return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}
-
-
-def mark_parts(model: PreTrainedModel) -> None:
-    """Have the stock models inside of a converted one add markers, too, when one of them is saved by itself."""
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and not isinstance(part, ReparamMixin):
-            if _add_markers not in part._state_dict_hooks.values() and markers(part):
-                part.register_state_dict_post_hook(_add_markers)
-
-
-def unmark_parts(model: PreTrainedModel) -> None:
-    """Take back what `mark_parts` did."""
-    for part in model.modules():
-        for key in [key for key, hook in part._state_dict_hooks.items() if hook is _add_markers]:
-            del part._state_dict_hooks[key]
-
-
-def _add_markers(part: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A hook on `state_dict()`: markers, where it was called on the part itself."""
-    if not prefix:
-        for name, marker in markers(part).items():
-            state.setdefault(name, marker)
 
 
 def _has_numbers(module: nn.Module) -> bool:

@@ -18,8 +18,8 @@ from accelerate.utils import (
 )
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
 
+from hf_reparam.hf.host import hosts
 from hf_reparam.hf.processes import distributed, spread
 
 __all__ = ["aligned", "build_layers", "check_stored", "execution_device", "mark_offloaded", "recall"]
@@ -108,12 +108,15 @@ def check_stored(model: nn.Module) -> None:
                     raise ValueError(f"size mismatch for {path}: {list(found)} in the file, {list(shape)} in the model")
 
 
-def mark_offloaded(model: Any, names: Iterable[str]) -> None:
-    """Tell Transformers, which asks when it saves a model, that layers are in files."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    known = getattr(model, "hf_device_map", None) or {"": "cpu"}
-    model.hf_device_map = {**known, **dict.fromkeys(names, "disk")}
+def mark_offloaded(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell Transformers, which asks when it saves a model, that layers, by their paths, are in files."""
+    offloaded = list(names)
+    for path, host in hosts(model).items():
+        start = f"{path}." if path else ""
+        mine = [name.removeprefix(start) for name in offloaded if name.startswith(start)]
+        if mine:
+            known = getattr(host, "hf_device_map", None) or {"": "cpu"}
+            host.hf_device_map = {**known, **dict.fromkeys(mine, "disk")}
 
 
 def recall(layer: nn.Module) -> None:

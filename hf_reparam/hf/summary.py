@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from hf_reparam.hf.configuration import plan_name, plan_of
+from hf_reparam.hf.host import check_model, layer_name, method_of
 from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
 from hf_reparam.hf.tables import TableGroup, table_groups
 from hf_reparam.nn.embedding import LowRankEmbedding, Tables
@@ -37,6 +36,7 @@ def summarize(model: nn.Module) -> ConversionReport:
     ----------------------------------------------------
     0      Linear  64 x 64   16    4,160 -> 2,112  -
     """
+    check_model(model)
     targets = find_targets(model, protected=protected_layers(model))
     low = [t for t in targets.selected if t.spec is not None or t.stock_shape is not None]
     dense = [t for t in targets.selected if t.spec is None and t.stock_shape is None]
@@ -48,10 +48,9 @@ def summarize(model: nn.Module) -> ConversionReport:
     done = low or tables
     rows = (*(layer_report(t, t.spec, t.parameters, None) for t in (low if done else dense)), *tables)
     left = [Skipped(t.name, t.kind, t.parameters, "dense") for t in dense] if done else []
-    method = plan_of(model.config).method if isinstance(model, PreTrainedModel) else "svd"
     return ConversionReport(
         type(model).__name__,
-        method,
+        method_of(model),
         rows,
         skipped_reports([*left, *targets.skipped]),
         before,
@@ -73,9 +72,10 @@ def table_report(group: TableGroup, rank: int, error: float | None) -> LayerRepo
 def heads_reports(model: nn.Module, errors: Mapping[str, float] | None = None) -> tuple[HeadsReport, ...]:
     """What the report says of attentions with narrower heads; `errors` by their names in a plan."""
     narrow = [attention for attention in find_attentions(model) if attention.narrowed]
-    named = {a.name: plan_name(model, a.name) if isinstance(model, PreTrainedModel) else a.name for a in narrow}
     known = errors or {}
-    return tuple(HeadsReport(a.name, a.heads, a.stock_width, a.width, known.get(named[a.name])) for a in narrow)
+    return tuple(
+        HeadsReport(a.name, a.heads, a.stock_width, a.width, known.get(layer_name(model, a.name))) for a in narrow
+    )
 
 
 def layer_report(target: Target, spec: LayerSpec | None, after: int, error: float | None) -> LayerReport:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import PlanError
-from hf_reparam.hf.configuration import plan_name
+from hf_reparam.hf.host import embeddings_of, hosts, layer_name
 from hf_reparam.nn.embedding import Tables
 
 __all__ = ["TableGroup", "name_ties", "table_groups", "tables_of_plan"]
@@ -56,15 +56,19 @@ class TableGroup:
 
 
 def table_groups(model: nn.Module) -> list[TableGroup]:
-    """The tables of a Transformers model; none of a plain module."""
-    if not isinstance(model, PreTrainedModel):
-        return []
+    """The tables of a Transformers model, or of those in another object."""
     groups: list[TableGroup] = []
-    for get in (model.get_input_embeddings, model.get_output_embeddings):
-        try:
-            wanted = get()
-        except NotImplementedError:
-            continue
+    for path, host in hosts(model).items():
+        start = f"{path}." if path else ""
+        for group in _groups_of(host):
+            members = {start + name: module for name, module in group.members.items()}
+            groups.append(TableGroup(start + group.path, members))
+    return groups
+
+
+def _groups_of(model: PreTrainedModel) -> list[TableGroup]:
+    groups: list[TableGroup] = []
+    for wanted in embeddings_of(model):
         path = next((name for name, module in model.named_modules() if module is wanted), "")
         if path and not any(path in group.members for group in groups):
             groups.append(TableGroup(path, _tied_to(model, path)))
@@ -96,10 +100,11 @@ def tables_of_plan(model: nn.Module, embeddings: Mapping[str, int]) -> list[tupl
     """
     if not embeddings:
         return []
-    if not isinstance(model, PreTrainedModel):
+    if not hosts(model):
         raise PlanError("the plan makes embeddings of low rank, and only those of Transformers models are known")
-    known = {plan_name(model, group.path): group for group in table_groups(model)}
-    children = {name for name, _ in model.base_model.named_children()}
+    known = {layer_name(model, group.path): group for group in table_groups(model)}
+    base = model.base_model if isinstance(model, PreTrainedModel) else model
+    children = {name for name, _ in base.named_children()}
     found = []
     for name, rank in embeddings.items():
         group = known.get(name)

@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention` with its four projections as layers of their own, so that each can be factored, and back."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -203,10 +203,15 @@ def _changed(attention: Any) -> bool:
 
 
 @contextmanager
-def split_attention(model: nn.Module) -> Iterator[None]:
-    """Every attention of a model in split form, until the block ends; those that were changed in it stay split."""
+def split_attention(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Every attention of a model in split form, until the block ends; those that were changed in it stay split.
+
+    Args:
+        model: the model; it is changed, and changed back.
+        kept: attentions that stay whole.
+    """
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m is not model]
+    found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m is not model and m not in kept]
     splits: dict[nn.Module, nn.Module] = {m: split(m) for m in found if unsplittable(m, owners) is None}
     try:
         replace_modules(model, splits, inplace=True)

@@ -27,6 +27,17 @@ class Factored(nn.Module):
             return up @ down
         return Product(self)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Add an empty marker under the dense weight's name.
+
+        What expects a dense weight there fails on the marker's shape, whoever wrote the state dict: without it, loading
+        that does not mind missing keys would go on with random numbers. Not on the meta device, where loaders ask a
+        skeleton which tensors it needs.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars and not self.up.weight.is_meta:
+            destination[f"{prefix}weight"] = torch.empty(0, dtype=torch.uint8)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Ignore the empty marker that saved checkpoints carry under the dense weight's name."""
         marker = state_dict.get(f"{prefix}weight")

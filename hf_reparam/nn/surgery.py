@@ -1,7 +1,8 @@
 """Replacing modules: factor one layer, swap by shape, install, restore. Shared modules stay shared."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,16 @@ from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["factor", "has_hooks", "low_rank_like", "replace_modules", "set_bias", "set_factors"]
+__all__ = [
+    "check_copyable",
+    "factor",
+    "has_hooks",
+    "low_rank_like",
+    "replace_modules",
+    "set_bias",
+    "set_factors",
+    "undone_on_error",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -109,10 +119,10 @@ def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, in
             tensors were never copied.
 
     Raises:
-        TargetError: inplace, and the model itself is to be replaced.
+        TargetError: inplace, and the model itself is to be replaced; or the model cannot be copied.
     """
     if not inplace:
-        return copy.deepcopy(model, {id(old): new for old, new in replacements.items()})
+        return _copied(model, {id(old): new for old, new in replacements.items()})
     if model in replacements:
         raise TargetError("a model that is itself one dense layer cannot be replaced in place: use inplace=False")
     for module in list(model.modules()):
@@ -120,6 +130,44 @@ def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, in
             if child is not None and child in replacements:
                 module._modules[name] = replacements[child]
     return model
+
+
+def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:
+    """Raise TargetError for a model that cannot be copied without the modules that are to be replaced.
+
+    No parameter or buffer is copied to find out.
+    """
+    kept = [*model.parameters(), *model.buffers(), *replaced]
+    _copied(model, {id(item): item for item in kept})
+
+
+def _copied(model: M, memo: dict[int, Any]) -> M:
+    """A deep copy in which what `memo` knows by its id stands for the original."""
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the model's own attributes raise
+        raise TargetError(f"{type(model).__name__} cannot be copied: use inplace=True. The copy failed with: {error}") from error
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes, children and tensors back if the block fails.
+
+    Until the block ends, what was replaced in it is kept in memory.
+    """
+    modules = list(model.modules())
+    before = [(type(m), dict(vars(m)), dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in modules]
+    try:
+        yield
+    except BaseException:
+        for module, (kind, attributes, *held) in zip(modules, before, strict=True):
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for now, then in zip((module._modules, module._parameters, module._buffers), held, strict=True):
+                now.clear()
+                now.update(then)
+        raise
 
 
 def has_hooks(module: nn.Module) -> bool:
