@@ -202,7 +202,7 @@ def test_shared_layers_are_stored_once(tmp_path):
     layer = nn.Linear(24, 24)
     model = nn.Sequential(layer, nn.Tanh(), layer)
     hf_reparam.save(convert(model, rank=4), tmp_path / "small")
-    assert len(load_file(tmp_path / "small" / "model.safetensors")) == 3
+    assert sum(t.numel() > 0 for t in load_file(tmp_path / "small" / "model.safetensors").values()) == 3
     fresh_layer = nn.Linear(24, 24)
     loaded = hf_reparam.load(nn.Sequential(fresh_layer, nn.Tanh(), fresh_layer), tmp_path / "small")
     assert loaded[0] is loaded[2]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -143,8 +144,8 @@ def batches():
 CALLED = [name for name in WRAPPERS if name not in ("value head", "policy", "published")]
 
 
-@pytest.mark.parametrize("name", CALLED)
-def test_calibration_through_a_wrapper(name):
+@pytest.mark.parametrize(("name", "joint"), [(name, name == "Sequential") for name in CALLED])
+def test_calibration_through_a_wrapper(name, joint):
     wrap, inner = WRAPPERS[name]
     alone, model = bert("BertForMaskedLM"), wrap(bert("BertForMaskedLM"))
     path = next(n for n, m in model.named_modules() if m is inner(model))
@@ -152,16 +153,16 @@ def test_calibration_through_a_wrapper(name):
     assert list(moments.layers) == [f"{path}.{layer}" for layer in expected.layers]  # one rule for names
     for layer, known in expected.layers.items():
         torch.testing.assert_close(moments.layers[f"{path}.{layer}"].input_products, known.input_products)
-    plan, known = make_plan(model, moments, keep=0.6), make_plan(alone, expected, keep=0.6)
+    plan, known = (make_plan(m, c, keep=0.6, joint=joint) for m, c in ((model, moments), (alone, expected)))
+    assert {n.removeprefix(f"{path}."): width for n, width in plan.head_widths.items()} == known.head_widths
     assert {n.removeprefix(f"{path}."): spec for n, spec in plan.modules.items()} == known.modules
     small = inner(convert(model, plan=plan, calibration=moments))
     assert equal(small, convert(alone, plan=known, calibration=expected))
-    direct = inner(convert(model, keep=0.6, calibration=batches()))
+    direct = inner(convert(model, keep=0.6, calibration=batches(), joint=joint))
     assert direct.config.reparam == small.config.reparam  # the record with errors and tokens, too
     assert direct.config.reparam["method"] == "fisher"
-    assert direct.config.reparam["record"]["errors"].keys() == direct.config.reparam["modules"].keys()
-    kept = decompose(model, moments)
-    assert equal(inner(convert(model, plan=plan, calibration=kept)), small)
+    assert direct.config.reparam["record"]["errors"].keys() >= direct.config.reparam["modules"].keys()
+    assert list(decompose(model, moments).layers) == list(moments.layers)
 
 
 def test_calibration_of_a_wrapper_that_is_called_itself():
@@ -217,7 +218,7 @@ def test_two_models_have_plans_of_their_own(tmp_path):
 
 def test_embeddings_in_a_wrapper(tmp_path):
     model = nn.Sequential(bert("BertForMaskedLM"))
-    small = convert(model, keep=0.5, embeddings=True, calibration=batches())
+    small = convert(model, keep=0.3, embeddings=True, allocation="uniform", calibration=batches())
     assert small[0].config.reparam["embeddings"]
     small[0].save_pretrained(tmp_path)
     assert equal(tf.AutoModelForMaskedLM.from_pretrained(tmp_path), small[0])
@@ -258,7 +259,8 @@ def test_what_a_wrapper_saves_by_itself_stays_dense():
 
 
 def test_a_compiled_model_runs_what_it_holds_now():
-    model = torch.compile(bert(), backend="eager")
+    model = torch.compile(tf.BertModel(tf.BertConfig(**{**zoo.BERT_LIKE, "num_hidden_layers": 1})), backend="eager")
+    model.eval()
     before = model(**text())[0]
     convert(model, rank=2, inplace=True)
     after = model(**text())[0]
@@ -345,14 +347,14 @@ def test_what_cannot_be_copied_is_told_before_the_work(monkeypatch):
 
     model = Keeps(zoo.bert()).eval()
     model(**text())
-    monkeypatch.setattr("hf_reparam.convert.factor_layers", never)
+    monkeypatch.setattr(sys.modules["hf_reparam.convert"], "factor_layers", never)
     for given in (model, nn.Sequential(model)):
         with pytest.raises(TargetError, match="cannot be copied: use inplace=True"):
             convert(given, rank=4)
     monkeypatch.undo()
     assert low_rank(convert(model, rank=4, inplace=True))
     model(**text())
-    monkeypatch.setattr("hf_reparam.merge.build_layers", never)
+    monkeypatch.setattr(sys.modules["hf_reparam.merge"], "build_layers", never)
     with pytest.raises(TargetError, match="cannot be copied: use inplace=True"):
         merge(model)
 
@@ -431,8 +433,11 @@ def peft_model(config, base="BertForSequenceClassification"):
 
 
 def with_adapter():
-    model = bert("BertForSequenceClassification")
-    model.add_adapter(lora())
+    """What `model.add_adapter(config)` of Transformers does."""
+    from peft import inject_adapter_in_model
+
+    model = inject_adapter_in_model(lora(), bert("BertForSequenceClassification"))
+    model._hf_peft_config_loaded = True
     return model
 
 
@@ -566,7 +571,8 @@ def sentences(tmp_path_factory):
     tf.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
     ).save_pretrained(folder)
-    bert("BertForSequenceClassification").save_pretrained(folder / "classifier")
+    one = zoo.BY_BASE["BertForSequenceClassification"]
+    tf.BertForSequenceClassification(one.config(num_labels=1)).save_pretrained(folder / "classifier")
     for file in folder.glob("*.json"):
         (folder / "classifier" / file.name).write_bytes(file.read_bytes())
     bert().save_pretrained(folder)
@@ -630,8 +636,10 @@ def test_cross_encoder(sentences, tmp_path):
 
 
 def test_sentence_transformer_with_an_adapter(sentences):
+    from peft import inject_adapter_in_model
+
     st = embedder(sentences)
-    st.add_adapter(lora())
+    inject_adapter_in_model(lora(), st[0].auto_model)
     with pytest.raises(TargetError, match="adapter that is not merged"):
         convert(st, rank=4)
 

@@ -1,0 +1,317 @@
+"""Models of several parts: their configurations stay one, and parts that were converted by themselves are not lost."""
+
+import copy
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import hf_reparam
+from hf_reparam import LowRankLinear, TargetError, collect_moments, convert, merge
+from tests import zoo
+
+PART = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+IMAGE = {**PART, "image_size": 16, "patch_size": 8}
+WIDE = {"initializer_range": 0.15}
+IDS = zoo._ids()
+PIXELS = zoo.INPUTS["image"]()["pixel_values"]
+
+
+def llava():
+    vision = {"model_type": "clip_vision_model", **IMAGE}
+    text = {"model_type": "llama", **zoo.LLAMA_LIKE, **WIDE}
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=98))
+
+
+def clip():
+    text = {**PART, "vocab_size": 99, "eos_token_id": 2, "bos_token_id": 1}
+    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=IMAGE, projection_dim=16))
+
+
+def encoder_decoder():
+    encoder = tf.BertModel(zoo.bert(**WIDE))
+    decoder = tf.BertLMHeadModel(zoo.bert(is_decoder=True, add_cross_attention=True, **WIDE))
+    return tf.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+
+
+def vision_encoder_decoder():
+    decoder = tf.GPT2LMHeadModel(zoo.gpt2(add_cross_attention=True))
+    return tf.VisionEncoderDecoderModel(encoder=tf.ViTModel(zoo.vit()), decoder=decoder)
+
+
+def t5gemma():
+    module = {**PART, "vocab_size": 99, "num_key_value_heads": 2, "head_dim": 8}
+    config = tf.T5GemmaConfig(encoder=module, decoder=module, vocab_size=99)
+    return tf.T5GemmaForConditionalGeneration(config)
+
+
+def musicgen():
+    text = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "model_type": "t5"}
+    audio = {"model_type": "encodec", "num_filters": 4, "hidden_size": 8, "codebook_size": 16, "codebook_dim": 8}
+    decoder = {"vocab_size": 16, "num_codebooks": 2, "num_attention_heads": 4, "hidden_size": 32, "ffn_dim": 48}
+    decoder |= {"num_hidden_layers": 1, "pad_token_id": 16, "bos_token_id": 16}
+    return tf.MusicgenForConditionalGeneration(tf.MusicgenConfig(text_encoder=text, audio_encoder=audio, decoder=decoder))
+
+
+@dataclass(frozen=True)
+class Composite:
+    build: object
+    batch: dict
+    part: str  # configuration of a part with token embeddings
+    module: str  # the part
+
+
+SEQ2SEQ = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
+COMPOSITES = {
+    "llava": Composite(llava, {"input_ids": IDS}, "text_config", "model.language_model"),
+    "clip": Composite(clip, {"input_ids": IDS, "pixel_values": PIXELS}, "text_config", "text_model"),
+    "encoder-decoder": Composite(encoder_decoder, SEQ2SEQ, "encoder", "encoder"),
+    "vision-encoder-decoder": Composite(
+        vision_encoder_decoder, {"pixel_values": PIXELS, "decoder_input_ids": IDS}, "decoder", "decoder"
+    ),
+    "t5gemma": Composite(t5gemma, SEQ2SEQ, "encoder", "model.encoder"),
+    "musicgen": Composite(musicgen, {}, "text_encoder", "text_encoder"),
+}
+composites = pytest.mark.parametrize("name", COMPOSITES)
+
+
+def made(name):
+    torch.manual_seed(0)
+    return COMPOSITES[name].build().eval()
+
+
+def equal(model, other, batch):
+    return all(map(torch.equal, zoo.outputs(model, batch), zoo.outputs(other, batch)))
+
+
+def held(model):
+    """Part of the configuration -> attributes of modules that are this very object."""
+    parts = {"": model.config, **{name: getattr(model.config, name) for name in model.config.sub_configs}}
+    found = {}
+    for part, config in parts.items():
+        for path, module in model.named_modules():
+            found.setdefault(part, []).extend(
+                f"{path}:{key}" for key, value in vars(module).items() if config is not None and value is config
+            )
+    return found
+
+
+def stages(model):
+    small = convert(model, rank=4)
+    yield model
+    yield small
+    yield merge(small)
+    yield convert(small, rank=2)
+
+
+@composites
+def test_parts_share_their_configuration(name):
+    first, *others = map(held, stages(made(name)))
+    assert any(first.values())
+    assert [first] * 3 == others
+    changed = made(name)
+    convert(changed, rank=4, inplace=True)
+    assert held(changed) == first
+    merge(changed, inplace=True)
+    assert held(changed) == first
+
+
+@composites
+def test_what_is_set_on_a_part_has_an_effect_and_is_saved(name, tmp_path):
+    case = COMPOSITES[name]
+    seen = []
+    for i, model in enumerate(stages(made(name))):
+        part = model.get_submodule(case.module)
+        model.set_attn_implementation({case.part: "eager"})
+        getattr(model.config, case.part).use_cache = False
+        part.resize_token_embeddings(120)
+        model.save_pretrained(tmp_path / str(i))
+        stored = getattr(tf.AutoConfig.from_pretrained(tmp_path / str(i)), case.part)
+        again = type(model).from_pretrained(tmp_path / str(i))
+        assert not case.batch or equal(again, model, case.batch)
+        seen.append((part.config._attn_implementation, part.config.use_cache, stored.vocab_size, stored.use_cache))
+    assert [seen[0]] * 3 == seen[1:]
+    assert seen[0][2] == 120
+
+
+def test_a_configuration_of_another_model_stays():
+    model = made("clip")
+    other = tf.CLIPTextModel(model.config.text_config)
+    config, text = model.config, model.config.text_config
+    convert(model, rank=4, inplace=True)
+    assert other.config is text
+    assert type(config) is tf.CLIPConfig
+    assert config.text_config is text
+    assert model.config is not config
+    assert model.config.text_config is not text
+
+
+def test_parts_of_a_merged_model_have_stock_configurations(tmp_path):
+    """T5 gives its stacks copies of the configuration: those of a loaded model have its plan."""
+    convert(zoo.BY_BASE["T5ForConditionalGeneration"].build(), rank=4).save_pretrained(tmp_path)
+    dense = merge(tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path))
+    for module in dense.modules():
+        assert type(getattr(module, "config", dense.config)) is tf.T5Config
+
+
+# a part that was converted by itself
+
+
+def with_low_rank_part(name, rank=4):
+    """The stock model with a part that was converted and put back."""
+    model = made(name)
+    owner, _, child = COMPOSITES[name].module.rpartition(".")
+    part = convert(model.get_submodule(COMPOSITES[name].module), rank=rank)
+    setattr(model.get_submodule(owner), child, part)
+    return model
+
+
+PUT_BACK = [name for name in COMPOSITES if name != "musicgen"]
+put_back = pytest.mark.parametrize("name", PUT_BACK)
+
+
+@put_back
+def test_a_part_that_was_put_back_is_never_lost_silently(name, tmp_path):
+    model = with_low_rank_part(name)
+    model.save_pretrained(tmp_path)
+    try:
+        again = type(model).from_pretrained(tmp_path)
+    except RuntimeError as error:
+        assert "mismatch" in str(error)  # noqa: PT017  # or it loads
+    else:
+        assert equal(again, model, COMPOSITES[name].batch)
+
+
+@pytest.mark.parametrize("name", ["encoder-decoder", "vision-encoder-decoder"])
+def test_encoder_decoders_keep_a_converted_part(name, tmp_path):
+    """Their own classes put parts of any type together."""
+    model = made(name)
+    child = COMPOSITES[name].module
+    parts = {**dict(model.named_children()), child: convert(model.get_submodule(child), rank=4)}
+    whole = type(model)(encoder=parts["encoder"], decoder=parts["decoder"]).eval()
+    whole.save_pretrained(tmp_path)
+    assert equal(type(model).from_pretrained(tmp_path), whole, COMPOSITES[name].batch)
+
+
+@put_back
+def test_merging_the_whole_with_a_low_rank_part(name, tmp_path):
+    model = with_low_rank_part(name)
+    dense = merge(model)
+    assert not [m for m in dense.modules() if "reparam" in type(m).__name__.lower() or isinstance(m, LowRankLinear)]
+    assert "reparam" not in str(dense.config.to_dict())
+    dense.save_pretrained(tmp_path)
+    again = type(dense).from_pretrained(tmp_path)
+    assert equal(again, dense, COMPOSITES[name].batch)
+    for a, b in zip(zoo.outputs(dense, COMPOSITES[name].batch), zoo.outputs(model, COMPOSITES[name].batch), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@put_back
+def test_converting_the_whole_with_a_low_rank_part(name, inplace, tmp_path):
+    """The plan of the part becomes a part of the whole's; also where only another part is converted now."""
+    model = with_low_rank_part(name)
+    part = COMPOSITES[name].module
+    options = {"exclude": f"{part}.*"} if inplace else {}
+    small = convert(model, rank=3, inplace=inplace, **options)
+    assert type(small).__name__ == f"Reparam{type(made(name)).__name__}"
+    assert not hasattr(small.get_submodule(part), "base_class")
+    assert "'reparam'" not in str([getattr(small.config, sub).to_dict() for sub in small.config.sub_configs])
+    ranks = {m.rank for m in small.get_submodule(part).modules() if isinstance(m, LowRankLinear)}
+    assert ranks == ({4} if inplace else {3})
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path)
+    assert equal(again, small, COMPOSITES[name].batch)
+
+
+# classes without embeddings, and errors at the end
+
+
+def flava():
+    part = {k: v for k, v in PART.items()}
+    text, image = {**part, "vocab_size": 99}, {**IMAGE}
+    config = tf.FlavaConfig(text_config=text, image_config=image, multimodal_config=part, hidden_size=32, projection_dim=8)
+    return tf.FlavaModel(config)
+
+
+def clap():
+    text = {**PART, "vocab_size": 99}
+    return tf.BlipModel(tf.BlipConfig(text_config=text, vision_config=IMAGE, projection_dim=16))
+
+
+@pytest.mark.parametrize("build", [flava, clap])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_classes_that_know_no_embeddings(build, inplace, tmp_path):
+    torch.manual_seed(0)
+    small = convert(build().eval(), rank=4, inplace=inplace)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in small.state_dict().items())
+    assert type(merge(small)) is type(small).base_class
+
+
+LATE = ["register", "model_class", "plan_of", "name_ties", "table_groups", "_new_configs", "_tied", "find_attentions"]
+
+
+class Late(Exception):
+    pass
+
+
+def state(model):
+    return [
+        (path, module, type(module), {k: id(v) for k, v in vars(module).items() if k != "_modules"})
+        for path, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["itself", "in a wrapper"])
+@pytest.mark.parametrize("step", LATE)
+def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch):
+    """Whatever fails after the layers are made: classes, configurations, ties and layers are put back."""
+
+    def fails(*args, **kwargs):
+        raise Late
+
+    batch = zoo.BY_BASE["BertForMaskedLM"].batch()
+    model = wrap(zoo.BY_BASE["BertForMaskedLM"].build())
+    inner = model[0] if isinstance(model, nn.Sequential) else model
+    config = inner.config
+    before, shown, outputs = state(model), config.to_dict(), zoo.outputs(inner, batch)
+    plan = hf_reparam.make_plan(model, keep=0.3, embeddings=True)
+    moments = collect_moments(model, [batch])
+    joint = hf_reparam.make_plan(model, moments, keep=0.4, joint=True)
+    monkeypatch.setattr(sys.modules["hf_reparam.hf.retype"], step, fails)
+    for chosen in (plan, joint) if step != "name_ties" else (plan,):
+        with pytest.raises(Late):
+            convert(model, plan=chosen, calibration=moments, inplace=True)
+        assert state(model) == before
+        assert inner.config is config
+        assert config.to_dict() == shown
+        assert all(map(torch.equal, zoo.outputs(inner, batch), outputs))
+
+
+@pytest.mark.parametrize("step", ["_new_configs", "stock_model_class", "name_ties", "_tied"])
+def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
+    def fails(*args, **kwargs):
+        raise Late
+
+    small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), keep=0.3, embeddings=True)
+    before = state(small)
+    monkeypatch.setattr(sys.modules["hf_reparam.hf.retype"], step, fails)
+    with pytest.raises(Late):
+        merge(small, inplace=True)
+    assert state(small) == before
+
+
+def test_low_rank_embeddings_that_the_whole_cannot_store():
+    """A table that is neither the whole's input nor its output has no place in the whole's plan."""
+    model = made("encoder-decoder")
+    decoder = tf.BertModel(zoo.bert(is_decoder=True, add_cross_attention=True))
+    tables = convert(decoder, keep=0.3, embeddings=True, allocation="uniform")
+    model.decoder.bert = tables
+    with pytest.raises(TargetError, match=r"decoder.bert.embeddings.word_embeddings.*merge"):
+        convert(model, rank=4, include="encoder.*")
+    assert copy.deepcopy(merge(model))
