@@ -19,6 +19,7 @@ from hf_reparam.calibration import collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.factoring import factor_layers, factor_tables
+from hf_reparam.hf.auto import check_loadable
 from hf_reparam.hf.host import check_model, unwrapped
 from hf_reparam.hf.inspection import (
     check_convertible,
@@ -196,8 +197,9 @@ def convert(
         The converted model, or the model and a ConversionReport.
 
     Raises:
-        TargetError: no model, or one that cannot be copied, is sharded, or has adapters that are not merged; a pattern
-            matches nothing, or nothing would change; none or several sizes were given.
+        TargetError: no model, or one that cannot be copied, is sharded, has adapters that are not merged, or came with
+            `trust_remote_code` and is not registered with the Auto classes; a pattern matches nothing, or nothing would
+            change; none or several sizes were given.
         RankError: a size is out of range, or higher than a low-rank layer's own, or no size holds the tolerance.
         WeightError: a weight is not finite, on the meta device, or quantized.
         PlanError: the plan does not fit the model.
@@ -295,6 +297,7 @@ def _targets(
     check_no_adapters(model)
     check_convertible(model, inplace=inplace)
     check_unquantized(model)
+    check_loadable(model)
     targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
     if not inplace:
         check_copyable(unwrapped(model), [target.module for target in targets.selected])

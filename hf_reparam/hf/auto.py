@@ -9,18 +9,20 @@ import importlib
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_reparam.errors import PlanError
-from hf_reparam.hf.configuration import MODEL_TYPE, PREFIX, config_class
-from hf_reparam.hf.families import auto_classes
-from hf_reparam.hf.modeling import model_class
+from hf_reparam.errors import PlanError, TargetError
+from hf_reparam.hf.configuration import MODEL_TYPE, PREFIX, config_class, stock_config_class
+from hf_reparam.hf.families import auto_class_of, auto_classes
+from hf_reparam.hf.host import hosts
+from hf_reparam.hf.modeling import ReparamMixin, model_class, stock_model_class
 from hf_reparam.hf.untrusted import check_entries
 from hf_reparam.plan import RankPlan
 
-__all__ = ["ReparamConfig", "generated_class", "register"]
+__all__ = ["ReparamConfig", "check_loadable", "generated_class", "register"]
 
 _PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
 
@@ -83,19 +85,44 @@ def _register_preprocessor(module: str, base: type[PreTrainedConfig], derived: t
                 continue
 
 
+def check_loadable(model: nn.Module) -> None:
+    """Raise TargetError for a model with code from a repository, if the Auto classes could not load it converted."""
+    for name, part in hosts(model).items():
+        kind, config = stock_model_class(part), stock_config_class(part.config)
+        if not any(code.__module__.startswith("transformers_modules.") for code in (kind, config)):
+            continue
+        known = config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is config
+        if not known or auto_class_of(kind) is None:
+            where = f"{name} is a {kind.__name__}, which" if name else kind.__name__
+            raise TargetError(
+                f"{where} came with trust_remote_code, and its low-rank model could be saved and never loaded: register "
+                f"its code first, AutoConfig.register({config.model_type!r}, type(model.config)) and "
+                "AutoModel.register(type(model.config), type(model)), here and wherever the result is loaded"
+            )
+
+
 def generated_class(name: str) -> type[Any]:
     """The generated class of this name: `ReparamBertForMaskedLM`, `ReparamBertConfig`.
 
     Raises:
-        AttributeError: Transformers has no class behind the name.
+        AttributeError: neither Transformers nor a module that was imported has a class behind the name.
     """
-    base: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    own = name.removeprefix(PREFIX)
+    base: Any = (getattr(transformers, own, None) or _imported(own)) if name.startswith(PREFIX) and own else None
     if isinstance(base, type) and issubclass(base, PreTrainedConfig):
         return register(base)
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
         register(base.config_class)  # type: ignore[attr-defined]
         return model_class(base)
     raise AttributeError(f"module 'hf_reparam' has no attribute {name!r}")
+
+
+def _imported(name: str) -> type[PreTrainedModel] | None:
+    """The model class of this name that somebody else defined, if its module was imported."""
+    found: list[type[PreTrainedModel]] = [PreTrainedModel]
+    for kind in found:
+        found += [sub for sub in kind.__subclasses__() if not issubclass(sub, ReparamMixin) and sub not in found]
+    return next((kind for kind in reversed(found) if kind.__name__ == name), None)
 
 
 AutoConfig.register(MODEL_TYPE, ReparamConfig, exist_ok=True)

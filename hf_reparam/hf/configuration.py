@@ -1,6 +1,7 @@
 """Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
 
 import functools
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,7 @@ class ReparamConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields of the base, the plan, and `model_type` "reparam"."""
+        _name_lora_targets()
         return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
 
     @classmethod
@@ -75,6 +77,13 @@ class ReparamConfigMixin:
             if found and "reparam" not in part:
                 data = {**data, key: {**part, "reparam": {**plan, "base_model_type": mine}}}
         return {**data, "model_type": whole}, rest
+
+
+def _name_lora_targets() -> None:
+    """Let a `LoraConfig()` without targets adapt the factors: PEFT looks for defaults by the model type in `to_dict`."""
+    constants = sys.modules.get("peft.utils.constants")
+    if constants is not None:
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, ["down", "up"])
 
 
 @functools.cache

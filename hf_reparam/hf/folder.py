@@ -141,7 +141,10 @@ def _saved_class(config: PreTrainedConfig) -> Any:
     except AttributeError:
         found = None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise CheckpointError(f"its architecture {name!r} is no class of Transformers {transformers.__version__}")
+        raise CheckpointError(
+            f"its architecture {name!r} is no class of Transformers {transformers.__version__}; if it is one of yours, "
+            "import the module that defines it, and register a configuration of your own with AutoConfig"
+        )
     if isinstance(config, ReparamConfigMixin) and not name.startswith(PREFIX):
         raise PlanError(f"config.json has a plan, and its architecture {name!r} is a stock class")
     return found

@@ -75,7 +75,7 @@ class ReparamMixin:
             for module in self.modules()  # type: ignore[attr-defined]
             if isinstance(module, (LowRankLinear, Tables)) and not _has_numbers(module)
         ]
-        sizes = deviations(self, drawn)  # type: ignore[arg-type]  # a model
+        sizes = deviations(self, [low for low in drawn if not low.up.weight.is_meta])  # type: ignore[arg-type]
         super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
             if isinstance(module, Tables):
@@ -302,7 +302,10 @@ def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool)
         if shapes_may_differ():
             return False
         limit = "min(in - 1, out)" if spec.form == "pivoted" else "min(in, out)"
-        raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}")
+        raise PlanError(
+            f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}. If another size is "
+            "meant, as for a new head, ignore_mismatched_sizes=True makes a new, dense layer"
+        )
     if isinstance(module, LowRankLinear) and module.spec != spec:
         raise PlanError(f"{name}: the plan makes it {spec}, and the model has it as {module.spec}")
     return True
