@@ -73,7 +73,7 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
             for key, low in mine.items():
                 holder._init_weights(owner._modules[key])
             holder._init_weights(owner)
-            found |= {low: _spread(owner._modules[key]) for key, low in mine.items() if low is not None}
+            found |= {low: _spread(owner._modules[key]) for key, low in mine.items() if isinstance(low, nn.Module)}
         finally:
             owner._modules.update(mine)
     return found

@@ -21,12 +21,13 @@ from hf_reparam.hf.auto import generated_class
 from hf_reparam.hf.configuration import PREFIX, ReparamConfigMixin
 from hf_reparam.hf.offload import check_stored
 from hf_reparam.hf.processes import is_first
+from hf_reparam.hf.remote import FILE
 from hf_reparam.hf.untrusted import check_folder
 
 __all__ = ["copy_companions", "load", "load_tokenizer", "locate", "new_folder", "skeleton"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".index.json")
-_OWN = ("config.json", "generation_config.json", "README.md")  # written by the model, or true of the source alone
+_OWN = ("config.json", "generation_config.json", "README.md", FILE)  # written by the model, or true of the source alone
 _OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "onnx/*", "openvino/*", "coreml/*"]
 
 
