@@ -24,12 +24,13 @@ __all__ = ["FILE", "forget_file", "named_in_config", "write_module"]
 
 FILE = "modeling_reparam.py"
 _IMPORTED = re.compile(r"# what follows up.*?# the definitions end here\n", re.DOTALL)
-_BEFORE_LAYERS = '''from collections.abc import Mapping
+_BEFORE_LAYERS = '''import inspect
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-PlanError = ValueError
+PlanError = WeightError = ValueError
 CheckpointError = OSError
 
 try:

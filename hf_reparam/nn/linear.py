@@ -1,12 +1,13 @@
 """The low-rank layers: two ordinary Linears that stand where one dense layer stood, as a pair or with pivots."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_reparam.errors import CheckpointError
+from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.plan import LayerSpec
 
 __all__ = ["Factored", "LowRankLinear", "PivotedLinear", "Product"]
@@ -14,6 +15,8 @@ __all__ = ["Factored", "LowRankLinear", "PivotedLinear", "Product"]
 
 class Factored(nn.Module):
     """Two factors in the place of a dense weight, for which `weight` answers: see `Product`."""
+
+    __jit_unused_properties__ = ("weight", "bias", "spec", "rank", "in_features", "out_features")  # TorchScript's
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(out, r) and (r, in), whose product is the weight."""
@@ -23,9 +26,18 @@ class Factored(nn.Module):
     def weight(self) -> Tensor:
         """The product (out, in), formed when arithmetic asks for it, with gradients into both factors."""
         if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
-            up, down = self.factors()
-            return up @ down
-        return Product(self)
+            return self._product()
+        return Product(self._product, self.up.weight, (self.out_features, self.in_features))
+
+    def _product(self) -> Tensor:
+        up, down = self.factors()
+        return up @ down
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As the base's. Raises WeightError for `weight`, which is up @ down."""
+        if name == "weight":
+            raise _lost("setting it")
+        super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Add an empty marker under the dense weight's name.
@@ -71,11 +83,18 @@ class LowRankLinear(Factored):
         super().__init__()
         self.in_features, self.out_features, self.rank = down.in_features, up.out_features, up.in_features
         self.dense_type = dense_type
+        self.keyword = list(inspect.signature(dense_type.forward).parameters)[1]
         self.down, self.up = down, up
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the dense layer is called: the input may go by the name that it has there, `x` for Conv1D."""
+        if self.keyword in kwargs:
+            args = (*args, kwargs.pop(self.keyword))
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        out: Tensor = self.up(self.hidden(x))
+        out: Tensor = self.up(self.hidden(input))
         return out
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -135,7 +154,6 @@ class PivotedLinear(LowRankLinear):
         super().__init__(down, up, dense_type=dense_type)
         self.in_features = order.numel()
         self.register_buffer("order", order)
-        self.seen = 0  # the version of `order` that is known to be a permutation
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """As the base's. Raises CheckpointError for an `order` that is no permutation, as after a cast."""
@@ -146,11 +164,8 @@ class PivotedLinear(LowRankLinear):
 
     def hidden(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., r), what `up` gets."""
-        if not torch.compiler.is_compiling() and not self.order.is_inference() and self.order._version != self.seen:
-            _check_order(self.order, "order")  # averages of weights are written into it, too
-            self.seen = self.order._version
-        pivots, rest = x.gather(-1, self.order.expand_as(x)).tensor_split((self.rank,), -1)
-        out: Tensor = pivots + self.down(rest)
+        ordered = x.gather(-1, self.order.expand_as(x))
+        out: Tensor = ordered[..., : self.rank] + self.down(ordered[..., self.rank :])
         return out
 
     def basis(self) -> Tensor:
@@ -176,46 +191,93 @@ def _check_order(order: Tensor, name: str) -> None:
 _METADATA = frozenset(
     {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse"}
 )
+_WRITING = frozenset(
+    {"__set__", "__setitem__", "__delitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
+    | {f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()}
+)
+
+
+def _lost(what: str) -> WeightError:
+    return WeightError(
+        f"{what} would be lost: the weight of a low-rank layer is up @ down, formed whenever it is read. Change "
+        "layer.up.weight and layer.down.weight (of an embedding layer.table.weight), merge the model first, or take "
+        "layer.weight.clone() for a tensor of its own"
+    )
 
 
 class Product(Tensor):
-    """up @ down, not yet multiplied: a tensor of the right shape, dtype and device that holds no numbers."""
+    """up @ down, not yet multiplied: a tensor of the right shape, dtype and device that holds no numbers.
 
-    _layer: Any
+    What is written into it, or into a view of it, would be lost, and raises WeightError.
+
+    Args:
+        form: gives the numbers.
+        like: a tensor of their dtype and device.
+        shape: theirs.
+    """
+
+    _form: Callable[[], Tensor]
     _is_hf_initialized = True  # Transformers' initialisers must not draw numbers for it
 
     @staticmethod
-    def __new__(cls, layer: Any) -> "Product":
-        like = layer.up.weight
-        self: Product = Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
-        )
-        self._layer = layer
+    def __new__(cls, form: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> "Product":
+        self: Product = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        self._form = form
         return self
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, form: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> None:
         super().__init__()
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        getter = getattr(func, "__name__", "") == "__get__" and func.__self__.__name__
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        getter = name == "__get__" and func.__self__.__name__
         if getter in _METADATA or func in (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point):
-            return super().__torch_function__(func, types, args, kwargs or {})
-        return func(*map(_formed, args), **{key: _formed(value) for key, value in (kwargs or {}).items()})
+            return super().__torch_function__(func, types, args, kwargs)
+        if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
+            _refuse_writing(name, args, kwargs)
+        if "out" in kwargs:
+            _refuse_writing("out=", (kwargs["out"],), {})
+        numbers = tuple(map(_formed, args))
+        value = func(*numbers, **{key: _formed(value) for key, value in kwargs.items()})
+        formed = [new for new, old in zip(numbers, args, strict=True) if isinstance(old, Product)]
+        return _unwritable(value, formed, shared=getter == "data" or name == "detach")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func._schema.is_mutable:
+            _refuse_writing(func.__name__, args, kwargs or {})
         return func(*map(_formed, args), **{key: _formed(value) for key, value in (kwargs or {}).items()})
+
+
+def _refuse_writing(what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise WeightError if what is written into, the first argument, is or has a Product."""
+    into = next(iter((*args, *kwargs.values())), None)
+    if any(isinstance(tensor, Product) for tensor in (into if isinstance(into, (list, tuple)) else (into,))):
+        raise _lost(what)
+
+
+def _unwritable(value: Any, formed: list[Tensor], *, shared: bool) -> Any:
+    """A value as it is, or as a Product if it is, or shares memory with, numbers that were formed for this call."""
+    if type(value) in (list, tuple):
+        return type(value)(_unwritable(item, formed, shared=shared) for item in value)
+    if type(value) is Tensor and (shared or any(value is new or _root(value) is _root(new) for new in formed)):
+        return Product(lambda: value, value, tuple(value.shape))
+    return value
+
+
+def _root(tensor: Any) -> Any:
+    """The tensor that a view is of."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _formed(value: Any) -> Any:
     if isinstance(value, Product):
-        up, down = value._layer.factors()
-        return up @ down
+        return value._form()
     if isinstance(value, (list, tuple)):
         return type(value)(map(_formed, value))
     return value
