@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError
 from hf_reparam.hf.host import called, check_model, hosts, layer_name, own_tokenizer
-from hf_reparam.hf.inspection import check_no_adapters, check_unsharded, protected_layers, with_projections
+from hf_reparam.hf.inspection import check_no_adapters, check_unsharded, find_layers, with_projections
 from hf_reparam.hf.objective import is_multi_label, objective
 from hf_reparam.hf.processes import distributed, total
 from hf_reparam.hf.tables import TableGroup, table_groups
@@ -22,7 +22,7 @@ from hf_reparam.items import check_data
 from hf_reparam.linalg import LayerMoments, Moments, TableMoments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
-from hf_reparam.nn.targets import Target, find_targets
+from hf_reparam.nn.targets import Target, no_layer
 
 __all__ = ["collect_moments", "frozen", "layer_name"]
 
@@ -41,8 +41,9 @@ def collect_moments(
     max_samples: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
+    include: str | Iterable[str] | None = None,
 ) -> Moments:
-    """Moments of every layer that can be factored, over calibration data.
+    """Moments of every layer that is factored by default, or that `include` matches, over calibration data.
 
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. The gradient is
@@ -68,6 +69,7 @@ def collect_moments(
         folder: where moments go, in place of memory; `Moments.load` opens it again.
         max_memory: bytes, or a text such as "8GB", that moments may take in memory: layers are watched in groups, in
             one pass over the data each, and every group goes to `folder`. The data must allow several passes.
+        include: patterns as in `convert`: a conversion that includes a head needs moments that include it.
 
     Returns:
         Moments, which can be saved, merged and used for any number of conversions.
@@ -94,9 +96,9 @@ def collect_moments(
     check_model(model)
     check_no_adapters(model)
     check_unsharded(model)
-    targets = find_targets(model, protected=protected_layers(model))
+    targets = find_layers(model, include=include)
     if not targets.selected:
-        raise TargetError(f"{type(model).__name__} has no layer that can be factored")
+        raise no_layer(targets)
     if max_memory is not None and folder is None:
         raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
     named = {layer_name(model, t.name): t for t in targets.selected}

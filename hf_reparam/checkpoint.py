@@ -20,13 +20,14 @@ from hf_reparam.convert import convert
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.hf.card import model_card
 from hf_reparam.hf.folder import copy_companions, load, load_tokenizer, locate, new_folder, skeleton
+from hf_reparam.hf.inspection import find_layers, named_by
 from hf_reparam.hf.processes import is_first, own_share, wait_for_all
 from hf_reparam.hf.summary import summarize
 from hf_reparam.linalg import Moments
 from hf_reparam.merge import merge
 from hf_reparam.nn.ranks import Rank
 from hf_reparam.plan import RankPlan
-from hf_reparam.planning import make_plan
+from hf_reparam.planning import MIN_RANK, make_plan
 from hf_reparam.refitting import refit as refit_factors
 from hf_reparam.report import ConversionReport
 
@@ -58,6 +59,7 @@ def convert_checkpoint(
     max_shard_size: int | str | None = None,
     remote_code: bool = False,
     force: bool = False,
+    min_rank: int = MIN_RANK,
 ) -> ConversionReport:
     """Convert a model folder into another, layer by layer: the model need not fit in memory.
 
@@ -82,6 +84,7 @@ def convert_checkpoint(
             memory at a time.
         remote_code: also write the file that lets the result load where hf_reparam is not installed.
         force: replace `out` if it exists.
+        min_rank: with `keep`, as in `convert`.
 
     Returns:
         The report of the conversion. `out` holds a model card made from it, `README.md`.
@@ -99,7 +102,7 @@ def convert_checkpoint(
     _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream, reading=reading)
     lines = None if texts is None else _read_lines(texts)
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
-    choices: dict[str, Any] = {"form": form, "joint": joint, "embeddings": embeddings}
+    choices: dict[str, Any] = {"form": form, "joint": joint, "embeddings": embeddings, "min_rank": min_rank}
     options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, include, exclude, max_memory]
     options += [max_length, max_samples]
     reading["tokenizer"] = None if texts is None else load_tokenizer(folder)
@@ -108,7 +111,8 @@ def convert_checkpoint(
         model = load(folder, offload_folder=work / "source" if stream else None)
         if not os.path.isdir(source):
             model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
-        known = _moments(model, moments, lines, reading, max_memory, work, shared=stream)
+        wanted = [t.name for t in find_layers(model, **patterns, asked=named_by(model, rank, plan)).selected]
+        known = _moments(model, moments, lines, reading, max_memory, work, wanted, shared=stream)
         if keep is not None:
             choices["form"] = form or "pivoted"
             plan, form = _plan(model, known, keep, patterns | choices, work), None
@@ -204,6 +208,7 @@ def _moments(
     reading: dict[str, Any],
     max_memory: int | str | None,
     work: Path,
+    layers: list[str],
     *,
     shared: bool,
 ) -> Moments | None:
@@ -215,9 +220,10 @@ def _moments(
     place, unfinished = work / "moments", work / "moments~"
     mine = own_share(list(batched(model, lines, **reading)))  # whole batches, for the same rounding as in one process
     if not shared:
-        return collect_moments(model, mine, folder=None if max_memory is None else place, max_memory=max_memory)
+        kept = None if max_memory is None else place
+        return collect_moments(model, mine, folder=kept, max_memory=max_memory, include=layers)
     if not place.exists():
-        collect_moments(model, mine, folder=unfinished, max_memory=max_memory)
+        collect_moments(model, mine, folder=unfinished, max_memory=max_memory, include=layers)
         wait_for_all()
         if is_first():
             unfinished.rename(place)

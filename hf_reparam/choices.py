@@ -17,13 +17,40 @@ from hf_reparam.nn.heads import ROLES, Attention
 from hf_reparam.nn.targets import Target
 from hf_reparam.plan import LayerSpec
 
-__all__ = ["Choices", "Way", "ways_to_build"]
+__all__ = ["Choices", "Steps", "Way", "ways_to_build"]
 
 Choices = tuple[list[LayerSpec | None], Options]
 """Specs of one layer, None for dense, with what they cost and lose in the same order."""
 
 _WIDTHS = 8  # of heads that are tried, in equal steps
 _CAUTION = 1.5  # what narrower heads and tables lose counts for more: it meets the errors of other layers
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which ranks a layer may get: multiples of a number, from the first that is not below the least.
+
+    Args:
+        form, multiple_of, min_rank: as in `make_plan`.
+    """
+
+    form: str
+    multiple_of: int
+    min_rank: int
+
+    @property
+    def least(self) -> int:
+        """The first rank."""
+        return math.ceil(self.min_rank / self.multiple_of) * self.multiple_of
+
+    @property
+    def lowest(self) -> LayerSpec:
+        """What a layer is at the first rank."""
+        return LayerSpec(self.least, self.form)
+
+    def up_to(self, most: int) -> range:
+        """The ranks up to this one."""
+        return range(self.least, most + 1, self.multiple_of)
 
 
 @dataclass(frozen=True)
@@ -46,8 +73,7 @@ def ways_to_build(
     named: Mapping[str, Target],
     tables: Mapping[str, TableGroup],
     source: Decompositions,
-    form: str,
-    multiple_of: int,
+    steps: Steps,
     *,
     joint: bool,
 ) -> dict[str, list[Way]]:
@@ -59,20 +85,21 @@ def ways_to_build(
         model: dense.
         named, tables: name in a plan -> what is targeted.
         source: metric and moments.
-        form, multiple_of, joint: as in `make_plan`.
+        steps: the ranks that may be chosen.
+        joint: as in `make_plan`.
     """
     spectra = spread(source.costs(named), lambda name: source.losses(name, named[name]), desc="Spectra")
-    choices = {n: _choices(t, s, form, multiple_of) for n, t in named.items() if (s := spectra[n]) is not None}
+    choices = {n: _choices(t, s, steps) for n, t in named.items() if (s := spectra[n]) is not None}
     ways = {name: [Way(0.0, {name: found})] for name, found in choices.items()}
     if joint:
-        heads = _ways_of_heads(model, named, choices, source, form, multiple_of)
+        heads = _ways_of_heads(model, named, choices, source, steps)
         inside = {name for group in heads.values() for name in group[0].layers}
         ways = {name: group for name, group in ways.items() if name not in inside} | heads
     for name, group in tables.items():
         tokens = source.table_tokens(name)
         if tokens is not None:
             squares = source.table(name, group.module).squares
-            ways[name] = [Way(0.0, {name: _choices_of_table(group, squares * tokens, multiple_of)})]
+            ways[name] = [Way(0.0, {name: _choices_of_table(group, squares * tokens, steps)})]
     return ways
 
 
@@ -81,8 +108,7 @@ def _ways_of_heads(
     named: Mapping[str, Target],
     choices: Mapping[str, Choices],
     source: Decompositions,
-    form: str,
-    multiple_of: int,
+    steps: Steps,
 ) -> dict[str, list[Way]]:
     """Attention -> its layers as they are, and with heads of every width that is tried."""
     found: dict[str, dict[str, str]] = {}
@@ -95,7 +121,7 @@ def _ways_of_heads(
             found[name] = parts
 
     def work(name: str) -> list[tuple[int, float, dict[str, Tensor]]]:
-        return NarrowHeads(model, heads[name], source).losses(_widths(heads[name], multiple_of))
+        return NarrowHeads(model, heads[name], source).losses(_widths(heads[name], steps.multiple_of))
 
     costs = {name: float(heads[name].heads * heads[name].width) ** 3 for name in found}
     ways = {}
@@ -108,7 +134,7 @@ def _ways_of_heads(
                 n_in, n_out = attention.shape(role, width)
                 like = replace(named[found[name][role]], in_features=n_in, out_features=n_out)
                 path = layer_name(model, attention.path(role, split=True))
-                layers[path] = _choices(like, losses[role], form, multiple_of)
+                layers[path] = _choices(like, losses[role], steps)
             ways[name].append(Way(_CAUTION * error, layers, width))
     return ways
 
@@ -119,25 +145,23 @@ def _widths(attention: Attention, multiple_of: int) -> list[int]:
     return list(range(step, attention.width + attention.kind.fused, step))
 
 
-def _choices(target: Target, losses: Tensor, form: str, multiple_of: int) -> Choices:
+def _choices(target: Target, losses: Tensor, steps: Steps) -> Choices:
     """Every rank at which the layer is smaller than dense, and None for the dense layer itself."""
-    least = target.weights(LayerSpec(multiple_of, form)) if multiple_of <= target.full_rank else target.weights()
-    step = multiple_of if least < target.weights() else 1  # too narrow for one multiple
-    specs = [LayerSpec(rank, form) for rank in range(step, target.full_rank + 1, step)]
+    specs = [LayerSpec(rank, steps.form) for rank in steps.up_to(target.full_rank)]
     specs = [spec for spec in specs if target.weights(spec) < target.weights()]
     return _and_dense(specs, losses, [*map(target.weights, specs), target.weights()])
 
 
 def _and_dense(specs: list[LayerSpec], losses: Tensor, costs: list[int]) -> Choices:
     """These ranks and, last, dense, which loses nothing; `costs` of all of them."""
-    kept = losses.cumsum(0)[[spec.rank - 1 for spec in specs]]
+    kept = losses.cumsum(0)[torch.tensor([spec.rank - 1 for spec in specs], dtype=torch.int64)]
     errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
     return [*specs, None], Options(errors, torch.tensor(costs, dtype=torch.float64))
 
 
-def _choices_of_table(group: TableGroup, losses: Tensor, multiple_of: int) -> Choices:
+def _choices_of_table(group: TableGroup, losses: Tensor, steps: Steps) -> Choices:
     """Every rank at which a table is smaller than dense, and None for the dense table."""
     numbers = sum(group.shape)  # for each rank
     most = math.ceil(group.size / numbers) - 1
-    specs = [LayerSpec(rank) for rank in range(min(multiple_of, most), most + 1, multiple_of)]
+    specs = [LayerSpec(rank) for rank in steps.up_to(most)]
     return _and_dense(specs, losses * _CAUTION, [*(spec.rank * numbers for spec in specs), group.size])

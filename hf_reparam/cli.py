@@ -15,6 +15,7 @@ from hf_reparam.errors import ReparamError
 from hf_reparam.hf.processes import connected, is_first
 from hf_reparam.linalg.factorize import SOLVERS
 from hf_reparam.plan import FORMS
+from hf_reparam.planning import MIN_RANK
 from hf_reparam.report import ConversionReport
 
 __all__ = ["main"]
@@ -87,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--embeddings", action="store_true", help="with --keep, choose a rank for the input embeddings, too"
     )
+    convert.add_argument(
+        "--min-rank", metavar="RANK", type=int, default=MIN_RANK, help="with --keep, choose no lower one (default 8)"
+    )
     convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
     convert.add_argument("--include", metavar="PATTERN", action="append", help=f"layers to convert: {_PATTERN_HELP}")
     convert.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
@@ -154,6 +158,7 @@ def _convert(args: argparse.Namespace) -> ConversionReport:
         form=args.form,
         joint=args.joint,
         embeddings=args.embeddings,
+        min_rank=args.min_rank,
         refit=args.refit,
         solver=args.solver,
         include=args.include,

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,7 +27,8 @@ from hf_reparam.hf.inspection import (
     check_no_adapters,
     check_unquantized,
     count_parameters,
-    protected_layers,
+    find_layers,
+    named_by,
     with_projections,
 )
 from hf_reparam.hf.offload import mark_offloaded, recall
@@ -40,9 +42,9 @@ from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.patterns import as_patterns
 from hf_reparam.nn.ranks import Rank, choose_ranks
 from hf_reparam.nn.surgery import check_copyable, replace_modules, undone_on_error
-from hf_reparam.nn.targets import Target, Targets, find_targets
+from hf_reparam.nn.targets import Target, Targets, no_layer
 from hf_reparam.plan import FORMS, RankPlan
-from hf_reparam.planning import Chosen, check_budget, fit_plan, make_plan
+from hf_reparam.planning import MIN_RANK, Chosen, check_budget, fit_plan, make_plan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.refitting import refit
 from hf_reparam.report import ConversionReport, LayerReport, RefitReport, SkippedReport
@@ -71,6 +73,7 @@ def convert(
     allocation: str | None = ...,
     form: str | None = ...,
     multiple_of: int = ...,
+    min_rank: int = ...,
     joint: bool | None = ...,
     embeddings: bool = ...,
     refit: bool = ...,
@@ -101,6 +104,7 @@ def convert(
     allocation: str | None = ...,
     form: str | None = ...,
     multiple_of: int = ...,
+    min_rank: int = ...,
     joint: bool | None = ...,
     embeddings: bool = ...,
     refit: bool = ...,
@@ -131,6 +135,7 @@ def convert(
     allocation: str | None = None,
     form: str | None = None,
     multiple_of: int = 1,
+    min_rank: int = MIN_RANK,
     joint: bool | None = None,
     embeddings: bool = False,
     refit: bool = False,
@@ -165,7 +170,8 @@ def convert(
             layers on the devices where the old ones compute.
         rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
             which the first match decides and layers that none matches stay dense.
-        keep: in (0, 1], share of the *targeted* layers' weights that together they may hold; ranks are chosen.
+        keep: in (0, 1], share of the *targeted* layers' weights that together they may hold; ranks are chosen. At 1.0
+            nothing has to be factored: the result has no low-rank layer, and works as any other.
         target_params: parameters that the *whole* model may have; ranks are chosen.
         tolerance: how much lower than the dense model's the score of `evaluate` may be; the smallest size that holds it
             is sought by bisection over `keep`, in steps of 1/128.
@@ -174,14 +180,16 @@ def convert(
             texts), or what `decompose` returned.
         evaluate: model -> score, higher is better; with `tolerance`.
         metric: "svd", "activation" or "fisher" (the default with calibration data).
-        allocation, multiple_of, joint, embeddings: how the budget is spent, and on what, as in `make_plan`.
+        allocation, multiple_of, min_rank, joint, embeddings: how the budget is spent, and on what, as in `make_plan`.
         form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
         refit: fit the factors once more to the inputs that the low-rank layers before them give, as `refit` does; takes
             the calibration data itself, which is then held in memory.
         solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.decompose`.
         tokenizer, max_length, max_samples: for calibration texts, and how much of the data is used, as for
             `collect_moments`.
-        include: patterns of layers to convert, globs or `re:` expressions over the whole name; None for all.
+        include: patterns of layers to convert, globs or `re:` expressions over the whole name. None for all, except
+            what stays dense by default in Transformers models: task heads, poolers and the routers of experts. They are
+            converted where `include` matches them, or where `rank` or a plan names them.
         exclude: patterns of layers to leave alone; wins over include.
         inplace: change `model` itself; new layers wait in a temporary folder until the old ones are freed. Otherwise
             the result is a copy, without a copy of the replaced tensors.
@@ -219,22 +227,26 @@ def convert(
     ), 4160, 2112)
     """
     check_model(model)
-    _check_options(rank, keep, target_params, tolerance, plan, evaluate, form, multiple_of, embeddings=embeddings)
+    sizes = (rank, keep, target_params, tolerance, plan)
+    _check_options(*sizes, evaluate, form, multiple_of, min_rank, embeddings=embeddings)
     reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
     _check_calibration(calibration, max_length, max_samples)
     data = _kept_for_refit(model, calibration, max_samples, offload_folder) if refit else None
     include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude") or ()
-    targets = _targets(model, include, exclude, inplace=inplace)
+    find = functools.partial(find_layers, model, include=include, exclude=exclude, asked=named_by(model, rank, plan))
+    targets = _targets(model, find, plan, inplace=inplace)
     chosen: Chosen | None = None  # ranks that are given are judged before any long work
     if rank is not None:
         chosen = choose_ranks(targets.selected, rank, form=form or "pair", allow_larger=allow_larger)
     elif plan is not None and not plan.head_widths:
         fit_plan(model, targets.selected, plan)
     with ExitStack() as scratch:
-        moments = _moments(model, calibration if data is None else data, metric, reading, max_memory, scratch)
+        watched = {**reading, "include": [target.name for target in targets.selected]}
+        moments = _moments(model, calibration if data is None else data, metric, watched, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
         if chosen is None and plan is None:
             plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of)
+            plan_for = functools.partial(plan_for, min_rank=min_rank)
             plan_for = functools.partial(plan_for, allocation=allocation, include=include, exclude=exclude)
             plan_for = functools.partial(plan_for, joint=joint, embeddings=embeddings)
             if tolerance is not None and evaluate is not None:
@@ -247,8 +259,10 @@ def convert(
         source, narrowing = scratch.enter_context(narrowed(model, widths, source, on_disk, keep=inplace))
         if plan is not None:
             if widths:
-                targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
+                targets = find()
             chosen = fit_plan(model, targets.selected, plan)
+            if not (plan.modules or widths or plan.embeddings):
+                warnings.warn("nothing was factored: the size leaves every layer dense", stacklevel=3)
         layers, rows, skipped = _factor(model, targets, chosen or ({}, ()), plan, source, folder)
         refitted = None if data is None else _refit(model, layers, data, source.moments, reading)
         record = _record(model, replace(source, moments=whole), rows, refitted, narrowing)
@@ -273,6 +287,7 @@ def _check_options(
     evaluate: Evaluate | None,
     form: str | None,
     multiple_of: int,
+    min_rank: int,
     *,
     embeddings: bool,
 ) -> None:
@@ -281,7 +296,7 @@ def _check_options(
     if form is not None and (form not in FORMS or plan is not None):
         raise TargetError(f"form must be one of {list(FORMS)}, and a plan has forms of its own; got {form!r}")
     if keep is not None or target_params is not None:
-        check_budget(keep, target_params, multiple_of)
+        check_budget(keep, target_params, multiple_of, min_rank)
     if (tolerance is None) != (evaluate is None):
         raise TargetError("tolerance= and evaluate= belong together: evaluate(model) gives a score, higher is better")
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < math.inf):
@@ -290,15 +305,15 @@ def _check_options(
         raise TargetError("embeddings=True goes with keep, target_params or tolerance; a plan says it by itself")
 
 
-def _targets(
-    model: nn.Module, include: tuple[str, ...] | None, exclude: tuple[str, ...], *, inplace: bool
-) -> Targets:
+def _targets(model: nn.Module, find: Callable[[], Targets], plan: RankPlan | None, *, inplace: bool) -> Targets:
     """The layers, if the model is one that can be converted: what would fail at the end fails here, before any work."""
     check_no_adapters(model)
     check_convertible(model, inplace=inplace)
     check_unquantized(model)
     check_loadable(model)
-    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model))
+    targets = find()
+    if not targets.selected and plan is None:
+        raise no_layer(targets)
     if not inplace:
         check_copyable(unwrapped(model), [target.module for target in targets.selected])
     elif any(target.module is model for target in targets.selected):
@@ -351,7 +366,7 @@ def _search(
             low = keep
             continue
         with narrowed(model, plan.head_widths, source, keep=False) as (narrow, _):
-            found = find_targets(model, protected=protected_layers(model)).selected
+            found = find_layers(model, asked=named_by(model, None, plan)).selected
             found = tuple(t for t in found if layer_name(model, t.name) in plan.modules)
             layers, _ = factor_layers(model, found, fit_plan(model, found, plan)[0], narrow)
             layers |= factor_tables(model, plan.embeddings, narrow)[0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.host import check_model
-from hf_reparam.hf.inspection import check_no_adapters, protected_layers, with_projections
+from hf_reparam.hf.inspection import check_no_adapters, find_layers, with_projections
 from hf_reparam.hf.offload import aligned
 from hf_reparam.hf.processes import distributed, spread
 from hf_reparam.linalg import (
@@ -28,7 +28,7 @@ from hf_reparam.linalg import decompose as decompose_weight
 from hf_reparam.linalg.factorize import SOLVERS
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.dense import dense_matrix
-from hf_reparam.nn.targets import Target, find_targets
+from hf_reparam.nn.targets import Target
 
 __all__ = ["Decompositions", "as_decompositions", "decompose"]
 
@@ -171,7 +171,7 @@ def decompose(
     check_model(model)
     check_no_adapters(model)
     lazy = as_decompositions(moments, metric)
-    targets = find_targets(model, include=include, exclude=exclude, protected=protected_layers(model)).selected
+    targets = find_layers(model, include=include, exclude=exclude).selected
     return lazy.complete({layer_name(model, target.name): target for target in targets})
 
 

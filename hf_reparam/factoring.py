@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.decomposition import Decompositions
-from hf_reparam.errors import TargetError
+from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.offload import aligned, build_layers, execution_device
 from hf_reparam.hf.summary import layer_report, table_report
 from hf_reparam.hf.tables import tables_of_plan
@@ -43,6 +43,9 @@ def factor_layers(
         spec = specs[target.name]
         decomposition = source.layer(name, target, max_rank=spec.rank)
         with aligned(target.module):
+            bias = target.module.bias
+            if isinstance(bias, nn.Parameter) and not bias.isfinite().all():
+                raise WeightError(f"{target.name}: its bias has NaN or infinite numbers, which would be copied")
             layer = factor(target.module, spec, decomposition, mean=source.mean(name, target))
         return layer, decomposition.relative_error(spec.rank)
 

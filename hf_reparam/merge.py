@@ -1,6 +1,7 @@
 """`merge`: multiply the factors out and give the plain dense model back."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from hf_reparam.hf.inspection import check_convertible
 from hf_reparam.hf.modeling import ReparamMixin
 from hf_reparam.hf.offload import aligned, build_layers, execution_device, mark_offloaded
 from hf_reparam.hf.retype import to_stock
+from hf_reparam.hf.tables import table_groups
 from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.dense import build_dense, dense_like, dense_matrix, shape_of
 from hf_reparam.nn.embedding import Tables, stock_tables
@@ -60,7 +62,7 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     narrow = [attention for attention in find_attentions(model) if attention.narrowed]
     parts = _parts(model, narrow)
     tables = [module for module in model.modules() if isinstance(module, Tables)]
-    if not parts and not tables:
+    if not parts and not tables and not any(isinstance(module, ReparamMixin) for module in model.modules()):
         raise TargetError(f"{type(model).__name__} has no low-rank layer: there is nothing to merge")
 
     if not inplace:
@@ -78,7 +80,7 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     devices = {name: execution_device(part.layers[0]) for name, part in parts.items()}
     folder = None if offload_folder is None else Path(offload_folder)
     built = build_layers(costs, make, lambda name: parts[name].empty(), devices, folder, desc="Merging layers")
-    replaced = {parts[name].module: dense for name, (dense, _) in built.items()} | _stock(tables)
+    replaced = {parts[name].module: dense for name, (dense, _) in built.items()} | _stock(model, tables)
     result = model if inplace else replace_modules(model, replaced, inplace=False)
     with undone_on_error(result):
         if inplace:
@@ -94,19 +96,23 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
 
 
 @torch.no_grad()
-def _stock(tables: list[Tables]) -> dict[nn.Module, nn.Module]:
+def _stock(model: nn.Module, tables: list[Tables]) -> dict[nn.Module, nn.Module]:
     """Modules that hold factors of tables -> dense ones; those that share factors share the table."""
-    groups: dict[nn.Parameter, list[Tables]] = {}
-    for module in tables:
-        groups.setdefault(module.table.weight, []).append(module)
+    groups: dict[object, list[Tables]] = {}
+    tied = {module: group.path for group in table_groups(model) for module in group.members.values()}
+    for module in tables:  # offloaded ones have a meta tensor each: what is tied is known by name alone
+        shared = module.table.weight
+        groups.setdefault(tied.get(module, module) if shared.is_meta else shared, []).append(module)
     made: dict[nn.Module, nn.Module] = {}
     for members in groups.values():
-        with aligned(members[0]):
+        with ExitStack() as stack:
+            for module in members:
+                stack.enter_context(aligned(module))
             table, up = members[0].factors()
             if table.is_meta:
                 raise WeightError("the embeddings are on the meta device and have no data")
             weight = nn.Parameter((table.double() @ up.double()).to(table.dtype), table.requires_grad)
-        made |= stock_tables(members, weight)
+            made |= stock_tables(members, weight)
     return made
 
 

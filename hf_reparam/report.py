@@ -6,7 +6,11 @@ from typing import Any
 
 from hf_reparam.plan import layer_kind
 
-__all__ = ["ConversionReport", "HeadsReport", "LayerReport", "RefitReport", "SkippedReport"]
+__all__ = ["BARE", "ConversionReport", "HeadsReport", "LayerReport", "RefitReport", "SkippedReport"]
+
+
+BARE = "a bare parameter"
+"""How the reason begins why a parameter is left alone that is in no layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +167,17 @@ class ConversionReport:
             count = sum(layer.rank is not None for layer in self.layers)
             layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
             refit = [] if self.refit is None else [str(self.refit)]
-            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads(), *refit]
+            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads(), *refit, *self._bare()]
         whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
-        return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole]
+        return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole, *self._bare()]
+
+    def _bare(self) -> list[str]:
+        """What to say where most of a model is in no layer: its experts, as a rule."""
+        bare = sum(item.parameters for item in self.skipped if item.reason.startswith(BARE))
+        if 2 * bare <= self.parameters_before:
+            return []
+        share = f"{bare / self.parameters_before:.0%} of the parameters"
+        return [f"bare parameters:  {share} are in no layer of their own (fused experts, as a rule) and stay as they are"]
 
     def _heads(self) -> list[str]:
         if not self.heads:

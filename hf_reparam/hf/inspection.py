@@ -1,7 +1,7 @@
-"""What a model says of itself: which layers have to stay dense, whether it is quantized, how large it is."""
+"""What a model says of itself: which layers stay dense, whether it is quantized, how large it is."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -10,8 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.hf.configuration import stock_config_class
+from hf_reparam.hf.families import auto_classes
 from hf_reparam.hf.host import embeddings_of, hosts, saved_otherwise, unwrapped
 from hf_reparam.nn.attention import split_attention
+from hf_reparam.nn.targets import Targets, find_targets
 
 __all__ = [
     "check_convertible",
@@ -19,6 +22,9 @@ __all__ = [
     "check_unquantized",
     "check_unsharded",
     "count_parameters",
+    "find_layers",
+    "named_by",
+    "optional_layers",
     "protected_layers",
     "split_projections",
     "with_projections",
@@ -29,6 +35,65 @@ F = TypeVar("F", bound=Callable[..., Any])
 _QUANTIZERS = ("torchao.", "bitsandbytes.", "torch.ao.nn.quantized.", "hqq.", "optimum.quanto.", "compressed_tensors.")
 _PACKED = ("weight", "qweight", "weight_packed", "W_q")  # buffers that hold quantized weights
 _PACKED_TYPES = (torch.int16, torch.int32)
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    asked: Container[str] = (),
+) -> Targets:
+    """The layers that a conversion may factor; arguments and errors as `find_targets`.
+
+    Args:
+        model: any module.
+        include, exclude: patterns.
+        asked: names of layers that were asked for in another way than by `include`, which brings optional ones in.
+    """
+    optional = {name: reason for name, reason in optional_layers(model).items() if name not in asked}
+    return find_targets(model, include=include, exclude=exclude, protected=protected_layers(model), optional=optional)
+
+
+def named_by(model: nn.Module, rank: object, plan: object) -> Container[str]:
+    """Optional layers that a plan may name, and those that a mapping of ranks does name, by their whole names."""
+    if plan is not None:
+        return optional_layers(model)
+    return rank if isinstance(rank, Mapping) else ()
+
+
+def optional_layers(model: nn.Module) -> dict[str, str]:
+    """What stays dense unless a pattern asks for it: heads, poolers and routers of Transformers models in a model.
+
+    A head is what a model has beside the Transformers models inside of it, unless `AutoModel` gives its class.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    models = sorted((name for name, m in modules.items() if isinstance(m, PreTrainedModel)), key=len, reverse=True)
+    with_head = {name for name in models if _has_head(modules[name])}
+    reasons: dict[str, str] = {}
+    for name in modules:
+        owner = next((path for path in models if not path or f"{name}.".startswith(f"{path}.")), None)
+        role = None if owner is None else "task head" if owner in with_head else _role(name, modules)
+        if role is not None:
+            reasons[name] = f"{role}: stays dense unless include= names it"
+    return reasons
+
+
+def _has_head(model: Any) -> bool:
+    if not any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model):
+        return False
+    found = auto_classes(stock_config_class(model.config))
+    bodies = {kind for auto, _, kinds in found if auto == "AutoModel" for kind in kinds}
+    return not any(kind in bodies for kind in type(model).__mro__)
+
+
+def _role(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """What a module inside a body is for, by the names that models have for it."""
+    parts = name.split(".")
+    if any(part.endswith("pooler") for part in parts):
+        return "pooler"
+    beside_experts = parts[-1] == "gate" and "experts" in modules[".".join(parts[:-1])]._modules
+    return "router" if beside_experts or any("router" in part for part in parts) else None
 
 
 def protected_layers(model: nn.Module) -> dict[str, str]:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from hf_reparam.hf.host import check_model, layer_name, method_of
-from hf_reparam.hf.inspection import count_parameters, protected_layers, with_projections
+from hf_reparam.hf.inspection import count_parameters, find_layers, with_projections
 from hf_reparam.hf.tables import TableGroup, table_groups
 from hf_reparam.nn.embedding import LowRankEmbedding, Tables
 from hf_reparam.nn.heads import find_attentions
-from hf_reparam.nn.targets import Skipped, Target, find_targets
+from hf_reparam.nn.targets import Skipped, Target
 from hf_reparam.plan import LayerSpec
 from hf_reparam.report import ConversionReport, HeadsReport, LayerReport, SkippedReport
 
@@ -37,7 +37,7 @@ def summarize(model: nn.Module) -> ConversionReport:
     0      Linear  64 x 64   16    4,160 -> 2,112  -
     """
     check_model(model)
-    targets = find_targets(model, protected=protected_layers(model))
+    targets = find_layers(model)
     low = [t for t in targets.selected if t.spec is not None or t.stock_shape is not None]
     dense = [t for t in targets.selected if t.spec is None and t.stock_shape is None]
     after = count_parameters(model)

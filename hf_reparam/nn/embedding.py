@@ -12,7 +12,9 @@ __all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "Tables", "low_rank_tabl
 
 
 class Factor(nn.Module):
-    """One matrix. No `nn.Linear`: adapters and quantizers would change it on one side of a tie only.
+    """One matrix W (out, in), y = x W^T. No `nn.Linear`: adapters and quantizers would change one side of a tie only.
+
+    It is called, not read: hooks that bring offloaded or partitioned parameters in wait for the call.
 
     Args:
         weight: its numbers.
@@ -22,13 +24,42 @@ class Factor(nn.Module):
         super().__init__()
         self.weight = weight
 
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(input, self.weight, bias)
+
+
+class Transposed(Factor):
+    """The same matrix the other way, y = x W."""
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., out) -> (..., in)."""
+        return F.linear(input, self.weight.T, bias)
+
+
+class Rows(Factor):
+    """The same matrix as a table, W[ids].
+
+    Args:
+        weight: its numbers.
+        padding_idx: row that gets no gradient.
+    """
+
+    def __init__(self, weight: nn.Parameter, padding_idx: int | None) -> None:
+        super().__init__(weight)
+        self.padding_idx = padding_idx
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(...) int -> (..., in)."""
+        return F.embedding(input, self.weight, self.padding_idx)
+
 
 class Tables(Factored):
     """E (tokens, d) = table (tokens, r) @ up (d, r)^T; `weight` answers as the dense table's would."""
 
-    def __init__(self, table: nn.Parameter, up: nn.Parameter) -> None:
+    def __init__(self, table: Factor, up: Factor) -> None:
         super().__init__()
-        self.table, self.up = Factor(table), Factor(up)
+        self.table, self.up = table, up
 
     @property
     def rank(self) -> int:
@@ -70,7 +101,7 @@ class LowRankEmbedding(Tables):
     """
 
     def __init__(self, table: nn.Parameter, up: nn.Parameter, *, padding_idx: int | None = None) -> None:
-        super().__init__(table, up)
+        super().__init__(Rows(table, padding_idx), Factor(up))
         self.padding_idx = padding_idx
 
     @property
@@ -83,9 +114,10 @@ class LowRankEmbedding(Tables):
         """Width d."""
         return self.in_features
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(...) int -> (..., d)."""
-        return F.linear(F.embedding(ids, self.table.weight, self.padding_idx), self.up.weight)
+        out: Tensor = self.up(self.table(input))
+        return out
 
 
 class LowRankHead(Tables):
@@ -100,12 +132,13 @@ class LowRankHead(Tables):
     """
 
     def __init__(self, table: nn.Parameter, up: nn.Parameter, bias: nn.Parameter | None) -> None:
-        super().__init__(table, up)
+        super().__init__(Factor(table), Transposed(up))
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., tokens)."""
-        return F.linear(x @ self.up.weight, self.table.weight, self.bias)
+        out: Tensor = self.table(self.up(input), self.bias)
+        return out
 
 
 def low_rank_tables(members: Iterable[nn.Module], table: nn.Parameter, up: nn.Parameter) -> dict[nn.Module, nn.Module]:

@@ -44,8 +44,9 @@ def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
 
 def check_used(patterns: Iterable[str], names: Sequence[str], option: str) -> None:
     """Raise TargetError for a pattern that covers no name, listing names near to it."""
+    known = set(names)
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
+        if pattern not in known and not any(matches(pattern, name) for name in names):
             near = _near(pattern, names)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise TargetError(

@@ -5,17 +5,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.nn.attention import unsplittable
-from hf_reparam.nn.dense import dense_matrix, dense_type, registered_types
+from hf_reparam.nn.dense import dense_matrix, dense_type, not_whole, registered_types
 from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.heads import FusedProjections, stock_shapes
 from hf_reparam.nn.linear import LowRankLinear
 from hf_reparam.nn.patterns import as_patterns, check_used, first_match
 from hf_reparam.nn.surgery import has_hooks
 from hf_reparam.plan import LayerSpec
+from hf_reparam.report import BARE
 
-__all__ = ["Skipped", "Target", "Targets", "find_targets"]
+__all__ = ["Skipped", "Target", "Targets", "find_targets", "no_layer"]
 
 Modules = Mapping[str, tuple[tuple[str, ...], nn.Module]]
 """First name of a module -> all its names, and the module."""
@@ -112,6 +115,7 @@ def find_targets(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     protected: Mapping[str, str] | None = None,
+    optional: Mapping[str, str] | None = None,
 ) -> Targets:
     """Find the layers that can be factored; reads shapes only, so it works on the meta device.
 
@@ -120,12 +124,15 @@ def find_targets(
         include: glob or `re:` patterns over whole module names; None for all.
         exclude: patterns of layers to leave alone; wins over include.
         protected: module name -> reason, for layers that must stay dense whatever the patterns say.
+        optional: module name -> reason, for layers that stay dense unless `include` is given and matches them. Those
+            that are low-rank already are not left out.
 
     Returns:
         Targets in the model's order, each shared module once, under its first name.
 
     Raises:
         TargetError: a pattern is malformed or matches no dense layer.
+        WeightError: a layer's weights are in parts, partitioned or sharded among processes.
 
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.Embedding(10, 8))
     >>> found = find_targets(net)
@@ -139,7 +146,7 @@ def find_targets(
     check_used(wanted or (), every_name, "include")
     check_used(unwanted, every_name, "exclude")
     owners = Counter(id(p) for _, module in modules.values() for p in module._parameters.values() if p is not None)
-    kept = protected or {}
+    kept, by_default, literal = protected or {}, optional or {}, frozenset(wanted or ())
     shapes = stock_shapes(model)
     selected, skipped = [], []
     for name, (names, module) in modules.items():
@@ -149,13 +156,23 @@ def find_targets(
         reason = next((kept[n] for n in names if n in kept), None) or _unfit(name, module, modules, owners)
         if reason is None and (pattern := first_match(unwanted, dense[name])):
             reason = f"excluded by {pattern!r}"
-        if reason is None and wanted is not None and first_match(wanted, dense[name]) is None:
+        listed = wanted is None or not literal.isdisjoint(dense[name])  # long lists of names are common, and slow
+        if reason is None and not listed and first_match(wanted or (), dense[name]) is None:
             reason = "not included"
+        if reason is None and wanted is None and all(n in by_default for n in names):
+            reason = None if isinstance(module, LowRankLinear) else by_default[name]
         if reason is None:
             selected.append(replace(_target(names, module), stock_shape=shapes.get(module)))
         else:
             skipped.append(Skipped(name, _kind(module), _count(module), reason))
     return Targets(tuple(selected), tuple(skipped))
+
+
+def no_layer(found: Targets) -> TargetError:
+    """The error for a model in which nothing can be factored, with the two commonest reasons."""
+    reasons = Counter(item.reason for item in found.skipped).most_common(2)
+    why = "; ".join(f"{reason} ({count} weights)" for reason, count in reasons)
+    return TargetError(f"the model has no dense layer that can be factored{': ' if why else ''}{why}")
 
 
 def _group(model: nn.Module) -> Modules:
@@ -178,7 +195,7 @@ def _with_fused(names: tuple[str, ...], modules: Modules) -> tuple[str, ...]:
 
 
 def _looks_dense(module: nn.Module) -> bool:
-    return isinstance(module, (LowRankLinear, *registered_types()))
+    return isinstance(module, (LowRankLinear, *registered_types())) or dense_type(module) is not None
 
 
 def _kind(module: nn.Module) -> str:
@@ -186,10 +203,12 @@ def _kind(module: nn.Module) -> str:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in module.parameters() if not is_lazy(p))
 
 
 def _target(names: tuple[str, ...], module: nn.Module) -> Target:
+    if (reason := not_whole(module)) is not None:
+        raise WeightError(f"{names[0]}: {reason}")
     if isinstance(module, LowRankLinear):
         return Target(names, module, _kind(module), module.in_features, module.out_features)
     n_out, n_in = dense_matrix(module).shape
@@ -204,12 +223,16 @@ def _unfit(name: str, module: nn.Module, modules: Modules, owners: Counter[int])
     if not isinstance(module, LowRankLinear):
         if dense_type(module) is None:
             return f"{type(module).__name__} is a subclass of a dense type; register_dense makes it known"
-        if set(module._parameters) - {"weight", "bias"} or "weight" not in module._parameters or module._modules:
+        if module._parameters.get("weight") is None:
+            return "its weight is no parameter of its own: FSDP flattens weights, parametrizations compute them"
+        if set(module._parameters) - {"weight", "bias"} or module._modules:
             return "has parameters other than weight and bias"
         if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
             return "tied: another module holds the same parameter"
         if not module._parameters["weight"].is_floating_point():  # type: ignore[union-attr]
             return f"quantized: its weight is {module._parameters['weight'].dtype}"  # type: ignore[union-attr]
+        if module._parameters["weight"].dim() == 2 and module._parameters["weight"].numel() == 0:  # type: ignore[union-attr]
+            return "its weight holds no numbers"
     wrapped = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's may be replaced
     if has_hooks(module) or wrapped:
         return "has hooks, which would be lost"
@@ -232,7 +255,7 @@ def _other_weights(name: str, module: nn.Module, owners: Counter[int]) -> list[S
             elif key == "weight":
                 reason = f"{kind} is no dense layer"
             else:
-                reason = f"a bare parameter of {kind}, no module of its own"
+                reason = f"{BARE} of {kind}, no module of its own"
             full = name if key == "weight" else f"{name}.{key}".lstrip(".")
             found.append(Skipped(full, kind, parameter.numel(), reason))
     return found

@@ -66,7 +66,7 @@ def test_arithmetic_on_the_weight_is_the_product_with_gradients(make):
     product = product_of(layer)
     for value, expected in [
         (layer.weight + 0, product),
-        (layer.weight.T, product.T),
+        (layer.weight.T + 0, product.T),
         (x @ layer.weight.T, x @ product.T),
         (nn.functional.linear(x, layer.weight), x @ product.T),
         (torch.cat([layer.weight, layer.weight]), torch.cat([product, product])),
