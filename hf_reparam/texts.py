@@ -38,10 +38,9 @@ def longest(model: nn.Module, tokenizer: Any, max_length: int | None) -> int:
     Raises:
         TargetError: `max_length` has no room for a token, or the model has fewer positions.
     """
-    most = positions(model)
+    most, least = positions(model), tokenizer.num_special_tokens_to_add() + 1
     if max_length is None:
-        return int(min(_LONGEST, most, tokenizer.model_max_length or _LONGEST))
-    least = tokenizer.num_special_tokens_to_add() + 1
+        max_length = int(min(_LONGEST, most, tokenizer.model_max_length or _LONGEST))
     if not isinstance(max_length, int) or not least <= max_length <= most:
         raise TargetError(
             f"max_length must be an integer from {least} (a token beside the special ones) to {most}, "

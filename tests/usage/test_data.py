@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import tokenizers
 import torch
@@ -122,7 +123,6 @@ def test_data_that_is_no_list_is_refused(bert, tokenizer, data, instead):
 
 
 def test_tables_of_pandas(bert, tokenizer):
-    pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"text": ["so good", "bad"], "note": [1, 2]})
     with pytest.raises(TargetError, match=r"DataFrame: write data.to_dict\('records'\)"):
         collect_moments(bert, frame, tokenizer=tokenizer)
@@ -313,6 +313,8 @@ def test_nothing_that_the_model_takes(tokenizer):
     vit = zoo.BY_BASE["ViTForImageClassification"].build()
     with pytest.raises(TargetError, match=r"takes none of \['text'\].*pixel_values"):
         collect_moments(vit, ["so good"], tokenizer=tokenizer)
+    with pytest.raises(TargetError, match=r"takes none of \['labels', 'image'\]"):
+        collect_moments(vit, [{"labels": torch.tensor([3]), "image": torch.ones(1, 3, 16, 16)}])
     with pytest.raises(TargetError, match=r"columns \['image', 'label'\]"):
         collect_moments(vit, [{"image": object(), "label": 3}])
 
