@@ -23,6 +23,12 @@ def rows(x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return flat
 
 
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, by position or by whatever name its class gives it."""
+    given: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return given
+
+
 class _Reached(Exception):  # noqa: N818  # ends a forward pass early; it is no error
     pass
 
@@ -31,7 +37,9 @@ class _Reached(Exception):  # noqa: N818  # ends a forward pass early; it is no 
 def _seeing(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call see(name, x) whenever a layer is about to be called with x, until the block ends, however it ends."""
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: see(name, _input(args, kwargs)), with_kwargs=True
+        )
         for name, module in layers.items()
     ]
     try:
@@ -85,46 +93,61 @@ class Watcher:
     def __init__(self, moments: Mapping[str, LayerMoments]) -> None:
         self.moments = moments
         self.masks: tuple[Tensor, ...] = ()
+        self._counting = True
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass; what checkpointing computes again in it is not counted again."""
+        self._counting = False
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._counting = True
 
     def watch_table(self, module: nn.Module, table: TableMoments) -> list[Any]:
         """Install the hooks of an embedding, or of an output head that is tied to one, and return their handles."""
-        if not isinstance(module, nn.Embedding):
-
-            def inputs(_: nn.Module, args: tuple[Any, ...]) -> None:
-                table.add_head(rows(args[0], self.masks), None)
-
-            def logits(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-                return _with_gradient(out, lambda gradient: table.add_head(None, rows(gradient, self.masks)))
-
-            return [module.register_forward_pre_hook(inputs), module.register_forward_hook(logits)]
-
-        def embedded(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            table.add_ids(rows(args[0][..., None], self.masks)[:, 0])
-            return _with_gradient(out, lambda gradient: table.add_gradients(rows(gradient, self.masks)))
-
-        return [module.register_forward_hook(embedded)]
+        if isinstance(module, nn.Embedding):
+            return self._watch(
+                module,
+                lambda ids: table.add_ids(rows(ids[..., None], self.masks)[:, 0]),
+                lambda gradient: table.add_gradients(rows(gradient, self.masks)),
+            )
+        return self._watch(
+            module,
+            lambda x: table.add_head(rows(x, self.masks), None),
+            lambda gradient: table.add_head(None, rows(gradient, self.masks)),
+        )
 
     def watch_layer(self, name: str, module: nn.Module) -> list[Any]:
         """Install the hooks of one layer and return their handles."""
         layer = self.moments[name]
+        gradients = layer.gradient_products is not None
+        return self._watch(
+            module,
+            lambda x: layer.add_inputs(rows(x, self.masks)),
+            (lambda gradient: layer.add_gradients(rows(gradient, self.masks))) if gradients else None,
+        )
 
-        def inputs(_: nn.Module, args: tuple[Any, ...]) -> None:
-            layer.add_inputs(rows(args[0], self.masks))
+    def _watch(
+        self, module: nn.Module, add_input: Callable[[Tensor], None], add_gradient: Callable[[Tensor], None] | None
+    ) -> list[Any]:
+        def inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._counting:
+                add_input(_input(args, kwargs))
 
         def output(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-            if layer.gradient_products is None:
-                return None
-            return _with_gradient(out, lambda gradient: layer.add_gradients(rows(gradient, self.masks)))
+            return None if add_gradient is None else _with_gradient(out, add_gradient)
 
-        return [module.register_forward_pre_hook(inputs), module.register_forward_hook(output)]
+        return [module.register_forward_pre_hook(inputs, with_kwargs=True), module.register_forward_hook(output)]
 
 
 def _with_gradient(out: Tensor, see: Callable[[Tensor], None]) -> Tensor:
     """An output that tells its gradient when it comes back."""
-    if not out.requires_grad:  # parameters are frozen: the first layers to be reached start the graph
-        out = out.detach().requires_grad_()
-    out.register_hook(see)
-    return out
+    if out.requires_grad:
+        out.register_hook(see)
+        return out
+    leaf = out.detach().requires_grad_()  # parameters are frozen: the first layers to be reached start the graph
+    leaf.register_hook(see)
+    return leaf.clone()  # what follows may write into it, and no leaf allows that
 
 
 @contextmanager
