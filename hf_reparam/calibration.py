@@ -12,10 +12,10 @@ from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 
 from hf_reparam.batches import Batches, prepare
-from hf_reparam.errors import TargetError
+from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.host import called, check_model, hosts, layer_name, own_tokenizer
 from hf_reparam.hf.inspection import check_no_adapters, check_unsharded, find_layers, with_projections
-from hf_reparam.hf.objective import is_multi_label, objective
+from hf_reparam.hf.objective import SummedLosses, is_multi_label, objective, projection
 from hf_reparam.hf.processes import distributed, total
 from hf_reparam.hf.tables import TableGroup, table_groups
 from hf_reparam.items import check_data
@@ -47,9 +47,10 @@ def collect_moments(
 
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. The gradient is
-    that of the model's loss where a batch has `labels`; otherwise of labels drawn from the model's own predictions; for
-    a headless model of a random projection of its last hidden states. The model's mode, gradients, `requires_grad` and
-    hooks are as before, also after an error.
+    that of the model's own loss where it gives one (a batch has `labels`), summed over whatever the head counts;
+    otherwise of labels drawn from the model's own predictions; for a headless model of a random projection of its last
+    hidden states, or of all that it returns. The model's mode, gradients, `requires_grad` and hooks are as before, also
+    after an error.
 
     Args:
         model: a dense or converted model, or an object with such models in it; of one that cannot be called with
@@ -172,13 +173,15 @@ def _watch_group(
     with frozen(model), watch({n: t.module for n, t in group.items()}, moments, members) as watcher:
         for batch, watcher.masks in prepare(inner, batches, **reading):
             seen += 1
-            with torch.set_grad_enabled(fisher):
-                if fisher and loss_fn is not None:
-                    loss = loss_fn(model, batch)
-                else:
-                    loss = _loss(inner, batch, watcher.masks, fisher)
-            if fisher and (alone or loss.requires_grad):  # it need not depend on every group: a pooler without a head
-                loss.backward()
+            if not fisher:
+                with torch.no_grad():
+                    inner(**batch)
+                continue
+            loss = _loss(inner, batch, watcher.masks, alone=alone) if loss_fn is None else loss_fn(model, batch)
+            if loss.requires_grad:  # it need not depend on every group: a pooler without a head
+                watcher.backward(loss)
+            elif alone:
+                raise _no_gradient(group)
     for host in hosts(model).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
@@ -187,11 +190,26 @@ def _watch_group(
     return moments
 
 
-def _loss(model: nn.Module, batch: Any, masks: tuple[Tensor, ...], fisher: bool) -> Tensor:
-    outputs = model(**batch)
-    if not fisher:
-        return torch.zeros(())
-    return objective(outputs, batch, masks, multi_label=is_multi_label(model))
+def _no_gradient(layers: Mapping[str, object]) -> TargetError:
+    names = f"{len(layers)} layers, among them {list(layers)[:3]}"
+    return TargetError(
+        f"the loss depends on none of the {names}: give a loss_fn(model, batch) that does, or metric='activation'"
+    )
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any], masks: tuple[Tensor, ...], *, alone: bool) -> Tensor:
+    """What the gradient is taken of; `alone` if all layers are watched at once, so that it has to depend on some."""
+    try:
+        with SummedLosses() as losses:
+            outputs = model(**batch)
+    except IndexError as error:
+        if "labels" not in batch or "out of bounds" not in str(error):
+            raise
+        raise TargetError(f"the batch has labels that are no classes of the model ({error}): leave `labels` out") from None
+    loss = objective(outputs, batch, masks, multi_label=is_multi_label(model), summed=losses.met)
+    if loss.requires_grad or not alone:
+        return loss
+    return projection(outputs, batch, masks)
 
 
 def _sum_over_processes(moments: Mapping[str, LayerMoments | TableMoments], seen: int) -> int:
@@ -203,16 +221,26 @@ def _sum_over_processes(moments: Mapping[str, LayerMoments | TableMoments], seen
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients, put back afterwards."""
+    """Evaluation mode and no parameter gradients, put back afterwards.
+
+    Raises:
+        WeightError: the weights were made inside `torch.inference_mode()`, which lets nothing be put back.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise WeightError(
+                f"{name} was made inside torch.inference_mode(), which knows no gradients: build or load the model "
+                "not inside torch.inference_mode()"
+            )
     modes = {module: module.training for module in model.modules()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)

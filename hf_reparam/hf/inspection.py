@@ -1,8 +1,8 @@
 """What a model says of itself: which layers stay dense, whether it is quantized, how large it is."""
 
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "find_layers",
     "named_by",
     "optional_layers",
+    "outside_inference_mode",
     "protected_layers",
     "split_projections",
     "with_projections",
@@ -208,12 +209,25 @@ def split_projections(model: object) -> AbstractContextManager[None]:
     return split_attention(model, {part for host in hosts(model).values() for part in host.modules()})
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Tensors of the block can be trained, also where it runs inside `torch.inference_mode()`."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def with_projections(function: F) -> F:
-    """A function of a model, its first argument, that sees the projections of attentions as layers."""
+    """A function of a model, its first argument, that sees the projections of attentions as layers.
+
+    It makes tensors that can be trained, also where it is called inside `torch.inference_mode()`.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with split_projections(args[0] if args else kwargs.get("model")):
+        with outside_inference_mode(), split_projections(args[0] if args else kwargs.get("model")):
             return function(*args, **kwargs)
 
     return cast(F, wrapped)

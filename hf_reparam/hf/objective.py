@@ -1,21 +1,36 @@
 """The scalar whose gradient the Fisher metric measures: the log-likelihood of labels, summed over tokens.
 
 Without labels they are drawn from the model's own predictions, which makes the second moment of the gradient the true
-Fisher information; a model that predicts nothing gets a random projection of its last hidden states. Draws depend on an
-example's own content alone, so that neither batch size nor order nor padding changes a result.
+Fisher information; a model that predicts nothing gets a random projection of its last hidden states, or else of all
+that it returns. Draws depend on an example's own content alone, so that neither batch size nor order nor padding
+changes a result. With labels every head's own loss is taken, as a sum over what it counts.
 """
 
+import functools
+import inspect
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from hf_reparam.errors import TargetError
 
-__all__ = ["IGNORED", "batch_masks", "divergence", "is_multi_label", "logits_of", "objective", "position_mask"]
+__all__ = [
+    "IGNORED",
+    "SummedLosses",
+    "batch_masks",
+    "divergence",
+    "examples_in",
+    "is_multi_label",
+    "logits_of",
+    "objective",
+    "position_mask",
+    "projection",
+]
 
 IGNORED = -100  # Transformers' label of positions without a label
 
@@ -26,24 +41,63 @@ def batch_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return tuple(mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2)
 
 
+class SummedLosses(TorchFunctionMode):
+    """PyTorch's losses as sums while the block lasts, in the place of means.
+
+    A mean over the labels that count (all but the first of a causal model's texts, masked tokens, spans, pairs) makes
+    gradients depend on how texts are batched. What is counted differs from head to head, and a head may add several
+    losses; the sum of each needs no count.
+
+    >>> with SummedLosses() as losses:
+    ...     print(F.mse_loss(torch.ones(3), torch.zeros(3)), losses.met)
+    tensor(3.) True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        signature = _loss_signature(func)
+        if signature is not None:
+            called = signature.bind(*args, **(kwargs or {}))
+            called.apply_defaults()
+            self.met = True
+            if called.arguments["reduction"] in ("mean", "batchmean"):
+                called.arguments["reduction"] = "sum"
+            args, kwargs = called.args, called.kwargs
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _loss_signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """How a loss of `torch.nn.functional` is called; None for any other function."""
+    if getattr(function, "__module__", None) != F.__name__ or not inspect.isfunction(function):
+        return None
+    signature = inspect.signature(function)
+    return signature if "reduction" in signature.parameters else None
+
+
 def objective(
-    outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...], *, multi_label: bool = False
+    outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...], *, multi_label: bool = False, summed: bool = True
 ) -> Tensor:
-    """Summed loss of a batch: the model's own if it has labels, otherwise that of labels drawn from its predictions.
+    """Summed loss of a batch: the model's own if it gives one, otherwise that of labels drawn from its predictions.
 
     Args:
         outputs: what the model returned.
         batch: what it was called with.
         masks: as `batch_masks` gives them.
         multi_label: the model's logits are independent yes-or-no answers.
+        summed: the model's own loss is a sum, as `SummedLosses` makes those of PyTorch; otherwise it is taken for a
+            mean over examples.
 
     Raises:
-        TargetError: the outputs hold neither a loss, logits nor hidden states.
+        TargetError: the outputs hold no floating-point tensor.
     """
-    labels = batch.get("labels")
-    if labels is not None and outputs.get("loss") is not None:  # a mean: over labels, or over rows of a regression
-        count = labels.shape[0] if labels.is_floating_point() else int((labels != IGNORED).sum())
-        return outputs["loss"] * max(count, 1)
+    outputs = _named(outputs)
+    loss = outputs.get("loss")
+    if isinstance(loss, Tensor):
+        return loss.sum() * (1 if summed else examples_in(batch))
     seeds = _seeds(batch, masks)
     logits = logits_of(outputs)
     if logits:
@@ -51,8 +105,48 @@ def objective(
         return torch.stack([draw(key, value, seeds, masks) for key, value in logits.items()]).sum()
     hidden = outputs.get("last_hidden_state")
     if hidden is None:
-        raise TargetError("the model returned no loss, logits or last_hidden_state: give a loss_fn(model, batch)")
+        return projection(outputs, batch, masks)
     return (_mask(hidden, masks) * _noise(hidden, seeds, masks)).sum()
+
+
+def projection(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> Tensor:
+    """A random projection of all that a model returned in floating-point numbers.
+
+    Raises:
+        TargetError: that is nothing.
+    """
+    found = _floating(outputs)
+    if not found:
+        raise TargetError("the model returned no loss and no floating-point tensor: give a loss_fn(model, batch)")
+    seeds = _seeds(batch, masks)
+    return torch.stack([(_mask(v, masks) * _noise(v, seeds, masks)).sum() for v in found.values()]).sum()
+
+
+def examples_in(batch: Mapping[str, Any]) -> int:
+    """How many examples a batch holds: the length of its first tensor."""
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 1)
+
+
+def _named(outputs: Any) -> Mapping[str, Any]:
+    """A model's outputs by their names; those of a plain tensor or tuple by their place."""
+    if isinstance(outputs, Mapping):
+        return outputs
+    return {f"output_{i}": v for i, v in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs])}
+
+
+def _floating(outputs: Any) -> dict[str, Tensor]:
+    """Tensors of floating-point numbers, those inside the outputs of a part if there are no others.
+
+    Similarities of one example with the others of its batch (CLIP's `logits_per_text`) are passed over where there is
+    something else: they depend on what is batched together.
+    """
+    named = _named(outputs)
+    found = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point() and v.dim()}
+    alone = {k: v for k, v in found.items() if not k.startswith("logits_per_")}
+    if found:
+        return alone or found
+    parts = {k: _floating(v) for k, v in named.items() if isinstance(v, Mapping) and "cache" not in k}
+    return {f"{part}.{k}": v for part, inner in parts.items() for k, v in inner.items()}
 
 
 def logits_of(outputs: Any) -> dict[str, Tensor]:
@@ -69,23 +163,27 @@ def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float
     """How far predictions are from a reference's, summed over real tokens.
 
     The Kullback-Leibler divergence from the reference for logits, half the squared difference for hidden states,
-    regressions and plain tensors.
+    regressions, plain tensors, and whatever else a model returns that has neither logits nor hidden states.
 
     Args:
         outputs, reference: what two models returned for the same batch.
         masks: as `batch_masks` gives them.
 
     Raises:
-        TargetError: the outputs hold neither logits nor hidden states.
+        TargetError: the outputs hold no floating-point tensor.
     """
     if isinstance(outputs, Tensor):
         return float((_wide(outputs) - _wide(reference)).square().sum()) / 2
+    outputs, reference = _named(outputs), _named(reference)
     keys = list(logits_of(outputs))
-    if not keys and outputs.get("last_hidden_state") is None:
-        raise TargetError("the model returned neither logits nor last_hidden_state: it cannot be refitted")
-    return sum(
-        _distance(key, _wide(outputs[key]), _wide(reference[key]), masks) for key in keys or ["last_hidden_state"]
-    )
+    if not keys and outputs.get("last_hidden_state") is not None:
+        keys = ["last_hidden_state"]
+    if keys:
+        return sum(_distance(key, _wide(outputs[key]), _wide(reference[key]), masks) for key in keys)
+    found, theirs = _floating({**outputs, "loss": None}), _floating({**reference, "loss": None})
+    if not found:
+        raise TargetError("the model returned no floating-point tensor: its predictions cannot be compared")
+    return sum(_squares(_wide(value), _wide(theirs[key]), masks) for key, value in found.items())
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -94,11 +192,15 @@ def _wide(value: Tensor) -> Tensor:
 
 def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> float:
     if key == "last_hidden_state" or value.shape[-1] == 1:
-        return float(_mask((value - reference).square(), masks).sum()) / 2
+        return _squares(value, reference, masks)
     if key in ("start_logits", "end_logits"):
         value, reference = (_over_positions(logits, masks) for logits in (value, reference))
     log_p, log_q = reference.log_softmax(-1), value.log_softmax(-1)
     return float(_mask(log_p.exp() * (log_p - log_q), masks).sum())
+
+
+def _squares(value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> float:
+    return float(_mask((value - reference).square(), masks).sum()) / 2
 
 
 def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
@@ -131,11 +233,11 @@ def _drawn_answers(key: str, logits: Tensor, seeds: list[int], masks: tuple[Tens
 
 def _seeds(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
     """One seed for each example, from the bytes of its unpadded inputs."""
-    name = next(key for key, value in batch.items() if isinstance(value, Tensor) and not key.endswith("mask"))
-    rows = batch[name].detach().cpu()
+    contents = (v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and not k.endswith("mask"))
+    rows = next(contents, torch.zeros(1)).detach().cpu()
     mask = next((m.cpu() for m in masks if m.shape == rows.shape[:2]), None)
     kept = [row if mask is None else row[mask[i]] for i, row in enumerate(rows)]
-    return [zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in kept]
+    return [zlib.crc32(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for row in kept]
 
 
 def position_mask(like: Tensor, masks: tuple[Tensor, ...]) -> Tensor | None:
@@ -149,9 +251,15 @@ def _mask(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
 
 
 def _fill(like: Tensor, width: int, seeds: list[int], masks: tuple[Tensor, ...], draw: Any) -> Tensor:
-    """Numbers (..., width) drawn example by example, in the order of the unpadded positions."""
+    """Numbers (..., width) drawn example by example, in the order of the unpadded positions.
+
+    What has not one row for each example, such as the patches of all images in one sequence, is drawn at once.
+    """
     out = torch.zeros(*like.shape[:-1], width)
     mask = position_mask(like, masks)
+    if out.dim() < 2 or len(out) != len(seeds):
+        generator = torch.Generator().manual_seed(zlib.crc32(repr(seeds).encode()))
+        return torch.as_tensor(draw(out.shape, generator)).to(like.device)
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         if mask is None:
