@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
 
 from hf_reparam.errors import TargetError
-from hf_reparam.hf.inputs import Names, batches_of_one, forward_names, host, padding_id, positions, predicts_tokens
-from hf_reparam.hf.objective import IGNORED, batch_masks
+from hf_reparam.hf.inputs import Names, batches_of_one, forward_names, host, padding_id, predicts_tokens
+from hf_reparam.hf.objective import batch_masks
 from hf_reparam.hf.offload import execution_device
 from hf_reparam.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
 from hf_reparam.texts import checked_tokenizer, longest, tokenized
@@ -58,8 +57,8 @@ def prepare(
     total, read = count(batches, max_samples), 0
     with tqdm(total=total, desc=desc, unit="example") as bar:
         for batch, unused, done in _Reader(model, tokenizer, max_length).read(batches, max_samples):
-            for part in _told_apart(model, send_to_device(batch, device)):
-                yield part, batch_masks({**send_to_device(unused, device), **part})
+            moved = send_to_device(batch, device)
+            yield moved, batch_masks({**send_to_device(unused, device), **moved})
             bar.update(done)
             read += done
         bar.update(max(0, (total or 0) - read))  # empty texts
@@ -224,37 +223,3 @@ def _check_decoder(model: nn.Module, names: Names, others: Mapping[str, Any]) ->
         f"{type(model).__name__} has a decoder, and texts say nothing of what it reads: give labels or "
         "decoder_input_ids, as rows tokenizer(source, text_target=target)"
     )
-
-
-def _told_apart(model: nn.Module, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """For an encoder-decoder: a mask and a length of its own for each, so that a shape tells whose tokens are seen.
-
-    Where both lengths are the same and there is padding, the encoder's is one longer, or, where the model has no
-    position left, every row goes by itself without its padding.
-    """
-    decoded, ids = batch.get("decoder_input_ids", batch.get("labels")), batch.get("input_ids")
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or ids is None or decoded is None:
-        yield batch
-        return
-    mask, decoder_mask = batch.get("attention_mask"), batch.get("decoder_attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    decoder_mask = (decoded != IGNORED).long() if decoder_mask is None else decoder_mask
-    whole = {**batch, "attention_mask": mask, "decoder_attention_mask": decoder_mask}
-    if decoded.shape != ids.shape or bool(mask.all() and decoder_mask.all()):
-        yield whole
-    elif ids.shape[1] < positions(model):
-        yield {**whole, "input_ids": F.pad(ids, (0, 1)), "attention_mask": F.pad(mask, (0, 1))}
-    else:
-        yield from _unpadded(whole, ids.shape)
-
-
-def _unpadded(batch: dict[str, Any], shape: torch.Size) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of sequences of one shape, each by itself, without the padding at its end."""
-    sequences = {k for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:2] == shape}
-    rows = {k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == shape[0]}
-    for i in range(shape[0]):
-        row = {key: value[i : i + 1] if key in rows else value for key, value in batch.items()}
-        ends = [int(row[mask].nonzero()[-1, 1]) + 1 for mask in ("attention_mask", "decoder_attention_mask")]
-        for key in sequences:
-            row[key] = row[key][:, : ends[key == "labels" or key.startswith("decoder_")]]
-        yield row

@@ -1,6 +1,7 @@
 """`collect_moments`: run calibration batches through a model once, for every size that may be wanted of it."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from hf_reparam.batches import Batches, prepare
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.host import called, check_model, hosts, layer_name, own_tokenizer
 from hf_reparam.hf.inspection import check_no_adapters, check_unsharded, find_layers, with_projections
-from hf_reparam.hf.objective import SummedLosses, is_multi_label, objective, projection
+from hf_reparam.hf.objective import SummedLosses, examples_in, is_multi_label, objective, projection
 from hf_reparam.hf.processes import distributed, total
 from hf_reparam.hf.tables import TableGroup, table_groups
 from hf_reparam.items import check_data
@@ -23,6 +24,7 @@ from hf_reparam.linalg import LayerMoments, Moments, TableMoments
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.nn.calibrate import watch
 from hf_reparam.nn.targets import Target, no_layer
+from hf_reparam.padding import Padding
 
 __all__ = ["collect_moments", "frozen", "layer_name"]
 
@@ -76,10 +78,10 @@ def collect_moments(
         Moments, which can be saved, merged and used for any number of conversions.
 
     Raises:
-        TargetError: no model, one with adapters, or with several Transformers models and no way to call them; no such
-            metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead), texts
-            without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or too small
-            for one layer, or data for one pass only.
+        TargetError: no model, one with adapters, or with several Transformers models and no way to call them; no
+            such metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead),
+            texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or too
+            small for one layer, or data for one pass only.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
     (in^2 + out^2) multiply-adds and in^2 + out^2 float64 numbers for each layer.
@@ -125,7 +127,7 @@ def collect_moments(
             del part
         del moments  # before the next group takes its memory
     if unseen:
-        warnings.warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}", stacklevel=2)
+        _warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")
     return Moments(metric, layers, {n: t for n, (_, t) in tables.items()}) if folder is None else Moments.load(folder)
 
 
@@ -170,24 +172,45 @@ def _watch_group(
     moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in group.items()}
     seen = 0
     members = [(module, table) for group, table in tables.values() for module in set(group.members.values())]
-    with frozen(model), watch({n: t.module for n, t in group.items()}, moments, members) as watcher:
-        for batch, watcher.masks in prepare(inner, batches, **reading):
+    watched = {n: t.module for n, t in group.items()}
+    with frozen(model), watch(watched, moments, members) as watcher:
+        for part in Padding(inner, watched).parts(prepare(inner, batches, **reading)):
             seen += 1
-            if not fisher:
-                with torch.no_grad():
+            batch = part.batch
+            guessing = 0 if part.tried or not part.padded else examples_in(batch)
+            with watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
+                if not fisher:
                     inner(**batch)
-                continue
-            loss = _loss(inner, batch, watcher.masks, alone=alone) if loss_fn is None else loss_fn(model, batch)
+                    continue
+                loss = _loss(inner, batch, part.masks, alone=alone) if loss_fn is None else loss_fn(model, batch)
             if loss.requires_grad:  # it need not depend on every group: a pooler without a head
-                watcher.backward(loss)
+                loss.backward()  # type: ignore[no-untyped-call]
             elif alone:
                 raise _no_gradient(group)
+    _warn_of_padding(watcher.unfitting(), watcher.masks)
     for host in hosts(model).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
     if not _sum_over_processes({**moments, **{n: t for n, (_, t) in tables.items()}}, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
     return moments
+
+
+def _warn_of_padding(layers: list[str], masks: tuple[Tensor, ...]) -> None:
+    if layers:
+        shapes = " and ".join(str(tuple(mask.shape)) for mask in masks)
+        _warn(
+            f"a mask of shape {shapes} fits no input of {len(layers)} layers, among them {layers[:3]}: if they get "
+            "padding, it was counted; give examples one by one, or rows of one length"
+        )
+
+
+def _warn(text: str) -> None:
+    """A UserWarning of the code that called the package."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith(f"{__package__}."):
+        level += 1
+    warnings.warn(text, stacklevel=level + 1)
 
 
 def _no_gradient(layers: Mapping[str, object]) -> TargetError:
@@ -205,7 +228,9 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], masks: tuple[Tensor, ...],
     except IndexError as error:
         if "labels" not in batch or "out of bounds" not in str(error):
             raise
-        raise TargetError(f"the batch has labels that are no classes of the model ({error}): leave `labels` out") from None
+        raise TargetError(
+            f"the batch has labels that are no classes of the model ({error}): leave `labels` out"
+        ) from None
     loss = objective(outputs, batch, masks, multi_label=is_multi_label(model), summed=losses.met)
     if loss.requires_grad or not alone:
         return loss

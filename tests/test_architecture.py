@@ -25,6 +25,7 @@ LAYERS = [
     "items",
     "texts",
     "batches",
+    "padding",
     "calibration",
     "decomposition",
     "narrowing",

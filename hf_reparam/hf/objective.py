@@ -36,9 +36,20 @@ IGNORED = -100  # Transformers' label of positions without a label
 
 
 def batch_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The padding masks of a batch as booleans, (batch, length), decoder's and encoder's."""
+    """The padding masks of a batch as booleans, (examples, length), decoder's and encoder's.
+
+    Masks (batch, choices, length) have one row for each choice; of masks (batch, 1, length, length), boolean or added
+    to scores, a position is padding if nothing may see it.
+    """
     masks = (batch.get("decoder_attention_mask"), batch.get("attention_mask"))
-    return tuple(mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2)
+    return tuple(_flat_mask(mask) for mask in masks if isinstance(mask, Tensor) and 2 <= mask.dim() <= 4)
+
+
+def _flat_mask(mask: Tensor) -> Tensor:
+    if mask.dim() == 4:
+        seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+        return seen.any(2).any(1)
+    return mask.bool().reshape(-1, mask.shape[-1])
 
 
 class SummedLosses(TorchFunctionMode):
@@ -235,7 +246,8 @@ def _seeds(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
     """One seed for each example, from the bytes of its unpadded inputs."""
     contents = (v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and not k.endswith("mask"))
     rows = next(contents, torch.zeros(1)).detach().cpu()
-    mask = next((m.cpu() for m in masks if m.shape == rows.shape[:2]), None)
+    shapes = (rows.shape[:2], rows.shape[:3])  # of texts, and of texts to choose from
+    mask = next((m.cpu().reshape(s) for m in masks for s in shapes if (s[:-1].numel(), s[-1]) == m.shape), None)
     kept = [row if mask is None else row[mask[i]] for i, row in enumerate(rows)]
     return [zlib.crc32(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for row in kept]
 

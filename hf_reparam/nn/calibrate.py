@@ -1,9 +1,9 @@
 """Hooks that watch what goes into layers and what gradient comes back, padding left out. They leave with the block."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,47 @@ from torch import Tensor, nn
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.linalg.tables import TableMoments
 
-__all__ = ["Watcher", "inputs_of", "order_of", "rows", "watch"]
+__all__ = ["Layout", "Watcher", "inputs_of", "layouts", "order_of", "rows", "shapes_of", "watch"]
 
 
-def rows(x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
-    """(..., d) -> (tokens, d), without the tokens that a mask of the same leading shape marks as padding."""
-    flat = x.detach().reshape(-1, x.shape[-1])
-    for mask in masks:
-        if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
-            return flat[mask.reshape(-1).to(flat.device)]
-    return flat
+class Layout(NamedTuple):
+    """How the rows of a layer's input follow a mask (batch, length).
+
+    Args:
+        mask: which of the masks.
+        form: "batch" for (batch, length, ...), "time" for (length, batch, ...), "flat" for (batch * length, d).
+    """
+
+    mask: int
+    form: str
+
+
+def layouts(shape: Sequence[int], masks: tuple[Tensor, ...]) -> Iterator[Layout]:
+    """How an input (..., d) of this shape may follow the masks; nothing where none fits."""
+    for i, mask in enumerate(masks):
+        if len(shape) > 2 and tuple(shape[:2]) == mask.shape:
+            yield Layout(i, "batch")
+        if len(shape) > 2 and tuple(shape[:2]) == mask.T.shape:
+            yield Layout(i, "time")
+        if len(shape) == 2 and shape[0] == mask.numel():
+            yield Layout(i, "flat")
+
+
+def rows(x: Tensor, masks: tuple[Tensor, ...], follows: frozenset[Layout] | None = None) -> Tensor:
+    """(..., d) -> (tokens, d), without the tokens that a mask marks as padding.
+
+    Args:
+        x: what goes into a layer, or the gradient that comes back to it.
+        masks: (batch, length) booleans.
+        follows: how this layer's rows may follow them; None to believe any shape that fits.
+    """
+    x = x.detach()
+    for layout in layouts(x.shape, masks):
+        if follows is None or layout in follows:
+            mask = masks[layout.mask].to(x.device)
+            kept = x[{"batch": mask, "time": mask.T, "flat": mask.reshape(-1)}[layout.form]]
+            return kept.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1])
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -63,6 +94,14 @@ def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dic
     return found
 
 
+def shapes_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[tuple[str, torch.Size]]:
+    """The shapes of all that goes into layers while `run` lasts, with their names."""
+    found: list[tuple[str, torch.Size]] = []
+    with _seeing(layers, lambda name, x: found.append((name, x.shape))):
+        run()
+    return found
+
+
 def order_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
     """The layers in the order in which `run` reaches them, those that get one and the same tensor together.
 
@@ -93,15 +132,41 @@ class Watcher:
     def __init__(self, moments: Mapping[str, LayerMoments]) -> None:
         self.moments = moments
         self.masks: tuple[Tensor, ...] = ()
-        self._counting = True
-
-    def backward(self, loss: Tensor) -> None:
-        """The backward pass; what checkpointing computes again in it is not counted again."""
+        self.follows: Mapping[str, frozenset[Layout]] = {}
         self._counting = False
+        self._guessing = 0  # how many examples there are, if it is not known which layers follow a mask
+        self._fitted: dict[str, bool] = {}
+
+    @contextmanager
+    def seeing(
+        self, masks: tuple[Tensor, ...], follows: Mapping[str, frozenset[Layout]] | None = None, guessing: int = 0
+    ) -> Iterator[None]:
+        """Count what goes into layers while the block lasts: one forward pass.
+
+        Not what checkpointing computes again in the backward pass, which belongs behind the block.
+
+        Args:
+            masks: of the batch.
+            follows: layer name -> how its rows follow them; shapes decide of a layer that is not there.
+            guessing: the count of examples if there is padding and it is not known which layers follow a mask.
+        """
+        self.masks, self.follows, self._guessing = masks, follows or {}, guessing
+        self._counting = True
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            yield
         finally:
-            self._counting = True
+            self._counting = False
+
+    def unfitting(self) -> list[str]:
+        """Layers that get several rows for an example, and that no mask ever fitted where there was padding."""
+        return [name for name, fitted in self._fitted.items() if not fitted]
+
+    def _rows(self, name: str, x: Tensor) -> Tensor:
+        if self._guessing:
+            fits = any(True for _ in layouts(x.shape, self.masks))
+            if fits or x.shape[:-1].numel() > self._guessing:
+                self._fitted[name] = fits or self._fitted.get(name, False)
+        return rows(x, self.masks, self.follows.get(name))
 
     def watch_table(self, module: nn.Module, table: TableMoments) -> list[Any]:
         """Install the hooks of an embedding, or of an output head that is tied to one, and return their handles."""
@@ -123,8 +188,8 @@ class Watcher:
         gradients = layer.gradient_products is not None
         return self._watch(
             module,
-            lambda x: layer.add_inputs(rows(x, self.masks)),
-            (lambda gradient: layer.add_gradients(rows(gradient, self.masks))) if gradients else None,
+            lambda x: layer.add_inputs(self._rows(name, x)),
+            (lambda g: layer.add_gradients(rows(g, self.masks, self.follows.get(name)))) if gradients else None,
         )
 
     def _watch(
@@ -142,12 +207,10 @@ class Watcher:
 
 def _with_gradient(out: Tensor, see: Callable[[Tensor], None]) -> Tensor:
     """An output that tells its gradient when it comes back."""
-    if out.requires_grad:
-        out.register_hook(see)
-        return out
-    leaf = out.detach().requires_grad_()  # parameters are frozen: the first layers to be reached start the graph
-    leaf.register_hook(see)
-    return leaf.clone()  # what follows may write into it, and no leaf allows that
+    if not out.requires_grad:  # parameters are frozen: the first layers to be reached start the graph
+        out = out.detach().requires_grad_()
+    out.register_hook(see)
+    return out.clone()  # what follows may write into it: not allowed of a leaf, and of a view the hook would be lost
 
 
 @contextmanager
@@ -156,7 +219,7 @@ def watch(
     moments: Mapping[str, LayerMoments],
     tables: Iterable[tuple[nn.Module, TableMoments]] = (),
 ) -> Iterator[Watcher]:
-    """Watch layers until the block ends, however it ends. Set `masks` on the Watcher before each forward pass.
+    """Watch layers until the block ends, however it ends. Every forward pass goes into a block of `seeing`.
 
     Args:
         layers: name -> module, called with x (..., in), returning (..., out).
