@@ -48,7 +48,10 @@ def collect_moments(
     """Moments of every layer that is factored by default, or that `include` matches, over calibration data.
 
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
-    by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. The gradient is
+    by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples of
+    a Transformers model, together and one by one, show whether the shapes of masks tell its padding; where they do not
+    (audio encoders that have fewer positions inside, experts, layers that see all positions once a batch), and examples
+    can be taken apart, they are watched one by one, which is slower. The gradient is
     that of the model's own loss where it gives one (a batch has `labels`), summed over whatever the head counts;
     otherwise of labels drawn from the model's own predictions; for a headless model of a random projection of its last
     hidden states, or of all that it returns. The model's mode, gradients, `requires_grad` and hooks are as before, also
@@ -75,7 +78,11 @@ def collect_moments(
         include: patterns as in `convert`: a conversion that includes a head needs moments that include it.
 
     Returns:
-        Moments, which can be saved, merged and used for any number of conversions.
+        Moments, which can be saved, merged and used for any number of conversions of this model, or of one with the
+        same base and another head.
+
+    Warns:
+        UserWarning: layers that saw no data, or fewer rows than they have inputs; padding that cannot be told.
 
     Raises:
         TargetError: no model, one with adapters, or with several Transformers models and no way to call them; no
@@ -112,12 +119,12 @@ def collect_moments(
         )
     reading = {"tokenizer": tokenizer or own_tokenizer(model), "max_length": max_length, "max_samples": max_samples}
     layers: dict[str, LayerMoments] = {}
-    unseen: list[str] = []
+    rows: dict[str, int] = {}
     tables = _tables(model) if metric == "fisher" else {}
     for number, group in enumerate(groups):
         seen = tables if number == 0 else {}
         moments = _watch_group(model, group, seen, batches, metric, reading, loss_fn, alone=len(groups) == 1)
-        unseen += [name for name, layer in moments.items() if layer.tokens == 0]
+        rows |= {name: layer.tokens for name, layer in moments.items()}
         if folder is None:
             layers.update(moments)
         else:
@@ -126,8 +133,7 @@ def collect_moments(
             part.save(Path(folder) / f"{number:05}.safetensors")
             del part
         del moments  # before the next group takes its memory
-    if unseen:
-        _warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")
+    _warn_of_little_data(rows, {name: target.in_features for name, target in named.items()})
     return Moments(metric, layers, {n: t for n, (_, t) in tables.items()}) if folder is None else Moments.load(folder)
 
 
@@ -194,6 +200,19 @@ def _watch_group(
     if not _sum_over_processes({**moments, **{n: t for n, (_, t) in tables.items()}}, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
     return moments
+
+
+def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> None:
+    unseen = [name for name, count in rows.items() if count == 0]
+    if unseen:
+        _warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")
+    few = sorted((count / inputs[name], name) for name, count in rows.items() if 0 < count < inputs[name])
+    if few:
+        worst = [f"{name}: {rows[name]:,} rows, {inputs[name]:,} inputs" for _, name in few[:3]]
+        _warn(
+            f"{len(few)} of {len(rows)} layers saw fewer rows than they have inputs, e.g. {'; '.join(worst)}: "
+            "give more calibration data"
+        )
 
 
 def _warn_of_padding(layers: list[str], masks: tuple[Tensor, ...]) -> None:

@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 
 from hf_reparam.batches import kept
 from hf_reparam.calibration import collect_moments, layer_name
-from hf_reparam.decomposition import Decompositions, as_decompositions
+from hf_reparam.decomposition import Decompositions, as_decompositions, check_fit
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.factoring import factor_layers, factor_tables
 from hf_reparam.hf.auto import check_loadable
@@ -209,7 +209,7 @@ def convert(
             `trust_remote_code` and is not registered with the Auto classes; a pattern matches nothing, or nothing would
             change; none or several sizes were given.
         RankError: a size is out of range, or higher than a low-rank layer's own, or no size holds the tolerance.
-        WeightError: a weight is not finite, on the meta device, or quantized.
+        WeightError: a weight is not finite, on the meta device, or quantized, or moments are of another model.
         PlanError: the plan does not fit the model.
 
     Cost: one Gram matrix and one symmetric eigenproblem of order min(in, out) for each layer, and what
@@ -244,6 +244,7 @@ def convert(
         watched = {**reading, "include": [target.name for target in targets.selected]}
         moments = _moments(model, calibration if data is None else data, metric, watched, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
+        check_fit(model, targets.selected, source)
         if chosen is None and plan is None:
             plan_for = functools.partial(make_plan, model, form=form or "pivoted", multiple_of=multiple_of)
             plan_for = functools.partial(plan_for, min_rank=min_rank)
@@ -441,8 +442,11 @@ def _record(
     narrowing: Mapping[str, float],
 ) -> ConversionRecord:
     tokens = None if source.moments is None or source.metric == "svd" else source.moments.tokens
-    errors = {layer_name(model, row.name): row.error for row in rows if row.error is not None}
-    return ConversionRecord(None, tokens, 0 if refitted is None else len(refitted.layers), {**narrowing, **errors})
+    named = {layer_name(model, row.name): row for row in rows if row.rank is not None}
+    errors = {name: row.error for name, row in named.items()}
+    metrics = {name: row.metric for name, row in named.items() if row.metric not in (None, source.metric)}
+    count = 0 if refitted is None else len(refitted.layers)
+    return ConversionRecord(None, tokens, count, {**narrowing, **errors}, metrics)
 
 
 def _bring_in(layers: dict[nn.Module, nn.Module]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import TargetError, WeightError
@@ -26,11 +27,11 @@ from hf_reparam.linalg import (
 )
 from hf_reparam.linalg import decompose as decompose_weight
 from hf_reparam.linalg.factorize import SOLVERS
-from hf_reparam.linalg.moments import METRICS
+from hf_reparam.linalg.moments import METRICS, shapes_of_layers
 from hf_reparam.nn.dense import dense_matrix
 from hf_reparam.nn.targets import Target
 
-__all__ = ["Decompositions", "as_decompositions", "decompose"]
+__all__ = ["Decompositions", "as_decompositions", "check_fit", "decompose"]
 
 
 @contextmanager
@@ -129,12 +130,16 @@ class Decompositions:
         layer = self.moments.layers.get(name) if self.moments is not None and self.metric != "svd" else None
         return layer if layer is not None and layer.tokens else None
 
+    def metric_of(self, name: str) -> str:
+        """The metric of a layer: "svd" if it saw no data, "activation" if no gradient came back to it."""
+        moments = self.layer_moments(name)
+        return "svd" if moments is None else self.metric if moments.has_gradient() else "activation"
+
     def _coordinates(self, name: str, target: Target, device: torch.device) -> Metric:
         moments = self.layer_moments(name)
         if moments is None:
             return Metric()
-        metric = self.metric if moments.has_gradient() else "activation"
-        return moments.metric(metric, centred=target.bias_parameters > 0, device=device)
+        return moments.metric(self.metric_of(name), centred=target.bias_parameters > 0, device=device)
 
 
 @with_projections
@@ -159,7 +164,8 @@ def decompose(
 
     Raises:
         TargetError: unknown metric, or patterns as in `convert`.
-        WeightError: a weight or its moments are not finite, or the metric needs moments that are not there.
+        WeightError: a weight or its moments are not finite, the metric needs moments that are not there, or they are of
+            another model.
 
     Cost: one symmetric eigenproblem of order min(in, out) for each layer; 8 min(in, out) (in + out) bytes each, on
     the weight's device.
@@ -172,6 +178,7 @@ def decompose(
     check_no_adapters(model)
     lazy = as_decompositions(moments, metric)
     targets = find_layers(model, include=include, exclude=exclude).selected
+    check_fit(model, targets, lazy)
     return lazy.complete({layer_name(model, target.name): target for target in targets})
 
 
@@ -198,3 +205,49 @@ def as_decompositions(
     if metric == "fisher" and source is not None and source.metric != "fisher":
         raise WeightError("the fisher metric needs gradients: collect moments with metric='fisher'")
     return Decompositions(metric, source, solver=solver)
+
+
+def check_fit(model: nn.Module, targets: Iterable[Target], source: Decompositions) -> None:
+    """Raise WeightError for moments, or decompositions, of another model than the one that these layers are in.
+
+    Of a Transformers model whole parts may be without data: a head, where its base was calibrated without it, and the
+    other way round. A part of which only some layers are known, or layers of another shape, are of another model.
+    """
+    named = {layer_name(model, target.name): target for target in targets}
+    moments = source.moments if source.metric != "svd" else None
+    known: dict[str, tuple[int, int | None]] = {} if moments is None else shapes_of_layers(moments.layers)
+    known |= {name: (layer.right.shape[1], len(layer.left)) for name, layer in source.layers.items()}
+    if not known:
+        return
+    what = "moments" if moments is not None else "decompositions"
+    for name in named.keys() & known.keys():
+        theirs, own = known[name], (named[name].in_features, named[name].out_features)
+        if theirs[0] != own[0] or theirs[1] not in (None, own[1]):
+            shape = " x ".join(str(size) for size in theirs if size is not None)
+            raise WeightError(
+                f"{name}: the {what} are of a layer of {shape}, and here it is {own[0]} x {own[1]}: {_OTHER}"
+            )
+    every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
+    missing, foreign = sorted(named.keys() - known.keys()), sorted(known.keys() - every)
+    if isinstance(model, PreTrainedModel) and named.keys() & known.keys():
+        missing = [name for name in missing if _part(name) in set(map(_part, known))]
+        foreign = [name for name in foreign if _part(name) in set(map(_part, named))]
+    if missing or foreign:
+        mine, theirs_too = _example(missing or named, "layers"), _example(foreign or known, "layers")
+        raise WeightError(
+            f"the {what} do not fit {type(model).__name__}, which has {mine}"
+            f"{' that they do not have' if missing else ''}; they have {theirs_too}"
+            f"{' that it does not have' if foreign else ''}: {_OTHER}"
+        )
+
+
+_OTHER = "they are of another model, or of another version of it; use collect_moments with this one"
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _example(names: Iterable[str], what: str) -> str:
+    listed = sorted(names)
+    return f"{len(listed)} {what}, among them {listed[:2]},"

@@ -1,6 +1,7 @@
 """The long work of a conversion: every layer that a plan names decomposed, cut and stored."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -59,7 +60,9 @@ def factor_layers(
         target = named[name]
         spec = specs[target.name]
         layers[target.module] = layer
-        rows.append(layer_report(target, spec, target.parameters_as(spec), error))
+        again = None if target.spec is None else target.spec.rank
+        row = layer_report(target, spec, target.parameters_as(spec), error, source.metric_of(name))
+        rows.append(row if again is None else replace(row, error=None, from_rank=again))
     return layers, tuple(rows)
 
 

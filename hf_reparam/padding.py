@@ -114,7 +114,7 @@ class Padding:
         return self._whole[padded]
 
     def _try(self, whole: Part) -> bool | None:
-        """As `_told`, from the rows that every layer gets of a few examples; None if lengths do not tell masks apart."""
+        """As `_told`, from the rows that layers get of a few examples; None if lengths do not tell masks apart."""
         widths = [mask.shape[-1] for mask in whole.masks]
         count = 3 if 2 in widths else 2
         if whole.padded and (len(set(widths)) < len(widths) or min(count, examples_in(whole.batch)) in widths):

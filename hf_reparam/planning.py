@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.choices import Steps, ways_to_build
-from hf_reparam.decomposition import Decompositions, as_decompositions
+from hf_reparam.decomposition import Decompositions, as_decompositions, check_fit
 from hf_reparam.errors import PlanError, RankError, TargetError
 from hf_reparam.hf.host import base_type, check_model
 from hf_reparam.hf.inspection import check_no_adapters, count_parameters, find_layers, with_projections
@@ -75,7 +75,8 @@ def make_plan(
     Raises:
         RankError: the budget is out of range, or so small that the least rank everywhere exceeds it.
         TargetError: unknown metric, allocation or form, patterns as in `convert`, or no layer to choose a rank for.
-        WeightError: a weight or its moments are not finite, or the metric needs moments that are not there.
+        WeightError: a weight or its moments are not finite, the metric needs moments that are not there, or they are of
+            another model.
 
     Cost: with global allocation one symmetric eigenvalue problem, without vectors, for each layer that is not
     decomposed yet, and for each of eight widths of heads one for each of the four layers of an attention.
@@ -102,6 +103,7 @@ def make_plan(
         raise TargetError(
             "the model is itself one dense layer, and a plan needs a name: put it in nn.Sequential(layer)"
         )
+    check_fit(model, targets, source)
     if joint and allocation != "global":
         raise TargetError(f"joint=True needs the global allocation, which compares losses; got {allocation!r}")
     if joint and source.metric != "fisher":

@@ -23,8 +23,11 @@ class LayerReport:
         in_features, out_features: the dense shape; of an attention with narrower heads, that of its narrower layer.
         rank: inner width of the factors; None while the layer is dense.
         parameters_before, parameters_after: numbers in the dense model and now, bias included.
-        error: ||W - up @ down|| / ||W|| in the metric's norm; None where nothing was factored in this call.
+        error: ||W - up @ down|| / ||W|| in the metric's norm; None where nothing was factored in this call, or a layer
+            that was low-rank already: how far it is from its dense weight is not known then.
         form: "pair" or "pivoted"; None while the layer is dense.
+        metric: in which it was factored, "svd" if it saw no data; None where that is not known.
+        from_rank: the rank that it had before this call; None if it was dense.
     """
 
     name: str
@@ -36,6 +39,8 @@ class LayerReport:
     parameters_after: int
     error: float | None = None
     form: str | None = None
+    metric: str | None = None
+    from_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +158,10 @@ class ConversionReport:
 
     def layer_table(self) -> str:
         """The Markdown table of the layers alone."""
-        return _markdown([_HEADER, *_fold_layers(self.layers)])
+        return _markdown([_HEADER, *_fold_layers(self.layers, self.method)])
 
     def __str__(self) -> str:
-        parts = ["\n".join(self._headline()), _align([_HEADER, *_fold_layers(self.layers)])]
+        parts = ["\n".join(self._headline()), _align([_HEADER, *_fold_layers(self.layers, self.method)])]
         if self.skipped:
             parts.append(_align([_LEFT, *_fold_skipped(self.skipped)]))
         return "\n\n".join(parts)
@@ -167,7 +172,8 @@ class ConversionReport:
             count = sum(layer.rank is not None for layer in self.layers)
             layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
             refit = [] if self.refit is None else [str(self.refit)]
-            return [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads(), *refit, *self._bare()]
+            lines = [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads()]
+            return [*lines, *self._exceptions(), *refit, *self._bare()]
         whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
         return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole, *self._bare()]
 
@@ -178,6 +184,16 @@ class ConversionReport:
             return []
         share = f"{bare / self.parameters_before:.0%} of the parameters"
         return [f"bare parameters:  {share} are in no layer of their own (fused experts, as a rule) and stay as they are"]
+
+    def _exceptions(self) -> list[str]:
+        """Layers of which the method or the error is not what one would expect."""
+        other = {m: [x.name for x in self.layers if x.metric == m != self.method] for m in ("svd", "activation")}
+        again = [layer.name for layer in self.layers if layer.from_rank is not None]
+        return [
+            *_line("no data:", other["svd"], ", by plain SVD"),
+            *_line("no gradient:", other["activation"], ", in the activation metric"),
+            *_line("converted again:", again, "; how far they are from their dense weights is not known"),
+        ]
 
     def _heads(self) -> list[str]:
         if not self.heads:
@@ -197,20 +213,26 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} parameters{share}"
 
 
-def _fold_layers(layers: Iterable[LayerReport]) -> list[list[str]]:
+def _line(title: str, names: Sequence[str], text: str) -> list[str]:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{title:<18}{len(names)} layers{text}: {', '.join(names[:3])}{more}"] if names else []
+
+
+def _fold_layers(layers: Iterable[LayerReport], method: str) -> list[list[str]]:
     groups: dict[tuple[object, ...], list[LayerReport]] = {}
     for layer in layers:
-        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.form)
+        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.form, layer.metric)
         groups.setdefault(key, []).append(layer)
-    return [_layer_row(group) for group in groups.values()]
+    return [_layer_row(group, method) for group in groups.values()]
 
 
-def _layer_row(group: list[LayerReport]) -> list[str]:
+def _layer_row(group: list[LayerReport], method: str) -> list[str]:
     first = group[0]
     name = first.name if len(group) == 1 else f"{layer_kind(first.name)} (x{len(group)})"
     before, after = sum(x.parameters_before for x in group), sum(x.parameters_after for x in group)
     errors = [x.error for x in group if x.error is not None]
     error = _range(errors, ".3f") if errors else "-"
+    error += f" ({first.metric})" if first.metric not in (None, method) else ""
     rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
     rank += " pivoted" if first.form == "pivoted" else ""
     count = f"{before:,}" if before == after else f"{before:,} -> {after:,}"

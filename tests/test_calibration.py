@@ -194,13 +194,13 @@ def test_every_family(base):
         ([], {}, "data is empty"),
         ([[1, 2]], {}, "a calibration batch is a dict"),
         ([{}], {"metric": "svd"}, "metric must be one of"),
-        ([{"x": torch.ones(1, 4)}], {}, "no loss, logits or last_hidden_state"),
+        ([{"x": torch.ones(1, 4)}], {}, "no loss and no floating-point tensor"),
     ],
 )
 def test_wrong_arguments(data, options, message):
     class Net(nn.Sequential):
         def forward(self, x):
-            return {"y": super().forward(x)}
+            return {"y": super().forward(x) > 0}
 
     with pytest.raises(TargetError, match=message):
         collect_moments(Net(nn.Linear(4, 4)), data, **options)

@@ -110,9 +110,11 @@ def _metadata(base_model: str | None, base_card: ModelCard | None) -> ModelCardD
 
 def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
     report = summarize(model)
-    layers = [replace(row, error=record.errors.get(plan_name(model, row.name))) for row in report.layers]
+    named = {plan_name(model, row.name): row for row in report.layers}
+    metrics = {name: record.metrics.get(name, plan.method) for name in named}
+    layers = [replace(row, error=record.errors.get(n), metric=metrics[n]) for n, row in named.items()]
     source = "a dense model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
-    errors = sorted(record.errors.values())
+    errors = sorted(error for error in record.errors.values() if error is not None)
     measured = (
         f"{errors[0]:.3f} to {errors[-1]:.3f}, median {errors[len(errors) // 2]:.3f}" if errors else "not recorded"
     )
@@ -122,6 +124,7 @@ def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: s
         **({"heads of attentions": _heads(report)} if report.heads else {}),
         "method": _METHODS.get(plan.method, plan.method),
         "calibration": "none" if record.calibration_tokens is None else f"{record.calibration_tokens:,} tokens",
+        **_without_data(record),
         "layers fitted again afterwards": str(record.refitted_layers),
         "relative error of a layer in that metric, as converted": measured,
     }
@@ -151,6 +154,12 @@ dense = hf_reparam.merge(model)  # the plain {model.base_class.__name__}; saved,
 {replace(report, layers=layers).layer_table()}
 
 </details>"""
+
+
+def _without_data(record: ConversionRecord) -> dict[str, str]:
+    texts = {"svd": "layers that saw no data, by plain SVD", "activation": "layers without a gradient, by inputs alone"}
+    found = {text: [n for n, metric in record.metrics.items() if metric == key] for key, text in texts.items()}
+    return {text: f"{len(names)}, among them {', '.join(names[:3])}" for text, names in found.items() if names}
 
 
 def _loading(model: Any) -> str:

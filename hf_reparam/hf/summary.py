@@ -78,11 +78,13 @@ def heads_reports(model: nn.Module, errors: Mapping[str, float] | None = None) -
     )
 
 
-def layer_report(target: Target, spec: LayerSpec | None, after: int, error: float | None) -> LayerReport:
+def layer_report(
+    target: Target, spec: LayerSpec | None, after: int, error: float | None, metric: str | None = None
+) -> LayerReport:
     """What the report says of a layer that has, or would have, this spec and so many parameters."""
     shape = (target.in_features, target.out_features)
     rank, form = (None, None) if spec is None else (spec.rank, spec.form)
-    return LayerReport(target.name, target.kind, *shape, rank, target.stock_parameters, after, error, form)
+    return LayerReport(target.name, target.kind, *shape, rank, target.stock_parameters, after, error, form, metric)
 
 
 def skipped_reports(items: Iterable[Skipped]) -> tuple[SkippedReport, ...]:

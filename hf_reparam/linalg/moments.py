@@ -14,7 +14,7 @@ from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.tables import TableMoments
 
-__all__ = ["LayerMoments", "Moments"]
+__all__ = ["LayerMoments", "Moments", "shapes_of_layers"]
 
 METRICS = ("svd", "activation", "fisher")
 SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
@@ -192,6 +192,16 @@ class Moments:
         return cls(metrics.pop(), _Stored(where), tables)
 
 
+def shapes_of_layers(layers: Mapping[str, LayerMoments]) -> dict[str, tuple[int, int | None]]:
+    """Inputs and outputs of each layer, None for outputs without gradients; of stored moments no sums are read."""
+    if isinstance(layers, _Stored):
+        return layers.shapes()
+    return {
+        n: (len(m.input_sum), None if m.gradient_products is None else len(m.gradient_products))
+        for n, m in layers.items()
+    }
+
+
 class _Stored(Mapping[str, LayerMoments]):
     """Layers in files, each read anew when it is asked for."""
 
@@ -210,6 +220,14 @@ class _Stored(Mapping[str, LayerMoments]):
         for path in set(self._where.values()):
             with safe_open(path, framework="pt") as file:
                 yield from (int(file.get_tensor(key)) for key in file.keys() if key.endswith(".tokens"))  # noqa: SIM118
+
+    def shapes(self) -> dict[str, tuple[int, int | None]]:
+        """As `shapes_of_layers`."""
+        sizes: dict[str, int] = {}
+        for path in set(self._where.values()):
+            with safe_open(path, framework="pt") as file:
+                sizes |= {key: (file.get_slice(key).get_shape() or [0])[0] for key in file.keys()}  # noqa: SIM118
+        return {n: (sizes[f"{n}.input_sum"], sizes.get(f"{n}.gradient_products")) for n in self._where}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
