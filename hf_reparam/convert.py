@@ -198,7 +198,7 @@ def convert(
             folder.
         offload_folder: where new layers stay until they compute, for models that exceed memory, loaded with a
             `device_map` that leaves layers on disk. A layer that is there from an earlier, broken run of the same
-            conversion is not made again.
+            conversion (the same weights, moments and options, to the last bit) is not made again.
         return_report: also return what was done, layer by layer, and what was left alone and why.
 
     Returns:
@@ -211,6 +211,7 @@ def convert(
         RankError: a size is out of range, or higher than a low-rank layer's own, or no size holds the tolerance.
         WeightError: a weight is not finite, on the meta device, or quantized, or moments are of another model.
         PlanError: the plan does not fit the model.
+        CheckpointError: `offload_folder` holds layers of another conversion, or another process is filling it.
 
     Cost: one Gram matrix and one symmetric eigenproblem of order min(in, out) for each layer, and what
     `collect_moments` and `make_plan` cost; with `tolerance` eight evaluations. Memory: with `inplace`, that of the

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from hf_reparam.linalg import (
     Table,
     TableMoments,
     decompose_table,
+    fingerprint,
     spectrum,
     working_device,
 )
@@ -54,12 +56,27 @@ class Decompositions:
         layers: layer name -> Decomposition, names as in a plan. A layer that is not there is decomposed when it is
             asked for, and not kept.
         solver: "exact" or "randomized", for layers that are not there.
+        origins: layer name -> fingerprint of what its weight and moments were computed from, where they were computed.
     """
 
     metric: str
     moments: Moments | None = None
     layers: Mapping[str, Decomposition] = field(default_factory=dict)
     solver: str = "exact"
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def made_of(self, name: str, target: Target) -> str:
+        """A fingerprint of all that a layer's factors come from: its weights, its moments, metric, solver, version."""
+        with aligned(target.module):
+            weights = fingerprint(type(target.module).__qualname__, target.module.state_dict())
+        known, moments = self.layers.get(name), self.origins.get(name) or self.moments_of(name)
+        values = None if known is None else known.singular_values
+        return fingerprint(weights, moments, self.metric, self.solver, values, version("hf-reparam"))
+
+    def moments_of(self, name: str) -> str | None:
+        """A fingerprint of the moments that the metric has of a layer."""
+        moments = self.layer_moments(name)
+        return None if moments is None else moments.fingerprint()
 
     def layer(self, name: str, target: Target, *, max_rank: int | None = None) -> Decomposition:
         """The decomposition of a layer, up to `max_rank` or further.

@@ -12,6 +12,7 @@ from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.offload import aligned, build_layers, execution_device
 from hf_reparam.hf.summary import layer_report, table_report
 from hf_reparam.hf.tables import tables_of_plan
+from hf_reparam.linalg import fingerprint
 from hf_reparam.nn.embedding import low_rank_tables
 from hf_reparam.nn.surgery import factor, low_rank_like
 from hf_reparam.nn.targets import Target
@@ -36,6 +37,9 @@ def factor_layers(
         specs: path -> rank and form.
         source: their decompositions.
         folder: where new layers go instead of into memory; layers that it holds already are taken from there.
+
+    Raises:
+        CheckpointError: as `build_layers`.
     """
     named = {layer_name(model, t.name): t for t in targets if t.name in specs}
 
@@ -53,8 +57,13 @@ def factor_layers(
     def empty(name: str) -> nn.Module:
         return low_rank_like(named[name].module, specs[named[name].name])
 
+    def made_of(name: str) -> str:
+        return fingerprint(source.made_of(name, named[name]), specs[named[name].name])
+
     devices = {name: execution_device(target.module) for name, target in named.items()}
-    built = build_layers(source.costs(named), make, empty, devices, folder, desc="Factoring layers")
+    built = build_layers(
+        source.costs(named), make, empty, devices, folder, made_of=made_of, desc="Factoring layers"
+    )
     layers, rows = {}, []
     for name, (layer, error) in built.items():
         target = named[name]

@@ -3,6 +3,7 @@
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from hf_reparam.hf.modeling import ReparamMixin
 from hf_reparam.hf.offload import aligned, build_layers, execution_device, mark_offloaded
 from hf_reparam.hf.retype import to_stock
 from hf_reparam.hf.tables import table_groups
+from hf_reparam.linalg import fingerprint
 from hf_reparam.nn.attention import join_dense
 from hf_reparam.nn.dense import build_dense, dense_like, dense_matrix, shape_of
 from hf_reparam.nn.embedding import Tables, stock_tables
@@ -40,7 +42,7 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     Args:
         model: a converted model, trained or not.
         inplace: change `model` itself; otherwise the result is a copy that shares no tensor with it.
-        offload_folder: where dense layers stay until they compute, as in `convert`.
+        offload_folder: where dense layers stay until they compute, as in `convert`; not the folder of its layers.
 
     Returns:
         The dense model, of the same dtype, device, `requires_grad` and training mode.
@@ -48,6 +50,7 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     Raises:
         TargetError: the model has no low-rank layer, is sharded, or cannot be copied.
         WeightError: factors are wrapped by an adapter, quantized, or without data.
+        CheckpointError: `offload_folder` holds layers of another model, or another process is filling it.
 
     Cost: r * in * out multiply-adds for each layer. The relative error of each weight is rounding alone.
 
@@ -79,7 +82,15 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
     costs = {name: float(part.shape[0] * part.shape[1]) for name, part in parts.items()}
     devices = {name: execution_device(part.layers[0]) for name, part in parts.items()}
     folder = None if offload_folder is None else Path(offload_folder)
-    built = build_layers(costs, make, lambda name: parts[name].empty(), devices, folder, desc="Merging layers")
+    built = build_layers(
+        costs,
+        make,
+        lambda name: parts[name].empty(),
+        devices,
+        folder,
+        made_of=lambda name: parts[name].made_of(),
+        desc="Merging layers",
+    )
     replaced = {parts[name].module: dense for name, (dense, _) in built.items()} | _stock(model, tables)
     result = model if inplace else replace_modules(model, replaced, inplace=False)
     with undone_on_error(result):
@@ -136,6 +147,15 @@ class _Part:
     def empty(self) -> nn.Module:
         """The dense layer without its numbers."""
         return dense_like(self.layers[0], self.shape)
+
+    def made_of(self) -> str:
+        """A fingerprint of all that the dense layer comes from."""
+        heads = None if self.attention is None else (self.attention.heads, self.attention.width)
+        parts: list[object] = ["merge", self.shape, self.role, heads]
+        for layer in self.layers:
+            with aligned(layer):
+                parts += [repr(layer), getattr(layer, "dense_type", None), fingerprint(layer.state_dict())]
+        return fingerprint(*parts, version("hf-reparam"))
 
     @torch.no_grad()
     def build(self) -> nn.Module:

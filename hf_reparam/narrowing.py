@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_reparam.linalg import (
     HeadMoments,
     LayerMoments,
     Moments,
+    fingerprint,
     map_both,
     map_rows,
     output_moment,
@@ -80,6 +82,16 @@ class NarrowHeads:
             raise WeightError(f"{self.attention.name}: its weights or moments are not finite")
         moments = HeadMoments(self.attention.heads, *parts)
         return moments, moments.maps()
+
+    def made_of(self, width: int) -> str:
+        """A fingerprint of all that layers of this width come from: weights, moments and metric."""
+        parts: list[object] = [width, self.source.metric]
+        for role in ROLES:
+            layer = self.attention.layer(role)
+            with aligned(layer):
+                parts += [type(layer).__qualname__, fingerprint(layer.state_dict())]
+            parts.append(self.source.moments_of(layer_name(self.model, self.attention.path(role, split=False))))
+        return fingerprint(*parts, version("hf-reparam"))
 
     def _outputs(self, role: str) -> tuple[Tensor, Tensor]:
         """Second moment and mean of what a projection gives; for inputs of no mean and unit covariance without data."""
@@ -192,12 +204,14 @@ class _Changed(Mapping[str, LayerMoments]):
         return len(self._names)
 
 
-def _with_moments(source: Decompositions, new: Mapping[str, _Lazy], gone: set[str]) -> Decompositions:
+def _with_moments(
+    source: Decompositions, new: Mapping[str, _Lazy], gone: set[str], origins: Mapping[str, str]
+) -> Decompositions:
     layers = {name: found for name, found in source.layers.items() if name not in gone}
     if source.moments is None:
-        return replace(source, layers=layers)
+        return replace(source, layers=layers, origins=origins)
     moments = Moments(source.moments.metric, _Changed(source.moments.layers, gone, new))
-    return replace(source, layers=layers, moments=moments)
+    return replace(source, layers=layers, moments=moments, origins=origins)
 
 
 @contextmanager
@@ -219,6 +233,7 @@ def narrowed(
     Raises:
         PlanError: no such attention that can be narrowed, or a width above its own.
         WeightError: weights or moments are not finite.
+        CheckpointError: as `build_layers`.
     """
     if not widths:
         yield source, {}
@@ -248,11 +263,14 @@ def narrowed(
         return dense_like(old[name][role], chosen[name].shape(role, widths[name]))
 
     devices = {place: execution_device(old[name][role]) for place, (name, role) in places.items()}
-    costs = dict.fromkeys(places, 1.0)
+    costs, origins = dict.fromkeys(places, 1.0), {}
     if folder is not None:
         folder = folder / "narrow"
-        folder.mkdir(parents=True, exist_ok=True)
-    built = build_layers(costs, make, empty, devices, folder, desc="Narrowing heads")
+        made_of = {name: part.made_of(widths[name]) for name, part in heads.items()}
+        origins = {place: made_of[name] for place, (name, _) in places.items()}
+    built = build_layers(
+        costs, make, empty, devices, folder, made_of=origins.__getitem__, desc="Narrowing heads"
+    )
     seen = {
         place: partial(heads[name].narrow_moments, role, maps[name])
         for place, (name, role) in places.items()
@@ -264,7 +282,7 @@ def narrowed(
             mine = {role: built[layer_name(model, attention.path(role, split=True))][0] for role in ROLES}
             attention.narrow(mine, widths[name])
         gone = {layer_name(model, a.path(role, split=False)) for a in chosen.values() for role in ROLES}
-        yield _with_moments(source, seen, gone), errors
+        yield _with_moments(source, seen, gone, origins), errors
         done = keep
     finally:
         if not done:

@@ -19,12 +19,13 @@ from accelerate.utils import (
 from safetensors import safe_open
 from torch import nn
 
+from hf_reparam.errors import CheckpointError
 from hf_reparam.hf.host import hosts
-from hf_reparam.hf.processes import distributed, spread
+from hf_reparam.hf.processes import alone, distributed, spread
 
 __all__ = ["aligned", "build_layers", "check_stored", "execution_device", "mark_offloaded", "recall"]
 
-_ERROR = "error.json"
+_RECORD = "layer.json"
 
 
 @contextmanager
@@ -43,6 +44,7 @@ def build_layers(
     devices: Mapping[str, torch.device],
     folder: Path | None,
     *,
+    made_of: Callable[[str], str],
     desc: str,
 ) -> dict[str, tuple[nn.Module, float]]:
     """New layers and their errors, made one after the other, and by all processes of a distributed run together.
@@ -54,7 +56,11 @@ def build_layers(
         devices: name -> where the layer computes.
         folder: where the layers go; each stays there and is read whenever it computes, so that one at a time is in
             memory, and one that is there already is not made again. None to have all in memory.
+        made_of: name -> fingerprint of all that the layer is made from; asked for with a folder alone.
         desc: what the progress bar says.
+
+    Raises:
+        CheckpointError: the folder holds a layer that was made from something else, or another run is filling it.
     """
 
     if folder is None:
@@ -67,14 +73,15 @@ def build_layers(
         return {name: (layer.to(devices[name]), error) for name, (layer, error) in made.items()}
 
     def in_folder(name: str) -> float:
-        place = folder / name
+        place, origin = _place(folder, name), made_of(name)
         if not place.exists():
-            _write(place, *make(name))
-        error: float = json.loads((place / _ERROR).read_text())
-        return error
+            _write(place, *make(name), origin)
+        return _stored_error(place, origin)
 
-    errors = spread(costs, in_folder, desc=desc)
-    return {name: (_read_from(folder / name, empty(name), devices[name]), errors[name]) for name in errors}
+    with alone(folder / ".lock", f"another process is filling {folder} with layers: give each its own folder"):
+        _check_names(folder, costs)
+        errors = spread(costs, in_folder, desc=desc)
+    return {name: (_read_from(_place(folder, name), empty(name), devices[name]), errors[name]) for name in errors}
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -130,13 +137,44 @@ def recall(layer: nn.Module) -> None:
         vars(part).pop("forward", None)  # accelerate leaves the class's own behind as an attribute of the module
 
 
-def _write(place: Path, layer: nn.Module, error: float) -> None:
-    """The folder of one layer; it appears whole or not at all."""
+def _place(folder: Path, name: str) -> Path:
+    """The folder of one layer; a model that is itself one layer has no name."""
+    return folder / (name or "(root)")
+
+
+def _write(place: Path, layer: nn.Module, error: float, origin: str) -> None:
+    """Fill the folder of one layer; it appears whole or not at all."""
     unfinished = place.with_name(f"{place.name}~")
     shutil.rmtree(unfinished, ignore_errors=True)
     offload_state_dict(unfinished, layer.state_dict())
-    (unfinished / _ERROR).write_text(json.dumps(error))
+    (unfinished / _RECORD).write_text(json.dumps({"error": error, "made_of": origin}))
     unfinished.rename(place)
+
+
+def _check_names(folder: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError for a layer that this conversion does not make; other files are none of its business."""
+    known = {_place(folder, name) for name in names}
+    for path in sorted(folder.iterdir()):
+        if path not in known and not path.name.endswith("~") and (path / _RECORD).is_file():
+            raise _foreign(path)
+
+
+def _stored_error(place: Path, origin: str) -> float:
+    """The error that a stored layer has; raises CheckpointError if it was not made from this."""
+    try:
+        record = json.loads((place / _RECORD).read_text())
+        if record["made_of"] != origin:
+            raise _foreign(place)
+        return float(record["error"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        raise _foreign(place) from None
+
+
+def _foreign(place: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{place.parent} holds layers of another conversion (model, data or options differ), among them {place.name}: "
+        "give an empty folder or delete it"
+    )
 
 
 def _read_from(place: Path, layer: nn.Module, device: torch.device) -> nn.Module:

@@ -2,15 +2,19 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-__all__ = ["connected", "distributed", "is_first", "own_share", "spread", "total", "wait_for_all"]
+from hf_reparam.errors import CheckpointError
+
+__all__ = ["alone", "connected", "distributed", "is_first", "own_share", "spread", "total", "wait_for_all"]
 
 T = TypeVar("T")
 
@@ -52,6 +56,38 @@ def total(tensor: Tensor) -> Tensor:
     summed = tensor.clone() if on_cpu else tensor.to(torch.accelerator.current_accelerator())
     torch.distributed.all_reduce(summed)
     return summed.cpu()
+
+
+@contextmanager
+def alone(lock: Path, refusal: str) -> Iterator[None]:
+    """Keep other runs out while the block lasts; the processes of one distributed run come in together.
+
+    The system frees the lock of a process that was killed.
+
+    Args:
+        lock: a file that is locked; its folder is made where it is missing. It is gone afterwards.
+        refusal: what to say if another run holds it.
+
+    Raises:
+        CheckpointError: another run holds it, or it cannot be written.
+    """
+    held, failure = FileLock(lock), None
+    if is_first():
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.acquire(timeout=0)
+        except OSError as error:  # Timeout is one
+            failure = error
+    if int(total(torch.tensor(int(failure is not None)))):  # the other processes know nothing more
+        taken = failure is None or isinstance(failure, Timeout)
+        raise CheckpointError(refusal if taken else f"{lock.parent} cannot be written: {failure.strerror or failure}")  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if is_first():
+            with suppress(OSError):  # Windows deletes no open file
+                lock.unlink()
+            held.release()
 
 
 def own_share(items: Sequence[T]) -> Sequence[T]:

@@ -2,6 +2,7 @@
 
 from hf_reparam.linalg.allocate import Alternative, Options, allocate, choose
 from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum, working_device
+from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.heads import HeadMaps, HeadMoments, map_both, map_rows, output_moment
 from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import LayerMoments, Moments
@@ -28,6 +29,7 @@ __all__ = [
     "choose",
     "decompose",
     "decompose_table",
+    "fingerprint",
     "map_both",
     "map_rows",
     "output_moment",

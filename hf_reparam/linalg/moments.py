@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_reparam.errors import CheckpointError, WeightError
+from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.tables import TableMoments
 
@@ -80,6 +81,11 @@ class LayerMoments:
     def has_gradient(self) -> bool:
         """Whether a gradient ever came back to the layer, be it NaN."""
         return self.gradient_products is not None and bool(self.gradient_products.diagonal().sum() != 0)
+
+    def fingerprint(self) -> str:
+        """The same for the same moments: no two sets of data agree in every mean and mean square of inputs and gradients."""
+        gradients = None if self.gradient_products is None else self.gradient_products.diagonal()
+        return fingerprint(self.tokens, self.input_sum, self.input_products.diagonal(), gradients)
 
     def mean(self) -> Tensor:
         """E x, (in,)."""
