@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.host import called, check_model, hosts, layer_name, own_tokenizer
 from hf_reparam.hf.inspection import check_no_adapters, check_unsharded, find_layers, with_projections
 from hf_reparam.hf.objective import SummedLosses, examples_in, is_multi_label, objective, projection
-from hf_reparam.hf.processes import distributed, total
+from hf_reparam.hf.processes import alone, distributed, total
 from hf_reparam.hf.tables import TableGroup, table_groups
 from hf_reparam.items import check_data
 from hf_reparam.linalg import LayerMoments, Moments, TableMoments
@@ -72,7 +72,8 @@ def collect_moments(
         max_length: tokens of a text in one row; the rest goes into further rows (pairs and texts with labels are cut).
             Default: the smallest of 512, the tokenizer's and the model's limit.
         max_samples: how many texts, rows or rows of batches are used, the first ones.
-        folder: where moments go, in place of memory; `Moments.load` opens it again.
+        folder: where moments go, in place of memory; `Moments.load` opens it again. What a broken run left there is
+            deleted; finished moments are not replaced.
         max_memory: bytes, or a text such as "8GB", that moments may take in memory: layers are watched in groups, in
             one pass over the data each, and every group goes to `folder`. The data must allow several passes.
         include: patterns as in `convert`: a conversion that includes a head needs moments that include it.
@@ -89,6 +90,7 @@ def collect_moments(
             such metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead),
             texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or too
             small for one layer, or data for one pass only.
+        CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
     (in^2 + out^2) multiply-adds and in^2 + out^2 float64 numbers for each layer.
@@ -121,20 +123,28 @@ def collect_moments(
     layers: dict[str, LayerMoments] = {}
     rows: dict[str, int] = {}
     tables = _tables(model) if metric == "fisher" else {}
-    for number, group in enumerate(groups):
-        seen = tables if number == 0 else {}
-        moments = _watch_group(model, group, seen, batches, metric, reading, loss_fn, alone=len(groups) == 1)
-        rows |= {name: layer.tokens for name, layer in moments.items()}
-        if folder is None:
-            layers.update(moments)
-        else:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            part = Moments(metric, moments, {n: t for n, (_, t) in seen.items()})
-            part.save(Path(folder) / f"{number:05}.safetensors")
-            del part
-        del moments  # before the next group takes its memory
+    with nullcontext() if folder is None else _filling(Path(folder)):
+        for number, group in enumerate(groups):
+            seen = tables if number == 0 else {}
+            moments = _watch_group(model, group, seen, batches, metric, reading, loss_fn, alone=len(groups) == 1)
+            rows |= {name: layer.tokens for name, layer in moments.items()}
+            if folder is None:
+                layers.update(moments)
+            else:
+                part = Moments(metric, moments, {n: t for n, (_, t) in seen.items()})
+                part.save_part(folder, number, len(groups))
+                del part
+            del moments  # before the next group takes its memory
     _warn_of_little_data(rows, {name: target.in_features for name, target in named.items()})
     return Moments(metric, layers, {n: t for n, (_, t) in tables.items()}) if folder is None else Moments.load(folder)
+
+
+@contextmanager
+def _filling(folder: Path) -> Iterator[None]:
+    """Have a folder for moments to oneself; raises CheckpointError if it holds some, or another run fills it."""
+    with alone(folder / ".lock", f"another process is filling {folder} with moments: give each its own folder"):
+        Moments.open_folder(folder)
+        yield
 
 
 def _tables(model: nn.Module) -> dict[str, tuple[TableGroup, TableMoments]]:

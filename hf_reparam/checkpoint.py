@@ -1,11 +1,11 @@
 """From model folder to model folder: what the command line does, for use from Python."""
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +19,19 @@ from hf_reparam.calibration import collect_moments
 from hf_reparam.convert import convert
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.hf.card import model_card
-from hf_reparam.hf.folder import copy_companions, load, load_tokenizer, locate, new_folder, skeleton
+from hf_reparam.hf.folder import (
+    copy_companions,
+    load_all,
+    load_tokenizer,
+    locate,
+    model_place,
+    new_folder,
+    skeleton,
+)
 from hf_reparam.hf.inspection import find_layers, named_by
-from hf_reparam.hf.processes import is_first, own_share, wait_for_all
+from hf_reparam.hf.processes import alone, is_first, own_share, wait_for_all
 from hf_reparam.hf.summary import summarize
-from hf_reparam.linalg import Moments
+from hf_reparam.linalg import Moments, fingerprint
 from hf_reparam.merge import merge
 from hf_reparam.nn.ranks import Rank
 from hf_reparam.plan import RankPlan
@@ -66,11 +74,13 @@ def convert_checkpoint(
     Every weight stays in the source's files until its layer's turn, and every new layer goes to a work folder beside
     `out`, from which the result is put together at the end. `out` appears whole or not at all. A run that was broken
     off goes on where it stopped when it is started again with the same arguments on the same files. The tensors are
-    those that loading, `convert` and `save_pretrained` would give. In a distributed run (`accelerate launch`) every
+    those that loading, `convert` and `save_pretrained` would give. Files beside the weights (tokenizer, pooling and
+    dense modules of sentence-transformers) are copied; tensors that the model's class does not load are not, and the
+    report names them. In a distributed run (`accelerate launch`) every
     process has to call this: texts and layers are shared out, and the first process writes.
 
     Args:
-        source: a folder, or a Hub id.
+        source: a folder, or a Hub id; one of sentence-transformers may hold the model in a subfolder.
         out: the folder to make.
         rank, keep, plan: one of them, as in `convert`.
         moments: Moments, or a file or folder of them.
@@ -90,25 +100,26 @@ def convert_checkpoint(
         The report of the conversion. `out` holds a model card made from it, `README.md`.
 
     Raises:
-        CheckpointError: the source or the calibration data cannot be loaded, or `out` exists, is the source, or cannot
-            be written.
+        CheckpointError: the source or the calibration data cannot be loaded; or `out` exists, is the source, holds it
+            or is in it, cannot be written, or is being written by another process.
         ReparamError: as `convert`.
 
     Cost: as `convert`, and disk space for the result twice. Memory, when streaming: three to four times the largest
     layer in float64, in the metric of moments its moments, too, or two shards; at least twice the largest tensor.
     """
     folder, target = _open(source, Path(out), force)
+    place = model_place(folder)
     reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
     _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream, reading=reading)
     lines = None if texts is None else _read_lines(texts)
-    patterns: dict[str, Any] = {"include": include, "exclude": exclude}
+    patterns: dict[str, Any] = {"include": _listed(include), "exclude": _listed(exclude)}
     choices: dict[str, Any] = {"form": form, "joint": joint, "embeddings": embeddings, "min_rank": min_rank}
-    options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, include, exclude, max_memory]
+    options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, *patterns.values(), max_memory]
     options += [max_length, max_samples]
-    reading["tokenizer"] = None if texts is None else load_tokenizer(folder)
-    fingerprint = _fingerprint(folder, moments, lines, options) if stream else None
-    with new_folder(target, resume=fingerprint) as work:
-        model = load(folder, offload_folder=work / "source" if stream else None)
+    reading["tokenizer"] = None if texts is None else load_tokenizer(place)
+    same_work = _fingerprint(folder, moments, lines, options) if stream else None
+    with _work_folder(target, same_work, force) as work:
+        model, dropped = load_all(place, offload_folder=work / "source" if stream else None)
         if not os.path.isdir(source):
             model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         wanted = [t.name for t in find_layers(model, **patterns, asked=named_by(model, rank, plan)).selected]
@@ -131,6 +142,7 @@ def convert_checkpoint(
         if refit and lines is not None:
             fitted = refit_factors(small, model, lines, moments=known, **reading)
             report = replace(report, refit=fitted)
+        report = replace(report, dropped=dropped)
         saving = {**_sharding(stream, max_shard_size), "remote_code": remote_code}
         if _save(small, folder, work, saving):
             model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
@@ -166,10 +178,10 @@ def merge_checkpoint(
         The report of the model before it was merged.
     """
     folder, target = _open(source, Path(out), force)
-    fingerprint = _fingerprint(folder, None, None, ["merge"]) if stream else None
-    with new_folder(target, resume=fingerprint) as work:
-        model = load(folder, offload_folder=work / "source" if stream else None)
-        report = summarize(model)
+    same_work = _fingerprint(folder, None, None, ["merge"]) if stream else None
+    with _work_folder(target, same_work, force) as work:
+        model, dropped = load_all(model_place(folder), offload_folder=work / "source" if stream else None)
+        report = replace(summarize(model), dropped=dropped)
         dense = merge(model, inplace=True, offload_folder=work / "layers" if stream else None)
         _save(dense, folder, work, _sharding(stream, max_shard_size))
     return report
@@ -182,16 +194,38 @@ def inspect_checkpoint(source: str | os.PathLike[str]) -> ConversionReport:
         CheckpointError: no readable configuration.
         PlanError: its plan is malformed or does not fit.
     """
-    return summarize(skeleton(os.fspath(source)))
+    return summarize(skeleton(str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)))
 
 
 def _open(source: str | os.PathLike[str], out: Path, force: bool) -> tuple[Path, Path]:
+    _check_absent(out, force)
+    folder = locate(os.fspath(source))
+    ends = out.resolve(), folder.resolve()
+    if ends[1].is_relative_to(ends[0]):
+        raise CheckpointError(f"{out} is the source or holds it; choose another place")
+    if ends[0].is_relative_to(ends[1]):
+        raise CheckpointError(f"{out} is inside the source, {folder}; choose another place")
+    return folder, out
+
+
+def _check_absent(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists; choose another place, or replace it with --force")
-    folder = locate(os.fspath(source))
-    if out.resolve() == folder.resolve() or folder.resolve().is_relative_to(out.resolve()):
-        raise CheckpointError(f"{out} is the source or holds it; choose another place")
-    return folder, out
+
+
+@contextmanager
+def _work_folder(out: Path, same_work: str | None, force: bool) -> Iterator[Path]:
+    """As `new_folder`, for one run at a time."""
+    refusal = f"another process is converting into {out}; wait until it has finished, or choose another place"
+    with alone(out.parent / f".{out.name}.lock", refusal):
+        _check_absent(out, force)  # the other may have finished just now
+        with new_folder(out, resume=same_work) as work:
+            yield work
+
+
+def _listed(patterns: str | Iterable[str] | None) -> str | list[str] | None:
+    """Patterns that can be read more than once."""
+    return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
 
 
 def _read_lines(path: str | os.PathLike[str]) -> list[str]:
@@ -223,6 +257,9 @@ def _moments(
         kept = None if max_memory is None else place
         return collect_moments(model, mine, folder=kept, max_memory=max_memory, include=layers)
     if not place.exists():
+        if is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a broken run
+        wait_for_all()
         collect_moments(model, mine, folder=unfinished, max_memory=max_memory, include=layers)
         wait_for_all()
         if is_first():
@@ -264,30 +301,33 @@ def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool
     if not is_first():
         return False
     shutil.rmtree(work / "new", ignore_errors=True)  # of a broken run
+    place = model_place(source)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        model.save_pretrained(work / "new", **options)
-    copy_companions(source, work / "new")
+        model.save_pretrained(work / "new" / place.relative_to(source), **options)
+    copy_companions(source, work / "new", place)
     return True
 
 
 def _fingerprint(source: Path, moments: Any, lines: list[str] | None, options: list[Any]) -> str:
     """The same for the same work: source files, calibration data and options."""
-    parts: list[Any] = [version("hf-reparam"), options, lines, *map(_stamp, _files(source))]
+    parts: list[Any] = [version("hf-reparam"), options, lines]
+    parts += map(_stamp, sorted({*_files(source), *_files(model_place(source))}))
     if isinstance(moments, Moments):
-        parts += [(name, layer.tokens, float(layer.input_sum.sum())) for name, layer in moments.layers.items()]
+        parts.append(moments.fingerprint())
     elif moments is not None:
         parts += map(_stamp, _files(Path(moments)))
-    return hashlib.sha256(json.dumps(parts, default=list).encode()).hexdigest()[:12]
+    return fingerprint(parts)[:12]
 
 
 def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """What changes with a file; the time of its last change of any kind cannot be set back, as a copy's other can."""
     try:
         state = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    return path.name, state.st_size, state.st_mtime_ns
+    return path.name, state.st_size, state.st_mtime_ns, state.st_ctime_ns

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -24,11 +26,27 @@ _RANK_HELP = (
     "an integer (64), a fraction of min(in, out) (0.25), or PATTERN=RANK ('*.query=32'); repeat it for several "
     "patterns, the first that matches a layer decides"
 )
+_EXAMPLES = {
+    "convert": """examples:
+  hf-reparam convert SRC OUT --keep 0.6 --calibration TEXTS.txt
+  hf-reparam convert SRC OUT --rank 64 --exclude "*pooler*"
+  hf-reparam convert SRC OUT --rank "*.query=32" --rank "*.dense=0.25"
+  hf-reparam convert meta-llama/Llama-3.1-8B OUT --keep 0.8 --calibration TEXTS.txt --max-memory 8GB --stream""",
+    "merge": """examples:
+  hf-reparam merge SRC OUT
+  hf-reparam merge SRC OUT --stream --max-shard-size 2GB""",
+    "inspect": """examples:
+  hf-reparam inspect google-bert/bert-base-uncased
+  hf-reparam inspect OUT --json""",
+}
 _PATTERN_HELP = "glob ('*.query') or 're:' and a regular expression, over the whole layer name; may be repeated"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 for a user error (one line on stderr), 130 if interrupted."""
+    """Run one command and return the exit code: 0, 2 for a user error (one line on stderr), 130 if interrupted.
+
+    141 if nobody reads what it prints any more before the work is done, as shells say it.
+    """
     args = _parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     with connected():
@@ -37,14 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             disable_progress_bars()
         code, text = _run(args)
         if is_first():
-            print(text, file=sys.stderr if code else sys.stdout)
+            _print(text, sys.stderr if code else sys.stdout)
     return code
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print; quietly not if the reader has gone, as in `| head`."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes once more when it ends
 
 
 def _run(args: argparse.Namespace) -> tuple[int, str]:
     """Exit code, and what to print."""
     try:
         report = args.run(args)
+    except BrokenPipeError:  # of the progress bars
+        return 141, ""
     except ReparamError as error:
         return 2, f"hf-reparam: error: {' '.join(str(error).split())}"
     except OSError as error:
@@ -116,7 +144,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name, run, text):  # type: ignore[no-untyped-def]  # argparse's own types are private
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=_EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", metavar="SRC", help="model folder or Hub id")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")

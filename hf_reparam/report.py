@@ -104,6 +104,7 @@ class ConversionReport:
         parameters_before, parameters_after: of the *whole* model, shared parameters counted once.
         refit: what refitting changed; None without it.
         heads: attentions whose heads are narrower than in the dense model.
+        dropped: names of tensors in the source's files for which the model's class has no place; of folders alone.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
     >>> report = ConversionReport("Net", "svd", (row,), (), 5000, 2952)
@@ -119,6 +120,7 @@ class ConversionReport:
     parameters_after: int
     refit: RefitReport | None = None
     heads: Sequence[HeadsReport] = ()
+    dropped: Sequence[str] = ()
 
     @property
     def factored_before(self) -> int:
@@ -149,6 +151,7 @@ class ConversionReport:
             "heads": [asdict(attention) for attention in self.heads],
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [asdict(item) for item in self.skipped],
+            "dropped": list(self.dropped),
         }
 
     def to_markdown(self) -> str:
@@ -173,9 +176,9 @@ class ConversionReport:
             layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
             refit = [] if self.refit is None else [str(self.refit)]
             lines = [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads()]
-            return [*lines, *self._exceptions(), *refit, *self._bare()]
+            return [*lines, *self._exceptions(), *refit, *self._bare(), *self._dropped()]
         whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
-        return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole, *self._bare()]
+        return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole, *self._bare(), *self._dropped()]
 
     def _bare(self) -> list[str]:
         """What to say where most of a model is in no layer: its experts, as a rule."""
@@ -195,6 +198,15 @@ class ConversionReport:
             *_line("converted again:", again, "; how far they are from their dense weights is not known"),
         ]
 
+    def _dropped(self) -> list[str]:
+        if not self.dropped:
+            return []
+        parts: dict[str, list[str]] = {}
+        for name in self.dropped:
+            parts.setdefault(name.partition(".")[0], []).append(name)
+        names = ", ".join(_common(group) for group in parts.values())
+        return [f"{len(self.dropped)} tensors of the source are not in the result: {names}"]
+
     def _heads(self) -> list[str]:
         if not self.heads:
             return []
@@ -206,6 +218,15 @@ class ConversionReport:
 
 _HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
 _LEFT = ["left alone", "parameters", "why"]
+
+
+def _common(names: Sequence[str]) -> str:
+    """What names have in common: `mtp.layers.*` for `mtp.layers.0.weight` and `mtp.layers.1.weight`."""
+    if len(names) == 1:
+        return names[0]
+    first, last = min(names).split("."), max(names).split(".")
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return ".".join([*first[:same], "*"])
 
 
 def _change(before: int, after: int) -> str:

@@ -1,11 +1,13 @@
 """Model folders: find, load, build a skeleton from, and write one so that it appears whole or not at all."""
 
+import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,16 @@ from hf_reparam.hf.processes import is_first
 from hf_reparam.hf.remote import FILE
 from hf_reparam.hf.untrusted import check_folder
 
-__all__ = ["copy_companions", "load", "load_tokenizer", "locate", "new_folder", "skeleton"]
+__all__ = ["copy_companions", "load", "load_all", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".index.json")
 _OWN = ("config.json", "generation_config.json", "README.md", FILE)  # written by the model, or true of the source alone
+_OWN_WEIGHTS = (
+    *("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json"),
+    *("tf_model*.h5", "tf_model.h5.index*.json", "flax_model*.msgpack", "flax_model.msgpack.index*.json", "*.ot"),
+    *("consolidated*.safetensors", "consolidated*.pth", "consolidated*.index.json", "*.onnx*", "*.gguf", "*.tflite"),
+)
+_TRAINING = ("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+_OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
 _OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "onnx/*", "openvino/*", "coreml/*"]
 
 
@@ -49,6 +57,31 @@ def locate(source: str) -> Path:
         ) from None
 
 
+def model_place(folder: Path) -> Path:
+    """Where in a folder the Transformers model is: the folder itself, or the one that sentence-transformers' list names.
+
+    Raises:
+        CheckpointError: the list names several models.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        paths = [Path(entry["path"]) for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+        places = [folder / path for path in paths if len(path.parts) == 1 and _has_model(folder / path)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return folder
+    if len(places) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(places)} models, {[place.name for place in places]}: convert each by its own path"
+        )
+    return places[0] if places else folder
+
+
+def _has_model(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
+
+
 def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel:
     """Load a model as the class that saved it, with the dtype it was saved in.
 
@@ -61,11 +94,16 @@ def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel
         CheckpointError: not a loadable model folder, or weights are missing, which would leave random layers.
         PlanError: the folder's plan is malformed or does not fit.
     """
+    return load_all(folder, offload_folder=offload_folder)[0]
+
+
+def load_all(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """As `load`, with the names of tensors in the folder for which the class has no place."""
     check_folder(folder)
     try:
         kind = _saved_class(AutoConfig.from_pretrained(folder))
         on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
-        with _unsaid("accelerate.big_modeling"):  # that parameters are on disk, as they were asked to be
+        with _unsaid("accelerate.big_modeling"), _found(kind) as found:  # parameters are on disk as they were asked to
             model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **on_disk)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -79,7 +117,32 @@ def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel
         raise
     except Exception as error:  # whatever a tampered folder makes Transformers stumble over
         raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from error
-    return model
+    return model, _left_out(model, set(info["unexpected_keys"]), found)
+
+
+@contextmanager
+def _found(kind: Any) -> Iterator[set[str]]:
+    """The names that a class has no place for, as they are before Transformers strikes out those that it ignores."""
+    found: set[str] = set()
+    base = kind._adjust_missing_and_unexpected_keys
+
+    def adjust(self: Any, info: Any) -> None:
+        found.update(info.unexpected_keys)
+        base(self, info)
+
+    kind._adjust_missing_and_unexpected_keys = adjust
+    try:
+        yield found
+    finally:
+        del kind._adjust_missing_and_unexpected_keys  # the base class has it
+
+
+def _left_out(model: PreTrainedModel, unexpected: set[str], found: set[str]) -> tuple[str, ...]:
+    """The names that are worth telling. Of those that the class ignores: weights of modules that it does not have."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ignored = {name for name in found - unexpected if name.rpartition(".")[0] not in modules}  # no old buffers
+    absent = {name.rpartition(".")[0] for name in ignored if name.endswith(".weight")}
+    return tuple(sorted(unexpected | {name for name in ignored if name.rpartition(".")[0] in absent}))
 
 
 @contextmanager
@@ -195,6 +258,8 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
     except ReparamError:
         done = True
         raise
+    except BrokenPipeError:  # nobody reads the progress bar any more
+        raise
     except (OSError, SafetensorError) as error:  # a full disk
         raise CheckpointError(f"{out} cannot be written: {_line(error)}") from error
     finally:
@@ -202,16 +267,39 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights and configuration: tokenizer, processor, pooling settings.
+def copy_companions(source: Path, target: Path, model: Path) -> None:
+    """Copy what belongs to a model beside its weights and configuration: tokenizer, pooling and dense modules, voices.
 
-    Files that the target has are kept; weights, hidden files and the source's own model card are not copied.
+    Files that the target has are kept. Not copied are the model's own weights, in whatever format, what a Trainer
+    left, hidden files and the source's model card.
+
+    Args:
+        source: the folder.
+        target: where to.
+        model: where in the source the model is, as `model_place` says.
     """
+    shards = {name for index in model.glob("*.index.json") for name in _listed(index)}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        unwanted = (
-            path.name.endswith(_WEIGHTS) or str(relative) in _OWN or any(p.startswith(".") for p in relative.parts)
-        )
-        if path.is_file() and not unwanted and not (target / relative).exists():
+        if any(part.startswith(".") for part in relative.parts) or str(relative) == "README.md":
+            continue
+        own = path.is_relative_to(model) and _is_own(path.relative_to(model), shards)
+        if path.is_file() and not own and not (target / relative).exists():
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
+
+
+def _is_own(place: Path, shards: set[str]) -> bool:
+    """Whether a file is the model's own or a Trainer's; below the model's folder only known folders are."""
+    if len(place.parts) > 1:
+        return any(fnmatchcase(place.parts[0], pattern) for pattern in _OTHER_FOLDERS)
+    name = place.name
+    return name in _OWN or name in shards or any(fnmatchcase(name, p) for p in (*_OWN_WEIGHTS, *_TRAINING))
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that an index of weights lists; none if it is another file."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()

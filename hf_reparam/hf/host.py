@@ -109,7 +109,7 @@ def called(model: nn.Module) -> nn.Module:
         TargetError: such an object holds several.
     """
     model = unwrapped(model)
-    container = isinstance(model, (nn.ModuleDict, nn.ModuleList)) or type(model) is nn.Sequential and len(model) == 1
+    container = isinstance(model, (nn.ModuleDict, nn.ModuleList)) or (type(model) is nn.Sequential and len(model) == 1)
     found = hosts(model) if container or _of_sentence_transformers(model) else {}
     if len(found) > 1:
         raise TargetError(

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -23,6 +23,7 @@ from hf_reparam.nn.linear import LowRankLinear
 __all__ = ["FILE", "forget_file", "named_in_config", "write_module"]
 
 FILE = "modeling_reparam.py"
+_FOR_MODELS = ("AutoConfig", "AutoModel")
 _IMPORTED = re.compile(r"# what follows up.*?# the definitions end here\n", re.DOTALL)
 _BEFORE_LAYERS = '''import inspect
 from collections.abc import Callable, Mapping
@@ -65,14 +66,19 @@ def write_module(folder: Path) -> None:
 def named_in_config(model: Any, *, remote_code: bool) -> Iterator[None]:
     """While the block saves, `model.config.auto_map` names the file's classes; without `remote_code` it does not.
 
+    Code for models that came with the source is left out: it knows no low-rank layers. Tokenizers keep theirs.
+
     Raises:
         CheckpointError: a layer stands for a dense type that the file does not know.
     """
     config = model.config
     old = vars(config).pop("auto_map", None)  # of this file, or of code for the dense model alone
+    kept = {auto: ref for auto, ref in _other_code(old).items() if not auto.startswith(_FOR_MODELS)}
     if remote_code:
         _check_types(model)
-        config.auto_map = _auto_map(config.base_class)
+        kept = {**kept, **_auto_map(config.base_class)}
+    if kept:
+        config.auto_map = kept
     try:
         yield
     finally:
@@ -83,13 +89,14 @@ def named_in_config(model: Any, *, remote_code: bool) -> Iterator[None]:
 
 def forget_file(config: Any) -> None:
     """Take the file's classes out of the configuration of a model that is dense again."""
-    kept = {name: ref for name, ref in (vars(config).pop("auto_map", None) or {}).items() if not _is_ours(ref)}
+    kept = _other_code(vars(config).pop("auto_map", None))
     if kept:
         config.auto_map = kept
 
 
-def _is_ours(reference: object) -> bool:
-    return f"{Path(FILE).stem}." in str(reference)
+def _other_code(auto_map: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The entries of an `auto_map` that do not name classes of the file, whose models are low-rank."""
+    return {auto: ref for auto, ref in (auto_map or {}).items() if f"{Path(FILE).stem}." not in str(ref)}
 
 
 def _auto_map(base: Any) -> dict[str, str]:

@@ -12,6 +12,7 @@ from hf_reparam.errors import CheckpointError, PlanError
 __all__ = ["check_entries", "check_folder"]
 
 _MOST = {"layers": 1000, "n_layer": 1000, "num_labels": 100_000}  # ends of names; more is an attack on time and memory
+_INDICES = ("model.safetensors.index*.json", "pytorch_model.bin.index*.json")  # a variant's name comes before .json
 _LARGEST_CONFIG = 16 * 2**20  # bytes; a plan of 100000 layers takes 6 MB
 
 
@@ -46,7 +47,7 @@ def check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if config.is_file() and config.stat().st_size > _LARGEST_CONFIG:
         raise CheckpointError(f"{config} has {config.stat().st_size:,} bytes; at most {_LARGEST_CONFIG:,} are accepted")
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(path for name in _INDICES for path in folder.glob(name)):
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             outside = [name for name in files if Path(name).name != name or "\\" in name]

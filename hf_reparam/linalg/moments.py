@@ -143,6 +143,11 @@ class Moments:
         tables = {name: table + other.tables[name] for name, table in self.tables.items()}
         return Moments(self.metric, {name: m + other.layers[name] for name, m in self.layers.items()}, tables)
 
+    def fingerprint(self) -> str:
+        """The same for the same moments; reads all of them."""
+        layers = {name: layer.fingerprint() for name, layer in self.layers.items()}
+        return fingerprint(self.metric, layers, {name: vars(table) for name, table in self.tables.items()})
+
     @property
     def tokens(self) -> int:
         """Tokens that were seen, by the layer that saw most; of stored moments only these counts are read."""
@@ -156,6 +161,17 @@ class Moments:
         Raises:
             CheckpointError: it cannot be written, as on a full disk.
         """
+        self._write(Path(path), {})
+
+    def save_part(self, folder: str | os.PathLike[str], part: int, parts: int) -> None:
+        """Write one of the files of a folder that `open_folder` made ready: layers `part` of so many groups.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        self._write(Path(folder) / f"{part:05}.safetensors", {"part": str(part), "parts": str(parts)})
+
+    def _write(self, path: Path, header: dict[str, str]) -> None:
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.tokens"] = torch.tensor(layer.tokens)
@@ -165,36 +181,62 @@ class Moments:
                 tensors[f"{name}.gradient_products"] = layer.gradient_products
         for name, table in self.tables.items():
             tensors |= {f"{name}.{f.name}": getattr(table, f.name) for f in fields(table)}
-        path = Path(path)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "metric": self.metric})
+            save_file(tensors, unfinished, metadata={"format": _FORMAT, "metric": self.metric, **header})
             unfinished.replace(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from None
         finally:
             unfinished.unlink(missing_ok=True)
 
+    @staticmethod
+    def open_folder(folder: str | os.PathLike[str]) -> None:
+        """Make a folder ready for `save_part`: make it, and delete what a broken run left in it.
+
+        Raises:
+            CheckpointError: it holds moments already, which may be in use, or other .safetensors files; or it cannot be
+                written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = sorted(folder.glob("*.safetensors"))
+            if files and not _missing_parts({file: _contents(file)[0] for file in files}):
+                raise CheckpointError(f"{folder} holds moments already: give an empty folder or delete it")
+            for file in (*files, *folder.glob(".*.safetensors.*.part")):
+                file.unlink(missing_ok=True)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Moments":
         """Open a file that `save` wrote, or a folder of such files; layers are read when they are asked for.
 
         Raises:
-            CheckpointError: no such file, or not one that `save` wrote.
+            CheckpointError: no such file, or not one that `save` wrote; of a folder also: files are missing, as after
+                a broken run, or have layers in common.
         """
         files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
         if not files:
             raise CheckpointError(f"{path} holds no moments: there is no .safetensors file in it")
         where: dict[str, Path] = {}
         tables: dict[str, TableMoments] = {}
-        metrics = set()
+        headers = {}
         for file in files:
-            metric, names, found = _contents(file)
-            metrics.add(metric)
+            headers[file], names, found = _contents(file)
+            twice = sorted({*where, *tables} & {*names, *found})
+            if twice:
+                raise CheckpointError(f"{path} holds moments of several runs: {twice[0]} is in more than one file")
             where.update(dict.fromkeys(names, file))
             tables |= {name: TableMoments(**_read(file, name)) for name in found}
+        metrics = {header["metric"] for header in headers.values()}
         if len(metrics) > 1:
             raise CheckpointError(f"{path} holds moments of several metrics, {sorted(metrics)}")
+        if Path(path).is_dir() and (missing := _missing_parts(headers)):
+            raise CheckpointError(f"{path} holds moments of a broken run: {missing} files are missing; collect them anew")
         return cls(metrics.pop(), _Stored(where), tables)
 
 
@@ -206,6 +248,12 @@ def shapes_of_layers(layers: Mapping[str, LayerMoments]) -> dict[str, tuple[int,
         n: (len(m.input_sum), None if m.gradient_products is None else len(m.gradient_products))
         for n, m in layers.items()
     }
+
+
+def _missing_parts(headers: Mapping[Path, Mapping[str, str]]) -> int:
+    """How many files of a folder that `save_part` filled are not there; 0 for files that `save` wrote."""
+    parts = max(int(header.get("parts", 0)) for header in headers.values())
+    return parts and parts - len(headers)
 
 
 class _Stored(Mapping[str, LayerMoments]):
@@ -255,8 +303,8 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as moments: {error}") from None
 
 
-def _contents(path: Path) -> tuple[str, list[str], list[str]]:
-    """The metric, the layer names and the names of tables of a file."""
+def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str]]:
+    """The header, the layer names and the names of tables of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             header, keys = file.metadata() or {}, list(file.keys())
@@ -268,6 +316,7 @@ def _contents(path: Path) -> tuple[str, list[str], list[str]]:
     tables = sorted(name for name, found in sums.items() if found == _TABLE_SUMS)
     layers = {name: found for name, found in sums.items() if name not in tables}
     kinds = set(map(frozenset, layers.values()))
-    if header.get("format") != _FORMAT or header.get("metric") not in METRICS or not kinds <= {_SUMS, _ALL_SUMS}:
+    known = header.get("metric") in METRICS and header.get("parts", "0").isdecimal()
+    if header.get("format") != _FORMAT or not known or not kinds <= {_SUMS, _ALL_SUMS}:
         raise CheckpointError(f"{path} holds no moments of this version")
-    return header["metric"], sorted(layers), tables
+    return header, sorted(layers), tables

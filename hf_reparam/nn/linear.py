@@ -193,7 +193,7 @@ _METADATA = frozenset(
 )
 _WRITING = frozenset(
     {"__set__", "__setitem__", "__delitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
-    | {f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()}
+    | {f"__i{op}__" for op in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]}
 )
 
 
