@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest conformance audit format notebooks benchmarks clean
+.PHONY: demo test test-oldest conformance census audit format notebooks benchmarks clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -21,6 +21,10 @@ test-oldest: .venv-oldest/test.stamp
 # Transformers' own tests, dense beside low-rank: about ten minutes on two cores
 conformance: $(VENV)/test.stamp
 	$(BIN)/python -m conformance
+
+# Every model class of Transformers there and back: about twenty minutes on two cores; a broken run goes on
+census: $(VENV)/test.stamp
+	$(BIN)/python -m census
 
 # Known vulnerabilities of the pinned versions; asks a database on the net
 audit: $(VENV)/bin/python
@@ -41,7 +45,7 @@ benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.memory
 
 clean:
-	rm -rf $(VENV) .venv-oldest .conformance .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .venv-oldest .conformance .census .mypy_cache .ruff_cache .pytest_cache build dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -36,11 +36,12 @@ def fingerprint() -> str:
 
 
 def run(kinds: list[type[Any]], place: Path, processes: int) -> list[dict[str, Any]]:
-    """Rows of all classes, those that the file has and the others, which are added to it."""
+    """Rows of all classes: those that the file of a broken run has, and the others, which are added to it."""
     rows = {row["class"]: row for row in read(place)}
     missing = [kind for kind in kinds if kind.__name__ not in rows]
     place.parent.mkdir(exist_ok=True)
-    with place.open("a") as file:
+    with place.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows.values())
         for row in tqdm(run_all(missing, travel, processes=processes), total=len(missing), unit="class"):
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -48,25 +49,23 @@ def run(kinds: list[type[Any]], place: Path, processes: int) -> list[dict[str, A
     return [rows[kind.__name__] for kind in kinds]
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """The stored results and the page."""
-    machine = {**describe(0), "torch_threads": 1, "command": "make census"}
-    result = {
-        "machine": machine,
+def results(rows: list[dict[str, Any]], every: int) -> dict[str, Any]:
+    """What is stored."""
+    command = "make census" if every == 1 else f"python -m census --every {every}"
+    return {
+        "machine": {**describe(0), "torch_threads": 1, "command": command},
         "rank": RANK,
+        "every": every,
         "cpu_minutes": round(sum(row.get("seconds", 0) for row in rows) / 60),
         "summary": summary(rows),
         "rows": [{name: value for name, value in row.items() if name != "seconds"} for row in rows],
     }
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    (RESULTS / "census.json").write_text(text + "\n")
-    (ROOT / "docs" / "census.md").write_text(page(rows, machine["versions"]["transformers"], RANK))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m census", description=__doc__)
     parser.add_argument("--only", help="regular expression that names of classes match; writes nothing")
-    parser.add_argument("--every", type=int, default=1, help="every so many classes only; writes nothing")
+    parser.add_argument("--every", type=int, default=1, help="one in so many classes (default: 1)")
     parser.add_argument("--processes", type=int, default=2, help="classes at a time (default: 2)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -74,8 +73,10 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     kinds = [kind for kind in model_classes() if re.search(options.only or "", kind.__name__)][:: options.every]
     rows = run(kinds, ROOT / ".census" / f"{fingerprint()}.jsonl", options.processes)
-    if options.only is None and options.every == 1:
-        write(rows)
+    if options.only is None:
+        data = results(rows, options.every)
+        (RESULTS / "census.json").write_text(json.dumps(data, indent=1) + "\n")
+        (ROOT / "docs" / "census.md").write_text(page(data))
     for row in rows:
         if row["ends"] == FAILED:
             print(f"{row['class']}: {'; '.join(row['why'])}")

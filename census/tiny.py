@@ -5,7 +5,6 @@ ratios, parts of a composite are made small in turn. `census.exceptions` has wha
 """
 
 import dataclasses
-import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -51,14 +50,17 @@ def build(kind: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 def _configurations(kind: type[PreTrainedModel]) -> list[type[PreTrainedConfig]]:
-    """What the constructor says that it takes, then what the class is registered with."""
+    """What the constructor says that it takes, unless the class is registered with a kind of it; then the latter."""
     try:
         hints = typing.get_type_hints(kind.__init__)
     except (NameError, TypeError):
         hints = {}
-    wanted = hints.get("config", inspect.signature(kind.__init__).parameters.get("config"))
-    found = [wanted, *typing.get_args(wanted), kind.config_class]
-    return list(dict.fromkeys(c for c in found if isinstance(c, type) and issubclass(c, PreTrainedConfig)))
+    wanted = hints.get("config")
+    said = [c for c in (wanted, *typing.get_args(wanted)) if isinstance(c, type) and issubclass(c, PreTrainedConfig)]
+    registered: Any = kind.config_class
+    if any(issubclass(registered, c) for c in said):
+        said = []
+    return list(dict.fromkeys([*said, registered]))
 
 
 def _construct(kind: type[PreTrainedModel], config: PreTrainedConfig, *, known_size: bool) -> PreTrainedModel:
@@ -135,13 +137,13 @@ def _default_of(field: Any) -> Any:
 
 
 def _rope(value: dict[str, Any]) -> dict[str, Any]:
-    """Sections of a rotary embedding share out half a head."""
-    sections = value.get("mrope_section")
-    if not sections:
-        return {}
-    half = int(HEAD * value.get("partial_rotary_factor", 1.0)) // 2
-    first = [half * part // sum(sections) for part in sections[1:]]
-    return {"rope_parameters": {**value, "mrope_section": [half - sum(first), *first]}}
+    """A base where the default has none; and sections of a rotary embedding share out half a head."""
+    new = {name: 10000.0 if name == "rope_theta" and entry is None else entry for name, entry in value.items()}
+    if sections := value.get("mrope_section"):
+        half = int(HEAD * value.get("partial_rotary_factor", 1.0)) // 2
+        others = [half * part // sum(sections) for part in sections[1:]]
+        new["mrope_section"] = [half - sum(others), *others]
+    return {} if new == value else {"rope_parameters": new}
 
 
 def _at_most(top: int) -> Callable[[Number], Number]:
@@ -192,7 +194,10 @@ _RULES: tuple[tuple[str, Callable[[Number], Number]], ...] = (
     (r"lora_rank|time_step_rank|_rank$", _at_most(16)),
     (r"num_quer(y|ies)|query_tokens|proposals|num_latents", _at_most(10)),
     (r"num_frames|frames$", _at_most(4)),
-    (r"hidden_dim|hidden_size|d_model|embed|dims?$|width|channels|n_embd|hidden$|filters|size_out", _width(WIDTH)),
+    (
+        r"hidden_dim|hidden_size|d_model|embed|dims?$|width|channels?$|channel_sizes|d_latents|groups$|n_embd|hidden$|filters|size_out",
+        _width(WIDTH),
+    ),
 )
 
 
@@ -210,11 +215,11 @@ def number(name: str, value: Any, layers: int, *, narrow: bool = True) -> Any:
         return None
     change = next((rule for pattern, rule in _RULES if re.search(pattern, name)), _keep)
     new = change(value)
-    return type(value)(new) if listed else new
+    return list(new) if listed else new  # a list, as read from a file: some classes add lists to it
 
 
 def _ones(value: Any) -> Any:
-    return type(value)([1] * len(value))
+    return [1] * len(value)
 
 
 def _token(name: str, value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from census.trip import FAILED, LEFT_OUT
+from census.trip import FAILED
 
 __all__ = ["read", "run_all"]
 
@@ -35,8 +35,8 @@ class _Running:
 
 def read(path: Path) -> list[Row]:
     """The rows of a file; a line that a broken run did not finish is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def run_all(
@@ -79,7 +79,7 @@ def _child(kind: type[Any], travel: Callable[[type[Any]], Row], connection: Conn
     try:
         row = travel(kind)
     except Exception as error:  # of the census itself, or of a class in a place where none was expected
-        row = _row(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ends=LEFT_OUT)
+        row = _row(kind, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     connection.send({**row, "seconds": round(time.process_time(), 1)})
 
 
@@ -95,6 +95,5 @@ def _finish(one: _Running, limit: float) -> Row:
     return row
 
 
-def _row(kind: type[Any], why: str, ends: str = FAILED) -> Row:
-    kept = [why] if ends == FAILED else why
-    return {"class": kind.__name__, "type": getattr(kind.config_class, "model_type", ""), "ends": ends, "why": kept}
+def _row(kind: type[Any], why: str) -> Row:
+    return {"class": kind.__name__, "type": getattr(kind.config_class, "model_type", ""), "ends": FAILED, "why": [why]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache", ".conformance")
+IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache", ".conformance", ".census")
 USE = """
 import sys, torch, hf_reparam
 from torch import nn
