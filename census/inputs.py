@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 __all__ = ["NoInputsError", "find_inputs", "run"]
 
 SEED = 0
-BATCH, LENGTH, SAMPLES, FRAMES, VIDEO, TRIES = 2, 8, 4000, 64, 4, 40
+BATCH, LENGTH, SAMPLES, FRAMES, VIDEO = 2, 8, 4000, 64, 4
+PATIENCE = 10
+"""Seconds of processor time for a model whose inputs are sought."""
+
 _TOKENS = r"tokens: (\d+), features:? (\d+)"
 _MODALITIES = ("pixel_values", "input_features", "input_values")
 
@@ -53,7 +57,8 @@ def find_inputs(model: PreTrainedModel) -> Inputs:
         NoInputsError: it takes none of those that are tried; with what it said to the first.
     """
     reasons: list[str] = []
-    for inputs in itertools.islice(_candidates(model), TRIES):
+    end = time.process_time() + PATIENCE
+    for inputs in itertools.takewhile(lambda _: time.process_time() < end, _candidates(model)):
         try:
             outputs = _run_with_tokens(model, inputs)
         except Exception as error:  # whatever inputs of a wrong shape lead to

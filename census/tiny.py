@@ -8,6 +8,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,31 @@ SEED = 0
 WIDTH, INNER, HEAD, HEADS, VOCAB, IMAGE, PATCH, POSITIONS = 64, 128, 16, 4, 128, 64, 16, 128
 LIMIT = 40_000_000
 """Parameters of the largest model that is tried."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How numbers are made small.
+
+    Args:
+        layers: how many there may be at most.
+        narrow: also make widths small; otherwise layers, vocabulary and positions alone.
+        filled: also give a number to what the default leaves open, and some families then miss.
+    """
+
+    layers: int = 2
+    narrow: bool = True
+    filled: bool = False
+
+
+RECIPES = (
+    Recipe(),
+    Recipe(layers=4),  # for patterns such as "every fourth layer"
+    Recipe(filled=True),
+    Recipe(narrow=False),
+    Recipe(layers=4, narrow=False),
+)
+"""In the order in which they are tried."""
 
 Number = Any  # int, float or a list of such
 
@@ -37,9 +63,9 @@ def build(kind: type[PreTrainedModel]) -> PreTrainedModel:
     """
     reasons = []
     for config_kind in _configurations(kind):
-        for layers, narrow in ((2, True), (4, True), (2, False), (4, False)):  # 4: for "every fourth layer"
+        for recipe in RECIPES:
             try:
-                model = _construct(kind, smaller(config_kind, layers, narrow=narrow), known_size=not narrow)
+                model = _construct(kind, smaller(config_kind, recipe), known_size=not recipe.narrow)
             except CannotBuildError as error:
                 reasons.append(str(error))
             except Exception as error:  # whatever a constructor stumbles over
@@ -88,20 +114,14 @@ def _drawn(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def smaller(kind: type[PreTrainedConfig], layers: int = 2, *, narrow: bool = True) -> PreTrainedConfig:
-    """The default configuration of a class, with small numbers.
-
-    Args:
-        kind: the class.
-        layers: how many there may be at most.
-        narrow: also make widths small; otherwise layers, vocabulary and positions alone.
-    """
+def smaller(kind: type[PreTrainedConfig], recipe: Recipe = RECIPES[0]) -> PreTrainedConfig:
+    """The default configuration of a class, with small numbers."""
     exceptions = CONFIGS.get(kind.model_type, {})
     parts = {name: part() for name, part in exceptions.get("parts", {}).items()}
-    return _smaller(kind(**parts), layers, narrow, exceptions)
+    return _smaller(kind(**parts), recipe, exceptions)
 
 
-def _smaller(config: PreTrainedConfig, layers: int, narrow: bool, exceptions: Mapping[str, Any]) -> PreTrainedConfig:
+def _smaller(config: PreTrainedConfig, recipe: Recipe, exceptions: Mapping[str, Any]) -> PreTrainedConfig:
     own = {f.name: f for f in dataclasses.fields(config)}
     common = {f.name for f in dataclasses.fields(PreTrainedConfig)}
     given: dict[str, Any] = {}
@@ -109,12 +129,14 @@ def _smaller(config: PreTrainedConfig, layers: int, narrow: bool, exceptions: Ma
         value = _value(config, name, own)
         if isinstance(value, PreTrainedConfig):
             inner = {**CONFIGS.get(value.model_type, {}), **exceptions.get(name, {})}
-            given[name] = _smaller(value, layers, narrow, inner)
+            given[name] = _smaller(value, recipe, inner)
         elif name == "rope_parameters" and isinstance(value, dict):
-            given |= _rope(value) if narrow else {}
-        elif (name in own and name not in common) or name.endswith("_token_id"):
-            new = number(name, value if _default_of(own[name]) is not None else None, layers, narrow=narrow)
+            given |= _rope(value) if recipe.narrow else {}
+        elif name in own and (name not in common or name.endswith("_token_id")):
+            new = number(name, value if _default_of(own[name]) is not None else None, recipe)
             given |= {} if new is None else {name: new}
+    if isinstance(getattr(config, "depths", None), (list, tuple)) and getattr(config, "out_features", None):
+        given["out_features"] = list(config.out_features)  # of the same stages
     given |= {name: value for name, value in exceptions.items() if not _is_part(given.get(name))}
     given.pop("parts", None)
     return type(config)(**given)
@@ -181,6 +203,7 @@ _RULES: tuple[tuple[str, Callable[[Number], Number]], ...] = (
     (r"key_value_heads|kv_heads|num_key_heads", _at_most(2)),
     (r"heads$|n_head$|num_heads", _heads),
     (r"head_dim$|d_kv|kv_channels|head_size|d_head$", _at_most(HEAD)),
+    (r"index_topk", _at_most(16)),
     (r"experts_per_tok|experts_per_token|top_?k$|experts_top_k|moe_k", _at_most(2)),
     (r"n_group|topk_group", _at_most(1)),
     (r"experts?$|num_local_experts|experts_num", _at_most(4)),
@@ -192,34 +215,47 @@ _RULES: tuple[tuple[str, Callable[[Number], Number]], ...] = (
     (r"window_size", _at_most(4)),
     (r"position|max_seq|max_length|context_length|seq_len|seq_length|max_target|max_source", _at_most(POSITIONS)),
     (r"lora_rank|time_step_rank|_rank$", _at_most(16)),
+    (r"filters", _at_most(8)),
     (r"num_quer(y|ies)|query_tokens|proposals|num_latents", _at_most(10)),
     (r"num_frames|frames$", _at_most(4)),
     (
-        r"hidden_dim|hidden_size|d_model|embed|dims?$|width|channels?$|channel_sizes|d_latents|groups$|n_embd|hidden$|filters|size_out",
+        r"hidden_dim|hidden_size|d_model|embed|dims?$|width|channels?$|channel_sizes|d_latents|groups$|n_embd|hidden$|size_out",
         _width(WIDTH),
     ),
 )
 
 
-def number(name: str, value: Any, layers: int, *, narrow: bool = True) -> Any:
+_FILLED = {
+    "decoder_hidden_size": WIDTH,
+    "head_dim": HEAD,
+    "moe_intermediate_size": INNER,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "top_k_experts": 2,
+    "vocab_size": VOCAB,
+}
+
+
+def number(name: str, value: Any, recipe: Recipe) -> Any:
     """What becomes of a field; None to leave it at its default."""
     if name.endswith(("_token_id", "_token_index", "_token_ids")):
         return _token(name, value)
+    if value is None and recipe.filled:
+        return _FILLED.get(name)
     plain = isinstance(value, int) and not isinstance(value, bool)
     listed = isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value)
     if not plain and not listed:
         return None
-    if re.search(r"layers?$|depths?$|blocks$", name) and "kernel" not in name:
-        return min(value, layers) if plain else (_ones(value) if narrow and re.search(r"depth|num", name) else None)
-    if not narrow and not re.search(r"vocab|position|max_seq|experts?$", name):
+    if re.search(r"layers?$|depths?$|blocks$", name):
+        if plain:
+            return min(value, recipe.layers)
+        return [1] * len(value) if recipe.narrow and re.search(r"depth|num", name) else None
+    if not recipe.narrow and not re.search(r"vocab|position|max_seq|experts?$", name):
         return None
-    change = next((rule for pattern, rule in _RULES if re.search(pattern, name)), _keep)
-    new = change(value)
+    new = next((rule for pattern, rule in _RULES if re.search(pattern, name)), _keep)(value)
     return list(new) if listed else new  # a list, as read from a file: some classes add lists to it
-
-
-def _ones(value: Any) -> Any:
-    return [1] * len(value)
 
 
 def _token(name: str, value: Any) -> Any:

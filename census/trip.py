@@ -46,6 +46,8 @@ def travel(kind: type[PreTrainedModel]) -> dict[str, Any]:
     except CannotBuildError as error:
         return row | {"ends": LEFT_OUT, "why": f"no tiny model: {error}"}
     row |= {"type": dense.config.model_type, "parameters": sum(p.numel() for p in dense.parameters())}
+    if not row["parameters"]:
+        return row | {"ends": LEFT_OUT, "why": "no parameters: what other classes derive from"}
     try:
         inputs, without = find_inputs(dense), ""
     except NoInputsError as error:
@@ -115,7 +117,9 @@ def _faults_of_merged(small: PreTrainedModel, inputs: Inputs | None, folder: Pat
 def _front_door(kind: Any) -> Any:
     """The Auto class that knows a derived class, else the derived class by its name in the package."""
     name = auto_class_of(kind)
-    return getattr(transformers, name) if name and hasattr(transformers, name) else getattr(hf_reparam, kind.__name__)
+    if name in (None, "AutoBackbone"):  # which takes names of the Hub, and no folder
+        return getattr(hf_reparam, kind.__name__)
+    return getattr(transformers, name)
 
 
 def _load(kind: Any, folder: Path) -> Loaded:
