@@ -22,6 +22,7 @@ def _images(name: str, token: str, count: int) -> dict[str, Any]:
 
 _SWIN = {"embed_dim": 16, "num_heads": [1, 2, 4, 8], "window_size": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_THREE_D = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _SERIES = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3]}
 _RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]}
@@ -30,7 +31,7 @@ _DETR = {"parts": {"backbone_config": _resnet}, "use_timm_backbone": False, "bac
 _SEGMENTS = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"image_token_offset": 0, "audio_token_offset": 128},
+    "apertus1p5": {"image_token_offset": 0, "audio_token_offset": 128, "text_config": {"vocab_size": 256}},
     "autoformer": _SERIES,
     "bamba": _MAMBA,
     "beit": _SEGMENTS,
@@ -50,6 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots3_note_audio_encoder": {"adapter_input_size": 64},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1},
     "emu3": _images("<image>", "<|visual token {:06}|>", 60),
     "encoder-decoder": {"parts": {"encoder": BertConfig, "decoder": _decoder}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
@@ -57,8 +59,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma3n_text": {"num_hidden_layers": 4, "intermediate_size": [128] * 4, "num_kv_shared_layers": 0},
     "gemma4_assistant": {"parts": {"text_config": lambda: Gemma4TextConfig(hidden_size_per_layer_input=0)}},
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
+    "glm4v_text": _THREE_D,
     "glm5_next_text": {"num_key_value_heads": 4},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "glm_image_text": _THREE_D,
+    "glm_ocr_text": _THREE_D,
     "granitemoehybrid": _MAMBA,
     "informer": _SERIES,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

@@ -67,7 +67,7 @@ def find_inputs(model: PreTrainedModel) -> Inputs:
         if all(torch.isfinite(output).all() for output in outputs):
             return inputs
         reasons.append("the outputs are not finite")
-    raise NoInputsError(reasons[-1] if reasons else f"{_unknown(model)} cannot be made by their names")
+    raise NoInputsError(reasons[0] if reasons else f"{_unknown(model)} cannot be made by their names")
 
 
 def _run_with_tokens(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
@@ -100,6 +100,7 @@ def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
     needed += [name for name in ([main] if isinstance(main, str) else main) if name in known and name not in needed]
     if "decoder_input_ids" in known and "decoder_input_ids" not in needed:
         needed.append("decoder_input_ids")
+    needed += [name for name in ("bbox", "use_cache") if name in known and name not in needed]
     more = [name for name in _MODALITIES if name in known and name not in needed]
     for extra in ([more] if len(more) > 1 else []) + [[name] for name in more] + [[]]:
         names = [*needed, *extra]
@@ -156,17 +157,20 @@ def _choices(name: str, config: PreTrainedConfig) -> list[Any]:
     numbers = lambda *shape: lambda: torch.randn(*shape)  # noqa: E731
     tokens = lambda *shape: lambda: torch.randint(3, 60, shape)  # noqa: E731
     images = [numbers(BATCH, channels, height, width), numbers(BATCH, _video(config), channels, height, width)]
+    pairs = [numbers(BATCH, count, channels, height, width) for count in (2, 1)]
     patches = [numbers(BATCH * 16, pixels * steps), numbers(BATCH, 16, pixels), numbers(BATCH * 16, pixels)]
     features = [numbers(BATCH, mels, frames), numbers(BATCH, frames, mels), numbers(BATCH, rows, mels)]
     features += [numbers(BATCH, 1, frames, mels), numbers(BATCH, mels, FRAMES), numbers(BATCH, FRAMES, mels)]
     waves = [numbers(BATCH, SAMPLES), numbers(BATCH, 1, SAMPLES), *features[1:3]]
     waves += [numbers(BATCH, frames, mels), tokens(BATCH, LENGTH)]
     table = {
-        "input_ids": [tokens(BATCH, LENGTH)],
-        "decoder_input_ids": [tokens(BATCH, LENGTH)],
+        "input_ids": [tokens(BATCH, LENGTH), tokens(BATCH, 3, LENGTH)],
+        "decoder_input_ids": [tokens(BATCH, LENGTH), tokens(BATCH, LENGTH, channels)],
+        "bbox": [lambda: torch.randint(0, 10, (BATCH, LENGTH, 4)).sort(-1).values, numbers(BATCH, LENGTH, 8)],
+        "use_cache": [lambda: False],
         "qformer_input_ids": [tokens(BATCH, LENGTH)],
         "audio_input_ids": [tokens(BATCH, LENGTH)],
-        "pixel_values": [*images, numbers(BATCH, 1, channels, height, width), *patches],
+        "pixel_values": [*images, *pairs, *patches],
         "prompt_pixel_values": images[:1],
         "pixel_values_videos": [images[1]],
         "input_values": waves,

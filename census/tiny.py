@@ -202,7 +202,7 @@ _RULES: tuple[tuple[str, Callable[[Number], Number]], ...] = (
     (r"codebook_size$|vocab|codevectors_per_group|num_embeddings$", _at_most(VOCAB)),
     (r"key_value_heads|kv_heads|num_key_heads", _at_most(2)),
     (r"heads$|n_head$|num_heads", _heads),
-    (r"head_dim$|d_kv|kv_channels|head_size|d_head$", _at_most(HEAD)),
+    (r"head_dim$|rotary_dim|d_kv|kv_channels|head_size|d_head$", _at_most(HEAD)),
     (r"index_topk", _at_most(16)),
     (r"experts_per_tok|experts_per_token|top_?k$|experts_top_k|moe_k", _at_most(2)),
     (r"n_group|topk_group", _at_most(1)),

@@ -62,7 +62,7 @@ def _outcome(dense: PreTrainedModel, inputs: Inputs | None, without: str, folder
     form = ("pair", "pivoted")[zlib.crc32(type(dense).__name__.encode()) % 2]
     try:
         small = hf_reparam.convert(dense, rank=RANK, form=form)
-    except hf_reparam.TargetError as error:
+    except (hf_reparam.TargetError, hf_reparam.RankError) as error:
         return {"ends": LEFT_OUT, "why": f"nothing to convert: {_line(error)}"}
     except Exception as error:
         return {"ends": FAILED, "why": [f"convert: {type(error).__name__}: {_line(error)}"]}
