@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from census.tiny import VOCAB
+
 __all__ = ["NoInputsError", "find_inputs", "run"]
 
 SEED = 0
@@ -164,7 +166,7 @@ def _choices(name: str, config: PreTrainedConfig) -> list[Any]:
     waves = [numbers(BATCH, SAMPLES), numbers(BATCH, 1, SAMPLES), *features[1:3]]
     waves += [numbers(BATCH, frames, mels), tokens(BATCH, LENGTH)]
     table = {
-        "input_ids": [tokens(BATCH, LENGTH), tokens(BATCH, 3, LENGTH)],
+        "input_ids": [lambda: _text(config), tokens(BATCH, 3, LENGTH)],
         "decoder_input_ids": [tokens(BATCH, LENGTH), tokens(BATCH, LENGTH, channels)],
         "bbox": [lambda: torch.randint(0, 10, (BATCH, LENGTH, 4)).sort(-1).values, numbers(BATCH, LENGTH, 8)],
         "use_cache": [lambda: False],
@@ -186,6 +188,14 @@ def _choices(name: str, config: PreTrainedConfig) -> list[Any]:
         **_series(config, numbers),
     }
     return table.get(name, [])
+
+
+def _text(config: PreTrainedConfig) -> Tensor:
+    """Tokens with an end, which some classifiers look for."""
+    ids, end = torch.randint(3, 60, (BATCH, LENGTH)), _setting(config, "eos_token_id")
+    if isinstance(end, int) and 0 <= end < VOCAB:
+        ids[:, -1] = end
+    return ids
 
 
 def _video(config: PreTrainedConfig) -> int:

@@ -231,7 +231,8 @@ def test_the_page_is_the_results():
 
 def test_every_row_has_an_end_and_a_reason_unless_all_was_equal():
     rows = results()["rows"]
-    assert len({row["class"] for row in rows}) == len(rows) > 500
+    assert len({row["class"] for row in rows}) == len(rows)
+    assert len(rows) * results()["every"] > 1500
     assert {row["ends"] for row in rows} <= {OUTPUTS, TENSORS, LEFT_OUT, FAILED}
     assert [row for row in rows if (row["ends"] == OUTPUTS) == bool(row["why"])] == []
     published = set(transformers._class_to_module)
