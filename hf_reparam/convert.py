@@ -35,6 +35,7 @@ from hf_reparam.hf.offload import mark_offloaded, recall
 from hf_reparam.hf.processes import distributed
 from hf_reparam.hf.retype import retype
 from hf_reparam.hf.summary import heads_reports, layer_report, skipped_reports
+from hf_reparam.hf.tables import check_tables
 from hf_reparam.items import check_data
 from hf_reparam.linalg import Moments
 from hf_reparam.narrowing import narrowed
@@ -166,8 +167,8 @@ def convert(
         model: any `PreTrainedModel` or `nn.Module`. Transformers models inside another object (SentenceTransformer,
             CrossEncoder, `torch.compile`, DataParallel, a container or a class of your own) get derived classes and
             plans of their own, and save as such. Outside of them the projections of an `nn.MultiheadAttention` are
-            layers, too; what an object with a `save_pretrained` saves by itself stays dense. One that accelerate has dispatched (`device_map=`) gets its new
-            layers on the devices where the old ones compute.
+            layers, too; what an object with a `save_pretrained` saves by itself stays dense. One that accelerate has
+            dispatched (`device_map=`) gets its new layers on the devices where the old ones compute.
         rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
             which the first match decides and layers that none matches stay dense.
         keep: in (0, 1], share of the *targeted* layers' weights that together they may hold; ranks are chosen. At 1.0
@@ -313,6 +314,7 @@ def _targets(model: nn.Module, find: Callable[[], Targets], plan: RankPlan | Non
     check_convertible(model, inplace=inplace)
     check_unquantized(model)
     check_loadable(model)
+    check_tables(model)
     targets = find()
     if not targets.selected and plan is None:
         raise no_layer(targets)

@@ -36,8 +36,9 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
 
     Heads that are narrower are filled up with zeros, which is exact, and a fused layer that was split is fused.
 
-    A `PreTrainedModel`, and every one inside another object, comes back as its stock class with its stock configuration;
-    saved, it loads where hf_reparam was never installed. Tied weights stay tied, and `tie_word_embeddings` says what the tensors are.
+    A `PreTrainedModel`, and every one inside another object, comes back as its stock class with its stock
+    configuration; saved, it loads where hf_reparam was never installed. Tied weights stay tied, and
+    `tie_word_embeddings` says what the tensors are.
 
     Args:
         model: a converted model, trained or not.

@@ -62,7 +62,8 @@ def refit(
         A RefitReport: layers that were fitted anew, and the divergence on held-out batches before and after.
 
     Raises:
-        TargetError: no model, one with adapters, no low-rank layer, a layer that `dense` has not, or fewer than two batches.
+        TargetError: no model, one with adapters, no low-rank layer, a layer that `dense` has not, or fewer than two
+            batches.
 
     Cost: for each group of layers with one input, about a forward pass of both models over the data.
 

@@ -113,8 +113,8 @@ def called(model: nn.Module) -> nn.Module:
     found = hosts(model) if container or _of_sentence_transformers(model) else {}
     if len(found) > 1:
         raise TargetError(
-            f"{type(model).__name__} holds {len(found)} Transformers models, {sorted(found)}, and cannot be called with "
-            "one batch: calibrate and convert each by itself, with inplace=True"
+            f"{type(model).__name__} holds {len(found)} Transformers models, {sorted(found)}, and cannot be called "
+            "with one batch: calibrate and convert each by itself, with inplace=True"
         )
     return next(iter(found.values()), model)
 

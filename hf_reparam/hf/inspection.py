@@ -153,8 +153,8 @@ def check_no_adapters(model: nn.Module) -> None:
         if kind.__module__.startswith("peft.") or {"base_layer", "lora_A"} & module._modules.keys():
             place = f"{path} is" if path else "it is"
             raise TargetError(
-                f"{type(model).__name__} has an adapter that is not merged: {place} a {kind.__name__}. Merge the adapter "
-                "first: model = peft_model.merge_and_unload(); or convert the model before adapters are put on it"
+                f"{type(model).__name__} has an adapter that is not merged: {place} a {kind.__name__}. Merge the "
+                "adapter first: model = peft_model.merge_and_unload(); or convert the model before it gets adapters"
             )
 
 

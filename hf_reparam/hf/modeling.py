@@ -104,7 +104,7 @@ class ReparamMixin:
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # base's contract
         """As the base's. The model itself leaves markers of its low-rank layers to `save_pretrained`; inside another
         object, which may know nothing of its plan, they stay."""
-        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        state: Any = super().state_dict(*args, **kwargs)  # type: ignore[misc]
         if not args and not {"destination", "prefix"} & kwargs.keys():
             for name, module in self.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]
                 marker = state.get(f"{name}.weight") if isinstance(module, Factored) else None

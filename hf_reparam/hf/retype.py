@@ -38,7 +38,8 @@ def retype(model: nn.Module, new: Collection[nn.Module], method: str, record: Co
     """
     known = set(new)
     for path, host in hosts(model).items():
-        if path and known.isdisjoint(host.modules()) and _widths(host).items() <= plan_of(host.config).head_widths.items():
+        narrowed_before = _widths(host).items() <= plan_of(host.config).head_widths.items()
+        if path and narrowed_before and known.isdisjoint(host.modules()):
             continue
         start = f"{path}." if path else ""
         errors = {name.removeprefix(start): e for name, e in record.errors.items() if name.startswith(start)}
@@ -143,11 +144,16 @@ def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel], *,
 
 
 def _tied(model: PreTrainedModel) -> bool:
-    """Whether the word embeddings are one tensor; True where the model has no two to compare."""
+    """Whether the output embeddings are the tensor that they are declared to be tied to, or else that of the input
+    embeddings; True where the model has no two to compare."""
     inputs, outputs = embeddings_of(model)
-    if not isinstance(inputs, nn.Embedding) or outputs is None:
+    if outputs is None:
         return True
-    if inputs.weight is outputs.weight:
+    modules = dict(model.named_modules())
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    key = next((f"{name}.weight" for name, module in modules.items() if module is outputs), "")
+    source: Any = modules.get(declared[key].removesuffix(".weight")) if key in declared else inputs
+    if not isinstance(source, nn.Embedding) or source.weight is outputs.weight:
         return True
-    with aligned(inputs), aligned(outputs):
-        return torch.equal(inputs.weight, outputs.weight)
+    with aligned(source), aligned(outputs):
+        return torch.equal(source.weight, outputs.weight)

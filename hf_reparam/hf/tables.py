@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.errors import PlanError
+from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.hf.host import embeddings_of, hosts, layer_name
 from hf_reparam.nn.embedding import Tables
 
-__all__ = ["TableGroup", "name_ties", "table_groups", "tables_of_plan"]
+__all__ = ["TableGroup", "check_tables", "name_ties", "table_groups", "tables_of_plan"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,22 @@ def _groups_of(model: PreTrainedModel) -> list[TableGroup]:
         if path and not any(path in group.members for group in groups):
             groups.append(TableGroup(path, _tied_to(model, path)))
     return groups
+
+
+def check_tables(model: nn.Module) -> None:
+    """Raise TargetError for embeddings of low rank that a plan of the whole Transformers model cannot name."""
+    for path, host in hosts(model).items():
+        low = {name for name, module in host.named_modules() if isinstance(module, Tables)}
+        try:
+            known = {name for group in _groups_of(host) for name in group.members} if low else set()
+        except ValueError:  # ties of tables, of which only some became of low rank
+            known = set()
+        if low - known:
+            name = min(low - known)
+            raise TargetError(
+                f"{f'{path}.' if path else ''}{name} is of low rank, and neither input nor output of the whole "
+                f"{type(host).__name__}, whose plan has no place for it: merge this part first, hf_reparam.merge(part)"
+            )
 
 
 def _tied_to(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:

@@ -27,6 +27,8 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 
+_HELD = ("_modules", "_parameters", "_buffers")  # what an nn.Module keeps in dictionaries of their own
+
 
 def low_rank_like(dense: nn.Module, spec: LayerSpec) -> LowRankLinear:
     """A low-rank layer of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
@@ -146,7 +148,9 @@ def _copied(model: M, memo: dict[int, Any]) -> M:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the model's own attributes raise
-        raise TargetError(f"{type(model).__name__} cannot be copied: use inplace=True. The copy failed with: {error}") from error
+        raise TargetError(
+            f"{type(model).__name__} cannot be copied: use inplace=True. The copy failed with: {error}"
+        ) from error
 
 
 @contextmanager
@@ -155,18 +159,18 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
     Until the block ends, what was replaced in it is kept in memory.
     """
-    modules = list(model.modules())
-    before = [(type(m), dict(vars(m)), dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in modules]
+    before = [
+        (module, type(module), [(held, dict(held)) for held in (vars(module), *map(vars(module).get, _HELD))])
+        for module in model.modules()
+    ]
     try:
         yield
     except BaseException:
-        for module, (kind, attributes, *held) in zip(modules, before, strict=True):
+        for module, kind, contents in before:
             module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-            for now, then in zip((module._modules, module._parameters, module._buffers), held, strict=True):
-                now.clear()
-                now.update(then)
+            for held, then in contents:
+                held.clear()
+                held.update(then)
         raise
 
 

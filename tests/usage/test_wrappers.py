@@ -584,8 +584,8 @@ TEXTS = ["a b c", "x y z z z", "q", "m n o p q r s t"] * 3
 
 def embedder(folder, *, dense=False):
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.base.modules import Dense
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     first = Transformer(str(folder))
     modules = [first, Pooling(32, "mean"), *([Dense(32, 32)] if dense else [])]
@@ -642,5 +642,3 @@ def test_sentence_transformer_with_an_adapter(sentences):
     inject_adapter_in_model(lora(), st[0].auto_model)
     with pytest.raises(TargetError, match="adapter that is not merged"):
         convert(st, rank=4)
-
-
