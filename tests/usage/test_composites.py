@@ -138,16 +138,10 @@ def test_what_is_set_on_a_part_has_an_effect_and_is_saved(name, tmp_path):
         part.resize_token_embeddings(120)
         model.save_pretrained(tmp_path / str(i))
         stored = getattr(tf.AutoConfig.from_pretrained(tmp_path / str(i)), case.part)
-        if case.module == case.part:  # others cannot be loaded, or run, when one part alone has more tokens
+        if case.batch and case.module == case.part:  # others cannot be loaded when one part alone has more tokens
             near(type(model).from_pretrained(tmp_path / str(i)), model, case.batch)
-        seen.append(
-            (
-                part.config._attn_implementation,
-                part.config.use_cache,
-                stored.vocab_size,
-                getattr(stored, "use_cache", None),
-            )
-        )
+        cached = getattr(stored, "use_cache", None)
+        seen.append((part.config._attn_implementation, part.config.use_cache, stored.vocab_size, cached))
     assert [seen[0]] * 3 == seen[1:]
     assert seen[0][2] == 120
 
