@@ -95,8 +95,8 @@ def check_loadable(model: nn.Module) -> None:
         if not known or auto_class_of(kind) is None:
             where = f"{name} is a {kind.__name__}, which" if name else kind.__name__
             raise TargetError(
-                f"{where} came with trust_remote_code, and its low-rank model could be saved and never loaded: register "
-                f"its code first, AutoConfig.register({config.model_type!r}, type(model.config)) and "
+                f"{where} came with trust_remote_code, and its low-rank model could be saved and never loaded: "
+                f"register its code first, AutoConfig.register({config.model_type!r}, type(model.config)) and "
                 "AutoModel.register(type(model.config), type(model)), here and wherever the result is loaded"
             )
 

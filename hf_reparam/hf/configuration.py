@@ -45,8 +45,8 @@ class ReparamConfigMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return (_instance_of, (self.base_class,), *state)
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return (_instance_of, (self.base_class,), *made[2:])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields of the base, the plan, and `model_type` "reparam"."""
@@ -80,7 +80,7 @@ class ReparamConfigMixin:
 
 
 def _name_lora_targets() -> None:
-    """Let a `LoraConfig()` without targets adapt the factors: PEFT looks for defaults by the model type in `to_dict`."""
+    """Let a `LoraConfig()` without targets adapt the factors: PEFT looks them up by the model type in `to_dict`."""
     constants = sys.modules.get("peft.utils.constants")
     if constants is not None:
         constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, ["down", "up"])

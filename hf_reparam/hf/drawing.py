@@ -70,7 +70,7 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
         for key, low in mine.items():
             owner._modules[key] = _stand_in(low)
         try:
-            for key, low in mine.items():
+            for key in mine:
                 holder._init_weights(owner._modules[key])
             holder._init_weights(owner)
             found |= {low: _spread(owner._modules[key]) for key, low in mine.items() if isinstance(low, nn.Module)}

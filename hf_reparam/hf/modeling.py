@@ -7,7 +7,6 @@ arrive by Transformers' own loading.
 
 import contextlib
 import functools
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel, initialization, modeling_utils
 
 from hf_reparam.errors import PlanError, TargetError
-from hf_reparam.hf.configuration import HEAD, PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
+from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
 from hf_reparam.hf.drawing import deviations, draw, draw_dense, draw_tables
 from hf_reparam.hf.hub import Upload, written
+from hf_reparam.hf.markers import marker_patterns, markers
 from hf_reparam.hf.naming import (
     check_absent,
     find_paths,
@@ -40,7 +40,7 @@ from hf_reparam.nn.embedding import LowRankEmbedding, Tables, low_rank_tables
 from hf_reparam.nn.heads import find_attentions
 from hf_reparam.nn.linear import Factored, LowRankLinear
 from hf_reparam.nn.surgery import low_rank_like, replace_modules
-from hf_reparam.plan import LayerSpec, RankPlan, layer_kind
+from hf_reparam.plan import LayerSpec, RankPlan
 
 __all__ = ["ReparamMixin", "model_class", "resolve_plan", "stock_model_class"]
 
@@ -61,7 +61,7 @@ class ReparamMixin:
         _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
         ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
         kind = set if isinstance(ignored, set) else list
-        self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *_marker_patterns(self)])
+        self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *marker_patterns(self)])
 
     def post_init(self) -> None:
         """Swap the layers, then let the base initialise, tie and shard what is there."""
@@ -168,8 +168,8 @@ class ReparamMixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return (_instance_of, (self.base_class,), *state)
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return (_instance_of, (self.base_class,), *made[2:])
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
@@ -245,7 +245,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def _instance_of(base: type[PreTrainedModel]) -> Any:
     """An empty object of the derived class, for unpickling and copying."""
-    derived = model_class(base)
+    derived: Any = model_class(base)
     return derived.__new__(derived)
 
 
@@ -303,8 +303,8 @@ def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool)
             return False
         limit = "min(in - 1, out)" if spec.form == "pivoted" else "min(in, out)"
         raise PlanError(
-            f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}. If another size is "
-            "meant, as for a new head, ignore_mismatched_sizes=True makes a new, dense layer"
+            f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}. If another size "
+            "is meant, as for a new head, ignore_mismatched_sizes=True makes a new, dense layer"
         )
     if isinstance(module, LowRankLinear) and module.spec != spec:
         raise PlanError(f"{name}: the plan makes it {spec}, and the model has it as {module.spec}")
@@ -370,22 +370,6 @@ def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
                 if not layer.get_parameter("weight").is_meta:
                     draw_dense(layer, model.config)
             attention.narrow(made, width)
-
-
-def markers(model: Any) -> dict[str, torch.Tensor]:
-    """Name -> empty tensor, under the dense weight's name of the first low-rank layer of each kind."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
-    names += [group.path for group in table_groups(model) if isinstance(group.module, Tables)]
-    first = {layer_kind(name): name for name in reversed(names)}
-    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in first.values()}
-
-
-def _marker_patterns(model: Any) -> set[str]:
-    """Regular expressions for the names of the empty markers, as the file has them and as they are here."""
-    plan = plan_of(model.config)
-    names = [*plan.modules, *plan.embeddings, *local_names(model, {**plan.modules, **plan.embeddings})]
-    kinds = {layer_kind(name.removeprefix(HEAD)) for name in names}
-    return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}
 
 
 def _has_numbers(module: nn.Module) -> bool:

@@ -74,10 +74,9 @@ def find_paths(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     prefix, renamings = base_prefix(model), None
     found = {}
     for name in names:
+        keys = [prefix + name, name]
         if name.startswith(HEAD):
             keys = [name.removeprefix(HEAD)] if prefix else []
-        else:
-            keys = [prefix + name, name]
         key = next((f"{key}.weight" for key in keys if f"{key}.weight" in modules), None)
         if key is None and not name.startswith(HEAD):
             renamings = _renamings(model) if renamings is None else renamings
@@ -154,4 +153,3 @@ def note_plan(model: PreTrainedModel) -> None:
         errors = local_names(model, plan.record.errors)
         plan = replace(plan, record=replace(plan.record, errors=errors))
     model.config.reparam = plan.to_dict()
-

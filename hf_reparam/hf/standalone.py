@@ -89,19 +89,26 @@ def _swap(model: Any) -> None:
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, width in model.config.reparam.get("head_widths", {}).items():
-        attention = modules.get(prefix + name, modules.get(name))
+        attention = _named(name, modules, prefix)
         if attention is not None:
             _narrow(name, attention, width)
     modules = dict(model.named_modules(remove_duplicate=False))
     made: dict[nn.Module, nn.Module] = {}
     for name, entry in model.config.reparam["modules"].items():
-        dense = modules.get(prefix + name, modules.get(name))  # None: a layer of a head that this model has not
+        dense = _named(name, modules, prefix)  # None: a layer of a head that this model has not
         if dense is not None and not isinstance(dense, LowRankLinear):
             made[dense] = _empty(name, dense, LayerSpec(**entry))
     for module in list(model.modules()):
         for child_name, child in module._modules.items():
             if child in made:
                 module._modules[child_name] = made[child]
+
+
+def _named(name: str, modules: dict[str, nn.Module], prefix: str) -> Any:
+    """The module that a plan means; a dot before a name says that it is the head's, and not the base model's."""
+    if name.startswith("."):
+        return modules.get(name[1:]) if prefix else None
+    return modules.get(prefix + name, modules.get(name))
 
 
 def _narrow(name: str, attention: Any, width: Any) -> None:

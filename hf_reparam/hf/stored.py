@@ -41,7 +41,8 @@ def renew_layers(model: Any, stored: Shapes, *, ignore_mismatched_sizes: bool) -
         stored: what is about to be loaded.
         ignore_mismatched_sizes: layers of other shapes than those in the file are new, too.
     """
-    prefix, low = base_prefix(model), {}
+    prefix = base_prefix(model)
+    low: dict[nn.Module, nn.Module] = {}
     for path, layer in model.named_modules():
         if not isinstance(layer, LowRankLinear):
             continue

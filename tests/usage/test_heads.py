@@ -1,4 +1,4 @@
-"""What people do with heads: new labels, new heads, a head's folder in the base class, heads named as the base's parts."""
+"""What people do with heads: new labels, new heads, a head's folder in the base class, names that the base has, too."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from torch import nn
 import hf_reparam
 from hf_reparam import LowRankLinear, PlanError, convert
 from hf_reparam.hf.configuration import plan_name
-from hf_reparam.hf.naming import find_paths
 from tests import zoo
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -132,7 +131,9 @@ def test_a_head_that_an_inner_model_did_not_save_is_new_and_dense(tmp_path):
     small.bert.save_pretrained(tmp_path)
     model = tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert type(model.cls.predictions.transform.dense) is nn.Linear
-    assert torch.equal(model.bert.encoder.layer[0].output.dense.up.weight, small.bert.encoder.layer[0].output.dense.up.weight)
+    assert torch.equal(
+        model.bert.encoder.layer[0].output.dense.up.weight, small.bert.encoder.layer[0].output.dense.up.weight
+    )
 
 
 # a head's folder in the base class
@@ -228,6 +229,8 @@ def test_a_head_named_as_a_part_of_the_base_loads_in_every_class(tmp_path, famil
 
 @pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
 def test_every_name_leads_to_its_very_layer(case):
+    from hf_reparam.hf.naming import find_paths
+
     with torch.device("meta"):
         model = getattr(tf, case.base)(case.config(**dict(case.options)))
     paths = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

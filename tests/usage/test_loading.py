@@ -37,9 +37,7 @@ def llava():
 
 def mixtral():
     torch.manual_seed(0)
-    return tf.MixtralForCausalLM(
-        tf.MixtralConfig(**zoo.LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1)
-    ).eval()
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**zoo.LLAMA_LIKE, num_local_experts=2, num_experts_per_tok=1)).eval()
 
 
 def low_rank(model):
@@ -191,8 +189,8 @@ def test_a_state_dict_that_was_cast_or_averaged_is_refused(cast, assign):
     spec = pivoted()[0].spec
     with torch.device("meta"):
         empty = hf_reparam.nn.surgery.low_rank_like(nn.Linear(298, 64), spec)
+    mine = {name.removeprefix("0."): value for name, value in state.items() if name[0] == "0"}
     with pytest.raises(CheckpointError, match=r"^order "):
-        mine = {name.removeprefix("0."): value for name, value in state.items() if name[0] == "0"}
         empty.load_state_dict(mine, assign=True)
 
 
