@@ -33,7 +33,7 @@ from hf_reparam.hf.naming import (
 from hf_reparam.hf.parallel import factor_rules
 from hf_reparam.hf.remote import named_in_config, write_module
 from hf_reparam.hf.stored import check_factors, check_orders, renew_layers, stored_shapes
-from hf_reparam.hf.tables import name_ties, table_groups, tables_of_plan
+from hf_reparam.hf.tables import name_ties, tables_of_plan
 from hf_reparam.hf.untrusted import check_folder
 from hf_reparam.nn.dense import dense_matrix, dense_type
 from hf_reparam.nn.embedding import LowRankEmbedding, Tables, low_rank_tables
@@ -75,7 +75,7 @@ class ReparamMixin:
             for module in self.modules()  # type: ignore[attr-defined]
             if isinstance(module, (LowRankLinear, Tables)) and not _has_numbers(module)
         ]
-        sizes = deviations(self, [low for low in drawn if not low.up.weight.is_meta])  # type: ignore[arg-type]
+        sizes = deviations(self, [low for low in drawn if not low.up.weight.is_meta])
         super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
             if isinstance(module, Tables):
@@ -141,7 +141,7 @@ class ReparamMixin:
         for name, marker in markers(self).items():
             state.setdefault(name, marker)
         kwargs["save_original_format"] = False
-        note_plan(self)  # type: ignore[arg-type]  # a model
+        note_plan(self)
         with named_in_config(self, remote_code=remote_code):
             super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
         if remote_code and is_main_process:
