@@ -26,7 +26,7 @@ from hf_reparam.nn.calibrate import watch
 from hf_reparam.nn.targets import Target, no_layer
 from hf_reparam.padding import Padding
 
-__all__ = ["collect_moments", "frozen", "layer_name"]
+__all__ = ["LossFunction", "collect_moments", "frozen", "layer_name"]
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
@@ -48,10 +48,10 @@ def collect_moments(
     """Moments of every layer that is factored by default, or that `include` matches, over calibration data.
 
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
-    by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples of
-    a Transformers model, together and one by one, show whether the shapes of masks tell its padding; where they do not
-    (audio encoders that have fewer positions inside, experts, layers that see all positions once a batch), and examples
-    can be taken apart, they are watched one by one, which is slower. The gradient is
+    by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples
+    of a Transformers model, together and one by one, show whether the shapes of masks tell its padding. Where they do
+    not (audio encoders have fewer positions inside, experts get some, a layer may see all positions once a batch), and
+    examples can be taken apart, they are watched one by one, which is slower. The gradient is
     that of the model's own loss where it gives one (a batch has `labels`), summed over whatever the head counts;
     otherwise of labels drawn from the model's own predictions; for a headless model of a random projection of its last
     hidden states, or of all that it returns. The model's mode, gradients, `requires_grad` and hooks are as before, also

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hf_reparam.batches import kept
-from hf_reparam.calibration import collect_moments, layer_name
+from hf_reparam.calibration import LossFunction, collect_moments, layer_name
 from hf_reparam.decomposition import Decompositions, as_decompositions, check_fit
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.factoring import factor_layers, factor_tables
@@ -82,6 +82,7 @@ def convert(
     tokenizer: Any = ...,
     max_length: int | None = ...,
     max_samples: int | None = ...,
+    loss_fn: LossFunction | None = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
     inplace: bool = ...,
@@ -113,6 +114,7 @@ def convert(
     tokenizer: Any = ...,
     max_length: int | None = ...,
     max_samples: int | None = ...,
+    loss_fn: LossFunction | None = ...,
     include: str | Iterable[str] | None = ...,
     exclude: str | Iterable[str] = ...,
     inplace: bool = ...,
@@ -144,6 +146,7 @@ def convert(
     tokenizer: Any = None,
     max_length: int | None = None,
     max_samples: int | None = None,
+    loss_fn: LossFunction | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     inplace: bool = False,
@@ -187,6 +190,8 @@ def convert(
             the calibration data itself, which is then held in memory.
         solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.decompose`.
         tokenizer, max_length, max_samples: for calibration texts, and how much of the data is used, as for
+            `collect_moments`.
+        loss_fn: (model, batch) -> scalar summed over the batch, for calibration in the fisher metric, as for
             `collect_moments`.
         include: patterns of layers to convert, globs or `re:` expressions over the whole name. None for all, except
             what stays dense by default in Transformers models: task heads, poolers and the routers of experts. They are
@@ -243,7 +248,7 @@ def convert(
     elif plan is not None and not plan.head_widths:
         fit_plan(model, targets.selected, plan)
     with ExitStack() as scratch:
-        watched = {**reading, "include": [target.name for target in targets.selected]}
+        watched = {**reading, "loss_fn": loss_fn, "include": [target.name for target in targets.selected]}
         moments = _moments(model, calibration if data is None else data, metric, watched, max_memory, scratch)
         source = as_decompositions(moments, metric or (plan.method if plan is not None else None), solver)
         check_fit(model, targets.selected, source)
@@ -334,6 +339,8 @@ def _moments(
     scratch: ExitStack,
 ) -> Moments | Decompositions | None:
     if calibration is None or isinstance(calibration, (Moments, Decompositions)):
+        if loss_fn is not None:
+            raise TargetError("loss_fn= goes with calibration data: collect_moments(model, data, loss_fn=...)")
         return calibration
     folder = None if max_memory is None else scratch.enter_context(TemporaryDirectory(prefix="hf_reparam-"))
     metric = metric or "fisher"
@@ -360,7 +367,7 @@ def _search(
 ) -> RankPlan:
     """The plan of the smallest size, found by bisection, whose score is within the tolerance of the dense model's."""
     source = source.complete({layer_name(model, target.name): target for target in targets})
-    floor = float(evaluate(model)) - tolerance
+    floor = _score(evaluate, model) - tolerance
     low, high, best, nearest = 0.0, 1.0, None, -math.inf
     for _ in tqdm(range(_HALVINGS), desc="Searching a size", unit="size"):
         keep = (low + high) / 2
@@ -375,7 +382,7 @@ def _search(
             layers, _ = factor_layers(model, found, fit_plan(model, found, plan)[0], narrow)
             layers |= factor_tables(model, plan.embeddings, narrow)[0]
             small = _install(model, layers, source.metric, ConversionRecord(), inplace=False)
-        nearest = max(nearest, score := float(evaluate(small)))
+        nearest = max(nearest, score := _score(evaluate, small))
         if score >= floor:
             high, best = keep, plan
         else:
@@ -385,6 +392,21 @@ def _search(
             f"no size has a score of {floor:.6g} or above; the best had {nearest:.6g}: allow more tolerance"
         )
     return best
+
+
+def _score(evaluate: Evaluate, model: nn.Module) -> float:
+    """What `evaluate` gives, as one number; TargetError for anything else."""
+    score = evaluate(model)
+    advice = "return one number, higher is better, such as metrics['eval_accuracy'] or -metrics['eval_loss']"
+    if isinstance(score, Mapping):
+        raise TargetError(f"evaluate(model) gave a {type(score).__name__} of {sorted(map(str, score))}: {advice}")
+    try:
+        number = float(score)
+    except (TypeError, ValueError, RuntimeError):
+        raise TargetError(f"evaluate(model) gave {str(score)[:80]!r}, a {type(score).__name__}: {advice}") from None
+    if math.isnan(number):
+        raise TargetError(f"evaluate(model) gave NaN, which no size can be compared with: {advice}")
+    return number
 
 
 def _factor(

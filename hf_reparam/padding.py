@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_reparam.hf.objective import IGNORED, batch_masks, examples_in
 from hf_reparam.nn.calibrate import Layout, layouts, shapes_of
 
-__all__ = ["Padding", "Part"]
+__all__ = ["Padding", "Part", "decodes"]
 
 Batch = Mapping[str, Any]
 
@@ -90,7 +90,8 @@ class Padding:
 
     def _part(self, batch: Batch) -> Part:
         """A batch with all masks that can be known, as long as the model makes it itself."""
-        known = _to_window(self.model, _with_decoder_mask(self.model, dict(batch)))
+        usable = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()}
+        known = _to_window(self.model, _with_decoder_mask(self.model, usable))
         return Part(known, batch_masks(known), tried=False)
 
     def _single(self, part: Part, i: int) -> Part:
@@ -192,13 +193,14 @@ def _with_decoder_mask(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any
     """The mask of a decoder whose inputs are made of labels, or that was left out."""
     decoded = batch.get("decoder_input_ids", batch.get("labels"))
     known = "decoder_attention_mask" in batch or "decoder_attention_mask" not in _forward_names(model)
-    if known or not isinstance(decoded, Tensor) or decoded.dim() != 2 or not _decodes(model):
+    if known or not isinstance(decoded, Tensor) or decoded.dim() != 2 or not decodes(model):
         return batch
     real = (decoded != IGNORED).long()
     return {**batch, "decoder_attention_mask": real.flip(1).cummax(1).values.flip(1)}  # labels may start late
 
 
-def _decodes(model: nn.Module) -> bool:
+def decodes(model: nn.Module) -> bool:
+    """Whether a model has a decoder whose inputs it can make of labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 

@@ -1,7 +1,7 @@
 """What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_reparam.plan import layer_kind
@@ -80,16 +80,21 @@ class RefitReport:
         layers: names of the layers whose factors were fitted anew; the others kept theirs.
         of: how many low-rank layers there are.
         before, after: divergence of the predictions from the dense model's on held-out batches, per example.
+        skipped: layers that could not be fitted, with the reason.
     """
 
     layers: Sequence[str]
     of: int
     before: float
     after: float
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} per example"
-        return f"refit:            {len(self.layers)} of {self.of} layers, {change}"
+        reasons = dict.fromkeys(self.skipped.values())
+        names = {reason: [n for n, why in self.skipped.items() if why == reason] for reason in reasons}
+        left = [line for reason, found in names.items() for line in _line("not refitted:", found, f", {reason}")]
+        return "\n".join([f"refit:            {len(self.layers)} of {self.of} layers, {change}", *left])
 
 
 @dataclass(frozen=True)

@@ -404,8 +404,9 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     plan = make_plan(model, moments, keep=0.5)
     with pytest.raises(TargetError, match="needs calibration data"):
         convert(model, plan=plan)
+    other = zoo.BY_BASE["GPT2LMHeadModel"]
     with pytest.raises(PlanError, match="no attention of which this is known"):
-        convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), plan=plan, calibration=moments)
+        convert(other.build(), plan=plan, calibration=[other.batch()])
     separate = make_plan(model, moments, keep=0.5, joint=False)
     with pytest.raises(PlanError, match="cannot be converted here"):
         convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), plan=separate, calibration=moments)

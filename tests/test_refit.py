@@ -74,9 +74,8 @@ def test_a_fit_that_does_not_help_is_not_kept(monkeypatch):
     small = convert(dense, keep=0.5, calibration=batches, joint=False)
     before = copy.deepcopy(small.state_dict())
 
-    def harmful(layers, *_):
-        for layer in layers:
-            layer.up.weight.mul_(30.0)
+    def harmful(layer, *_):
+        layer.up.weight.mul_(30.0)
 
     monkeypatch.setattr("hf_reparam.refitting._fit", harmful)
     report = refit(small, dense, batches)

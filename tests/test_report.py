@@ -54,6 +54,8 @@ def test_dict_is_json():
         "parameters_after": 144,
         "error": 0.3,
         "form": "pair",
+        "metric": None,
+        "from_rank": None,
     }
     assert data["factored_after"] == 288
     assert data["skipped"][0]["reason"] == "tied"

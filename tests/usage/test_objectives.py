@@ -1,0 +1,297 @@
+"""What the gradient is taken of: every head's own loss as a sum over what it counts, and something for every model."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hf_reparam import TargetError, WeightError, collect_moments, convert, refit
+from tests import zoo
+from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
+
+
+def classes(examples, *labels, name="labels", dtype=None):
+    return [{**e, name: torch.tensor([label], dtype=dtype)} for e, label in zip(examples, labels, strict=True)]
+
+
+def token_labels(examples, classes, *, skip=()):
+    """A class for every token, none for some."""
+    labels = [e["input_ids"] % classes for e in examples]
+    for label in labels:
+        label[:, list(skip)] = -100
+    return [{**e, "labels": label} for e, label in zip(examples, labels, strict=True)]
+
+
+def spans(examples):
+    return [{**e, "start_positions": torch.tensor([1]), "end_positions": e["input_ids"].sum(1) % 3} for e in examples]
+
+
+def two_losses(examples):
+    """Masked tokens and pairs of sentences: two losses with different counts."""
+    return [
+        {**e, "next_sentence_label": torch.tensor([i % 2])} for i, e in enumerate(token_labels(examples, 90, skip=[2]))
+    ]
+
+
+THREE = (4, 12, 7)  # on these the mean over L - 1 tokens times L was up to a third off
+HEADS = {
+    "GPT2LMHeadModel": lambda: token_labels(texts(*THREE), 90),
+    "LlamaForCausalLM": lambda: token_labels(texts(*THREE), 90, skip=[0, 1]),
+    "OPTForCausalLM": lambda: token_labels(texts(*THREE), 90),
+    "BertLMHeadModel": lambda: token_labels(texts(*THREE), 90),
+    "BertForMaskedLM": lambda: token_labels(texts(*THREE), 90, skip=[1, 2]),
+    "AlbertForMaskedLM": lambda: token_labels(texts(*THREE), 90, skip=[0]),
+    "BertForTokenClassification": lambda: token_labels(texts(*THREE), 5, skip=[0]),
+    "BertForPreTraining": lambda: two_losses(texts(*THREE)),
+    "BertForNextSentencePrediction": lambda: classes(texts(*THREE), 0, 1, 1),
+    "BertForQuestionAnswering": lambda: spans(texts(*THREE)),
+    "BertForSequenceClassification": lambda: classes(texts(*THREE), 2, 0, 1),
+    "GPT2ForSequenceClassification": lambda: classes(texts(*THREE), 2, 0, 1),
+    "T5ForConditionalGeneration": lambda: with_labels(texts(*THREE), 5, 3, 9),
+    "BartForConditionalGeneration": lambda: with_labels(texts(*THREE), 5, 3, 9),
+    "ViTForImageClassification": lambda: classes(
+        [{"pixel_values": torch.randn(1, 3, 16, 16).double()} for _ in range(3)], 2, 0, 1
+    ),
+}
+
+
+@pytest.mark.parametrize("base", HEADS)
+def test_labels_count_the_same_in_any_batch(base):
+    model, examples = zoo.BY_BASE[base].build().double(), HEADS[base]()
+    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+
+
+def test_a_causal_loss_is_the_sum_over_the_labels_that_count():
+    model = zoo.BY_BASE["GPT2LMHeadModel"].build().double()
+    examples = token_labels(texts(4, 12), 90)
+
+    def by_hand(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+    assert_same(collect_moments(model, examples), collect_moments(model, examples, loss_fn=by_hand))
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_numbers_and_yes_or_no_answers(problem):
+    model = zoo.BY_BASE["BertForSequenceClassification"].build(problem_type=problem).double()
+    examples = classes(texts(*THREE), [0.0, 1, 1], [1.0, 0, 0], [0.0, 0, 1], dtype=torch.float64)
+    moments = collect_moments(model, [padded(examples)])
+    assert_same(moments, collect_moments(model, examples))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_transcripts_of_speech(reduction):
+    model = build(tf.Wav2Vec2ForCTC, tf.Wav2Vec2Config(**WAVE, vocab_size=99, ctc_loss_reduction=reduction))
+    examples = with_labels(waves(400, 230), 5, 3)
+    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+
+
+def test_a_loss_of_its_own_is_a_mean_over_examples():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x, labels):
+            out = self.fc(x)
+            return {"loss": (out - labels).abs().mean(0).sum(), "logits": out}
+
+    net, x, labels = Net(), torch.randn(8, 6), torch.randn(8, 2)
+    whole = collect_moments(net, [{"x": x, "labels": labels}])
+    assert_same(whole, collect_moments(net, [{"x": x[i : i + 1], "labels": labels[i : i + 1]} for i in range(8)]))
+
+
+def test_labels_that_are_no_classes():
+    model = zoo.BY_BASE["BertForSequenceClassification"].build()
+    with pytest.raises(TargetError, match=r"no classes of the model .*: leave `labels` out"):
+        collect_moments(model, [{**zoo._text(), "labels": torch.tensor([-1, -1])}])
+
+
+def clip(kind=tf.CLIPModel, config=tf.CLIPConfig):
+    text = {**SMALL, "vocab_size": 99, "eos_token_id": 2, "max_position_embeddings": 16}
+    vision = {**SMALL, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = kind(config(text_config=text, vision_config=vision)).eval()
+    batch = {"input_ids": zoo._ids(4, 8), "pixel_values": torch.randn(4, 3, 16, 16)}
+    return model, batch
+
+
+def dpr():
+    model = build(tf.DPRQuestionEncoder, tf.DPRConfig(**SMALL, vocab_size=99)).float()
+    return model, {"input_ids": zoo._ids(4, 8)}
+
+
+def pixtral():
+    config = tf.PixtralVisionConfig(**SMALL, image_size=16, patch_size=8, head_dim=8)
+    model = build(tf.PixtralVisionModel, config).float()
+    return model, {"pixel_values": torch.randn(4, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 4)}
+
+
+def patch_tst():
+    config = tf.PatchTSTConfig(
+        num_input_channels=2, context_length=16, prediction_length=4, patch_length=4, patch_stride=4, d_model=32,
+        num_attention_heads=4, num_hidden_layers=1, ffn_dim=48,
+    )  # fmt: skip
+    model = build(tf.PatchTSTForPrediction, config).float()
+    return model, {"past_values": torch.randn(4, 16, 2)}
+
+
+def depth():
+    config = tf.GLPNConfig(
+        num_encoder_blocks=1, depths=[1], sr_ratios=[1], hidden_sizes=[16], patch_sizes=[7], strides=[4],
+        num_attention_heads=[2], mlp_ratios=[2], decoder_hidden_size=16,
+    )  # fmt: skip
+    return build(tf.GLPNForDepthEstimation, config).float(), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+MODELS = {
+    "CLIP": clip,
+    "SigLIP": lambda: clip(tf.SiglipModel, tf.SiglipConfig),
+    "DPR": dpr,
+    "Pixtral": pixtral,
+    "PatchTST": patch_tst,
+    "GLPN": depth,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_without_loss_logits_and_hidden_states(name):
+    model, batch = MODELS[name]()
+    small, report = convert(model, keep=0.6, calibration=[batch] * 2, refit=True, return_report=True)
+    assert report.method == "fisher"
+    assert any(layer.metric == "fisher" for layer in report.layers)
+    assert report.refit.after <= report.refit.before
+
+
+def test_the_loss_that_a_model_gives():
+    model, batch = clip()
+    asked = collect_moments(model, [{**batch, "return_loss": True}]).layers["text_projection"]
+    ours = collect_moments(model, [batch], loss_fn=lambda m, b: 4 * m(**b, return_loss=True).loss)
+    torch.testing.assert_close(asked.gradient_products, ours.layers["text_projection"].gradient_products)
+
+
+def test_a_loss_function_of_ones_own():
+    model, batch = clip()
+    called = []
+
+    def loss_fn(model, batch):
+        called.append(1)
+        return model(**batch).text_embeds.square().sum(-1).log().sum() + model(**batch).image_embeds.sum()
+
+    expected = convert(model, keep=0.6, calibration=collect_moments(model, [batch], loss_fn=loss_fn))
+    small = convert(model, keep=0.6, calibration=[batch], loss_fn=loss_fn)
+    assert len(called) == 2
+    assert all(map(torch.equal, small.state_dict().values(), expected.state_dict().values()))
+    with pytest.raises(TargetError, match="loss_fn= goes with calibration data"):
+        convert(model, rank=4, loss_fn=loss_fn)
+
+
+def test_a_distance_of_ones_own():
+    model, batch = clip()
+    small = convert(model, rank=4)
+    seen = []
+
+    def distance(outputs, reference):
+        seen.append(float((outputs.text_embeds - reference.text_embeds).square().sum()))
+        return seen[-1]
+
+    report = refit(small, model, [batch] * 3, distance=distance)
+    assert report.before == pytest.approx(seen[0] / 4, rel=1e-6)
+
+
+def test_a_loss_that_reaches_no_layer():
+    net = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(TargetError, match=r"depends on none of the 1 layers, among them \['0'\]: give a loss_fn"):
+        collect_moments(net, [{"input": torch.randn(5, 6)}], loss_fn=lambda m, b: m(**b).detach().sum())
+
+
+def squares(model, batch):
+    return model(**batch).square().sum()
+
+
+def relu(inplace):
+    torch.manual_seed(3)
+    activation = nn.ReLU(inplace=inplace)
+    return nn.Sequential(nn.Linear(6, 8), activation, nn.Linear(8, 8), activation, nn.Linear(8, 4))
+
+
+def test_layers_whose_output_is_written_into():
+    batch = {"input": torch.randn(9, 6)}
+    assert_same(*(collect_moments(relu(inplace), [batch], loss_fn=squares) for inplace in (True, False)))
+
+
+def test_a_view_that_is_written_into():
+    """Longformer divides its queries in place; the gradient seen is that of the layer's own output."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.query = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            query = self.query(self.first(x).transpose(0, 1))
+            query /= 4.0
+            return query
+
+    net, x = Net(), torch.randn(1, 9, 6)
+    seen = collect_moments(net, [{"x": x}], loss_fn=squares).layers["query"].gradient_products
+    gradient = net(x).detach()[:, 0].double() / 2
+    torch.testing.assert_close(seen, gradient.T @ gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["input", "x"])
+def test_layers_that_are_called_by_keyword(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 4) if name == "input" else tf.pytorch_utils.Conv1D(4, 6)
+
+        def forward(self, x):
+            return self.fc(**{name: x})
+
+    x = torch.randn(9, 6)
+    layer = collect_moments(Net(), [{"x": x}], loss_fn=squares).layers["fc"]
+    torch.testing.assert_close(layer.input_products, (x.T @ x).double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_checkpointing_computes_again_counts_once(reentrant):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+
+        def forward(self, x, again=True):
+            x = self.first(x)
+            return checkpoint(self.inner, x, use_reentrant=reentrant) if again else self.inner(x)
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(9, 6)
+    plain = collect_moments(net, [{"x": x, "again": False}], loss_fn=squares)
+    assert_same(collect_moments(net, [{"x": x}], loss_fn=squares), plain)
+
+
+def test_inside_inference_mode():
+    case = zoo.BY_BASE["BertForMaskedLM"]
+    model, batch = case.build(), case.batch()
+    expected = convert(model, keep=0.5, calibration=[batch])
+    with torch.inference_mode():
+        inside = {key: value.clone() for key, value in batch.items()}
+        small = convert(model, keep=0.5, calibration=[inside])
+        refit(small, model, [inside] * 2)
+        assert torch.is_inference_mode_enabled()
+    assert not any(p.is_inference() for p in small.parameters())
+    again = convert(model, keep=0.5, calibration=[batch])
+    assert all(map(torch.equal, again.state_dict().values(), expected.state_dict().values()))
+
+
+def test_weights_made_inside_inference_mode():
+    with torch.inference_mode():
+        model = zoo.BY_BASE["BertModel"].build().train()
+    with pytest.raises(WeightError, match=r"not inside torch.inference_mode\(\)"):
+        collect_moments(model, [zoo._text()])
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
