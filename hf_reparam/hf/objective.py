@@ -106,6 +106,9 @@ def objective(
         TargetError: the outputs hold no floating-point tensor.
     """
     outputs = _named(outputs)
+    spans = _span_losses(outputs, batch, masks)
+    if spans:
+        return torch.stack(spans).sum()
     loss = outputs.get("loss")
     if isinstance(loss, Tensor):
         return loss.sum() * (1 if summed else examples_in(batch))
@@ -118,6 +121,18 @@ def objective(
     if hidden is None:
         return projection(outputs, batch, masks)
     return (_mask(hidden, masks) * _noise(hidden, seeds, masks)).sum()
+
+
+def _span_losses(outputs: Mapping[str, Any], batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[Tensor]:
+    """Losses of labelled spans over real positions; those of the models are over padding, too."""
+    found = []
+    for end in ("start", "end"):
+        logits, place = outputs.get(f"{end}_logits"), batch.get(f"{end}_positions")
+        if isinstance(logits, Tensor) and isinstance(place, Tensor) and logits.dim() == 2:
+            inside = place.reshape(-1).clamp(0, logits.shape[1])  # as the models do: one behind the end is not counted
+            real = _over_positions(logits.float(), masks)[:, 0]
+            found.append(F.cross_entropy(real, inside, ignore_index=logits.shape[1], reduction="sum"))
+    return found
 
 
 def projection(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> Tensor:
