@@ -339,7 +339,7 @@ def _moments(
     scratch: ExitStack,
 ) -> Moments | Decompositions | None:
     if calibration is None or isinstance(calibration, (Moments, Decompositions)):
-        if loss_fn is not None:
+        if reading["loss_fn"] is not None:
             raise TargetError("loss_fn= goes with calibration data: collect_moments(model, data, loss_fn=...)")
         return calibration
     folder = None if max_memory is None else scratch.enter_context(TemporaryDirectory(prefix="hf_reparam-"))
