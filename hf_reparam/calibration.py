@@ -26,7 +26,7 @@ from hf_reparam.nn.calibrate import watch
 from hf_reparam.nn.targets import Target, no_layer
 from hf_reparam.padding import Padding
 
-__all__ = ["LossFunction", "collect_moments", "frozen", "layer_name"]
+__all__ = ["LossFunction", "collect_moments", "frozen", "layer_name", "size_in_bytes"]
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
@@ -153,11 +153,19 @@ def _tables(model: nn.Module) -> dict[str, tuple[TableGroup, TableMoments]]:
     return {layer_name(model, group.path): (group, TableMoments.zeros(*group.shape)) for group in groups}
 
 
+def size_in_bytes(option: str, value: int | str) -> int:
+    """Bytes, from a number of them or a text such as "8GB"; raises TargetError, which names the option, for others."""
+    try:
+        return convert_file_size_to_int(value)
+    except (ValueError, TypeError):
+        raise TargetError(f"{option} must be a number of bytes or a text such as '8GB', got {value!r}") from None
+
+
 def _groups(named: dict[str, Target], metric: str, max_memory: int | str | None) -> list[dict[str, Target]]:
     """The layers in groups whose moments fit into `max_memory`, in the model's order."""
     if max_memory is None:
         return [named]
-    most = convert_file_size_to_int(max_memory)
+    most = size_in_bytes("max_memory", max_memory)
     groups: list[dict[str, Target]] = []
     room = 0
     for name, t in named.items():

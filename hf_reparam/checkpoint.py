@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from yaml import YAMLError
 
 from hf_reparam.batches import batched
-from hf_reparam.calibration import collect_moments
+from hf_reparam.calibration import collect_moments, size_in_bytes
 from hf_reparam.convert import convert
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.hf.card import model_card
@@ -109,6 +109,7 @@ def convert_checkpoint(
     """
     folder, target = _open(source, Path(out), force)
     place = model_place(folder)
+    _check_sizes(max_memory=max_memory, max_shard_size=max_shard_size)
     reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
     _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream, reading=reading)
     lines = None if texts is None else _read_lines(texts)
@@ -149,6 +150,12 @@ def convert_checkpoint(
     return report
 
 
+def _check_sizes(**sizes: int | str | None) -> None:
+    for option, size in sizes.items():
+        if size is not None and size_in_bytes(option, size) < 1:
+            raise TargetError(f"{option} must be above 0, got {size!r}")
+
+
 def _check_options(
     sizes: tuple[object, ...], *, refit: bool, texts: object, stream: bool, reading: dict[str, Any]
 ) -> None:
@@ -178,6 +185,7 @@ def merge_checkpoint(
         The report of the model before it was merged.
     """
     folder, target = _open(source, Path(out), force)
+    _check_sizes(max_shard_size=max_shard_size)
     same_work = _fingerprint(folder, None, None, ["merge"]) if stream else None
     with _work_folder(target, same_work, force) as work:
         model, dropped = load_all(model_place(folder), offload_folder=work / "source" if stream else None)
@@ -198,6 +206,8 @@ def inspect_checkpoint(source: str | os.PathLike[str]) -> ConversionReport:
 
 
 def _open(source: str | os.PathLike[str], out: Path, force: bool) -> tuple[Path, Path]:
+    if out.name in ("", ".."):
+        raise CheckpointError(f"{out} is a place, no name: give the folder to make")
     _check_absent(out, force)
     folder = locate(os.fspath(source))
     ends = out.resolve(), folder.resolve()

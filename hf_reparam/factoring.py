@@ -61,9 +61,7 @@ def factor_layers(
         return fingerprint(source.made_of(name, named[name]), specs[named[name].name])
 
     devices = {name: execution_device(target.module) for name, target in named.items()}
-    built = build_layers(
-        source.costs(named), make, empty, devices, folder, made_of=made_of, desc="Factoring layers"
-    )
+    built = build_layers(source.costs(named), make, empty, devices, folder, made_of=made_of, desc="Factoring layers")
     layers, rows = {}, []
     for name, (layer, error) in built.items():
         target = named[name]

@@ -268,9 +268,7 @@ def narrowed(
         folder = folder / "narrow"
         made_of = {name: part.made_of(widths[name]) for name, part in heads.items()}
         origins = {place: made_of[name] for place, (name, _) in places.items()}
-    built = build_layers(
-        costs, make, empty, devices, folder, made_of=origins.__getitem__, desc="Narrowing heads"
-    )
+    built = build_layers(costs, make, empty, devices, folder, made_of=origins.__getitem__, desc="Narrowing heads")
     seen = {
         place: partial(heads[name].narrow_moments, role, maps[name])
         for place, (name, role) in places.items()

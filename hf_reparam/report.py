@@ -1,5 +1,6 @@
 """What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -169,7 +170,9 @@ class ConversionReport:
         return _markdown([_HEADER, *_fold_layers(self.layers, self.method)])
 
     def __str__(self) -> str:
-        parts = ["\n".join(self._headline()), _align([_HEADER, *_fold_layers(self.layers, self.method)])]
+        parts = ["\n".join(self._headline())]
+        if self.layers:
+            parts.append(_align([_HEADER, *_fold_layers(self.layers, self.method)]))
         if self.skipped:
             parts.append(_align([_LEFT, *_fold_skipped(self.skipped)]))
         return "\n\n".join(parts)
@@ -183,7 +186,8 @@ class ConversionReport:
             lines = [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads()]
             return [*lines, *self._exceptions(), *refit, *self._bare(), *self._dropped()]
         whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
-        return [f"{self.model}: {len(self.layers)} dense layers that can be converted", whole, *self._bare(), *self._dropped()]
+        found = f"{len(self.layers)} dense layers that can be converted" if self.layers else self._why_none()
+        return [f"{self.model}: {found}", whole, *self._bare(), *self._dropped()]
 
     def _bare(self) -> list[str]:
         """What to say where most of a model is in no layer: its experts, as a rule."""
@@ -202,6 +206,11 @@ class ConversionReport:
             *_line("no gradient:", other["activation"], ", in the activation metric"),
             *_line("converted again:", again, "; how far they are from their dense weights is not known"),
         ]
+
+    def _why_none(self) -> str:
+        counts = Counter(item.reason for item in self.skipped)
+        reasons = ", ".join(f"{reason} (x{count})" for reason, count in counts.most_common(3))
+        return f"no dense layer can be converted{reasons and ': '}{reasons}"
 
     def _dropped(self) -> list[str]:
         if not self.dropped:

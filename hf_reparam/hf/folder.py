@@ -25,6 +25,7 @@ from hf_reparam.hf.offload import check_stored
 from hf_reparam.hf.processes import is_first
 from hf_reparam.hf.remote import FILE
 from hf_reparam.hf.untrusted import check_folder
+from hf_reparam.record import is_hub_id
 
 __all__ = ["copy_companions", "load", "load_all", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
 
@@ -49,6 +50,7 @@ def locate(source: str) -> Path:
         return Path(source)
     if os.path.exists(source):
         raise CheckpointError(f"{source} is a file; give a model folder or a Hub id")
+    _check_name(source)
     try:
         return Path(snapshot_download(source, ignore_patterns=_OTHER_FORMATS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -82,6 +84,11 @@ def _has_model(folder: Path) -> bool:
     return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 
 
+def _check_name(source: str) -> None:
+    if not is_hub_id(source):
+        raise CheckpointError(f"{source!r} is neither a folder nor a Hub id such as 'google-bert/bert-base-uncased'")
+
+
 def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel:
     """Load a model as the class that saved it, with the dtype it was saved in.
 
@@ -113,7 +120,7 @@ def load_all(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTr
         if on_disk:
             check_stored(model)
             model.tie_weights()  # tied weights that were stored twice
-    except ReparamError:
+    except (ReparamError, BrokenPipeError):  # nobody reads the progress bar any more
         raise
     except Exception as error:  # whatever a tampered folder makes Transformers stumble over
         raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from error
@@ -181,6 +188,8 @@ def skeleton(source: str) -> PreTrainedModel:
         CheckpointError: no readable configuration.
         PlanError: the plan is malformed or does not fit.
     """
+    if not os.path.exists(source):
+        _check_name(source)
     check_folder(Path(source))
     try:
         config = AutoConfig.from_pretrained(source)
@@ -258,7 +267,7 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
     except ReparamError:
         done = True
         raise
-    except BrokenPipeError:  # nobody reads the progress bar any more
+    except BrokenPipeError:  # as in `load_all`
         raise
     except (OSError, SafetensorError) as error:  # a full disk
         raise CheckpointError(f"{out} cannot be written: {_line(error)}") from error

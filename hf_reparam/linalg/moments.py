@@ -236,7 +236,9 @@ class Moments:
         if len(metrics) > 1:
             raise CheckpointError(f"{path} holds moments of several metrics, {sorted(metrics)}")
         if Path(path).is_dir() and (missing := _missing_parts(headers)):
-            raise CheckpointError(f"{path} holds moments of a broken run: {missing} files are missing; collect them anew")
+            raise CheckpointError(
+                f"{path} holds moments of a broken run: {missing} files are missing; collect them anew"
+            )
         return cls(metrics.pop(), _Stored(where), tables)
 
 
