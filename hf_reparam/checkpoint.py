@@ -213,7 +213,7 @@ def _open(source: str | os.PathLike[str], out: Path, force: bool) -> tuple[Path,
     ends = out.resolve(), folder.resolve()
     if ends[1].is_relative_to(ends[0]):
         raise CheckpointError(f"{out} is the source or holds it; choose another place")
-    if ends[0].is_relative_to(ends[1]):
+    if ends[0].is_relative_to(ends[1]) and (model_place(folder) / "config.json").is_file():
         raise CheckpointError(f"{out} is inside the source, {folder}; choose another place")
     return folder, out
 

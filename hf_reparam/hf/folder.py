@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -25,7 +26,6 @@ from hf_reparam.hf.offload import check_stored
 from hf_reparam.hf.processes import is_first
 from hf_reparam.hf.remote import FILE
 from hf_reparam.hf.untrusted import check_folder
-from hf_reparam.record import is_hub_id
 
 __all__ = ["copy_companions", "load", "load_all", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
 
@@ -33,11 +33,19 @@ _OWN = ("config.json", "generation_config.json", "README.md", FILE)  # written b
 _OWN_WEIGHTS = (
     *("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json"),
     *("tf_model*.h5", "tf_model.h5.index*.json", "flax_model*.msgpack", "flax_model.msgpack.index*.json", "*.ot"),
-    *("consolidated*.safetensors", "consolidated*.pth", "consolidated*.index.json", "*.onnx*", "*.gguf", "*.tflite"),
+    *(
+        "consolidated*.safetensors",
+        "consolidated*.pth",
+        "consolidated*.index.json",
+        "*model*.onnx*",
+        "*.gguf",
+        "*.tflite",
+    ),
 )
 _TRAINING = ("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
-_OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "onnx/*", "openvino/*", "coreml/*"]
+_OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf", "*.tflite"]
+_OTHER_FORMATS += [f"{name}/*" for name in _OTHER_FOLDERS]
 
 
 def locate(source: str) -> Path:
@@ -53,14 +61,14 @@ def locate(source: str) -> Path:
     _check_name(source)
     try:
         return Path(snapshot_download(source, ignore_patterns=_OTHER_FORMATS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{source} is neither a folder nor a model that the Hub or its cache has: {_line(error)}"
         ) from None
 
 
 def model_place(folder: Path) -> Path:
-    """Where in a folder the Transformers model is: the folder itself, or the one that sentence-transformers' list names.
+    """Where in a folder the Transformers model is: the folder itself, or a subfolder that sentence-transformers lists.
 
     Raises:
         CheckpointError: the list names several models.
@@ -85,8 +93,11 @@ def _has_model(folder: Path) -> bool:
 
 
 def _check_name(source: str) -> None:
-    if not is_hub_id(source):
-        raise CheckpointError(f"{source!r} is neither a folder nor a Hub id such as 'google-bert/bert-base-uncased'")
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        message = f"{source!r} is neither a folder nor a Hub id such as 'google-bert/bert-base-uncased'"
+        raise CheckpointError(message) from None
 
 
 def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel:

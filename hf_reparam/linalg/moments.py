@@ -83,7 +83,7 @@ class LayerMoments:
         return self.gradient_products is not None and bool(self.gradient_products.diagonal().sum() != 0)
 
     def fingerprint(self) -> str:
-        """The same for the same moments: no two sets of data agree in every mean and mean square of inputs and gradients."""
+        """The same for the same moments: other data differ in some mean or mean square of inputs or gradients."""
         gradients = None if self.gradient_products is None else self.gradient_products.diagonal()
         return fingerprint(self.tokens, self.input_sum, self.input_products.diagonal(), gradients)
 

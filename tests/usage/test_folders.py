@@ -15,6 +15,7 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import CheckpointError, Moments, TargetError, cli, collect_moments, convert, factoring, merge
+from hf_reparam.checkpoint import inspect_checkpoint
 from hf_reparam.hf.processes import alone
 from tests import zoo
 
@@ -149,7 +150,7 @@ def test_narrower_heads_of_another_model_are_refused(tmp_path):
     with torch.no_grad():
         other.bert.encoder.layer[0].attention.self.key.bias += 1e-3
     seen = collect_moments(model, [CASE.batch()], metric="activation")
-    for changed, options in ((other, {}), (model, {"calibration": seen})):
+    for changed, options in ((other, {}), (model, {"calibration": seen, "metric": "activation"})):
         with pytest.raises(CheckpointError, match=FOREIGN):
             convert(changed, plan=plan, offload_folder=tmp_path, **options)
 
@@ -346,7 +347,7 @@ def test_source_and_out_as_text_or_path(tmp_path, dense):
         for other in (str, Path)
     ]
     assert all(report == reports[0] for report in reports)
-    assert hf_reparam.inspect_checkpoint(str(dense)) == hf_reparam.inspect_checkpoint(Path(dense))
+    assert inspect_checkpoint(str(dense)) == inspect_checkpoint(Path(dense))
 
 
 def test_include_as_a_generator(tmp_path, dense):
@@ -410,7 +411,7 @@ def test_old_buffers_are_no_loss(tmp_path):
 
 
 BESIDE = [
-    *("vocab.pt", "spk2info.pt", "speaker_embeddings.pt", "campplus.onnx.txt", "mel_filters.npz", "vocab.index.json"),
+    *("vocab.pt", "spk2info.pt", "speaker_embeddings.pt", "campplus.onnx", "mel_filters.npz", "vocab.index.json"),
     *("2_Dense/pytorch_model.bin", "2_Dense/model.safetensors", "2_Dense/config.json", "2_Dense/README.md"),
     *("voices/a.pt", "assets/x/y.bin", "modules.json", "tokenizer.model", "original_name.txt"),
 ]
@@ -422,7 +423,15 @@ NOT = [
         "pytorch_model.fp16.bin",
     ),
     *("model.fp16.safetensors", "model.safetensors.index.fp16.json", "tf_model.h5", "flax_model.msgpack"),
-    *("rust_model.ot", "model.onnx", "q4.gguf", "onnx/model.onnx", "onnx/config.json", "openvino/openvino_model.bin"),
+    *(
+        "rust_model.ot",
+        "model.onnx",
+        "decoder_model.onnx_data",
+        "q4.gguf",
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "openvino/openvino_model.bin",
+    ),
     *("coreml/text/w.bin", "original/consolidated.00.pth", "optimizer.pt", "training_args.bin", "rng_state_0.pth"),
     *("checkpoint-500/model.safetensors", ".git/objects/pack.bin", "modeling_reparam.py", "part-1.safetensors"),
 ]
@@ -453,7 +462,7 @@ def test_a_sentence_transformer_with_its_model_in_a_subfolder(tmp_path, stream):
     kinds = [("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
     modules = [{"idx": i, "path": p, "type": f"sentence_transformers.models.{k}"} for i, (p, k) in enumerate(kinds)]
     (source / "modules.json").write_text(json.dumps(modules))
-    assert len(hf_reparam.inspect_checkpoint(source).layers) == 13
+    assert len(inspect_checkpoint(source).layers) == 13
     hf_reparam.convert_checkpoint(source, out, rank=6, stream=stream)
     assert type(transformers.AutoModel.from_pretrained(out / "0_Transformer")).__name__ == "ReparamBertModel"
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
