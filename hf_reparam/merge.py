@@ -92,7 +92,9 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
         made_of=lambda name: parts[name].made_of(),
         desc="Merging layers",
     )
-    replaced = {parts[name].module: dense for name, (dense, _) in built.items()} | _stock(model, tables)
+    stock = _stock(model, tables)
+    biases = {dense: dense.bias for dense in stock.values() if isinstance(dense, nn.Linear)}
+    replaced = {parts[name].module: dense for name, (dense, _) in built.items()} | stock
     result = model if inplace else replace_modules(model, replaced, inplace=False)
     with undone_on_error(result):
         if inplace:
@@ -104,6 +106,9 @@ def merge(model: M, *, inplace: bool = False, offload_folder: str | os.PathLike[
         for path, host in hosts(result).items():
             if not path or any(isinstance(module, ReparamMixin) for module in host.modules()):
                 to_stock(host)
+        for head, bias in biases.items():
+            if head.bias is not None and head.bias.is_meta:  # tied to one in a file, which nobody would bring in here
+                head.bias = bias
         return result if "" in hosts(result) else join_dense(result)
 
 

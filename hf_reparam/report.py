@@ -195,7 +195,7 @@ class ConversionReport:
         if 2 * bare <= self.parameters_before:
             return []
         share = f"{bare / self.parameters_before:.0%} of the parameters"
-        return [f"bare parameters:  {share} are in no layer of their own (fused experts, as a rule) and stay as they are"]
+        return [f"bare parameters:  {share} are in no layer of their own (fused experts, as a rule) and stay"]
 
     def _exceptions(self) -> list[str]:
         """Layers of which the method or the error is not what one would expect."""

@@ -85,7 +85,7 @@ def test_labels_use_the_models_loss():
     case = zoo.BY_BASE["BertForSequenceClassification"]
     model = case.build()
     batch = {**case.batch(), "labels": torch.tensor([2, 0])}
-    layer = collect_moments(model, [batch]).layers["classifier"]
+    layer = collect_moments(model, [batch], include="classifier").layers["classifier"]
     logits = model(**case.batch()).logits.detach()
     gradient = logits.softmax(-1) - nn.functional.one_hot(batch["labels"], 3)
     torch.testing.assert_close(layer.gradient_products, (gradient.T @ gradient).double(), **FLOAT32_SUMS)
@@ -97,7 +97,8 @@ def test_drawn_answers_of_a_multi_label_head_give_the_fisher_information():
     with torch.no_grad():
         model.classifier.bias.copy_(torch.tensor([2.0, 0.0, -2.0]))
     ids = torch.randint(3, 90, (4000, 4), generator=torch.Generator().manual_seed(0))
-    layer = collect_moments(model, [{"input_ids": part} for part in ids.split(500)]).layers["classifier"]
+    batches = [{"input_ids": part} for part in ids.split(500)]
+    layer = collect_moments(model, batches, include="classifier").layers["classifier"]
     p = model(input_ids=ids[:100]).logits.sigmoid().mean(0).detach().double()
     torch.testing.assert_close(layer.gradient_products / 4000, torch.diag(p * (1 - p)), atol=0.02, rtol=0)
 
@@ -108,7 +109,8 @@ def test_drawn_labels_give_the_fisher_information():
     with torch.no_grad():
         model.classifier.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
     ids = torch.randint(3, 90, (4000, 4), generator=torch.Generator().manual_seed(0))
-    layer = collect_moments(model, [{"input_ids": part} for part in ids.split(500)]).layers["classifier"]
+    batches = [{"input_ids": part} for part in ids.split(500)]
+    layer = collect_moments(model, batches, include="classifier").layers["classifier"]
     p = model(input_ids=ids[:100]).logits.softmax(-1).mean(0).detach().double()
     expected = torch.diag(p) - torch.outer(p, p)
     torch.testing.assert_close(layer.gradient_products / 4000, expected, atol=0.02, rtol=0)
@@ -232,8 +234,8 @@ def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
 def test_a_group_that_the_loss_does_not_depend_on(tmp_path):
     """The last hidden states know nothing of the pooler, which is in a group of its own."""
     case = zoo.BY_BASE["BertModel"]
-    whole = collect_moments(case.build(), [case.batch()])
-    grouped = collect_moments(case.build(), [case.batch()], folder=tmp_path, max_memory="27KB")
+    whole = collect_moments(case.build(), [case.batch()], include="*")
+    grouped = collect_moments(case.build(), [case.batch()], folder=tmp_path, max_memory="27KB", include="*")
     assert len(list(tmp_path.iterdir())) == len(whole.layers)
     assert not grouped.layers["pooler.dense"].has_gradient()
     assert_same(grouped, whole)

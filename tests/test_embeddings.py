@@ -149,21 +149,21 @@ def test_a_budget_counts_the_whole_model():
         table = model.get_input_embeddings().weight
         table.copy_(torch.randn(len(table), 8) @ torch.randn(8, 32) * 0.01)
     moments = collect_moments(model, [case.batch()])
-    plan = make_plan(model, moments, keep=0.5, embeddings=True)
+    plan = make_plan(model, moments, keep=0.5, min_rank=1, embeddings=True)
     assert 6 <= plan.embeddings["embeddings.word_embeddings"] <= 10
     total = 99 * 32 + sum(x.input_sum.numel() * x.gradient_products.shape[0] for x in moments.layers.values())
     small = convert(model, plan=plan, calibration=moments)
     assert count_parameters(model) - count_parameters(small) >= 0.5 * total
     target = count_parameters(model) - 6000
-    whole = convert(model, target_params=target, calibration=moments, embeddings=True)
+    whole = convert(model, target_params=target, min_rank=1, calibration=moments, embeddings=True)
     assert target - 300 < count_parameters(whole) <= target
     assert whole.config.reparam["embeddings"]
-    assert "embeddings" not in convert(model, target_params=target, calibration=moments).config.reparam
+    assert "embeddings" not in convert(model, target_params=target, min_rank=1, calibration=moments).config.reparam
 
 
 def test_equal_shares_without_data():
     model = zoo.BY_BASE["BertModel"].build()
-    plan = make_plan(model, keep=0.5, embeddings=True)
+    plan = make_plan(model, keep=0.5, min_rank=1, embeddings=True)
     assert plan.embeddings == {"embeddings.word_embeddings": int(0.5 * 99 * 32 / (99 + 32))}
     assert make_plan(model, keep=1.0, embeddings=True).embeddings == {}
 
@@ -247,9 +247,9 @@ def test_streaming_gives_the_same_tensors(tmp_path):
     model, batch = case.build(), case.batch()
     moments = collect_moments(model, [batch])
     model.save_pretrained(tmp_path / "dense")
-    memory = convert(model, keep=0.2, calibration=moments, embeddings=True)
+    memory = convert(model, keep=0.2, min_rank=1, calibration=moments, embeddings=True)
     assert memory.config.reparam["embeddings"]
-    convert_checkpoint(tmp_path / "dense", tmp_path / "low", keep=0.2, moments=moments, embeddings=True)
+    convert_checkpoint(tmp_path / "dense", tmp_path / "low", keep=0.2, min_rank=1, moments=moments, embeddings=True)
     streamed = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
     assert all(torch.equal(value, streamed.state_dict()[key]) for key, value in memory.state_dict().items())
     merge_checkpoint(tmp_path / "low", tmp_path / "merged")
@@ -306,11 +306,11 @@ def test_tampered_ranks_are_refused(tmp_path, embeddings, message):
 def test_what_cannot_be_of_low_rank_is_named(tmp_path):
     bart, vit = (zoo.BY_BASE[base].build() for base in ("BartForConditionalGeneration", "ViTForImageClassification"))
     with pytest.raises(TargetError, match="is a BartScaledWordEmbedding"):
-        make_plan(bart, keep=0.5, embeddings=True)
+        make_plan(bart, keep=0.5, min_rank=1, embeddings=True)
     with pytest.raises(TargetError, match="is a ViTPatchEmbeddings"):
-        make_plan(vit, keep=0.5, embeddings=True)
+        make_plan(vit, keep=0.5, min_rank=1, embeddings=True)
     with pytest.raises(TargetError, match="only those of Transformers models"):
-        make_plan(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), keep=0.5, embeddings=True)
+        make_plan(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), keep=0.5, min_rank=1, embeddings=True)
     model = zoo.BY_BASE["BertModel"].build()
     with pytest.raises(TargetError, match="goes with keep"):
         convert(model, rank=4, embeddings=True)

@@ -181,12 +181,12 @@ def test_the_model_is_as_before(family):
     before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
     widths = {a.name: a.width for a in find_attentions(model)}
     expected = logits(model, batch)
-    small = convert(model, keep=0.4, calibration=moments)
+    small = convert(model, keep=0.4, min_rank=1, calibration=moments)
     assert list(model.modules()) == modules
     assert {a.name: a.width for a in find_attentions(model)} == widths
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(logits(model, batch), expected)
-    inplace = convert(copy.deepcopy(model), keep=0.4, calibration=moments, inplace=True)
+    inplace = convert(copy.deepcopy(model), keep=0.4, min_rank=1, calibration=moments, inplace=True)
     assert all(torch.equal(value, inplace.state_dict()[key]) for key, value in small.state_dict().items())
 
 
@@ -273,7 +273,7 @@ def test_the_output_bias_takes_the_mean_back():
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
 def test_the_budget_holds(family, keep):
     model, _, moments = family
-    _, report = convert(model, keep=keep, calibration=moments, return_report=True)
+    _, report = convert(model, keep=keep, min_rank=1, calibration=moments, return_report=True)
     biases = sum(t.bias_parameters for t in hf_reparam.nn.find_targets(model).selected)
     targeted = moments.layers.keys()
     total = sum(layer.input_sum.numel() * layer.gradient_products.shape[0] for layer in moments.layers.values())
@@ -323,12 +323,12 @@ def test_widths_are_chosen_where_they_are_predicted_to_be_better():
                 linear.weight.view(4, 8, 32)[:, 2:] *= 1e-4
                 linear.bias.view(4, 8)[:, 2:] *= 1e-4
     moments = collect_moments(model, bert()[1])
-    joint, separate = (make_plan(model, moments, keep=0.4, joint=joint) for joint in (True, False))
+    joint, separate = (make_plan(model, moments, keep=0.4, min_rank=1, joint=joint) for joint in (True, False))
     assert {w <= 4 for w in joint.head_widths.values()} == {True}
     assert separate.head_widths == {}
-    assert make_plan(model, moments, keep=0.4) == joint
+    assert make_plan(model, moments, keep=0.4, min_rank=1) == joint
     assert make_plan(model, moments, keep=1.0).head_widths == {}
-    assert set(make_plan(model, moments, keep=0.4, multiple_of=4).head_widths.values()) == {4}
+    assert set(make_plan(model, moments, keep=0.4, min_rank=1, multiple_of=4).head_widths.values()) == {4}
     low = [spec for name, spec in joint.modules.items() if ".attention." in name]
     assert low
     assert all(spec.rank < 32 for spec in low)
@@ -336,15 +336,15 @@ def test_widths_are_chosen_where_they_are_predicted_to_be_better():
 
 def test_equal_shares_know_no_widths():
     model, _, moments = bert()
-    assert make_plan(model, moments, keep=0.4, allocation="uniform").head_widths == {}
-    assert make_plan(model, keep=0.4).head_widths == {}
+    assert make_plan(model, moments, keep=0.4, min_rank=1, allocation="uniform").head_widths == {}
+    assert make_plan(model, keep=0.4, min_rank=1).head_widths == {}
     with pytest.raises(TargetError, match="joint=True needs the global allocation"):
-        make_plan(model, moments, keep=0.4, allocation="uniform", joint=True)
+        make_plan(model, moments, keep=0.4, min_rank=1, allocation="uniform", joint=True)
 
 
 def test_an_excluded_projection_keeps_its_heads():
     model, _, moments = bert()
-    plan = make_plan(model, moments, keep=0.3, exclude="*layer.0.attention.self.key")
+    plan = make_plan(model, moments, keep=0.3, min_rank=1, exclude="*layer.0.attention.self.key")
     assert "encoder.layer.0.attention" not in plan.head_widths
     assert "encoder.layer.1.attention" in plan.head_widths
 
@@ -352,7 +352,7 @@ def test_an_excluded_projection_keeps_its_heads():
 def test_a_projection_that_is_used_elsewhere_keeps_its_shape():
     model, _, moments = bert()
     model.elsewhere = model.bert.encoder.layer[0].attention.self.query
-    plan = make_plan(model, moments, keep=0.3)
+    plan = make_plan(model, moments, keep=0.3, min_rank=1)
     assert set(plan.head_widths) == {"encoder.layer.1.attention"}
 
 
@@ -360,7 +360,7 @@ def test_fused_layers_are_excluded_by_their_name():
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, data = case.build(), [case.batch()]
     moments = collect_moments(model, data)
-    small = convert(model, keep=0.4, calibration=moments, include=["*attn*"])
+    small = convert(model, keep=0.4, min_rank=1, calibration=moments, include=["*attn*"])
     names = {n for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
     assert any(name.endswith("c_attn.query") for name in names)
     assert not any("mlp" in name for name in names)
@@ -376,7 +376,7 @@ def test_a_failure_leaves_the_model_alone(monkeypatch):
     monkeypatch.setattr(importlib.import_module("hf_reparam.convert"), "factor_layers", fails)
     for inplace in (True, False):
         with pytest.raises(WeightError, match="on purpose"):
-            convert(model, keep=0.3, calibration=moments, inplace=inplace)
+            convert(model, keep=0.3, min_rank=1, calibration=moments, inplace=inplace)
         assert list(model.modules()) == before
         assert torch.equal(logits(model, data[0]), expected)
 
@@ -399,7 +399,7 @@ def test_the_dtype_stays(dtype):
 
 def test_it_trains():
     model, data, moments = bert()
-    small = convert(model, keep=0.4, calibration=moments).train()
+    small = convert(model, keep=0.4, min_rank=1, calibration=moments).train()
     assert summarize(small).heads
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-3)
     batch = {**data[0], "labels": data[0]["input_ids"]}
@@ -416,7 +416,7 @@ def test_it_trains():
 
 def test_refit_takes_the_moments_that_the_heads_were_made_with():
     model, data, moments = bert()
-    small = convert(model, keep=0.3, calibration=moments)
+    small = convert(model, keep=0.3, min_rank=1, calibration=moments)
     assert summarize(small).heads
     with pytest.raises(TargetError, match="give the moments="):
         refit(small, model, data)
@@ -424,7 +424,7 @@ def test_refit_takes_the_moments_that_the_heads_were_made_with():
     report = refit(small, model, data, moments=moments)
     assert report.after < report.before
     assert list(model.modules()) == before
-    again = convert(model, keep=0.3, calibration=data, refit=True)
+    again = convert(model, keep=0.3, min_rank=1, calibration=data, refit=True)
     for key, value in small.state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-4, rtol=1e-4)
 
@@ -432,8 +432,8 @@ def test_refit_takes_the_moments_that_the_heads_were_made_with():
 def test_streaming_gives_the_same_tensors(tmp_path):
     model, data, moments = bert()
     model.save_pretrained(tmp_path / "dense")
-    memory = convert(model, keep=0.3, calibration=moments)
-    report = convert_checkpoint(tmp_path / "dense", tmp_path / "low", keep=0.3, moments=moments)
+    memory = convert(model, keep=0.3, min_rank=1, calibration=moments)
+    report = convert_checkpoint(tmp_path / "dense", tmp_path / "low", keep=0.3, min_rank=1, moments=moments)
     assert len(report.heads) == 2
     streamed = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "low")
     assert streamed.config.reparam["head_widths"] == memory.config.reparam["head_widths"]
@@ -442,13 +442,15 @@ def test_streaming_gives_the_same_tensors(tmp_path):
     merged = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
     assert type(merged) is tf.BertForMaskedLM
     close(logits(merged, data[0]), logits(memory, data[0]))
-    separate = convert_checkpoint(tmp_path / "dense", tmp_path / "separate", keep=0.3, moments=moments, joint=False)
+    separate = convert_checkpoint(
+        tmp_path / "dense", tmp_path / "separate", keep=0.3, min_rank=1, moments=moments, joint=False
+    )
     assert separate.heads == ()
 
 
 def test_another_head_loads_the_base(tmp_path):
     model, data, moments = bert()
-    small = convert(model, keep=0.3, calibration=moments)
+    small = convert(model, keep=0.3, min_rank=1, calibration=moments)
     small.save_pretrained(tmp_path)
     base = tf.AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -539,7 +541,7 @@ def test_a_converted_model_makes_no_plan():
     model, _, moments = bert()
     half = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4)))
     with pytest.raises(TargetError, match="converted already"):
-        make_plan(half, moments, keep=0.3)
+        make_plan(half, moments, keep=0.3, min_rank=1)
     lower = convert(half, rank=4)  # but its layers can be factored
     assert lower.config.reparam["head_widths"] == half.config.reparam["head_widths"]
 
@@ -556,7 +558,7 @@ def test_rotary_attention_is_no_candidate():
     case = zoo.BY_BASE["LlamaForCausalLM"]
     model = case.build()
     assert find_attentions(model) == []
-    assert make_plan(model, collect_moments(model, [case.batch()]), keep=0.3).head_widths == {}
+    assert make_plan(model, collect_moments(model, [case.batch()]), keep=0.3, min_rank=1).head_widths == {}
 
 
 class OwnAttention(nn.Module):

@@ -327,9 +327,9 @@ def test_a_budget_makes_heads_of_plain_models_narrower():
         return nn.functional.cross_entropy(net(**batch).flatten(0, 1), batch["tgt"].flatten(), reduction="sum")
 
     moments = collect_moments(model, data, loss_fn=loss)
-    small, report = convert(model, keep=0.4, calibration=moments, return_report=True)
+    small, report = convert(model, keep=0.4, min_rank=1, calibration=moments, return_report=True)
     assert report.heads
     assert all(heads.width_after < 8 for heads in report.heads)
-    separate = convert(model, keep=0.4, calibration=moments, joint=False)
+    separate = convert(model, keep=0.4, min_rank=1, calibration=moments, joint=False)
     lost = {name: (net(**data[0]) - model(**data[0])).norm() for name, net in (("joint", small), ("apart", separate))}
     assert lost["joint"] < lost["apart"]

@@ -148,15 +148,17 @@ def test_any_chain_of_layers(model, rank, form, larger):
     keep=st.floats(0.02, 1.0),
     form=forms,
     multiple_of=st.sampled_from([1, 2, 8]),
+    min_rank=st.sampled_from([1, 3, 8]),
     metric=st.sampled_from(METRICS),
     shares=st.sampled_from(["global", "uniform"]),
 )
-def test_the_budget_is_kept(model, keep, form, multiple_of, metric, shares):
+def test_the_budget_is_kept(model, keep, form, multiple_of, min_rank, metric, shares):
     model.eval()
     moments = None
     inputs = torch.randn(8, model.layers[0].in_features, dtype=model.layers[0].weight.dtype)
     loss = None if metric == "activation" else (lambda m, batch: m(**batch).square().sum())
     options = {"form": form, "multiple_of": multiple_of, "allocation": shares if metric == "fisher" else None}
+    options["min_rank"] = min_rank
     try:
         if metric != "svd":
             moments = hf_reparam.collect_moments(model, [{"x": inputs}], metric=metric, loss_fn=loss)
@@ -174,7 +176,7 @@ def test_the_budget_is_kept(model, keep, form, multiple_of, metric, shares):
         held += weights if spec is None else spec.weights(target.in_features, target.out_features)
     assert held <= keep * dense * (1 + 1e-9)
     assert parameters(small) <= parameters(model)
-    assert all(spec.rank % multiple_of == 0 or spec.rank < multiple_of for spec in plan.modules.values())
+    assert all(spec.rank % multiple_of == 0 and spec.rank >= min_rank for spec in plan.modules.values())
     check_names(small, report)
 
 

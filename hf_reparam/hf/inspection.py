@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import TargetError, WeightError
@@ -196,7 +197,8 @@ def count_parameters(model: nn.Module) -> int:
     for path, host in hosts(model).items():
         start = f"{path}." if path else ""
         tied |= {start + key for key in getattr(host, "all_tied_weights_keys", None) or ()}
-    return sum(p.numel() for name, p in model.named_parameters() if not (p.is_meta and name in tied))
+    known = ((name, p) for name, p in model.named_parameters() if not is_lazy(p))
+    return sum(p.numel() for name, p in known if not (p.is_meta and name in tied))
 
 
 def split_projections(model: object) -> AbstractContextManager[None]:

@@ -119,12 +119,12 @@ def dense_matrix(module: nn.Module) -> Tensor:
     Raises:
         WeightError: its weights are in parts, as `not_whole` says, or its factors are no plain Linears.
     """
-    if isinstance(module, LowRankLinear):
-        if type(module.up) is not nn.Linear or type(module.down) is not nn.Linear:
-            raise WeightError(
-                f"its factors are {type(module.down).__name__} and {type(module.up).__name__}, not plain Linears: "
-                "merge or unload the adapter (`merge_and_unload()`), or load the model without quantization"
-            )
+    factors = (module.down, module.up) if isinstance(module, LowRankLinear) else ()
+    if any(type(factor) is not nn.Linear for factor in factors):
+        raise WeightError(
+            f"its factors are {' and '.join(type(factor).__name__ for factor in factors)}, not plain Linears: "
+            "merge or unload the adapter (`merge_and_unload()`), or load the model without quantization"
+        )
     if (reason := not_whole(module)) is not None:
         raise WeightError(reason)
     if isinstance(module, LowRankLinear):

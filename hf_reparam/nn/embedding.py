@@ -24,17 +24,17 @@ class Factor(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(input, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
 
 class Transposed(Factor):
     """The same matrix the other way, y = x W."""
 
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., out) -> (..., in)."""
-        return F.linear(input, self.weight.T, bias)
+        return F.linear(x, self.weight.T, bias)
 
 
 class Rows(Factor):
@@ -49,9 +49,9 @@ class Rows(Factor):
         super().__init__(weight)
         self.padding_idx = padding_idx
 
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(...) int -> (..., in)."""
-        return F.embedding(input, self.weight, self.padding_idx)
+        return F.embedding(x, self.weight, self.padding_idx)
 
 
 class Tables(Factored):
@@ -114,7 +114,7 @@ class LowRankEmbedding(Tables):
         """Width d."""
         return self.in_features
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
         """(...) int -> (..., d)."""
         out: Tensor = self.up(self.table(input))
         return out
@@ -135,7 +135,7 @@ class LowRankHead(Tables):
         super().__init__(Factor(table), Transposed(up))
         self.bias = bias
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
         """(..., d) -> (..., tokens)."""
         out: Tensor = self.table(self.up(input), self.bias)
         return out

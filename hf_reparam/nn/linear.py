@@ -27,7 +27,8 @@ class Factored(nn.Module):
         """The product (out, in), formed when arithmetic asks for it, with gradients into both factors."""
         if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
             return self._product()
-        return Product(self._product, self.up.weight, (self.out_features, self.in_features))
+        like: Any = self
+        return Product(self._product, like.up.weight, (like.out_features, like.in_features))
 
     def _product(self) -> Tensor:
         up, down = self.factors()
@@ -92,7 +93,7 @@ class LowRankLinear(Factored):
             args = (*args, kwargs.pop(self.keyword))
         return super().__call__(*args, **kwargs)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that nn.Linear gives it
         """(..., in) -> (..., out)."""
         out: Tensor = self.up(self.hidden(input))
         return out
@@ -193,7 +194,8 @@ _METADATA = frozenset(
 )
 _WRITING = frozenset(
     {"__set__", "__setitem__", "__delitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
-    | {f"__i{op}__" for op in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"]}
+    | {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__imatmul__"}
+    | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 )
 
 
