@@ -88,8 +88,8 @@ def collect_moments(
     Raises:
         TargetError: no model, one with adapters, or with several Transformers models and no way to call them; no
             such metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead),
-            texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or too
-            small for one layer, or data for one pass only.
+            texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or
+            too small for one layer, or data for one pass only.
         CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
@@ -208,7 +208,7 @@ def _watch_group(
                     continue
                 loss = _loss(inner, batch, part.masks, alone=alone) if loss_fn is None else loss_fn(model, batch)
             if loss.requires_grad:  # it need not depend on every group: a pooler without a head
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             elif alone:
                 raise _no_gradient(group)
     _warn_of_padding(watcher.unfitting(), watcher.masks)

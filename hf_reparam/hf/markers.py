@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_reparam.hf.configuration import HEAD, plan_of
 from hf_reparam.hf.naming import local_names

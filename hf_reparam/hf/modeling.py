@@ -137,7 +137,7 @@ class ReparamMixin:
         if push_to_hub and is_main_process:
             hub |= {"repo_id": hub.get("repo_id", folder.name), "token": kwargs.get("token")}
             upload, before = Upload.prepare(self, **hub), written(folder)
-        state = dict(state_dict or self.state_dict())  # type: ignore[attr-defined]
+        state = dict(state_dict or self.state_dict())
         for name, marker in markers(self).items():
             state.setdefault(name, marker)
         kwargs["save_original_format"] = False

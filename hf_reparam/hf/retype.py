@@ -156,4 +156,4 @@ def _tied(model: PreTrainedModel) -> bool:
     if not isinstance(source, nn.Embedding) or source.weight is outputs.weight:
         return True
     with aligned(source), aligned(outputs):
-        return torch.equal(source.weight, outputs.weight)
+        return torch.equal(source.weight, outputs.get_parameter("weight"))

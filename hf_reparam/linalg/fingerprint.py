@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def _pieces(part: object) -> Iterator[bytes | memoryview]:
     elif isinstance(part, Tensor):
         yield f"{part.dtype} {tuple(part.shape)} {part.is_meta}\0".encode()
         if not part.is_meta:
-            yield memoryview(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            numbers: Any = part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            yield memoryview(numbers)
     else:
         yield f"{part!r}\0".encode()

@@ -159,16 +159,16 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
     Until the block ends, what was replaced in it is kept in memory.
     """
-    before = [
-        (module, type(module), [(held, dict(held)) for held in (vars(module), *map(vars(module).get, _HELD))])
-        for module in model.modules()
-    ]
+    before = []
+    for module in model.modules():
+        contents: list[dict[str, Any]] = [vars(module), *(vars(module)[key] for key in _HELD)]
+        before.append((module, type(module), [(held, dict(held)) for held in contents]))
     try:
         yield
     except BaseException:
-        for module, kind, contents in before:
+        for module, kind, states in before:
             module.__class__ = kind
-            for held, then in contents:
+            for held, then in states:
                 held.clear()
                 held.update(then)
         raise

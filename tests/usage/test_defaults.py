@@ -153,7 +153,7 @@ def test_no_rank_below_eight(form, metric, multiple_of):
         assert all(spec.rank >= 8 and spec.rank % multiple_of == 0 for spec in plan.modules.values())
         assert "4" not in plan.modules  # it has two outputs
         held = sum(
-            m.weight.numel() if (spec := plan.modules.get(name)) is None else spec.weights(m.in_features, m.out_features)
+            spec.weights(m.in_features, m.out_features) if (spec := plan.modules.get(name)) else m.weight.numel()
             for name, m in net.named_children()
             if isinstance(m, nn.Linear)
         )
