@@ -76,8 +76,8 @@ def convert_checkpoint(
     off goes on where it stopped when it is started again with the same arguments on the same files. The tensors are
     those that loading, `convert` and `save_pretrained` would give. Files beside the weights (tokenizer, pooling and
     dense modules of sentence-transformers) are copied; tensors that the model's class does not load are not, and the
-    report names them. In a distributed run (`accelerate launch`) every
-    process has to call this: texts and layers are shared out, and the first process writes.
+    report names them. In a distributed run (`accelerate launch`) every process has to call this: texts and layers are
+    shared out, and the first process writes.
 
     Args:
         source: a folder, or a Hub id; one of sentence-transformers may hold the model in a subfolder.

@@ -33,14 +33,7 @@ _OWN = ("config.json", "generation_config.json", "README.md", FILE)  # written b
 _OWN_WEIGHTS = (
     *("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json"),
     *("tf_model*.h5", "tf_model.h5.index*.json", "flax_model*.msgpack", "flax_model.msgpack.index*.json", "*.ot"),
-    *(
-        "consolidated*.safetensors",
-        "consolidated*.pth",
-        "consolidated*.index.json",
-        "*model*.onnx*",
-        "*.gguf",
-        "*.tflite",
-    ),
+    *("consolidated*.safetensors", "consolidated*.pth", "*model*.onnx*", "*.gguf", "*.tflite"),
 )
 _TRAINING = ("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
@@ -77,7 +70,7 @@ def model_place(folder: Path) -> Path:
         return folder
     try:
         paths = [Path(entry["path"]) for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
-        places = [folder / path for path in paths if len(path.parts) == 1 and _has_model(folder / path)]
+        places = [folder / path for path in paths if str(path) == path.name != ".." and _has_model(folder / path)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return folder
     if len(places) > 1:

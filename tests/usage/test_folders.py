@@ -16,6 +16,7 @@ from torch import nn
 import hf_reparam
 from hf_reparam import CheckpointError, Moments, TargetError, cli, collect_moments, convert, factoring, merge
 from hf_reparam.checkpoint import inspect_checkpoint
+from hf_reparam.hf.folder import model_place
 from hf_reparam.hf.processes import alone
 from tests import zoo
 
@@ -479,6 +480,15 @@ def test_a_folder_of_two_models_is_refused(tmp_path):
     (tmp_path / "st" / "modules.json").write_text('[{"path": "0_Query"}, {"path": "1_Document"}]')
     with pytest.raises(CheckpointError, match=r"holds 2 models, \['0_Query', '1_Document'\]: convert each by its own"):
         hf_reparam.convert_checkpoint(tmp_path / "st", tmp_path / "out", rank=6)
+
+
+@pytest.mark.parametrize("path", ["..", "../other", "/", "0_Transformer/deeper", 7])
+def test_a_list_that_leads_out_of_the_folder_is_not_followed(tmp_path, path):
+    for folder in (tmp_path, tmp_path / "other", tmp_path / "st" / "0_Transformer" / "deeper"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "st" / "modules.json").write_text(json.dumps([{"path": path}]))
+    assert model_place(tmp_path / "st") == tmp_path / "st"
 
 
 @pytest.mark.parametrize("content", ["{}", "[1, 2]", "no json", '{"weight_map": "x"}'])
