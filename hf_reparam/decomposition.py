@@ -1,17 +1,16 @@
 """`decompose`: every layer of a model decomposed once, in one metric, to be cut at any rank in no time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_reparam.calibration import layer_name
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.hf.host import check_model
+from hf_reparam.hf.host import check_model, hosts
 from hf_reparam.hf.inspection import check_no_adapters, find_layers, with_projections
 from hf_reparam.hf.offload import aligned
 from hf_reparam.hf.processes import distributed, spread
@@ -246,9 +245,11 @@ def check_fit(model: nn.Module, targets: Iterable[Target], source: Decomposition
             )
     every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
     missing, foreign = sorted(named.keys() - known.keys()), sorted(known.keys() - every)
-    if isinstance(model, PreTrainedModel) and named.keys() & known.keys():
-        missing = [name for name in missing if _part(name) in set(map(_part, known))]
-        foreign = [name for name in foreign if _part(name) in set(map(_part, named))]
+    starts = [f"{path}." if path else "" for path in hosts(model)]
+    if starts and named.keys() & known.keys():
+        ours, theirs_parts = ({_part(name, starts) for name in names} for names in (named, known))
+        missing = [name for name in missing if _part(name, starts) in theirs_parts]
+        foreign = [name for name in foreign if _part(name, starts) in ours]
     if missing or foreign:
         mine, theirs_too = _example(missing or named, "layers"), _example(foreign or known, "layers")
         raise WeightError(
@@ -261,8 +262,10 @@ def check_fit(model: nn.Module, targets: Iterable[Target], source: Decomposition
 _OTHER = "they are of another model, or of another version of it; use collect_moments with this one"
 
 
-def _part(name: str) -> str:
-    return name.partition(".")[0]
+def _part(name: str, starts: Sequence[str]) -> str:
+    """The part of a Transformers model that a layer is in; the layer's own name outside of these."""
+    start = next((start for start in starts if name.startswith(start)), None)
+    return name if start is None else start + name.removeprefix(start).partition(".")[0]
 
 
 def _example(names: Iterable[str], what: str) -> str:

@@ -59,7 +59,7 @@ def distillation_loss(
     >>> from hf_reparam.convert import convert
     >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
     >>> dense = BertForSequenceClassification(BertConfig(**shape)).eval()
-    >>> small = convert(dense, rank=4)
+    >>> small = convert(dense, rank=4, include="*")
     >>> with distillation_loss(dense, small, alpha=1.0) as loss:
     ...     bool(loss(small(input_ids=torch.tensor([[1, 2, 3]])), None) > 0)
     True

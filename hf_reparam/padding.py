@@ -66,13 +66,16 @@ class Padding:
     _whole: dict[bool, bool] = field(default_factory=dict)  # with padding or without -> whether shapes tell it
     _follows: Mapping[str, frozenset[Layout]] = field(default_factory=dict)
 
-    def parts(self, batches: Iterable[tuple[Batch, Any]]) -> Iterator[Part]:
+    def parts(self, batches: Iterable[tuple[Batch, tuple[Tensor, ...]]]) -> Iterator[Part]:
         """The batches that `prepare` gives, whole or one example at a time. Tries the model out in the first of them.
 
         Cost: three small forward passes, for the first batch, and for the first one with padding.
         """
-        for batch, _ in batches:
+        for batch, masks in batches:
             whole = self._part(batch)
+            if masks and not whole.masks:  # the model takes none of them
+                yield Part(whole.batch, masks, tried=False)
+                continue
             count, padded = examples_in(whole.batch), whole.padded
             if count == 1 and padded and _splits(whole.batch):
                 yield self._single(whole, 0)

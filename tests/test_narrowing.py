@@ -170,7 +170,7 @@ def test_kin_of_these_families(name, tmp_path):
 @pytest.mark.parametrize("metric", ["svd", "activation"])
 def test_heads_are_compared_with_layers_in_the_fisher_metric_only(metric):
     model, _, moments = bert()
-    options = {"keep": 0.4, "metric": metric, "allocation": "global"}
+    options = {"keep": 0.4, "min_rank": 1, "metric": metric, "allocation": "global"}
     assert make_plan(model, moments, **options).head_widths == {}
     with pytest.raises(TargetError, match="joint=True needs the fisher metric"):
         make_plan(model, moments, **options, joint=True)

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.hf.configuration import stock_config_class
 from hf_reparam.hf.families import auto_classes
-from hf_reparam.hf.host import embeddings_of, hosts, saved_otherwise, unwrapped
+from hf_reparam.hf.host import embeddings_of, hosts, layer_name, saved_otherwise, unwrapped
 from hf_reparam.nn.attention import split_attention
 from hf_reparam.nn.targets import Targets, find_targets
+from hf_reparam.plan import RankPlan
 
 __all__ = [
     "check_convertible",
@@ -57,10 +58,10 @@ def find_layers(
     return find_targets(model, include=include, exclude=exclude, protected=protected_layers(model), optional=optional)
 
 
-def named_by(model: nn.Module, rank: object, plan: object) -> Container[str]:
-    """Optional layers that a plan may name, and those that a mapping of ranks does name, by their whole names."""
+def named_by(model: nn.Module, rank: object, plan: RankPlan | None) -> Container[str]:
+    """Optional layers that a plan names, or a mapping of ranks, by their whole names."""
     if plan is not None:
-        return optional_layers(model)
+        return {name for name in optional_layers(model) if layer_name(model, name) in plan.modules}
     return rank if isinstance(rank, Mapping) else ()
 
 

@@ -54,7 +54,8 @@ class TableMoments:
 
     def add_ids(self, ids: Tensor) -> None:
         """Count tokens (n,)."""
-        self.counts += torch.bincount(ids.cpu(), minlength=len(self.counts))
+        tokens = len(self.counts)  # an id beyond them fails in the embedding itself
+        self.counts += torch.bincount(ids.cpu(), minlength=tokens)[:tokens]
 
     def add_gradients(self, g: Tensor) -> None:
         """Add rows (n, d) of the gradient at the embedding."""

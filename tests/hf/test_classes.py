@@ -90,7 +90,7 @@ def test_submodel_saves_and_loads(tmp_path):
     small = small_bert()
     small.bert.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
-    expected = small.bert.state_dict()
+    expected = {key: value for key, value in small.bert.state_dict().items() if value.numel()}  # without markers
     assert expected.keys() <= loaded.state_dict().keys()  # a pooler is added
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in expected.items())
 

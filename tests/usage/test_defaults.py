@@ -105,7 +105,7 @@ def test_every_way_to_ask_for_a_size_agrees(base, options):
 
 def test_include_brings_them_in(tmp_path):
     case = zoo.BY_BASE["BertForSequenceClassification"]
-    model = case.build(num_labels=24)
+    model = tf.BertForSequenceClassification(zoo.bert(num_labels=24)).eval()
     moments = collect_moments(model, [case.batch()], include=["*pooler*", "classifier"])
     assert set(moments.layers) == {"pooler.dense", "classifier"}
     for options in ({"rank": 6}, {"keep": 0.6, "calibration": moments}, {"keep": 0.6, "calibration": [case.batch()]}):
@@ -119,7 +119,7 @@ def test_include_brings_them_in(tmp_path):
 
 
 def test_a_rank_or_a_plan_that_names_one_brings_it_in():
-    model = zoo.BY_BASE["BertForSequenceClassification"].build(num_labels=24)
+    model = tf.BertForSequenceClassification(zoo.bert(num_labels=24)).eval()
     assert low_rank(convert(model, rank={"classifier": 4})) == {"classifier"}
     plan = make_plan(model, keep=0.6, include=["classifier", "*.query"])
     assert "classifier" in plan.modules

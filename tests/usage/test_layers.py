@@ -8,6 +8,7 @@ import transformers as tf
 from accelerate import cpu_offload, disk_offload
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel  # noqa: F401  # torch.distributed is imported
+from transformers import initialization
 from transformers.models.esm.modeling_esmfold import EsmFoldLinear
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -109,8 +110,8 @@ def test_reading_the_weight_goes_on(make):
         out = torch.einsum("bi,oi->ob", torch.randn(3, 16), layer.weight)
         out += 1
         out.T.zero_()
-    tf.initialization.normal_(layer.weight)  # as a model's `_init_weights` does: passed over
-    tf.initialization.zeros_(layer.weight[:3])
+    initialization.normal_(layer.weight)  # as a model's `_init_weights` does: passed over
+    initialization.zeros_(layer.weight[:3])
     assert float(layer.weight.norm()) > 0
 
 

@@ -202,14 +202,6 @@ def test_a_state_dict_as_it_was_saved_is_taken():
         assert cast[0].order.dtype == torch.int64
 
 
-def test_an_order_that_was_averaged_in_place_is_noticed():
-    net, x = pivoted(), torch.randn(4, 298)
-    with torch.no_grad():  # as averages of whole state dicts do it, which cut off after the point
-        net[0].order.copy_(net[0].order * 0.999 + net[0].order * 0.000999)
-    with pytest.raises(CheckpointError, match="no permutation of its 298 inputs"):
-        net(x)
-
-
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.999)])
 def test_averages_with_buffers_keep_the_order(average):
     net, x = pivoted(), torch.randn(4, 298)
