@@ -17,7 +17,7 @@ from hf_reparam.nn.patterns import as_patterns
 from hf_reparam.nn.targets import Skipped, Target, no_layer
 from hf_reparam.plan import FORMS, LayerSpec, RankPlan
 
-__all__ = ["MIN_RANK", "Chosen", "check_budget", "fit_plan", "make_plan"]
+__all__ = ["Chosen", "check_budget", "fit_plan", "make_plan"]
 
 Chosen = tuple[Mapping[str, LayerSpec], tuple[Skipped, ...]]
 """Path -> rank and form of the layers to convert, and why the others stay."""

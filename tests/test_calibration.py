@@ -268,7 +268,7 @@ def test_convert_calibrates_within_memory(monkeypatch):
         return collect(*args, **kwargs)
 
     monkeypatch.setattr(convert_module, "collect_moments", watched)
-    options = {"keep": 0.5, "metric": "activation", "allocation": "uniform"}
+    options = {"keep": 0.5, "min_rank": 1, "metric": "activation", "allocation": "uniform"}
     expected = convert(net, calibration=data, **options)
     small = convert(net, calibration=data, max_memory="3KB", **options)
     assert all(map(torch.equal, small.state_dict().values(), expected.state_dict().values()))

@@ -129,7 +129,7 @@ def test_half_of_a_base_model_leaves_the_other_half_new_as_dense(tmp_path):
 
 
 def test_another_head_gets_the_plan_of_the_base(tmp_path):
-    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK).save_pretrained(tmp_path)
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK, include="*").save_pretrained(tmp_path)
     model = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=4)
     assert type(model).__name__ == "ReparamBertForTokenClassification"
     assert model.classifier.out_features == 4
@@ -189,7 +189,7 @@ def rewrite(folder, change):
 
 @pytest.fixture
 def saved(tmp_path):
-    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK).save_pretrained(tmp_path)
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK, include="*").save_pretrained(tmp_path)
     return tmp_path
 
 

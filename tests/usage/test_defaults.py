@@ -6,6 +6,7 @@ import transformers as tf
 from torch import nn
 
 from hf_reparam import LowRankLinear, RankError, collect_moments, convert, decompose, make_plan, merge, summarize
+from hf_reparam.hf.host import layer_name
 from tests import zoo
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -78,16 +79,9 @@ def test_heads_poolers_and_routers_stay_dense(make, optional):
     possible = {row.name for row in report.layers}
     assert possible
     assert not possible & optional
-    assert set(decompose(model).layers) == (
-        possible if isinstance(model, nn.ModuleDict) else {name.removeprefix(prefix(model)) for name in possible}
-    )
+    assert set(decompose(model).layers) == {layer_name(model, name) for name in possible}
     planned = make_plan(model, keep=0.5)
-    assert not {name.removeprefix(prefix(model)) for name in optional} & set(planned.modules)
-
-
-def prefix(model):
-    base = getattr(model, "base_model", model)
-    return "" if base is model else f"{model.base_model_prefix}."
+    assert not {layer_name(model, name) for name in optional} & set(planned.modules)
 
 
 @pytest.mark.parametrize("options", [{"rank": 6}, {"rank": {"*": 6}}, {"keep": 0.5}, {"keep": 0.5, "calibrated": True}])
