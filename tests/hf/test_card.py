@@ -49,7 +49,7 @@ def hub(monkeypatch, tmp_path):
 
 def test_card_says_what_was_done(dense, hub):
     texts = [CASE.batch()]
-    small, report = convert(dense, keep=0.5, calibration=texts, return_report=True)
+    small, report = convert(dense, keep=0.5, min_rank=1, include="*", calibration=texts, return_report=True)
     card = model_card(small)
     data = card.data.to_dict()
     assert data["base_model"] == "google-bert/bert-tiny"
@@ -107,7 +107,7 @@ def test_a_folder_that_is_named_like_a_hub_id_is_none(tmp_path, dense, monkeypat
 
 def test_a_later_refit_is_remembered(dense):
     data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
-    small = convert(dense, rank=4)
+    small = convert(dense, rank=4, include="*")
     assert small.config.reparam["record"]["refitted_layers"] == 0
     report = hf_reparam.refit(small, dense, data)
     assert small.config.reparam["record"]["refitted_layers"] == len(report.layers) > 0
