@@ -1,5 +1,7 @@
 """Numbers for low-rank layers that have none, as large as those that the base class would draw for dense ones."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from hf_reparam.nn.dense import dense_like, dense_matrix, shape_of
 from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.linear import LowRankLinear, PivotedLinear
 
-__all__ = ["deviations", "draw", "draw_dense", "draw_tables"]
+__all__ = ["deviations", "draw", "draw_dense", "draw_tables", "out_of_sight"]
 
 
 @torch.no_grad()
@@ -77,6 +79,22 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
         finally:
             owner._modules.update(mine)
     return found
+
+
+@contextmanager
+def out_of_sight(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Hide factors from base classes that initialise every Linear inside of a module, and take its bias for granted."""
+    held = [(layer, dict(layer._modules)) for layer in layers]
+    for layer, factors in held:
+        layer._modules.clear()
+        vars(layer).update(factors)
+    try:
+        yield
+    finally:
+        for layer, factors in held:
+            for name in factors:
+                del vars(layer)[name]
+            layer._modules.update(factors)
 
 
 def _stand_in(low: Any) -> nn.Module:

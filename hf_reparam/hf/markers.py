@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hf_reparam.hf.configuration import HEAD, plan_of
-from hf_reparam.hf.naming import local_names
+from hf_reparam.hf.naming import loading, local_names, renamed
 from hf_reparam.hf.tables import table_groups
 from hf_reparam.nn.embedding import Tables
 from hf_reparam.nn.linear import LowRankLinear
@@ -27,5 +27,6 @@ def marker_patterns(model: Any) -> set[str]:
     """Regular expressions for the names of the empty markers, as the file has them and as they are here."""
     plan = plan_of(model.config)
     names = [*plan.modules, *plan.embeddings, *local_names(model, {**plan.modules, **plan.embeddings})]
+    names += renamed(model, names) if loading() else []
     kinds = {layer_kind(name.removeprefix(HEAD)) for name in names}
     return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, initialization, modeling_utils
 
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.hf.configuration import PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
-from hf_reparam.hf.drawing import deviations, draw, draw_dense, draw_tables
+from hf_reparam.hf.drawing import deviations, draw, draw_dense, draw_tables, out_of_sight
 from hf_reparam.hf.hub import Upload, written
 from hf_reparam.hf.markers import marker_patterns, markers
 from hf_reparam.hf.naming import (
@@ -70,13 +70,11 @@ class ReparamMixin:
 
     def initialize_weights(self) -> None:
         """As the base's, but for low-rank layers, which it does not know. Numbers that were loaded are left alone."""
-        drawn = [
-            module
-            for module in self.modules()  # type: ignore[attr-defined]
-            if isinstance(module, (LowRankLinear, Tables)) and not _has_numbers(module)
-        ]
-        sizes = deviations(self, [low for low in drawn if not low.up.weight.is_meta])
-        super().initialize_weights()  # type: ignore[misc]
+        layers = [m for m in self.modules() if isinstance(m, (LowRankLinear, Tables))]  # type: ignore[attr-defined]
+        drawn = [layer for layer in layers if not _has_numbers(layer)]
+        with out_of_sight(layers):
+            sizes = deviations(self, [low for low in drawn if not low.up.weight.is_meta])
+            super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
             if isinstance(module, Tables):
                 draw_tables(module, self.config, sizes.get(module))

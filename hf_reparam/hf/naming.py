@@ -24,6 +24,7 @@ __all__ = [
     "loading",
     "local_names",
     "note_plan",
+    "renamed",
     "shapes_may_differ",
     "while_loading",
 ]
@@ -86,6 +87,15 @@ def find_paths(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         if key in modules:
             found[name] = key.removesuffix(".weight")
     return found
+
+
+def renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """What Transformers makes of the names of these layers' weights while it loads a checkpoint into this model."""
+    changes = _renamings(model)
+    modules = {f"{path}.weight": module for path, module in model.named_modules(remove_duplicate=False)}
+    rename = core_model_loading.rename_source_key
+    found = (rename(f"{name}.weight", changes, [], model.base_model_prefix, modules)[0] for name in names)
+    return [key.removesuffix(".weight") for key in found]
 
 
 def _renamings(model: PreTrainedModel) -> list[Any]:

@@ -28,7 +28,7 @@ class Factored(nn.Module):
         if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
             return self._product()
         like: Any = self
-        return Product(self._product, like.up.weight, (like.out_features, like.in_features))
+        return Product(self._product, like.up.weight, (like.out_features, like.in_features), like.up.weight)
 
     def _product(self) -> Tensor:
         up, down = self.factors()
@@ -210,24 +210,31 @@ def _lost(what: str) -> WeightError:
 class Product(Tensor):
     """up @ down, not yet multiplied: a tensor of the right shape, dtype and device that holds no numbers.
 
-    What is written into it, or into a view of it, would be lost, and raises WeightError.
+    What is written into it, or into a view of it, would be lost, and raises WeightError; but a number that it is
+    multiplied or divided by in place, as RWKV does between training and inference, goes to `up`.
 
     Args:
         form: gives the numbers.
         like: a tensor of their dtype and device.
         shape: theirs.
+        up: the factor that stands for the whole in such a product.
     """
 
     _form: Callable[[], Tensor]
+    _up: Tensor | None
     _is_hf_initialized = True  # Transformers' initialisers must not draw numbers for it
 
     @staticmethod
-    def __new__(cls, form: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> "Product":
+    def __new__(
+        cls, form: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...], up: Tensor | None = None
+    ) -> "Product":
         self: Product = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        self._form = form
+        self._form, self._up = form, up
         return self
 
-    def __init__(self, form: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, form: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...], up: Tensor | None = None
+    ) -> None:
         super().__init__()
 
     @classmethod
@@ -238,6 +245,11 @@ class Product(Tensor):
         getter = name == "__get__" and func.__self__.__name__
         if getter in _METADATA or func in (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point):
             return super().__torch_function__(func, types, args, kwargs)
+        if name in ("mul_", "div_") and [type(value) for value in args[1:]] in ([int], [float]) and not kwargs:
+            into = args[0]
+            if isinstance(into, Product) and into._up is not None:
+                getattr(into._up, name)(args[1])
+                return into
         if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
             _refuse_writing(name, args, kwargs)
         if "out" in kwargs:

@@ -131,6 +131,10 @@ def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, in
         for name, child in module._modules.items():
             if child is not None and child in replacements:
                 module._modules[name] = replacements[child]
+        for value in vars(module).values():  # some families call layers by a list of their own beside the children
+            for i, item in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(item, nn.Module) and item in replacements:
+                    value[i] = replacements[item]
     return model
 
 

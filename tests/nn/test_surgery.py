@@ -84,6 +84,19 @@ def test_replace_at_every_path(inplace):
     assert torch.equal(result["b"][1].weight, other.weight)
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_replace_in_lists_beside_the_children(inplace):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(4, 4)]
+            self.add_module("0", self.layers[0])
+
+    net, new = Listed(), nn.Identity()
+    result = replace_modules(net, {net.layers[0]: new}, inplace=inplace)
+    assert result.layers[0] is result.get_submodule("0") is new
+
+
 def test_copy_never_copies_the_replaced_tensors():
     dense = nn.Linear(4, 4)
 

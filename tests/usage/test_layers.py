@@ -85,6 +85,19 @@ WRITES = [
 ]
 
 
+@pytest.mark.parametrize("make", LAYERS)
+def test_a_number_that_the_weight_is_multiplied_by_goes_to_the_factors(make):
+    layer = make()
+    before = layer.weight.clone()
+    with torch.no_grad():  # as RWKV does between training and inference
+        layer.weight.div_(2)
+        torch.testing.assert_close(layer.weight + 0, before / 2)
+        layer.weight.mul_(4.0)
+    torch.testing.assert_close(layer.weight + 0, before * 2)
+    with pytest.raises(WeightError, match="mul_ would be lost"):
+        layer.weight.mul_(torch.ones(()))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("make", LAYERS)
 def test_writing_into_the_weight_raises(make, grad):
