@@ -1,10 +1,12 @@
 """One model there and back: converted, saved, loaded, merged, saved, loaded, with everything compared on the way."""
 
+import re
 import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -188,4 +190,5 @@ def _few(names: list[str]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:240]
+    text = re.sub(re.escape(gettempdir()) + r"/\w+", "FOLDER", " ".join(str(error).split()))  # of this run alone
+    return text[:240]
