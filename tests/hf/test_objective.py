@@ -49,5 +49,5 @@ def test_hidden_states_regressions_and_tensors_by_squares():
 
 
 def test_nothing_to_compare():
-    with pytest.raises(TargetError, match="neither logits nor last_hidden_state"):
-        divergence({"y": torch.ones(1)}, {"y": torch.ones(1)}, ())
+    with pytest.raises(TargetError, match="no floating-point tensor"):
+        divergence({"y": torch.ones(1, dtype=torch.int64)}, {"y": torch.ones(1, dtype=torch.int64)}, ())
