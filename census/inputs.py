@@ -151,6 +151,7 @@ def _choices(name: str, config: PreTrainedConfig) -> list[Any]:
     frames = 2 * (_setting(config, "max_source_positions") or FRAMES // 2)
     rows = _setting(config, "max_length", "context_length") or 32
     hidden = _setting(config, "hidden_size", "d_model", "embed_dim") or 64
+    hidden = hidden if isinstance(hidden, int) else hidden[-1]  # of towers that widen from stage to stage
     patch = _setting(config, "patch_size") or 16
     patch = patch if isinstance(patch, int) else patch[-1]
     pixels = channels * patch * patch

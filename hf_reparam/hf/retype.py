@@ -144,15 +144,15 @@ def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel], *,
 
 
 def _tied(model: PreTrainedModel) -> bool:
-    """Whether the output embeddings are the tensor that they are declared to be tied to, or else that of the input
-    embeddings; True where the model has no two to compare."""
-    inputs, outputs = embeddings_of(model)
-    if outputs is None:
-        return True
+    """Whether the output embeddings are the tensor that they are declared to be tied to; True where they are not
+    declared to be tied: other modules may be."""
+    _, outputs = embeddings_of(model)
     modules = dict(model.named_modules())
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     key = next((f"{name}.weight" for name, module in modules.items() if module is outputs), "")
-    source: Any = modules.get(declared[key].removesuffix(".weight")) if key in declared else inputs
+    if key not in declared:
+        return True
+    source: Any = modules.get(declared[key].removesuffix(".weight"))
     if not isinstance(source, nn.Embedding) or source.weight is outputs.weight:
         return True
     with aligned(source), aligned(outputs):

@@ -406,3 +406,15 @@ def test_a_lora_config_without_targets_adapts_the_factors(base):
     targets = {name for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     assert targets == {f"base_model.model.{name}.{factor}" for name in layers for factor in ("down", "up")}
     torch.testing.assert_close(zoo.outputs(adapted.merge_and_unload(), case.batch())[0], before)
+
+
+def test_a_head_of_its_own_beside_tied_parts_leaves_them_tied(tmp_path):
+    """LUKE declares its decoder of entities tied, and its decoder of words not."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = tf.LukeConfig(**shape, vocab_size=99, entity_vocab_size=20, entity_emb_size=16, max_position_embeddings=24)
+    small = convert(tf.LukeForMaskedLM(config), rank=4)
+    assert small.config.tie_word_embeddings
+    small.save_pretrained(tmp_path)
+    loaded, info = type(small).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.entity_predictions.decoder.weight is loaded.luke.entity_embeddings.entity_embeddings.weight
