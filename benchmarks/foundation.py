@@ -21,9 +21,9 @@ from torch import nn
 
 import hf_reparam
 from benchmarks.machine import write
-from hf_reparam.hf.inspection import count_parameters
+from hf_reparam.layers import find_targets
 from hf_reparam.linalg import decompose
-from hf_reparam.nn import find_targets
+from hf_reparam.model.inspection import count_parameters
 
 SEED = 0
 RANK = 128

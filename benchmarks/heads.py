@@ -23,9 +23,9 @@ from benchmarks import tasks
 from benchmarks.machine import write
 from benchmarks.timing import medians
 from hf_reparam import RankPlan
-from hf_reparam.decomposition import as_decompositions
+from hf_reparam.compress.decomposition import as_decompositions
+from hf_reparam.compress.narrowing import NarrowHeads, attentions_by_name
 from hf_reparam.linalg import HeadMaps, HeadMoments, output_moment
-from hf_reparam.narrowing import NarrowHeads, attentions_by_name
 
 SHARES = (0.75, 0.5, 0.25)
 GENERATED, PROMPTS = 32, (32, 960)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import hf_reparam
 from benchmarks.machine import write
-from hf_reparam.hf.folder import load, skeleton
+from hf_reparam.files.folder import load, skeleton
 
 LIMIT = 1.0
 MEMORY = 2000

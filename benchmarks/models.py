@@ -10,10 +10,10 @@ import transformers
 from torch import nn
 
 from benchmarks.timing import medians
-from hf_reparam.hf.auto import register
-from hf_reparam.hf.inspection import count_parameters
-from hf_reparam.hf.modeling import model_class
-from hf_reparam.planning import make_plan
+from hf_reparam.compress.planning import make_plan
+from hf_reparam.model.auto import register
+from hf_reparam.model.classes import model_class
+from hf_reparam.model.inspection import count_parameters
 
 __all__ = ["decoding", "forward", "training"]
 

@@ -37,13 +37,13 @@ import hf_reparam
 from benchmarks import tasks
 from benchmarks.machine import RESULTS, describe
 from hf_reparam import Decompositions
-from hf_reparam.calibration import layer_name
-from hf_reparam.hf.inspection import count_parameters, protected_layers
-from hf_reparam.hf.objective import batch_masks, objective
+from hf_reparam.calibrate.collect import layer_name
+from hf_reparam.calibrate.objective import batch_masks, objective
+from hf_reparam.layers.dense import dense_matrix
+from hf_reparam.layers.targets import Target, find_targets
 from hf_reparam.linalg import LayerMoments, Metric, decompose
 from hf_reparam.linalg.metric import root
-from hf_reparam.nn.dense import dense_matrix
-from hf_reparam.nn.targets import Target, find_targets
+from hf_reparam.model.inspection import count_parameters, protected_layers
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

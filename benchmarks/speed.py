@@ -24,8 +24,8 @@ from benchmarks import models
 from benchmarks.machine import RESULTS, describe
 from benchmarks.solvers import factoring
 from benchmarks.timing import medians
-from hf_reparam.nn.surgery import low_rank_like
-from hf_reparam.planning import make_plan
+from hf_reparam.compress.planning import make_plan
+from hf_reparam.layers.surgery import low_rank_like
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

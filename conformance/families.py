@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from hf_reparam import RankPlan, convert
-from hf_reparam.hf.auto import register
-from hf_reparam.hf.configuration import plan_of
-from hf_reparam.hf.modeling import model_class
-from hf_reparam.narrowing import attentions_by_name
+from hf_reparam.compress.narrowing import attentions_by_name
+from hf_reparam.model.auto import register
+from hf_reparam.model.classes import model_class
+from hf_reparam.model.config import plan_of
 from tests import zoo
 
 __all__ = ["DENSE", "FAMILIES", "FORMS", "Family"]

@@ -22,7 +22,7 @@ from transformers_common.test_configuration_common import ConfigTester
 from transformers_common.test_fsdp_mixin import FSDPTesterMixin
 from transformers_common.test_training_mixin import TrainingTesterMixin
 
-from hf_reparam.hf.configuration import PREFIX
+from hf_reparam.model.config import PREFIX
 
 parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # Llama is not among the families that Transformers singles out
 

@@ -6,30 +6,30 @@ Importing this package makes `AutoConfig`, `AutoModel...`, `pipeline` and friend
 from typing import Any
 
 from hf_reparam import plot
-from hf_reparam.calibration import collect_moments
-from hf_reparam.checkpoint import convert_checkpoint, merge_checkpoint
-from hf_reparam.convert import convert
-from hf_reparam.decomposition import Decompositions, decompose
-from hf_reparam.distillation import distillation_loss
+from hf_reparam.calibrate.collect import collect_moments
+from hf_reparam.compress.convert import convert
+from hf_reparam.compress.decomposition import Decompositions, decompose
+from hf_reparam.compress.merge import merge
+from hf_reparam.compress.planning import make_plan
 from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
-from hf_reparam.hf.auto import ReparamConfig, generated_class
-from hf_reparam.hf.card import model_card
-from hf_reparam.hf.summary import summarize
-from hf_reparam.linalg import Moments
-from hf_reparam.merge import merge
-from hf_reparam.nn import (
+from hf_reparam.files.checkpoint import convert_checkpoint, merge_checkpoint
+from hf_reparam.files.storage import load, save
+from hf_reparam.layers import (
     AttentionType,
     LowRankLinear,
     PivotedLinear,
     register_attention,
     register_dense,
 )
+from hf_reparam.linalg import Moments
+from hf_reparam.model.auto import ReparamConfig, generated_class
+from hf_reparam.model.card import model_card
+from hf_reparam.model.summary import summarize
 from hf_reparam.plan import LayerSpec, RankPlan
-from hf_reparam.planning import make_plan
 from hf_reparam.record import ConversionRecord
-from hf_reparam.refitting import refit
+from hf_reparam.recover.distil import distillation_loss
+from hf_reparam.recover.refit import refit
 from hf_reparam.report import ConversionReport, HeadsReport, LayerReport, RefitReport, SkippedReport
-from hf_reparam.storage import load, save
 
 __version__ = "0.1.0"
 

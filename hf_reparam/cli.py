@@ -12,12 +12,12 @@ from typing import TextIO
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from hf_reparam.checkpoint import convert_checkpoint, inspect_checkpoint, merge_checkpoint
+from hf_reparam.compress.planning import MIN_RANK
 from hf_reparam.errors import ReparamError
-from hf_reparam.hf.processes import connected, is_first
+from hf_reparam.files.checkpoint import convert_checkpoint, inspect_checkpoint, merge_checkpoint
 from hf_reparam.linalg.factorize import SOLVERS
+from hf_reparam.model.processes import connected, is_first
 from hf_reparam.plan import FORMS
-from hf_reparam.planning import MIN_RANK
 from hf_reparam.report import ConversionReport
 
 __all__ = ["main"]

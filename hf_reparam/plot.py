@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_reparam.decomposition import Decompositions
+from hf_reparam.compress.decomposition import Decompositions
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.plan import RankPlan, layer_kind
 
@@ -31,7 +31,7 @@ def spectrum(
         ImportError: matplotlib is not installed.
 
     >>> from torch import nn
-    >>> from hf_reparam.decomposition import decompose
+    >>> from hf_reparam.compress.decomposition import decompose
     >>> len(spectrum(decompose(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))).lines)
     2
     """

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from hf_reparam import Moments, TargetError, collect_moments, convert
 from tests import zoo
 
-convert_module = importlib.import_module("hf_reparam.convert")
+convert_module = importlib.import_module("hf_reparam.compress.convert")
 
 FLOAT32_SUMS = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hf_reparam
-from hf_reparam import factoring
-from hf_reparam.hf.folder import load, load_tokenizer
+from hf_reparam.compress import factoring
+from hf_reparam.files.folder import load, load_tokenizer
 from tests import zoo
 from tests.launch import ROOT, launch
 from tests.test_cli import tiny_tokenizer
@@ -209,7 +209,7 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
 def test_kill_and_go_on(tmp_path, bert):
     """SIGKILL at any moment leaves no `out`, and the next run finishes the work."""
     code = (
-        "import sys, time, hf_reparam.factoring as f, hf_reparam.cli as cli\n"
+        "import sys, time, hf_reparam.compress.factoring as f, hf_reparam.cli as cli\n"
         "factor = f.factor\n"
         "f.factor = lambda *a, **k: (print('layer', flush=True), time.sleep(0.05), factor(*a, **k))[-1]\n"
         "cli.main(sys.argv[1:])"
@@ -316,7 +316,7 @@ def test_older_formats_are_read(tmp_path):
 
 MEMORY = """
 import sys, hf_reparam, transformers
-from hf_reparam.hf.folder import load
+from hf_reparam.files.folder import load
 transformers.logging.set_verbosity_error()
 
 def status(key):

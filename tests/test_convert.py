@@ -9,7 +9,7 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import LowRankLinear, RankError, TargetError, WeightError, convert, merge, summarize
-from hf_reparam.hf.inspection import count_parameters
+from hf_reparam.model.inspection import count_parameters
 from tests import zoo
 
 OUTPUT = 1e-5  # full rank against dense, float32

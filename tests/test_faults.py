@@ -13,7 +13,8 @@ from torch import nn
 
 import hf_reparam
 from benchmarks.faults import ACTIONS, Killer
-from hf_reparam import TargetError, WeightError, collect_moments, convert, factoring
+from hf_reparam import TargetError, WeightError, collect_moments, convert
+from hf_reparam.compress import factoring
 from tests import zoo
 from tests.launch import ROOT
 

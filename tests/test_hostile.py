@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import hf_reparam
 from benchmarks import hostile
 from hf_reparam import CheckpointError, PlanError, convert
-from hf_reparam.hf.folder import load
+from hf_reparam.files.folder import load
 from tests import zoo
 
 

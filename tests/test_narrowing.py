@@ -28,11 +28,11 @@ from hf_reparam import (
     register_attention,
     summarize,
 )
-from hf_reparam.calibration import layer_name
-from hf_reparam.decomposition import as_decompositions
+from hf_reparam.calibrate.collect import layer_name
+from hf_reparam.compress.decomposition import as_decompositions
+from hf_reparam.compress.narrowing import NarrowHeads, attentions_by_name, narrowed
+from hf_reparam.layers.heads import ROLES, find_attentions
 from hf_reparam.linalg import map_rows
-from hf_reparam.narrowing import NarrowHeads, attentions_by_name, narrowed
-from hf_reparam.nn.heads import ROLES, find_attentions
 from tests import zoo
 
 FAMILIES = [
@@ -274,7 +274,7 @@ def test_the_output_bias_takes_the_mean_back():
 def test_the_budget_holds(family, keep):
     model, _, moments = family
     _, report = convert(model, keep=keep, min_rank=1, calibration=moments, return_report=True)
-    biases = sum(t.bias_parameters for t in hf_reparam.nn.find_targets(model).selected)
+    biases = sum(t.bias_parameters for t in hf_reparam.layers.find_targets(model).selected)
     targeted = moments.layers.keys()
     total = sum(layer.input_sum.numel() * layer.gradient_products.shape[0] for layer in moments.layers.values())
     saved = report.parameters_before - report.parameters_after
@@ -373,7 +373,7 @@ def test_a_failure_leaves_the_model_alone(monkeypatch):
     def fails(*_, **__):
         raise WeightError("on purpose")
 
-    monkeypatch.setattr(importlib.import_module("hf_reparam.convert"), "factor_layers", fails)
+    monkeypatch.setattr(importlib.import_module("hf_reparam.compress.convert"), "factor_layers", fails)
     for inplace in (True, False):
         with pytest.raises(WeightError, match="on purpose"):
             convert(model, keep=0.3, min_rank=1, calibration=moments, inplace=inplace)
@@ -520,7 +520,7 @@ class Unfinished(tf.BertPreTrainedModel):
 def test_a_class_without_post_init_has_numbers_too():
     model = Unfinished(zoo.bert())
     config = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
-    drawn = hf_reparam.hf.modeling.model_class(Unfinished)(config)
+    drawn = hf_reparam.model.classes.model_class(Unfinished)(config)
     for a in find_attentions(drawn):
         for role in ROLES:
             assert a.layer(role).weight.std().item() == pytest.approx(config.initializer_range, rel=0.2)

@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankLinear, TargetError, convert, factoring, merge
-from hf_reparam.hf.folder import load
+from hf_reparam import LowRankLinear, TargetError, convert, merge
+from hf_reparam.compress import factoring
+from hf_reparam.files.folder import load
 from tests import zoo
 from tests.launch import launch
 
@@ -22,7 +23,7 @@ CASES = [zoo.BY_BASE[name] for name in ("BertForMaskedLM", "GPT2LMHeadModel", "A
 def temporary(monkeypatch):
     """The temporary folders that conversions make."""
     made = []
-    module = importlib.import_module("hf_reparam.convert")
+    module = importlib.import_module("hf_reparam.compress.convert")
     monkeypatch.setattr(
         module, "TemporaryDirectory", lambda **options: made.append(TemporaryDirectory(**options)) or made[-1]
     )
@@ -65,7 +66,7 @@ def test_a_plain_module(tmp_path, form):
 def test_layers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     case = zoo.BY_BASE["BertForMaskedLM"]
     first, report = convert(case.build(), rank=6, offload_folder=tmp_path, return_report=True)
-    monkeypatch.setattr("hf_reparam.factoring.factor", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("hf_reparam.compress.factoring.factor", lambda *args, **kwargs: 1 / 0)
     again, same = convert(case.build(), rank=6, offload_folder=tmp_path, return_report=True)
     assert all(map(torch.equal, zoo.outputs(again, case.batch()), zoo.outputs(first, case.batch())))
     assert same.to_dict() == report.to_dict()
@@ -107,7 +108,7 @@ def test_failure_leaves_neither_folders_nor_changes(temporary, monkeypatch):
             raise MemoryError
         return factor(*args, **kwargs)
 
-    monkeypatch.setattr("hf_reparam.factoring.factor", full)
+    monkeypatch.setattr("hf_reparam.compress.factoring.factor", full)
     with pytest.raises(MemoryError):
         convert(model, rank=6, inplace=True)
     assert type(model) is transformers.BertForMaskedLM

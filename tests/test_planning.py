@@ -22,9 +22,9 @@ from hf_reparam import (
     make_plan,
     merge,
 )
-from hf_reparam.decomposition import as_decompositions
-from hf_reparam.nn import find_targets
-from hf_reparam.nn.dense import dense_matrix
+from hf_reparam.compress.decomposition import as_decompositions
+from hf_reparam.layers import find_targets
+from hf_reparam.layers.dense import dense_matrix
 from tests import zoo
 
 
@@ -179,7 +179,7 @@ def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypat
         raise AssertionError("decomposed again")
 
     for name in ("decompose_weight", "spectrum"):
-        monkeypatch.setattr(f"hf_reparam.decomposition.{name}", forbidden)
+        monkeypatch.setattr(f"hf_reparam.compress.decomposition.{name}", forbidden)
     assert [make_plan(model, found, keep=keep, min_rank=1, joint=False) for keep in (0.3, 0.6)] == plans
     for plan, expected in zip(plans, models, strict=True):
         small = convert(model, plan=plan, calibration=found)

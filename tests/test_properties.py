@@ -17,9 +17,9 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import LowRankLinear, RankError, RankPlan, TargetError, convert, make_plan, merge
-from hf_reparam.hf.configuration import plan_of
+from hf_reparam.layers.targets import find_targets
 from hf_reparam.linalg.moments import METRICS
-from hf_reparam.nn.targets import find_targets
+from hf_reparam.model.config import plan_of
 from tests import zoo
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"

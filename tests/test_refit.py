@@ -77,7 +77,7 @@ def test_a_fit_that_does_not_help_is_not_kept(monkeypatch):
     def harmful(layer, *_):
         layer.up.weight.mul_(30.0)
 
-    monkeypatch.setattr("hf_reparam.refitting._fit", harmful)
+    monkeypatch.setattr("hf_reparam.recover.refit._fit", harmful)
     report = refit(small, dense, batches)
     assert report.layers == ()
     assert report.after == report.before

@@ -43,6 +43,6 @@ def test_what_our_code_is_warned_of_is_an_error_here(kind):
     """As set in pyproject.toml: a deprecated call in any module of the package fails the test that reaches it."""
     code = compile("import warnings; warnings.warn('old', kind)", "convert.py", "exec")
     with pytest.raises(kind, match="old"):
-        exec(code, {"__name__": "hf_reparam.convert", "kind": kind})
+        exec(code, {"__name__": "hf_reparam.compress.convert", "kind": kind})
     with warnings.catch_warnings(record=True):
         exec(code, {"__name__": "transformers.modeling_utils", "kind": kind})

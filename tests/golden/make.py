@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 import hf_reparam
 from hf_reparam import LayerSpec, RankPlan
-from hf_reparam.calibration import layer_name
-from hf_reparam.hf.inspection import protected_layers
-from hf_reparam.hf.tables import table_groups
-from hf_reparam.narrowing import attentions_by_name
-from hf_reparam.nn.targets import find_targets
+from hf_reparam.calibrate.collect import layer_name
+from hf_reparam.compress.narrowing import attentions_by_name
+from hf_reparam.layers.targets import find_targets
+from hf_reparam.model.inspection import protected_layers
+from hf_reparam.model.tables import table_groups
 from hf_reparam.plan import FORMAT_VERSION, FORMS
 from tests import zoo
 

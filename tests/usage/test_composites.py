@@ -292,7 +292,7 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch)
     plan = hf_reparam.make_plan(model, keep=0.5, embeddings=True)
     moments = collect_moments(model, [batch])
     joint = hf_reparam.make_plan(model, moments, keep=0.45, joint=True)
-    monkeypatch.setattr(sys.modules["hf_reparam.hf.retype"], step, fails)
+    monkeypatch.setattr(sys.modules["hf_reparam.model.retype"], step, fails)
     for chosen in (plan, joint) if step != "name_ties" else (plan,):
         with pytest.raises(LateError):
             convert(model, plan=chosen, calibration=moments, inplace=True)
@@ -309,7 +309,7 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
 
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), keep=0.5, embeddings=True)
     before = state(small)
-    monkeypatch.setattr(sys.modules["hf_reparam.hf.retype"], step, fails)
+    monkeypatch.setattr(sys.modules["hf_reparam.model.retype"], step, fails)
     with pytest.raises(LateError):
         merge(small, inplace=True)
     assert state(small) == before

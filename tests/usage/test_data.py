@@ -14,9 +14,9 @@ import transformers as tf
 from torch import nn
 
 from hf_reparam import TargetError, collect_moments, convert, convert_checkpoint, refit
-from hf_reparam.batches import prepare
+from hf_reparam.calibrate.batches import prepare
+from hf_reparam.calibrate.inputs import positions
 from hf_reparam.cli import main
-from hf_reparam.hf.inputs import positions
 from tests import zoo
 from tests.test_calibration import assert_same
 
@@ -604,7 +604,7 @@ def test_the_progress_bar_knows_its_end(gpt2, tokenizer, monkeypatch, data, opti
             super().__init__(*args, **{**kwargs, "disable": False})
             bars.append(self)
 
-    monkeypatch.setattr("hf_reparam.batches.tqdm", Bar)
+    monkeypatch.setattr("hf_reparam.calibrate.batches.tqdm", Bar)
     collect_moments(gpt2, data(), tokenizer=tokenizer, metric="activation", **options)
     assert [bar.total for bar in bars] == [total]
     assert bars[0].n == (total or 1)
@@ -703,7 +703,7 @@ def test_a_broken_run_with_other_lengths_is_not_continued(folder, tmp_path, monk
         names.append(resume)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_reparam.checkpoint.new_folder", stop)
+    monkeypatch.setattr("hf_reparam.files.checkpoint.new_folder", stop)
     for options in ({}, {"max_length": 20}, {"max_samples": 2}, {"max_samples": 20}):
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(folder, tmp_path / "out", keep=0.5, texts=folder / "texts.txt", **options)

@@ -6,7 +6,7 @@ import transformers as tf
 from torch import nn
 
 from hf_reparam import LowRankLinear, RankError, collect_moments, convert, decompose, make_plan, merge, summarize
-from hf_reparam.hf.host import layer_name
+from hf_reparam.model.host import layer_name
 from tests import zoo
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_reparam
-from hf_reparam import CheckpointError, Moments, TargetError, cli, collect_moments, convert, factoring, merge
-from hf_reparam.checkpoint import inspect_checkpoint
-from hf_reparam.hf.folder import model_place
-from hf_reparam.hf.processes import alone
+from hf_reparam import CheckpointError, Moments, TargetError, cli, collect_moments, convert, merge
+from hf_reparam.compress import factoring
+from hf_reparam.files.checkpoint import inspect_checkpoint
+from hf_reparam.files.folder import model_place
+from hf_reparam.model.processes import alone
 from tests import zoo
 
 CASE = zoo.BY_BASE["BertForMaskedLM"]
@@ -318,7 +319,7 @@ def test_two_conversions_at_once(tmp_path, dense, stream):
 
 def test_the_other_has_just_finished(tmp_path, dense, monkeypatch):
     """Between the first look and the lock."""
-    from hf_reparam import checkpoint
+    from hf_reparam.files import checkpoint
 
     locate = checkpoint.locate
 

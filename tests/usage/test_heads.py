@@ -7,7 +7,7 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import LowRankLinear, PlanError, convert
-from hf_reparam.hf.configuration import plan_name
+from hf_reparam.model.config import plan_name
 from tests import zoo
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -229,7 +229,7 @@ def test_a_head_named_as_a_part_of_the_base_loads_in_every_class(tmp_path, famil
 
 @pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
 def test_every_name_leads_to_its_very_layer(case):
-    from hf_reparam.hf.naming import find_paths
+    from hf_reparam.model.naming import find_paths
 
     with torch.device("meta"):
         model = getattr(tf, case.base)(case.config(**dict(case.options)))

@@ -188,7 +188,7 @@ def test_a_state_dict_that_was_cast_or_averaged_is_refused(cast, assign):
         pivoted().load_state_dict(state, assign=assign)
     spec = pivoted()[0].spec
     with torch.device("meta"):
-        empty = hf_reparam.nn.surgery.low_rank_like(nn.Linear(298, 64), spec)
+        empty = hf_reparam.layers.surgery.low_rank_like(nn.Linear(298, 64), spec)
     mine = {name.removeprefix("0."): value for name, value in state.items() if name[0] == "0"}
     with pytest.raises(CheckpointError, match=r"^order "):
         empty.load_state_dict(mine, assign=True)

@@ -190,7 +190,7 @@ def test_refitting_that_is_interrupted(monkeypatch, error):
     dense = sharp()
     small = convert(dense, rank=4)
     before, calls = {k: v.clone() for k, v in small.state_dict().items()}, []
-    fit = __import__("hf_reparam.refitting", fromlist=["_fit"])._fit
+    fit = __import__("hf_reparam.recover.refit", fromlist=["_fit"])._fit
 
     def breaking(layer, *args):
         fit(layer, *args)
@@ -198,7 +198,7 @@ def test_refitting_that_is_interrupted(monkeypatch, error):
         if len(calls) == 2:
             raise error
 
-    monkeypatch.setattr("hf_reparam.refitting._fit", breaking)
+    monkeypatch.setattr("hf_reparam.recover.refit._fit", breaking)
     with pytest.raises(error):
         refit(small, dense, rows())
     assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())

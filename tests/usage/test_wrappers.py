@@ -347,14 +347,14 @@ def test_what_cannot_be_copied_is_told_before_the_work(monkeypatch):
 
     model = Keeps(zoo.bert()).eval()
     model(**text())
-    monkeypatch.setattr(sys.modules["hf_reparam.convert"], "factor_layers", never)
+    monkeypatch.setattr(sys.modules["hf_reparam.compress.convert"], "factor_layers", never)
     for given in (model, nn.Sequential(model)):
         with pytest.raises(TargetError, match="cannot be copied: use inplace=True"):
             convert(given, rank=4)
     monkeypatch.undo()
     assert low_rank(convert(model, rank=4, inplace=True))
     model(**text())
-    monkeypatch.setattr(sys.modules["hf_reparam.merge"], "build_layers", never)
+    monkeypatch.setattr(sys.modules["hf_reparam.compress.merge"], "build_layers", never)
     with pytest.raises(TargetError, match="cannot be copied: use inplace=True"):
         merge(model)
 

@@ -1,0 +1,1 @@
+"""Calibration data in, moments out: reading batches, telling padding, watching layers."""

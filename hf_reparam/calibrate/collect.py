@@ -1,0 +1,308 @@
+"""`collect_moments`: run calibration batches through a model once, for every size that may be wanted of it."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from torch import Tensor, nn
+
+from hf_reparam.calibrate.batches import Batches, prepare
+from hf_reparam.calibrate.items import check_data
+from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
+from hf_reparam.calibrate.padding import Padding
+from hf_reparam.calibrate.watch import watch
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.layers.targets import Target, no_layer
+from hf_reparam.linalg import LayerMoments, Moments, TableMoments
+from hf_reparam.linalg.moments import METRICS
+from hf_reparam.model.host import called, check_model, hosts, layer_name, own_tokenizer
+from hf_reparam.model.inspection import check_no_adapters, check_unsharded, find_layers, with_projections
+from hf_reparam.model.processes import alone, distributed, total
+from hf_reparam.model.tables import TableGroup, table_groups
+
+__all__ = ["LossFunction", "collect_moments", "frozen", "layer_name", "size_in_bytes"]
+
+LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+@with_projections
+def collect_moments(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    metric: str = "fisher",
+    tokenizer: Any = None,
+    loss_fn: LossFunction | None = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    max_memory: int | str | None = None,
+    include: str | Iterable[str] | None = None,
+) -> Moments:
+    """Moments of every layer that is factored by default, or that `include` matches, over calibration data.
+
+    The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
+    by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples
+    of a Transformers model, together and one by one, show whether the shapes of masks tell its padding. Where they do
+    not (audio encoders have fewer positions inside, experts get some, a layer may see all positions once a batch), and
+    examples can be taken apart, they are watched one by one, which is slower. The gradient is
+    that of the model's own loss where it gives one (a batch has `labels`), summed over whatever the head counts;
+    otherwise of labels drawn from the model's own predictions; for a headless model of a random projection of its last
+    hidden states, or of all that it returns. The model's mode, gradients, `requires_grad` and hooks are as before, also
+    after an error.
+
+    Args:
+        model: a dense or converted model, or an object with such models in it; of one that cannot be called with
+            batches (a container, a SentenceTransformer, a wrapper of a whole model) the only Transformers model inside
+            is called.
+        batches: dicts for `model(**batch)` (a list, a DataLoader, a generator), a `datasets.Dataset` of examples, or
+            texts with a tokenizer: strings, or rows with a column `text`, `sentence` or `content` or only one of
+            strings, a known pair of columns (`premise`, `hypothesis` ...), or a chat (`messages`). Columns that
+            `forward` does not name are left out, and `label` is taken for `labels`. In a distributed run every process
+            gives its own share, and all get the sum.
+        metric: "activation" for inputs alone, "fisher" for gradients, too.
+        tokenizer: for texts; or a processor that has one. A SentenceTransformer or CrossEncoder brings its own along.
+        loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above.
+        max_length: tokens of a text in one row; the rest goes into further rows (pairs and texts with labels are cut).
+            Default: the smallest of 512, the tokenizer's and the model's limit.
+        max_samples: how many texts, rows or rows of batches are used, the first ones.
+        folder: where moments go, in place of memory; `Moments.load` opens it again. What a broken run left there is
+            deleted; finished moments are not replaced.
+        max_memory: bytes, or a text such as "8GB", that moments may take in memory: layers are watched in groups, in
+            one pass over the data each, and every group goes to `folder`. The data must allow several passes.
+        include: patterns as in `convert`: a conversion that includes a head needs moments that include it.
+
+    Returns:
+        Moments, which can be saved, merged and used for any number of conversions of this model, or of one with the
+        same base and another head.
+
+    Warns:
+        UserWarning: layers that saw no data, or fewer rows than they have inputs; padding that cannot be told.
+
+    Raises:
+        TargetError: no model, one with adapters, or with several Transformers models and no way to call them; no
+            such metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead),
+            texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or
+            too small for one layer, or data for one pass only.
+        CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
+
+    Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
+    (in^2 + out^2) multiply-adds and in^2 + out^2 float64 numbers for each layer.
+
+    Source: K-FAC, J. Martens and R. Grosse, arXiv 1503.05671.
+
+    >>> net = nn.Sequential(nn.Linear(8, 4))
+    >>> data = [{"input": torch.ones(5, 8)}]
+    >>> collect_moments(net, data, metric="activation").layers["0"].tokens
+    5
+    """
+    if metric not in METRICS[1:]:
+        raise TargetError(f"metric must be one of {list(METRICS[1:])} to collect moments, got {metric!r}")
+    check_data(batches)
+    check_model(model)
+    check_no_adapters(model)
+    check_unsharded(model)
+    targets = find_layers(model, include=include)
+    if not targets.selected:
+        raise no_layer(targets)
+    if max_memory is not None and folder is None:
+        raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
+    named = {layer_name(model, t.name): t for t in targets.selected}
+    groups = _groups(named, metric, max_memory)
+    if len(groups) > 1 and iter(batches) is batches:
+        raise TargetError(
+            f"max_memory={max_memory!r} takes {len(groups)} passes over the data: give a list, no iterator"
+        )
+    reading = {"tokenizer": tokenizer or own_tokenizer(model), "max_length": max_length, "max_samples": max_samples}
+    layers: dict[str, LayerMoments] = {}
+    rows: dict[str, int] = {}
+    tables = _tables(model) if metric == "fisher" else {}
+    with nullcontext() if folder is None else _filling(Path(folder)):
+        for number, group in enumerate(groups):
+            seen = tables if number == 0 else {}
+            moments = _watch_group(model, group, seen, batches, metric, reading, loss_fn, alone=len(groups) == 1)
+            rows |= {name: layer.tokens for name, layer in moments.items()}
+            if folder is None:
+                layers.update(moments)
+            else:
+                part = Moments(metric, moments, {n: t for n, (_, t) in seen.items()})
+                part.save_part(folder, number, len(groups))
+                del part
+            del moments  # before the next group takes its memory
+    _warn_of_little_data(rows, {name: target.in_features for name, target in named.items()})
+    return Moments(metric, layers, {n: t for n, (_, t) in tables.items()}) if folder is None else Moments.load(folder)
+
+
+@contextmanager
+def _filling(folder: Path) -> Iterator[None]:
+    """Have a folder for moments to oneself; raises CheckpointError if it holds some, or another run fills it."""
+    with alone(folder / ".lock", f"another process is filling {folder} with moments: give each its own folder"):
+        Moments.open_folder(folder)
+        yield
+
+
+def _tables(model: nn.Module) -> dict[str, tuple[TableGroup, TableMoments]]:
+    """Empty moments of the tables that can be of low rank."""
+    groups = [group for group in table_groups(model) if group.why_not() is None]
+    return {layer_name(model, group.path): (group, TableMoments.zeros(*group.shape)) for group in groups}
+
+
+def size_in_bytes(option: str, value: int | str) -> int:
+    """Bytes, from a number of them or a text such as "8GB"; raises TargetError, which names the option, for others."""
+    try:
+        return convert_file_size_to_int(value)
+    except (ValueError, TypeError):
+        raise TargetError(f"{option} must be a number of bytes or a text such as '8GB', got {value!r}") from None
+
+
+def _groups(named: dict[str, Target], metric: str, max_memory: int | str | None) -> list[dict[str, Target]]:
+    """The layers in groups whose moments fit into `max_memory`, in the model's order."""
+    if max_memory is None:
+        return [named]
+    most = size_in_bytes("max_memory", max_memory)
+    groups: list[dict[str, Target]] = []
+    room = 0
+    for name, t in named.items():
+        size = 8 * (t.in_features**2 + (t.out_features**2 if metric == "fisher" else 0))
+        if size > most:
+            raise TargetError(f"{name}: its moments take {size:,} bytes, and max_memory allows {most:,}")
+        if size > room:
+            groups.append({})
+            room = most
+        groups[-1][name] = t
+        room -= size
+    return groups
+
+
+def _watch_group(
+    model: nn.Module,
+    group: Mapping[str, Target],
+    tables: Mapping[str, tuple[TableGroup, TableMoments]],
+    batches: Batches,
+    metric: str,
+    reading: Mapping[str, Any],
+    loss_fn: LossFunction | None,
+    *,
+    alone: bool,
+) -> dict[str, LayerMoments]:
+    """The moments of some layers, from one pass over the data; `alone` if there are no others."""
+    fisher, inner = metric == "fisher", called(model)
+    moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in group.items()}
+    seen = 0
+    members = [(module, table) for group, table in tables.values() for module in set(group.members.values())]
+    watched = {n: t.module for n, t in group.items()}
+    with frozen(model), watch(watched, moments, members) as watcher:
+        for part in Padding(inner, watched).parts(prepare(inner, batches, **reading)):
+            seen += 1
+            batch = part.batch
+            guessing = 0 if part.tried or not part.padded else examples_in(batch)
+            with watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
+                if not fisher:
+                    inner(**batch)
+                    continue
+                loss = _loss(inner, batch, part.masks, alone=alone) if loss_fn is None else loss_fn(model, batch)
+            if loss.requires_grad:  # it need not depend on every group: a pooler without a head
+                loss.backward()
+            elif alone:
+                raise _no_gradient(group)
+    _warn_of_padding(watcher.unfitting(), watcher.masks)
+    for host in hosts(model).values():
+        if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
+            host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
+    if not _sum_over_processes({**moments, **{n: t for n, (_, t) in tables.items()}}, seen):
+        raise TargetError("the calibration data is empty: give at least one batch")
+    return moments
+
+
+def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> None:
+    unseen = [name for name, count in rows.items() if count == 0]
+    if unseen:
+        _warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")
+    few = sorted((count / inputs[name], name) for name, count in rows.items() if 0 < count < inputs[name])
+    if few:
+        worst = [f"{name}: {rows[name]:,} rows, {inputs[name]:,} inputs" for _, name in few[:3]]
+        _warn(
+            f"{len(few)} of {len(rows)} layers saw fewer rows than they have inputs, e.g. {'; '.join(worst)}: "
+            "give more calibration data"
+        )
+
+
+def _warn_of_padding(layers: list[str], masks: tuple[Tensor, ...]) -> None:
+    if layers:
+        shapes = " and ".join(str(tuple(mask.shape)) for mask in masks)
+        _warn(
+            f"a mask of shape {shapes} fits no input of {len(layers)} layers, among them {layers[:3]}: if they get "
+            "padding, it was counted; give examples one by one, or rows of one length"
+        )
+
+
+def _warn(text: str) -> None:
+    """A UserWarning of the code that called the package."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("hf_reparam."):
+        level += 1
+    warnings.warn(text, stacklevel=level + 1)
+
+
+def _no_gradient(layers: Mapping[str, object]) -> TargetError:
+    names = f"{len(layers)} layers, among them {list(layers)[:3]}"
+    return TargetError(
+        f"the loss depends on none of the {names}: give a loss_fn(model, batch) that does, or metric='activation'"
+    )
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any], masks: tuple[Tensor, ...], *, alone: bool) -> Tensor:
+    """What the gradient is taken of; `alone` if all layers are watched at once, so that it has to depend on some."""
+    try:
+        with SummedLosses() as losses:
+            outputs = model(**batch)
+    except IndexError as error:
+        if "labels" not in batch or "out of bounds" not in str(error):
+            raise
+        raise TargetError(
+            f"the batch has labels that are no classes of the model ({error}): leave `labels` out"
+        ) from None
+    loss = objective(outputs, batch, masks, multi_label=is_multi_label(model), summed=losses.met)
+    if loss.requires_grad or not alone:
+        return loss
+    return projection(outputs, batch, masks)
+
+
+def _sum_over_processes(moments: Mapping[str, LayerMoments | TableMoments], seen: int) -> int:
+    """Add up what the processes of a distributed run saw, so that all of them hold the same moments."""
+    for layer in moments.values() if distributed() else ():
+        vars(layer).update(vars(layer.map(total)))
+    return int(total(torch.tensor(seen)))
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients, put back afterwards.
+
+    Raises:
+        WeightError: the weights were made inside `torch.inference_mode()`, which lets nothing be put back.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise WeightError(
+                f"{name} was made inside torch.inference_mode(), which knows no gradients: build or load the model "
+                "not inside torch.inference_mode()"
+            )
+    modes = {module: module.training for module in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)

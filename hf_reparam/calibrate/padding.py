@@ -1,0 +1,239 @@
+"""Which rows of a layer's input are padding.
+
+A mask says it of the positions of a batch, (batch, length). That the rows of a layer's input are those positions cannot
+be known from its shape alone: audio encoders have fewer, image towers others that may be as many by chance, experts get
+some. So a model is tried once with a few examples: where every layer keeps as many rows by the shapes of masks as the
+same examples have one by one, without padding, batches are watched as they are. Where it does not, examples are watched
+one by one, which is right for every model, and slower.
+"""
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in
+from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
+
+__all__ = ["Padding", "Part", "decodes"]
+
+Batch = Mapping[str, Any]
+
+_MASKS = ("decoder_attention_mask", "attention_mask")
+_CANNOT_BE_TRIED = (ValueError, RuntimeError, IndexError, TypeError)  # of a model that needs its batch as it is
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is given to a model at once.
+
+    Args:
+        batch: for `model(**batch)`.
+        masks: (examples, length) booleans, as `batch_masks` gives them.
+        follows: layer name -> how its rows follow the masks; None where that is not known of any layer.
+        tried: whether it is known that the rows that no mask fits are no padding.
+    """
+
+    batch: dict[str, Any]
+    masks: tuple[Tensor, ...] = ()
+    follows: Mapping[str, frozenset[Layout]] | None = None
+    tried: bool = True
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is padding in it."""
+        return not all(bool(mask.all()) for mask in self.masks)
+
+
+@dataclass
+class Padding:
+    """Batches of one model in parts in which padding can be told.
+
+    Args:
+        model: what the batches are for.
+        layers: name -> module, of the layers that are watched.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    _whole: dict[bool, bool] = field(default_factory=dict)  # with padding or without -> whether shapes tell it
+    _follows: Mapping[str, frozenset[Layout]] = field(default_factory=dict)
+
+    def parts(self, batches: Iterable[tuple[Batch, tuple[Tensor, ...]]]) -> Iterator[Part]:
+        """The batches that `prepare` gives, whole or one example at a time. Tries the model out in the first of them.
+
+        Cost: three small forward passes, for the first batch, and for the first one with padding.
+        """
+        for batch, masks in batches:
+            whole = self._part(batch)
+            if masks and not whole.masks:  # the model takes none of them
+                yield Part(whole.batch, masks, tried=False)
+                continue
+            count, padded = examples_in(whole.batch), whole.padded
+            if count == 1 and padded and _splits(whole.batch):
+                yield self._single(whole, 0)
+                continue
+            if count == 1 or not isinstance(self.model, PreTrainedModel) or not _splits(whole.batch):
+                yield whole
+                continue
+            told = self._told(whole)
+            if told is None:
+                yield whole
+            elif told:
+                yield Part(whole.batch, whole.masks, self._follows if padded else None)
+            else:
+                yield from (self._single(whole, i) for i in range(count))
+
+    def _part(self, batch: Batch) -> Part:
+        """A batch with all masks that can be known, as long as the model makes it itself."""
+        usable = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()}
+        known = _to_window(self.model, _with_decoder_mask(self.model, usable))
+        return Part(known, batch_masks(known), tried=False)
+
+    def _single(self, part: Part, i: int) -> Part:
+        """One example without the padding at its ends."""
+        alone = _to_window(self.model, _trimmed(_rows_of(part.batch, [i])))
+        return Part(alone, batch_masks(alone))
+
+    def _told(self, whole: Part) -> bool | None:
+        """Whether shapes tell the padding of such a batch; None if the model cannot be tried."""
+        padded = whole.padded
+        if padded not in self._whole:
+            try:
+                told = self._try(whole)
+            except _CANNOT_BE_TRIED:
+                return None
+            if told is None:  # to be tried with another batch
+                return False
+            self._whole[padded] = told
+            if told:
+                self._whole.setdefault(False, True)
+        return self._whole[padded]
+
+    def _try(self, whole: Part) -> bool | None:
+        """As `_told`, from the rows that layers get of a few examples; None if lengths do not tell masks apart."""
+        widths = [mask.shape[-1] for mask in whole.masks]
+        count = 3 if 2 in widths else 2
+        if whole.padded and (len(set(widths)) < len(widths) or min(count, examples_in(whole.batch)) in widths):
+            return None
+        examples = examples_in(whole.batch)
+        real = sum((mask.reshape(examples, -1).sum(1) for mask in whole.masks), torch.arange(examples) / examples)
+        order = real.argsort().tolist()
+        chosen = order[: count - 1] + order[-1:]
+        alone: Counter[str] = Counter()
+        for i in chosen:
+            alone += self._rows(self._single(whole, i))[0]
+        few = _rows_of(whole.batch, chosen)
+        for batch in [few, _trimmed(few)] if whole.padded else [few]:  # of another length: it may equal some other
+            together, follows = self._rows(Part(batch, batch_masks(batch)))
+            if together == alone:
+                self._follows = follows if whole.padded else self._follows
+                return True
+        return False
+
+    @torch.no_grad()
+    def _rows(self, part: Part) -> tuple[Counter[str], dict[str, frozenset[Layout]]]:
+        """How many rows each layer keeps by the shapes of masks, and how its rows follow them."""
+        found: Counter[str] = Counter()
+        follows: dict[str, frozenset[Layout]] = {}
+        for name, shape in shapes_of(self.layers, lambda: self.model(**part.batch)):
+            layout = next(layouts(shape, part.masks), None)
+            found[name] += math.prod(shape[:-1])
+            if layout is not None:
+                mask = part.masks[layout.mask]
+                found[name] -= math.prod(shape[:-1]) // mask.numel() * int((~mask).sum())
+            follows[name] = follows.get(name, frozenset()) | ({layout} if layout else set())
+        return found, follows
+
+
+def _splits(batch: Batch) -> bool:
+    """Whether all of a batch belongs to examples, row by row."""
+    count = examples_in(batch)
+    held = [value for value in batch.values() if isinstance(value, (Tensor, list, tuple, dict))]
+    return all(isinstance(v, Tensor) and (not v.dim() or len(v) in (1, count)) for v in held)
+
+
+def _rows_of(batch: Batch, rows: list[int]) -> dict[str, Any]:
+    """Some examples of a batch; what it has but one row of belongs to all of them."""
+    count = examples_in(batch)
+    split = {key for key, value in batch.items() if isinstance(value, Tensor) and value.dim() and len(value) == count}
+    return {key: value[rows] if key in split else value for key, value in batch.items()}
+
+
+def _trimmed(batch: Batch) -> dict[str, Any]:
+    """A batch without the positions at both ends that are padding in every row."""
+    out = dict(batch)
+    for name in _MASKS:
+        mask = batch.get(name)
+        for seen in batch_masks({name: mask}):
+            real = seen.any(0).nonzero()
+            axis = 2 if isinstance(mask, Tensor) and mask.dim() == 3 else 1
+            along = _along(batch, name, axis, seen.shape[1])
+            if len(real) and along:
+                ends = slice(int(real[0]), int(real[-1]) + 1)
+                out |= {key: batch[key][(slice(None),) * axis + (ends,)] for key in along}
+                out[name] = batch[name][..., ends, ends] if batch[name].dim() == 4 else batch[name][..., ends]
+    return out
+
+
+def _along(batch: Batch, name: str, axis: int, length: int) -> list[str]:
+    """What has the positions of a mask on an axis."""
+    decoding = "decoder_attention_mask" in batch
+    decoders = {key for key in batch if key.startswith("decoder_") or (decoding and key == "labels")}
+    mine = decoders if name.startswith("decoder_") else batch.keys() - decoders
+    tensors = {key: batch[key] for key in mine - set(_MASKS) if isinstance(batch[key], Tensor)}
+    return [key for key, value in tensors.items() if value.dim() > axis and value.shape[axis] == length]
+
+
+def _with_decoder_mask(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The mask of a decoder whose inputs are made of labels, or that was left out."""
+    decoded = batch.get("decoder_input_ids", batch.get("labels"))
+    known = "decoder_attention_mask" in batch or "decoder_attention_mask" not in _forward_names(model)
+    if known or not isinstance(decoded, Tensor) or decoded.dim() != 2 or not decodes(model):
+        return batch
+    real = (decoded != IGNORED).long()
+    return {**batch, "decoder_attention_mask": real.flip(1).cummax(1).values.flip(1)}  # labels may start late
+
+
+def decodes(model: nn.Module) -> bool:
+    """Whether a model has a decoder whose inputs it can make of labels."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _forward_names(model: nn.Module) -> Iterable[str]:
+    return inspect.signature(model.forward).parameters
+
+
+def _to_window(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as long as a model that attends within windows (Longformer, LED, BigBird) would make it itself, with a
+    mask that knows of it."""
+    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
+    step, config = _window(model), getattr(model, "config", None)
+    if step < 2 or not isinstance(inputs, Tensor) or not (missing := -inputs.shape[1] % step):
+        return batch
+    batch = {
+        **batch,
+        "attention_mask": batch.get("attention_mask", inputs.new_ones(inputs.shape[:2], dtype=torch.long)),
+    }
+    fill = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED}
+    for key in [*_along(batch, "attention_mask", 1, inputs.shape[1]), "attention_mask"]:
+        sides = (0, 0) * (batch[key].dim() - 2) + (0, missing)
+        batch[key] = F.pad(batch[key], sides, value=fill.get(key, 0))
+    return batch
+
+
+def _window(model: nn.Module) -> int:
+    """The number of which a model makes its lengths multiples."""
+    config = getattr(model, "config", None)
+    sizes = getattr(config, "attention_window", None)
+    if sizes is None and getattr(config, "attention_type", None) == "block_sparse":
+        sizes = getattr(config, "block_size", None)
+    found = max(sizes, default=0) if isinstance(sizes, (list, tuple)) else sizes
+    return found if isinstance(found, int) else 0

@@ -1,0 +1,1 @@
+"""Ranks from budgets, layers from ranks, and back: planning, convert, merge."""

@@ -1,0 +1,343 @@
+"""From model folder to model folder: what the command line does, for use from Python."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from yaml import YAMLError
+
+from hf_reparam.calibrate.batches import batched
+from hf_reparam.calibrate.collect import collect_moments, size_in_bytes
+from hf_reparam.compress.convert import convert
+from hf_reparam.compress.merge import merge
+from hf_reparam.compress.planning import MIN_RANK, make_plan
+from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.files.folder import (
+    copy_companions,
+    load_all,
+    load_tokenizer,
+    locate,
+    model_place,
+    new_folder,
+    skeleton,
+)
+from hf_reparam.layers.ranks import Rank
+from hf_reparam.linalg import Moments, fingerprint
+from hf_reparam.model.card import model_card
+from hf_reparam.model.inspection import find_layers, named_by
+from hf_reparam.model.processes import alone, is_first, own_share, wait_for_all
+from hf_reparam.model.summary import summarize
+from hf_reparam.plan import RankPlan
+from hf_reparam.recover.refit import refit as refit_factors
+from hf_reparam.report import ConversionReport
+
+__all__ = ["convert_checkpoint", "inspect_checkpoint", "merge_checkpoint"]
+
+_STREAMED_SHARD = "500MB"
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: Rank | None = None,
+    keep: float | None = None,
+    plan: RankPlan | None = None,
+    moments: Moments | str | os.PathLike[str] | None = None,
+    texts: str | os.PathLike[str] | None = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    form: str | None = None,
+    joint: bool | None = None,
+    embeddings: bool = False,
+    refit: bool = False,
+    solver: str = "exact",
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    stream: bool = True,
+    max_memory: int | str | None = None,
+    max_shard_size: int | str | None = None,
+    remote_code: bool = False,
+    force: bool = False,
+    min_rank: int = MIN_RANK,
+) -> ConversionReport:
+    """Convert a model folder into another, layer by layer: the model need not fit in memory.
+
+    Every weight stays in the source's files until its layer's turn, and every new layer goes to a work folder beside
+    `out`, from which the result is put together at the end. `out` appears whole or not at all. A run that was broken
+    off goes on where it stopped when it is started again with the same arguments on the same files. The tensors are
+    those that loading, `convert` and `save_pretrained` would give. Files beside the weights (tokenizer, pooling and
+    dense modules of sentence-transformers) are copied; tensors that the model's class does not load are not, and the
+    report names them. In a distributed run (`accelerate launch`) every process has to call this: texts and layers are
+    shared out, and the first process writes.
+
+    Args:
+        source: a folder, or a Hub id; one of sentence-transformers may hold the model in a subfolder.
+        out: the folder to make.
+        rank, keep, plan: one of them, as in `convert`.
+        moments: Moments, or a file or folder of them.
+        texts: a text file to calibrate with instead, one text a line, read with the source's tokenizer.
+        max_length, max_samples: tokens of a text in one row, and how many texts are used, as for `collect_moments`.
+        form, joint, embeddings, refit, solver, include, exclude: as in `convert`; `refit` needs `texts` and
+            `stream=False`.
+        stream: False to hold the model in memory, which is faster where it fits.
+        max_memory: what moments of `texts` may take, as for `collect_moments`.
+        max_shard_size: of the files written, as for `save_pretrained`; "500MB" when streaming, because one is held in
+            memory at a time.
+        remote_code: also write the file that lets the result load where hf_reparam is not installed.
+        force: replace `out` if it exists.
+        min_rank: with `keep`, as in `convert`.
+
+    Returns:
+        The report of the conversion. `out` holds a model card made from it, `README.md`.
+
+    Raises:
+        CheckpointError: the source or the calibration data cannot be loaded; or `out` exists, is the source, holds it
+            or is in it, cannot be written, or is being written by another process.
+        ReparamError: as `convert`.
+
+    Cost: as `convert`, and disk space for the result twice. Memory, when streaming: three to four times the largest
+    layer in float64, in the metric of moments its moments, too, or two shards; at least twice the largest tensor.
+    """
+    folder, target = _open(source, Path(out), force)
+    place = model_place(folder)
+    _check_sizes(max_memory=max_memory, max_shard_size=max_shard_size)
+    reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
+    _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream, reading=reading)
+    lines = None if texts is None else _read_lines(texts)
+    patterns: dict[str, Any] = {"include": _listed(include), "exclude": _listed(exclude)}
+    choices: dict[str, Any] = {"form": form, "joint": joint, "embeddings": embeddings, "min_rank": min_rank}
+    options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, *patterns.values(), max_memory]
+    options += [max_length, max_samples]
+    reading["tokenizer"] = None if texts is None else load_tokenizer(place)
+    same_work = _fingerprint(folder, moments, lines, options) if stream else None
+    with _work_folder(target, same_work, force) as work:
+        model, dropped = load_all(place, offload_folder=work / "source" if stream else None)
+        if not os.path.isdir(source):
+            model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
+        wanted = [t.name for t in find_layers(model, **patterns, asked=named_by(model, rank, plan)).selected]
+        known = _moments(model, moments, lines, reading, max_memory, work, wanted, shared=stream)
+        if keep is not None:
+            choices["form"] = form or "pivoted"
+            plan, form = _plan(model, known, keep, patterns | choices, work), None
+        small, report = convert(
+            model,
+            rank=rank,
+            plan=plan,
+            calibration=known,
+            form=form,
+            solver=solver,
+            **patterns,
+            inplace=not refit,
+            offload_folder=work / "layers" if stream else None,
+            return_report=True,
+        )
+        if refit and lines is not None:
+            fitted = refit_factors(small, model, lines, moments=known, **reading)
+            report = replace(report, refit=fitted)
+        report = replace(report, dropped=dropped)
+        saving = {**_sharding(stream, max_shard_size), "remote_code": remote_code}
+        if _save(small, folder, work, saving):
+            model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
+    return report
+
+
+def _check_sizes(**sizes: int | str | None) -> None:
+    for option, size in sizes.items():
+        if size is not None and size_in_bytes(option, size) < 1:
+            raise TargetError(f"{option} must be above 0, got {size!r}")
+
+
+def _check_options(
+    sizes: tuple[object, ...], *, refit: bool, texts: object, stream: bool, reading: dict[str, Any]
+) -> None:
+    if texts is None and any(value is not None for value in reading.values()):
+        raise TargetError("max_length and max_samples say how texts are read: give texts= (--calibration FILE)")
+    if refit and texts is None:
+        raise TargetError("refit needs the calibration texts themselves: give texts= (--calibration FILE)")
+    if refit and stream:
+        raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
+    if sum(size is not None for size in sizes) != 1:
+        raise TargetError("give exactly one of rank, keep and plan")
+
+
+def merge_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    stream: bool = True,
+    max_shard_size: int | str | None = None,
+    force: bool = False,
+) -> ConversionReport:
+    """Multiply the factors of a converted model's folder out and save the plain dense model, layer by layer.
+
+    Args, Raises, Cost: as `convert_checkpoint`.
+
+    Returns:
+        The report of the model before it was merged.
+    """
+    folder, target = _open(source, Path(out), force)
+    _check_sizes(max_shard_size=max_shard_size)
+    same_work = _fingerprint(folder, None, None, ["merge"]) if stream else None
+    with _work_folder(target, same_work, force) as work:
+        model, dropped = load_all(model_place(folder), offload_folder=work / "source" if stream else None)
+        report = replace(summarize(model), dropped=dropped)
+        dense = merge(model, inplace=True, offload_folder=work / "layers" if stream else None)
+        _save(dense, folder, work, _sharding(stream, max_shard_size))
+    return report
+
+
+def inspect_checkpoint(source: str | os.PathLike[str]) -> ConversionReport:
+    """Report on a folder or Hub id from its configuration alone: low-rank layers, or what could be converted.
+
+    Raises:
+        CheckpointError: no readable configuration.
+        PlanError: its plan is malformed or does not fit.
+    """
+    return summarize(skeleton(str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)))
+
+
+def _open(source: str | os.PathLike[str], out: Path, force: bool) -> tuple[Path, Path]:
+    if out.name in ("", ".."):
+        raise CheckpointError(f"{out} is a place, no name: give the folder to make")
+    _check_absent(out, force)
+    folder = locate(os.fspath(source))
+    ends = out.resolve(), folder.resolve()
+    if ends[1].is_relative_to(ends[0]):
+        raise CheckpointError(f"{out} is the source or holds it; choose another place")
+    if ends[0].is_relative_to(ends[1]) and (model_place(folder) / "config.json").is_file():
+        raise CheckpointError(f"{out} is inside the source, {folder}; choose another place")
+    return folder, out
+
+
+def _check_absent(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise CheckpointError(f"{out} exists; choose another place, or replace it with --force")
+
+
+@contextmanager
+def _work_folder(out: Path, same_work: str | None, force: bool) -> Iterator[Path]:
+    """As `new_folder`, for one run at a time."""
+    refusal = f"another process is converting into {out}; wait until it has finished, or choose another place"
+    with alone(out.parent / f".{out.name}.lock", refusal):
+        _check_absent(out, force)  # the other may have finished just now
+        with new_folder(out, resume=same_work) as work:
+            yield work
+
+
+def _listed(patterns: str | Iterable[str] | None) -> str | list[str] | None:
+    """Patterns that can be read more than once."""
+    return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
+
+
+def _read_lines(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
+
+
+def _moments(
+    model: Any,
+    given: Any,
+    lines: list[str] | None,
+    reading: dict[str, Any],
+    max_memory: int | str | None,
+    work: Path,
+    layers: list[str],
+    *,
+    shared: bool,
+) -> Moments | None:
+    """Moments that were given, or those of the texts; in a work folder that all processes share they are kept there."""
+    if given is not None:
+        return given if isinstance(given, Moments) else Moments.load(given)
+    if lines is None:
+        return None
+    place, unfinished = work / "moments", work / "moments~"
+    mine = own_share(list(batched(model, lines, **reading)))  # whole batches, for the same rounding as in one process
+    if not shared:
+        kept = None if max_memory is None else place
+        return collect_moments(model, mine, folder=kept, max_memory=max_memory, include=layers)
+    if not place.exists():
+        if is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a broken run
+        wait_for_all()
+        collect_moments(model, mine, folder=unfinished, max_memory=max_memory, include=layers)
+        wait_for_all()
+        if is_first():
+            unfinished.rename(place)
+        wait_for_all()
+    return Moments.load(place)
+
+
+def _plan(model: Any, moments: Moments | None, keep: float, options: dict[str, Any], work: Path) -> RankPlan:
+    """The plan of this size; an earlier, broken run may have left it in the work folder."""
+    place = work / "plan.json"
+    if place.exists():
+        return RankPlan.from_dict(json.loads(place.read_text()))
+    plan = make_plan(model, moments, keep=keep, **options)
+    if is_first():
+        unfinished = work / "plan.json~"
+        unfinished.write_text(json.dumps(plan.to_dict()))
+        unfinished.rename(place)
+    return plan
+
+
+def _card(folder: Path) -> ModelCard:
+    """The model card of a folder; an empty one if it has none that can be read."""
+    try:
+        return ModelCard.load(folder / "README.md")
+    except (OSError, ValueError, YAMLError):
+        return ModelCard("")
+
+
+def _sharding(stream: bool, max_shard_size: int | str | None) -> dict[str, Any]:
+    """What `save_pretrained` is told of shards."""
+    size = max_shard_size or (_STREAMED_SHARD if stream else None)
+    return {} if size is None else {"max_shard_size": size}
+
+
+def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool:
+    """Write the result into the work folder, by the first process alone; whether this is it."""
+    wait_for_all()
+    if not is_first():
+        return False
+    shutil.rmtree(work / "new", ignore_errors=True)  # of a broken run
+    place = model_place(source)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(work / "new" / place.relative_to(source), **options)
+    copy_companions(source, work / "new", place)
+    return True
+
+
+def _fingerprint(source: Path, moments: Any, lines: list[str] | None, options: list[Any]) -> str:
+    """The same for the same work: source files, calibration data and options."""
+    parts: list[Any] = [version("hf-reparam"), options, lines]
+    parts += map(_stamp, sorted({*_files(source), *_files(model_place(source))}))
+    if isinstance(moments, Moments):
+        parts.append(moments.fingerprint())
+    elif moments is not None:
+        parts += map(_stamp, _files(Path(moments)))
+    return fingerprint(parts)[:12]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """What changes with a file; the time of its last change of any kind cannot be set back, as a copy's other can."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return path.name, state.st_size, state.st_mtime_ns, state.st_ctime_ns

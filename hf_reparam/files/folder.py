@@ -1,0 +1,318 @@
+"""Model folders: find, load, build a skeleton from, and write one so that it appears whole or not at all."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils._validators import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from hf_reparam.errors import CheckpointError, PlanError, ReparamError
+from hf_reparam.model.auto import generated_class
+from hf_reparam.model.config import PREFIX, ReparamConfigMixin
+from hf_reparam.model.offload import check_stored
+from hf_reparam.model.processes import is_first
+from hf_reparam.model.remote import FILE
+from hf_reparam.model.validate import check_folder
+
+__all__ = ["copy_companions", "load", "load_all", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
+
+_OWN = ("config.json", "generation_config.json", "README.md", FILE)  # written by the model, or true of the source alone
+_OWN_WEIGHTS = (
+    *("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json"),
+    *("tf_model*.h5", "tf_model.h5.index*.json", "flax_model*.msgpack", "flax_model.msgpack.index*.json", "*.ot"),
+    *("consolidated*.safetensors", "consolidated*.pth", "*model*.onnx*", "*.gguf", "*.tflite"),
+)
+_TRAINING = ("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+_OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
+_OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf", "*.tflite"]
+_OTHER_FORMATS += [f"{name}/*" for name in _OTHER_FOLDERS]
+
+
+def locate(source: str) -> Path:
+    """The folder of a model: itself, or the local snapshot of a Hub id (downloaded, or from the cache when offline).
+
+    Raises:
+        CheckpointError: there is no such folder, and no such model on the Hub or in the cache.
+    """
+    if os.path.isdir(source):
+        return Path(source)
+    if os.path.exists(source):
+        raise CheckpointError(f"{source} is a file; give a model folder or a Hub id")
+    _check_name(source)
+    try:
+        return Path(snapshot_download(source, ignore_patterns=_OTHER_FORMATS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source} is neither a folder nor a model that the Hub or its cache has: {_line(error)}"
+        ) from None
+
+
+def model_place(folder: Path) -> Path:
+    """Where in a folder the Transformers model is: the folder itself, or a subfolder that sentence-transformers lists.
+
+    Raises:
+        CheckpointError: the list names several models.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        paths = [Path(entry["path"]) for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+        places = [folder / path for path in paths if str(path) == path.name != ".." and _has_model(folder / path)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return folder
+    if len(places) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(places)} models, {[place.name for place in places]}: convert each by its own path"
+        )
+    return places[0] if places else folder
+
+
+def _has_model(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def _check_name(source: str) -> None:
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        message = f"{source!r} is neither a folder nor a Hub id such as 'google-bert/bert-base-uncased'"
+        raise CheckpointError(message) from None
+
+
+def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel:
+    """Load a model as the class that saved it, with the dtype it was saved in.
+
+    Args:
+        folder: of the model.
+        offload_folder: leave every weight on disk until it is used: in the model's own files where it is used as it is
+            stored, else in this folder. None to load all into memory.
+
+    Raises:
+        CheckpointError: not a loadable model folder, or weights are missing, which would leave random layers.
+        PlanError: the folder's plan is malformed or does not fit.
+    """
+    return load_all(folder, offload_folder=offload_folder)[0]
+
+
+def load_all(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """As `load`, with the names of tensors in the folder for which the class has no place."""
+    check_folder(folder)
+    try:
+        kind = _saved_class(AutoConfig.from_pretrained(folder))
+        on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
+        with _unsaid("accelerate.big_modeling"), _found(kind) as found:  # parameters are on disk as they were asked to
+            model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **on_disk)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise CheckpointError(
+                f"{folder}: {len(missing)} weights are missing for {kind.__name__}, among them {missing[:3]}"
+            )
+        if on_disk:
+            check_stored(model)
+            model.tie_weights()  # tied weights that were stored twice
+    except (ReparamError, BrokenPipeError):  # nobody reads the progress bar any more
+        raise
+    except Exception as error:  # whatever a tampered folder makes Transformers stumble over
+        raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from error
+    return model, _left_out(model, set(info["unexpected_keys"]), found)
+
+
+@contextmanager
+def _found(kind: Any) -> Iterator[set[str]]:
+    """The names that a class has no place for, as they are before Transformers strikes out those that it ignores."""
+    found: set[str] = set()
+    base = kind._adjust_missing_and_unexpected_keys
+
+    def adjust(self: Any, info: Any) -> None:
+        found.update(info.unexpected_keys)
+        base(self, info)
+
+    kind._adjust_missing_and_unexpected_keys = adjust
+    try:
+        yield found
+    finally:
+        del kind._adjust_missing_and_unexpected_keys  # the base class has it
+
+
+def _left_out(model: PreTrainedModel, unexpected: set[str], found: set[str]) -> tuple[str, ...]:
+    """The names that are worth telling. Of those that the class ignores: weights of modules that it does not have."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ignored = {name for name in found - unexpected if name.rpartition(".")[0] not in modules}  # no old buffers
+    absent = {name.rpartition(".")[0] for name in ignored if name.endswith(".weight")}
+    return tuple(sorted(unexpected | {name for name in ignored if name.rpartition(".")[0] in absent}))
+
+
+@contextmanager
+def _unsaid(logger: str) -> Iterator[None]:
+    """Without a logger's warnings."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with a padding token.
+
+    Raises:
+        CheckpointError: there is none that can be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: {_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
+        raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: its vocabulary is empty")
+    if tokenizer.pad_token is None:  # GPT-2 and Llama; padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def skeleton(source: str) -> PreTrainedModel:
+    """The model of a folder or Hub id on the meta device: every shape, no weight read.
+
+    Raises:
+        CheckpointError: no readable configuration.
+        PlanError: the plan is malformed or does not fit.
+    """
+    if not os.path.exists(source):
+        _check_name(source)
+    check_folder(Path(source))
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = _saved_class(config)(config)
+    except ReparamError:
+        raise
+    except Exception as error:  # as in `load`
+        raise CheckpointError(f"{source} cannot be read: {_line(error)}") from error
+    model.tie_weights()
+    return model
+
+
+def _saved_class(config: PreTrainedConfig) -> Any:
+    names = config.architectures or [None]
+    name = names[0] if isinstance(names, list) else names
+    if name is None:
+        return AutoModel._model_mapping[type(config)] if isinstance(config, ReparamConfigMixin) else _headless(config)
+    name = str(name)[:80]
+    try:
+        found = generated_class(name) if name.startswith(PREFIX) else getattr(transformers, name, None)
+    except AttributeError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise CheckpointError(
+            f"its architecture {name!r} is no class of Transformers {transformers.__version__}; if it is one of yours, "
+            "import the module that defines it, and register a configuration of your own with AutoConfig"
+        )
+    if isinstance(config, ReparamConfigMixin) and not name.startswith(PREFIX):
+        raise PlanError(f"config.json has a plan, and its architecture {name!r} is a stock class")
+    return found
+
+
+def _headless(config: PreTrainedConfig) -> Any:
+    if type(config) not in AutoModel._model_mapping:
+        raise CheckpointError(f"config.json names no architecture, and {type(config).__name__} has no default model")
+    return AutoModel._model_mapping[type(config)]
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
+    """A work folder beside `out`; its subfolder `new` takes the place of `out` when the block ends well.
+
+    Args:
+        out: the folder to make. In a distributed run the first process makes it.
+        resume: a fingerprint of the work. A work folder that a broken run of the same work left is taken up again, and
+            this one is left when the block fails, unless for a ReparamError. None for a new one that always vanishes.
+
+    Raises:
+        CheckpointError: `out` or its parent cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if resume is None:
+            work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        else:
+            work = out.parent / f".{out.name}-{resume}"
+            work.mkdir(exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out.parent} cannot be written: {error.strerror or error}") from None
+    done = resume is None
+    try:
+        yield work
+        if is_first():
+            if out.exists():
+                out.rename(work / "old")
+            (work / "new").rename(out)
+        done = True
+    except ReparamError:
+        done = True
+        raise
+    except BrokenPipeError:  # as in `load_all`
+        raise
+    except (OSError, SafetensorError) as error:  # a full disk
+        raise CheckpointError(f"{out} cannot be written: {_line(error)}") from error
+    finally:
+        if done and (is_first() or resume is None):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path, model: Path) -> None:
+    """Copy what belongs to a model beside its weights and configuration: tokenizer, pooling and dense modules, voices.
+
+    Files that the target has are kept. Not copied are the model's own weights, in whatever format, what a Trainer
+    left, hidden files and the source's model card.
+
+    Args:
+        source: the folder.
+        target: where to.
+        model: where in the source the model is, as `model_place` says.
+    """
+    shards = {name for index in model.glob("*.index.json") for name in _listed(index)}
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if any(part.startswith(".") for part in relative.parts) or str(relative) == "README.md":
+            continue
+        own = path.is_relative_to(model) and _is_own(path.relative_to(model), shards)
+        if path.is_file() and not own and not (target / relative).exists():
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+
+
+def _is_own(place: Path, shards: set[str]) -> bool:
+    """Whether a file is the model's own or a Trainer's; below the model's folder only known folders are."""
+    if len(place.parts) > 1:
+        return any(fnmatchcase(place.parts[0], pattern) for pattern in _OTHER_FOLDERS)
+    name = place.name
+    return name in _OWN or name in shards or any(fnmatchcase(name, p) for p in (*_OWN_WEIGHTS, *_TRAINING))
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that an index of weights lists; none if it is another file."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()

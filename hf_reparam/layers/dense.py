@@ -1,0 +1,194 @@
+"""The registry of dense layer types: how each is read as a matrix (out, in) and built again.
+
+A type is matched exactly. A subclass may override anything, so it is left alone until somebody vouches for it. Types
+can be named, so that their modules are not imported before a model has them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.layers.linear import LowRankLinear
+
+__all__ = [
+    "DenseType",
+    "build_dense",
+    "dense_like",
+    "dense_matrix",
+    "dense_type",
+    "not_whole",
+    "register_dense",
+    "registered_types",
+    "shape_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseType:
+    """How to read and rebuild one class of dense layer, y = x W^T + b with parameters `weight` and optionally `bias`.
+
+    Args:
+        module_type: the exact class, or its qualified name.
+        matrix: module -> its weight as a *view* of shape (out, in), so that copying into it fills the module.
+        build: (in_features, out_features, bias, device, dtype) -> a new module of that shape.
+    """
+
+    module_type: type[nn.Module] | str
+    matrix: Callable[[Any], Tensor]
+    build: Callable[[int, int, bool, torch.device, torch.dtype], nn.Module]
+
+
+_registry: dict[type[nn.Module] | str, DenseType] = {}
+
+
+def register_dense(
+    module_type: type[nn.Module] | str,
+    *,
+    matrix: Callable[[Any], Tensor],
+    build: Callable[[int, int, bool, torch.device, torch.dtype], nn.Module],
+) -> DenseType:
+    """Make a dense layer type known, for `convert` and `merge` alike. Registering a type again replaces its entry.
+
+    Args:
+        module_type: the exact class, or its qualified name "package.module.Class", which imports nothing; its
+            parameters must be `weight` and optionally `bias` (out,).
+        matrix: module -> view of its weight of shape (out, in).
+        build: (in_features, out_features, bias, device, dtype) -> a new module.
+
+    Raises:
+        TargetError: module_type is not a class of modules.
+
+    >>> class MyLinear(nn.Linear): ...
+    >>> entry = register_dense(
+    ...     MyLinear,
+    ...     matrix=lambda module: module.weight,
+    ...     build=lambda i, o, bias, device, dtype: MyLinear(i, o, bias, device=device, dtype=dtype),
+    ... )
+    >>> entry.module_type.__name__
+    'MyLinear'
+    """
+    if not isinstance(module_type, str) and not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TargetError(f"register_dense takes a class of nn.Module or the name of one, got {module_type!r}")
+    _registry[module_type] = DenseType(module_type, matrix, build)
+    return _registry[module_type]
+
+
+def dense_type(module: nn.Module) -> DenseType | None:
+    """The entry for exactly this module's class, or None."""
+    return _entry(type(module))
+
+
+def _entry(kind: type[nn.Module]) -> DenseType | None:
+    return _registry.get(kind) or _registry.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def registered_types() -> tuple[type[nn.Module], ...]:
+    """Every class that is registered as such, not by its name."""
+    return tuple(kind for kind in _registry if isinstance(kind, type))
+
+
+def not_whole(module: nn.Module) -> str | None:
+    """Why a dense or low-rank layer cannot be read in this process, its weights being in parts; None if it can."""
+    layers = (module.up, module.down) if isinstance(module, LowRankLinear) else (module,)
+    for weight in (layer._parameters.get("weight") for layer in layers):
+        if weight is None:
+            continue
+        whole = getattr(weight, "ds_shape", None)
+        if whole is not None and tuple(weight.shape) != tuple(whole):
+            return (
+                f"its weight is partitioned by DeepSpeed ZeRO-3, {tuple(weight.shape)} of {tuple(whole)} here: do this "
+                "before the model is partitioned, or inside deepspeed.zero.GatheredParameters(model.parameters())"
+            )
+        if hasattr(weight, "placements"):
+            return f"its weight is a DTensor, {weight.placements}: do this before the model is sharded"
+        if weight.dim() != 2:
+            return (
+                f"its weight has the shape {tuple(weight.shape)}, and a matrix is needed: FSDP flattens and shards "
+                "weights; do this before the model is wrapped"
+            )
+    return None
+
+
+def dense_matrix(module: nn.Module) -> Tensor:
+    """The weight (out, in) of a registered dense layer or of a LowRankLinear, whose product is formed in float64.
+
+    Raises:
+        WeightError: its weights are in parts, as `not_whole` says, or its factors are no plain Linears.
+    """
+    factors = (module.down, module.up) if isinstance(module, LowRankLinear) else ()
+    if any(type(factor) is not nn.Linear for factor in factors):
+        raise WeightError(
+            f"its factors are {' and '.join(type(factor).__name__ for factor in factors)}, not plain Linears: "
+            "merge or unload the adapter (`merge_and_unload()`), or load the model without quantization"
+        )
+    if (reason := not_whole(module)) is not None:
+        raise WeightError(reason)
+    if isinstance(module, LowRankLinear):
+        up, down = module.factors()
+        return up.detach().double() @ down.detach().double()
+    return _known(type(module)).matrix(module)
+
+
+def _known(kind: type[nn.Module]) -> DenseType:
+    entry = _entry(kind)
+    if entry is None:
+        raise TargetError(f"{kind.__name__} is no registered dense type: register_dense makes it known")
+    return entry
+
+
+@torch.no_grad()
+def build_dense(layer: LowRankLinear) -> nn.Module:
+    """The dense layer that a LowRankLinear stands for: W = up @ down, multiplied in float64, cast back.
+
+    Raises:
+        WeightError: its factors are wrapped, quantized or without data.
+    """
+    weight = dense_matrix(layer)
+    if layer.up.weight.is_meta:
+        raise WeightError("the factors are on the meta device and have no data: load the model onto a real device")
+    dense = dense_like(layer)
+    dense_matrix(dense).copy_(weight)
+    if layer.bias is not None:
+        dense.get_parameter("bias").copy_(layer.bias)
+    return dense
+
+
+def dense_like(layer: nn.Module, shape: tuple[int, int] | None = None) -> nn.Module:
+    """A dense layer with the type, dtype, device, mode and `requires_grad` of this one; it has no numbers.
+
+    Args:
+        layer: dense, or a LowRankLinear for a layer of the type that it stands for.
+        shape: (in, out), if another than the layer's.
+    """
+    kind = layer.dense_type if isinstance(layer, LowRankLinear) else type(layer)
+    part: Any = layer.up if isinstance(layer, LowRankLinear) else layer
+    n_in, n_out = shape or shape_of(layer)
+    dense = _known(kind).build(n_in, n_out, part.bias is not None, part.weight.device, part.weight.dtype)
+    dense.get_parameter("weight").requires_grad_(part.weight.requires_grad)
+    if part.bias is not None:
+        dense.get_parameter("bias").requires_grad_(part.bias.requires_grad)
+    return dense.train(layer.training)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a dense or low-rank layer; (0, 0) of any other module."""
+    if isinstance(module, LowRankLinear):
+        return module.in_features, module.out_features
+    entry = dense_type(module)
+    if entry is None:
+        return 0, 0
+    n_out, n_in = entry.matrix(module).shape
+    return n_in, n_out
+
+
+register_dense(
+    nn.Linear,
+    matrix=lambda module: module.weight,
+    build=lambda n_in, n_out, bias, device, dtype: nn.utils.skip_init(
+        nn.Linear, n_in, n_out, bias=bias, device=device, dtype=dtype
+    ),
+)

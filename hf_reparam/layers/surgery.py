@@ -1,0 +1,184 @@
+"""Replacing modules: factor one layer, swap by shape, install, restore. Shared modules stay shared."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.dense import dense_matrix
+from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
+from hf_reparam.linalg import Decomposition, Factors, pivot
+from hf_reparam.plan import LayerSpec
+
+__all__ = [
+    "check_copyable",
+    "factor",
+    "has_hooks",
+    "low_rank_like",
+    "replace_modules",
+    "set_bias",
+    "set_factors",
+    "undone_on_error",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+_HELD = ("_modules", "_parameters", "_buffers")  # what an nn.Module keeps in dictionaries of their own
+
+
+def low_rank_like(dense: nn.Module, spec: LayerSpec) -> LowRankLinear:
+    """A low-rank layer of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
+
+    Args:
+        dense: a registered dense layer, or a LowRankLinear (to change its rank or form).
+        spec: rank and form; a pivoted layer needs more inputs than its rank.
+    """
+    if isinstance(dense, LowRankLinear):
+        n_out, n_in, kind, like = dense.out_features, dense.in_features, dense.dense_type, dense.up.weight
+    else:
+        (n_out, n_in), kind, like = dense_matrix(dense).shape, type(dense), dense.get_parameter("weight")
+    bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
+    up = _empty_linear(spec.rank, n_out, like, bias)
+    low: LowRankLinear
+    if spec.form == "pair":
+        low = LowRankLinear(_empty_linear(n_in, spec.rank, like, None), up, dense_type=kind)
+    else:
+        down, order = _empty_linear(n_in - spec.rank, spec.rank, like, None), torch.arange(n_in, device=like.device)
+        low = PivotedLinear(down, up, order=order, dense_type=kind)
+    return low.train(dense.training)
+
+
+def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """An nn.Linear whose numbers are not set: drawing them is most of what building a skeleton costs."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = n_in, n_out
+    linear.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=like.dtype, device=like.device), like.requires_grad)
+    linear.register_parameter(
+        "bias",
+        None
+        if bias is None
+        else nn.Parameter(torch.empty_like(bias, memory_format=torch.contiguous_format), bias.requires_grad),
+    )
+    return linear
+
+
+@torch.no_grad()
+def factor(
+    dense: nn.Module, spec: LayerSpec, decomposition: Decomposition, *, mean: Tensor | None = None
+) -> LowRankLinear:
+    """The low-rank layer that a decomposition gives in place of a layer.
+
+    Args:
+        dense: the layer, dense or low-rank.
+        spec: rank and form.
+        decomposition: of its weight, in any metric.
+        mean: E x (in,), for b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
+    """
+    layer = low_rank_like(dense, spec)
+    set_factors(layer, decomposition.cut(spec.rank))
+    if isinstance(dense.bias, nn.Parameter):
+        layer.up.bias.copy_(dense.bias)
+        if mean is not None:
+            set_bias(layer, dense, mean, mean)
+    return layer
+
+
+@torch.no_grad()
+def set_bias(layer: LowRankLinear, dense: nn.Module, mean: Tensor, low_mean: Tensor) -> None:
+    """b' = b + W E x - W' E x', with x (in,) what the dense layer gets on average and x' what the low-rank one gets."""
+    bias: Any = dense.bias
+    mean, low_mean = mean.to(bias.device), low_mean.to(bias.device)
+    up, down = layer.factors()
+    shift = dense_matrix(dense).double() @ mean - up.double() @ (down.double() @ low_mean)
+    layer.up.bias.copy_(bias.double() + shift)
+
+
+@torch.no_grad()
+def set_factors(layer: LowRankLinear, factors: Factors) -> None:
+    """Make a layer's product that of factors (float64) of its rank."""
+    if isinstance(layer, PivotedLinear):
+        pivots = pivot(factors.up, factors.down)
+        layer.up.weight.copy_(pivots.columns)
+        layer.down.weight.copy_(pivots.combinations)
+        layer.order.copy_(pivots.order)
+    else:
+        layer.up.weight.copy_(factors.up)
+        layer.down.weight.copy_(factors.down)
+
+
+def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, inplace: bool) -> M:
+    """Put new modules where old ones hang, at every path at which they hang.
+
+    Args:
+        model: the root.
+        replacements: old module -> new module.
+        inplace: change `model` itself; otherwise `model` stays as it is, and a copy is returned in which the replaced
+            tensors were never copied.
+
+    Raises:
+        TargetError: inplace, and the model itself is to be replaced; or the model cannot be copied.
+    """
+    if not inplace:
+        return _copied(model, {id(old): new for old, new in replacements.items()})
+    if model in replacements:
+        raise TargetError("a model that is itself one dense layer cannot be replaced in place: use inplace=False")
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+        for value in vars(module).values():  # some families call layers by a list of their own beside the children
+            for i, item in enumerate(value if isinstance(value, list) else ()):
+                if isinstance(item, nn.Module) and item in replacements:
+                    value[i] = replacements[item]
+    return model
+
+
+def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:
+    """Raise TargetError for a model that cannot be copied without the modules that are to be replaced.
+
+    No parameter or buffer is copied to find out.
+    """
+    kept = [*model.parameters(), *model.buffers(), *replaced]
+    _copied(model, {id(item): item for item in kept})
+
+
+def _copied(model: M, memo: dict[int, Any]) -> M:
+    """A deep copy in which what `memo` knows by its id stands for the original."""
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the model's own attributes raise
+        raise TargetError(
+            f"{type(model).__name__} cannot be copied: use inplace=True. The copy failed with: {error}"
+        ) from error
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every module of a model its class, attributes, children and tensors back if the block fails.
+
+    Until the block ends, what was replaced in it is kept in memory.
+    """
+    before = []
+    for module in model.modules():
+        contents: list[dict[str, Any]] = [vars(module), *(vars(module)[key] for key in _HELD)]
+        before.append((module, type(module), [(held, dict(held)) for held in contents]))
+    try:
+        yield
+    except BaseException:
+        for module, kind, states in before:
+            module.__class__ = kind
+            for held, then in states:
+                held.clear()
+                held.update(then)
+        raise
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody has put hooks on a module, which a module in its place would not have."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)

@@ -1,0 +1,128 @@
+"""The front door: one name in `AutoConfig`, behind which any family's derived classes are made and registered.
+
+Importing this package registers "reparam" and nothing else. Building a configuration of that type yields the derived
+class of the base that it names, and makes the Auto classes, tokenizer and processor mappings that know the base know
+the derived class too. There is no table of families.
+"""
+
+import importlib
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import auto_factory
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_reparam.errors import PlanError, TargetError
+from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
+from hf_reparam.model.config import MODEL_TYPE, PREFIX, config_class, stock_config_class
+from hf_reparam.model.families import auto_class_of, auto_classes
+from hf_reparam.model.host import hosts
+from hf_reparam.model.validate import check_entries
+from hf_reparam.plan import RankPlan
+
+__all__ = ["ReparamConfig", "check_loadable", "generated_class", "register"]
+
+_PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
+
+
+class ReparamConfig(PreTrainedConfig):
+    """What `AutoConfig` knows: called with a saved configuration it returns the derived class, such as
+    `ReparamBertConfig`."""
+
+    model_type = MODEL_TYPE
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # the base's contract
+        if "reparam" not in kwargs:
+            return super().__new__(cls)
+        plan = RankPlan.from_dict(kwargs["reparam"])
+        if plan.base_model_type not in CONFIG_MAPPING or plan.base_model_type == MODEL_TYPE:
+            raise PlanError(
+                f"'reparam.base_model_type' is {plan.base_model_type!r}, which Transformers {transformers.__version__} "
+                "does not know: install the version that has it, or register its configuration with AutoConfig first"
+            )
+        return register(CONFIG_MAPPING[plan.base_model_type])(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # the base's contract
+        """As the base's. Raises PlanError for an entry that no saved configuration has."""
+        check_entries(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+
+_registered: set[type[PreTrainedConfig]] = set()
+
+
+def register(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Make the derived configuration class of a stock one known wherever the stock one is, and return it."""
+    derived: type[PreTrainedConfig] = config_class(base)  # type: ignore[arg-type]  # a class is hashable
+    if derived is base or base in _registered:
+        return derived
+    _registered.add(base)
+    for _, mapping, found in list(auto_classes(base)):
+        classes = tuple(map(_derived_model, found))
+        mapping.register(derived, classes if len(classes) > 1 else classes[0], exist_ok=True)
+    for kind in _PREPROCESSORS:
+        _register_preprocessor(f"transformers.models.auto.{kind}_auto", base, derived)
+    return derived
+
+
+def _derived_model(base: type[Any]) -> type[Any]:
+    return model_class(base) if issubclass(base, PreTrainedModel) else base
+
+
+def _register_preprocessor(module: str, base: type[PreTrainedConfig], derived: type[PreTrainedConfig]) -> None:
+    try:
+        names = vars(importlib.import_module(module))
+    except ImportError:  # a backend such as torchvision is not installed; nothing to register
+        return
+    for mapping in [v for v in names.values() if isinstance(v, auto_factory._LazyAutoMapping)]:
+        if base in mapping:
+            try:
+                mapping.register(derived, mapping[base], exist_ok=True)
+            except (ImportError, KeyError, ValueError):  # listed, and its backend is missing
+                continue
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Raise TargetError for a model with code from a repository, if the Auto classes could not load it converted."""
+    for name, part in hosts(model).items():
+        kind, config = stock_model_class(part), stock_config_class(part.config)
+        if not any(code.__module__.startswith("transformers_modules.") for code in (kind, config)):
+            continue
+        known = config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is config
+        if not known or auto_class_of(kind) is None:
+            where = f"{name} is a {kind.__name__}, which" if name else kind.__name__
+            raise TargetError(
+                f"{where} came with trust_remote_code, and its low-rank model could be saved and never loaded: "
+                f"register its code first, AutoConfig.register({config.model_type!r}, type(model.config)) and "
+                "AutoModel.register(type(model.config), type(model)), here and wherever the result is loaded"
+            )
+
+
+def generated_class(name: str) -> type[Any]:
+    """The generated class of this name: `ReparamBertForMaskedLM`, `ReparamBertConfig`.
+
+    Raises:
+        AttributeError: neither Transformers nor a module that was imported has a class behind the name.
+    """
+    own = name.removeprefix(PREFIX)
+    base: Any = (getattr(transformers, own, None) or _imported(own)) if name.startswith(PREFIX) and own else None
+    if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+        return register(base)
+    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        register(base.config_class)  # type: ignore[attr-defined]
+        return model_class(base)
+    raise AttributeError(f"module 'hf_reparam' has no attribute {name!r}")
+
+
+def _imported(name: str) -> type[PreTrainedModel] | None:
+    """The model class of this name that somebody else defined, if its module was imported."""
+    found: list[type[PreTrainedModel]] = [PreTrainedModel]
+    for kind in found:
+        found += [sub for sub in kind.__subclasses__() if not issubclass(sub, ReparamMixin) and sub not in found]
+    return next((kind for kind in reversed(found) if kind.__name__ == name), None)
+
+
+AutoConfig.register(MODEL_TYPE, ReparamConfig, exist_ok=True)

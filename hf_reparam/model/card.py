@@ -1,0 +1,180 @@
+"""Model cards: what a converted model is, from its plan and its record, in one marked section of `README.md`."""
+
+import contextlib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from hf_reparam.errors import TargetError
+from hf_reparam.model.config import ReparamConfigMixin, plan_name, plan_of
+from hf_reparam.model.families import auto_class_of
+from hf_reparam.model.summary import summarize
+from hf_reparam.plan import RankPlan
+from hf_reparam.record import ConversionRecord, is_hub_id
+from hf_reparam.report import ConversionReport
+
+__all__ = ["add_tags", "model_card", "published_card"]
+
+TAGS = ("hf_reparam", "low-rank")
+_START = "<!-- hf_reparam: this section is written anew with the model; text outside of it is yours -->"
+_END = "<!-- hf_reparam: end -->"
+_METHODS = {
+    "svd": "truncated singular value decomposition of the weights, without data",
+    "activation": "SVD in the metric of the layers' inputs",
+    "fisher": "SVD in the Fisher metric (K-FAC) of inputs and output gradients",
+}
+_FROM_BASE = ("license", "license_name", "license_link", "pipeline_tag", "language")
+
+
+def model_card(
+    model: Any, *, card: ModelCard | None = None, base_model: str | None = None, base_card: ModelCard | None = None
+) -> ModelCard:
+    """The card of a converted model, for `card.save("OUT/README.md")` or `card.push_to_hub("me/small")`.
+
+    It says what the model was made from and how, what became of the parameters, the rank and the measured error of
+    every kind of layer, how to load and how to merge. `push_to_hub` and `hf-reparam convert` write it themselves.
+
+    Args:
+        model: a converted `PreTrainedModel`.
+        card: an existing card. Only the section between this package's marks is replaced, or added at the end; metadata
+            that is there stays, tags are added.
+        base_model: Hub id of the dense model, if `convert` could not know it: the model came from a folder.
+        base_card: the dense model's card, whose licence, pipeline and language are taken over; None to read it from
+            the Hub, if that can be reached.
+
+    Returns:
+        The card.
+
+    Raises:
+        TargetError: the model is not a converted one, or `base_model` is no Hub id.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from hf_reparam.compress.convert import convert
+    >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    >>> card = model_card(convert(BertModel(BertConfig(**shape)), rank=4))
+    >>> card.data.tags, card.data.library_name
+    (['hf_reparam', 'low-rank'], 'transformers')
+    """
+    if not isinstance(getattr(model, "config", None), ReparamConfigMixin):
+        raise TargetError(f"{type(model).__name__} is no converted Transformers model: there is nothing to say of it")
+    if base_model is not None and not is_hub_id(base_model):
+        raise TargetError(f"base_model must be a Hub id such as 'google-bert/bert-base-uncased', got {base_model!r}")
+    plan = plan_of(model.config)
+    record = plan.record or ConversionRecord()
+    base_model = base_model or record.base_model
+    data = _metadata(base_model, base_card)
+    section = f"{_START}\n\n{_section(model, plan, record, base_model)}\n\n{_END}"
+    if card is None:
+        name = (base_model or model.base_class.__name__).rpartition("/")[2]
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}, low-rank\n\n{section}\n")
+    for key, value in data.to_dict().items():
+        if key == "tags":
+            add_tags(card, TAGS)
+        elif card.data.get(key) is None:
+            card.data[key] = value
+    pattern = re.escape(_START) + ".*?" + re.escape(_END)
+    text, found = re.subn(pattern, lambda _: section, card.text, count=1, flags=re.DOTALL)
+    card.text = text if found else f"{card.text.rstrip()}\n\n{section}\n"
+    return card
+
+
+def add_tags(card: ModelCard, tags: Iterable[str]) -> None:
+    """Add tags that a card does not have."""
+    known = card.data.get("tags") or []
+    card.data["tags"] = [*known, *(tag for tag in dict.fromkeys(tags) if tag not in known)]
+
+
+def published_card(repo_id: str, token: Any = None) -> ModelCard | None:
+    """The card that a repository has; None if it has none. Raises if the Hub cannot be asked."""
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except LocalEntryNotFoundError:  # an EntryNotFoundError, too: the Hub was not reached
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+def _metadata(base_model: str | None, base_card: ModelCard | None) -> ModelCardData:
+    if base_card is None and base_model is not None:
+        with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not needed, and not worth a failure
+            base_card = ModelCard.load(base_model)
+    theirs = {} if base_card is None else base_card.data.to_dict()
+    known = {key: theirs[key] for key in _FROM_BASE if key in theirs}
+    return ModelCardData(base_model=base_model, library_name="transformers", tags=list(TAGS), **known)
+
+
+def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
+    report = summarize(model)
+    named = {plan_name(model, row.name): row for row in report.layers}
+    metrics = {name: record.metrics.get(name, plan.method) for name in named}
+    layers = [replace(row, error=record.errors.get(n), metric=metrics[n]) for n, row in named.items()]
+    source = "a dense model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
+    errors = sorted(error for error in record.errors.values() if error is not None)
+    measured = (
+        f"{errors[0]:.3f} to {errors[-1]:.3f}, median {errors[len(errors) // 2]:.3f}" if errors else "not recorded"
+    )
+    rows = {
+        "parameters of the low-rank layers": _change(report.factored_before, report.factored_after),
+        "parameters of the whole model": _change(report.parameters_before, report.parameters_after),
+        **({"heads of attentions": _heads(report)} if report.heads else {}),
+        "method": _METHODS.get(plan.method, plan.method),
+        "calibration": "none" if record.calibration_tokens is None else f"{record.calibration_tokens:,} tokens",
+        **_without_data(record),
+        "layers fitted again afterwards": str(record.refitted_layers),
+        "relative error of a layer in that metric, as converted": measured,
+    }
+    table = "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+    return f"""## Low-rank layers
+
+`{model.base_class.__name__}` made from {source} with [hf_reparam](https://pypi.org/project/hf-reparam/)
+{version("hf-reparam")}: {len(layers)} dense layers are products of two smaller ones, W ~ up @ down.
+
+{table}
+
+### Load
+
+```python
+{_loading(model)}
+```
+
+### Merge
+
+```python
+dense = hf_reparam.merge(model)  # the plain {model.base_class.__name__}; saved, it needs no hf_reparam
+```
+
+<details>
+<summary>Ranks, layer by layer</summary>
+
+{replace(report, layers=layers).layer_table()}
+
+</details>"""
+
+
+def _without_data(record: ConversionRecord) -> dict[str, str]:
+    texts = {"svd": "layers that saw no data, by plain SVD", "activation": "layers without a gradient, by inputs alone"}
+    found = {text: [n for n, metric in record.metrics.items() if metric == key] for key, text in texts.items()}
+    return {text: f"{len(names)}, among them {', '.join(names[:3])}" for text, names in found.items() if names}
+
+
+def _loading(model: Any) -> str:
+    auto = auto_class_of(model.base_class)
+    name = auto or type(model).__name__
+    where = "transformers" if auto else "hf_reparam"
+    lines = ["import hf_reparam  # pip install hf-reparam", f"from {where} import {name}"]
+    return "\n".join([*lines, "", f'model = {name}.from_pretrained("THIS_REPOSITORY")'])
+
+
+def _heads(report: ConversionReport) -> str:
+    after = [attention.width_after for attention in report.heads]
+    before = max(attention.width_before for attention in report.heads)
+    return f"{min(after)} to {max(after)} wide in {len(after)} attentions, {before} in the dense model"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} dense, {after:,} here ({after / before:.1%})"

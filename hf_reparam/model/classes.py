@@ -1,0 +1,378 @@
+"""Models: for any `BertForMaskedLM` a `ReparamBertForMaskedLM(ReparamMixin, BertForMaskedLM)`, made on demand.
+
+The base class builds its usual skeleton; the mixin then swaps the layers that the plan names for empty low-rank ones
+of the same shape, before anything is initialised, tied or sharded, on whatever device the skeleton is built. Weights
+arrive by Transformers' own loading.
+"""
+
+import contextlib
+import functools
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, initialization, modeling_utils
+
+from hf_reparam.errors import PlanError, TargetError
+from hf_reparam.layers.dense import dense_matrix, dense_type
+from hf_reparam.layers.embedding import LowRankEmbedding, Tables, low_rank_tables
+from hf_reparam.layers.heads import find_attentions
+from hf_reparam.layers.linear import Factored, LowRankLinear
+from hf_reparam.layers.surgery import low_rank_like, replace_modules
+from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
+from hf_reparam.model.drawing import deviations, draw, draw_dense, draw_tables, out_of_sight
+from hf_reparam.model.hub import Upload, written
+from hf_reparam.model.markers import marker_patterns, markers
+from hf_reparam.model.naming import (
+    check_absent,
+    find_paths,
+    inherit_conversions,
+    loading,
+    local_names,
+    note_plan,
+    shapes_may_differ,
+    while_loading,
+)
+from hf_reparam.model.parallel import factor_rules
+from hf_reparam.model.remote import named_in_config, write_module
+from hf_reparam.model.stored import check_factors, check_orders, renew_layers, stored_shapes
+from hf_reparam.model.tables import name_ties, tables_of_plan
+from hf_reparam.model.validate import check_folder
+from hf_reparam.plan import LayerSpec, RankPlan
+
+__all__ = ["ReparamMixin", "model_class", "resolve_plan", "stock_model_class"]
+
+_HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
+
+
+class ReparamMixin:
+    """What a derived model class adds to its base: low-rank layers by plan, and checkpoints that fail loudly."""
+
+    base_class: type[PreTrainedModel]
+    config: Any
+    _keys_to_ignore_on_load_unexpected: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # base's contract
+        on_meta = torch.get_default_device().type == "meta"
+        with initialization.no_init_weights() if on_meta else contextlib.nullcontext():  # no number there to draw
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
+        ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
+        kind = set if isinstance(ignored, set) else list
+        self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *marker_patterns(self)])
+
+    def post_init(self) -> None:
+        """Swap the layers, then let the base initialise, tie and shard what is there."""
+        _swap(self, strict=False)
+        super().post_init()  # type: ignore[misc]
+
+    def initialize_weights(self) -> None:
+        """As the base's, but for low-rank layers, which it does not know. Numbers that were loaded are left alone."""
+        layers = [m for m in self.modules() if isinstance(m, (LowRankLinear, Tables))]  # type: ignore[attr-defined]
+        drawn = [layer for layer in layers if not _has_numbers(layer)]
+        with out_of_sight(layers):
+            sizes = deviations(self, [low for low in drawn if not low.up.weight.is_meta])
+            super().initialize_weights()  # type: ignore[misc]
+        for module in drawn:
+            if isinstance(module, Tables):
+                draw_tables(module, self.config, sizes.get(module))
+            else:
+                draw(module, self.config, sizes.get(module))
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base's. Raises TargetError for embeddings of low rank, which it cannot resize."""
+        if isinstance(self.get_input_embeddings(), LowRankEmbedding):  # type: ignore[attr-defined]
+            if new_num_tokens is None and not args and not kwargs:
+                return self.get_input_embeddings()  # type: ignore[attr-defined]
+            raise TargetError(
+                "embeddings of low rank cannot be resized: merge the model, resize the dense one and convert it again"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        """Where each tensor-parallel rule applies: the base's answer, with a low-rank layer's rule for its factors."""
+        rules: dict[str, str] = super()._expand_parallel_plan(plan)  # type: ignore[misc]
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            if isinstance(module, LowRankLinear):
+                rules = factor_rules(rules, name, module)
+        return rules
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # base's contract
+        """As the base's. The model itself leaves markers of its low-rank layers to `save_pretrained`; inside another
+        object, which may know nothing of its plan, they stay."""
+        state: Any = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        if not args and not {"destination", "prefix"} & kwargs.keys():
+            for name, module in self.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]
+                marker = state.get(f"{name}.weight") if isinstance(module, Factored) else None
+                if marker is not None and marker.numel() == 0:
+                    del state[f"{name}.weight"]
+        return state
+
+    def save_pretrained(  # base's contract
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        *,
+        remote_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As the base's. Adds an empty tensor under the dense weight's name of the first layer of each kind.
+
+        The stock class would otherwise find its weights missing and go on with random numbers; the marker's shape makes
+        it raise. Names are those of the live modules: conversions to older checkpoint layouts know no factors.
+
+        Args:
+            save_directory, is_main_process, state_dict, push_to_hub: as the base's; more options of the base's follow.
+            remote_code: also write one Python file, with which `from_pretrained(..., trust_remote_code=True)` works
+                where hf_reparam is not installed.
+        """
+        folder, hub = Path(save_directory), {key: kwargs.pop(key) for key in _HUB_OPTIONS & kwargs.keys()}
+        upload = None
+        if push_to_hub and is_main_process:
+            hub |= {"repo_id": hub.get("repo_id", folder.name), "token": kwargs.get("token")}
+            upload, before = Upload.prepare(self, **hub), written(folder)
+        state = dict(state_dict or self.state_dict())
+        for name, marker in markers(self).items():
+            state.setdefault(name, marker)
+        kwargs["save_original_format"] = False
+        note_plan(self)
+        with named_in_config(self, remote_code=remote_code):
+            super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
+        if remote_code and is_main_process:
+            write_module(folder)
+        if upload is not None:
+            upload.send(folder, before)
+
+    def push_to_hub(  # base's contract
+        self, repo_id: str, *, max_shard_size: int | str = "50GB", remote_code: bool = False, **options: Any
+    ) -> Any:
+        """As the base's, with a model card that says what was converted and how; see `hf_reparam.model_card`.
+
+        A card that the repository has is kept: only the section between this package's marks is replaced.
+
+        Args:
+            repo_id: where to.
+            max_shard_size, remote_code: as for `save_pretrained`.
+            options: the base's commit_message, commit_description, private, token, revision, create_pr and tags.
+        """
+        upload = Upload.prepare(self, repo_id, **options)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
+            return upload.send(Path(folder), {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return (_instance_of, (self.base_class,), *made[2:])
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
+        """As the base's, from safetensors alone. Raises CheckpointError when a factor is missing, or left over."""
+        source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path") or "")
+        check_folder(Path(source) / (kwargs.get("subfolder") or ""))
+        kwargs["use_safetensors"] = True  # nothing is ever unpickled
+        sizes = {"ignore_mismatched_sizes": bool(kwargs.get("ignore_mismatched_sizes"))}
+        with while_loading(**sizes):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+            if kwargs.get("state_dict") is None:
+                check_factors(model, info["missing_keys"], info["unexpected_keys"], source, **sizes)
+            note_plan(model)
+        check_orders(model, source)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the base class: Transformers draws new heads and renames tensors otherwise for code that it has not."""
+        return cls.base_class.is_custom_code()
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
+        """As the base's, after a look at what the file has: layers of another head than this model's become dense."""
+        stored = stored_shapes(state_dict, files)
+        check_absent(model, stored)
+        renew_layers(model, stored, ignore_mismatched_sizes=load_config.ignore_mismatched_sizes)
+        base: Any = super(ReparamMixin, type(model))
+        return base._load_pretrained_model(model, state_dict, files, load_config, *args)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """As the base's, which draws random numbers of the configuration's shapes before it raises for a wrong one."""
+        wrong = sorted(loading_info.mismatched_keys)
+        if wrong and not load_config.ignore_mismatched_sizes:
+            name, stored, expected = wrong[0]
+            raise RuntimeError(
+                f"{len(wrong)} tensors do not have the shapes that config.json gives them, among them {name}: "
+                f"{tuple(stored)} in the file, {tuple(expected)} in the model. If that is meant, as for a new head, "
+                "ignore_mismatched_sizes=True draws these at random"
+            )
+        base: Any = super(ReparamMixin, type(model))
+        return base._finalize_model_loading(model, load_config, loading_info)
+
+
+_model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The derived model class of a stock one; a derived one is returned as it is."""
+    if issubclass(base, ReparamMixin):
+        return base
+    if base not in _model_classes:
+
+        @functools.wraps(base.__init__)
+        def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807  # shows the base's signature
+            ReparamMixin.__init__(self, *args, **kwargs)
+
+        body = {
+            "__init__": __init__,
+            "__module__": PUBLIC_MODULE,
+            "__doc__": f"`{base.__name__}` with low-rank layers.",
+            "config_class": config_class(base.config_class),
+            "base_class": base,
+            "_auto_class": None,  # its code is this package's: no file of it goes beside the weights
+        }
+        make: Any = type(base)
+        _model_classes[base] = make(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
+        _record_outputs_as(base, _model_classes[base])
+        inherit_conversions(base, _model_classes[base])
+    return _model_classes[base]
+
+
+def _instance_of(base: type[PreTrainedModel]) -> Any:
+    """An empty object of the derived class, for unpickling and copying."""
+    derived: Any = model_class(base)
+    return derived.__new__(derived)
+
+
+def _record_outputs_as(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
+    """Let `output_hidden_states` and the like work on instances that no constructor made: retyped, or unpickled.
+
+    Transformers fills this registry, class name -> outputs to record, when a model is constructed.
+    """
+    registry = vars(modeling_utils).get("_CAN_RECORD_REGISTRY")
+    if registry is not None:
+        dict.__setitem__(registry, str(derived), base._can_record_outputs)
+
+
+def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The dense class behind a model."""
+    return model.base_class if isinstance(model, ReparamMixin) else type(model)
+
+
+def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True) -> dict[str, nn.Module]:
+    """Plan name -> module, for every layer of the plan that this model has.
+
+    A name that the model does not have, and whose first component the base model does not have, is a layer of another
+    head, and left out. (A misspelt one shows in the weights, which then find no place: see `_check_factors`.)
+
+    Raises:
+        PlanError: strict, and a name leads nowhere, to no dense layer, or its rank does not fit the layer's shape.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths = find_paths(model, plan.modules)
+    known = {name for name, _ in model.base_model.named_children()}
+    output = model.get_output_embeddings() if plan.modules else None
+    found = {}
+    for name, spec in plan.modules.items():
+        if name in paths:
+            module = modules[paths[name]]
+            if _check_layer(name, module, spec, module is output):
+                found[name] = module
+        elif strict and not loading() and name.partition(".")[0] in known:
+            raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
+    return found
+
+
+def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool) -> bool:
+    """Whether a layer is to be of low rank; False for a new one of another shape than the plan was made for."""
+    if isinstance(module, LowRankLinear):
+        n_out, n_in = module.out_features, module.in_features
+    elif dense_type(module) is not None:
+        n_out, n_in = dense_matrix(module).shape
+    else:
+        raise PlanError(f"{name}: the plan makes it low-rank, and it is a {type(module).__name__}, no dense layer")
+    if is_output:
+        raise PlanError(f"{name}: the plan makes the output embeddings low-rank, which this version does not")
+    if spec.rank > spec.limit(n_in, n_out):
+        if shapes_may_differ():
+            return False
+        limit = "min(in - 1, out)" if spec.form == "pivoted" else "min(in, out)"
+        raise PlanError(
+            f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}. If another size "
+            "is meant, as for a new head, ignore_mismatched_sizes=True makes a new, dense layer"
+        )
+    if isinstance(module, LowRankLinear) and module.spec != spec:
+        raise PlanError(f"{name}: the plan makes it {spec}, and the model has it as {module.spec}")
+    return True
+
+
+def _swap(model: Any, *, strict: bool) -> None:
+    """Make heads as narrow as the plan says, and every dense layer that it names an empty low-rank one."""
+    plan = plan_of(model.config)
+    _narrow(model, plan, strict=strict)
+    _swap_tables(model, plan)
+    layers: dict[nn.Module, nn.Module] = {}
+    for name, module in resolve_plan(model, plan, strict=strict).items():
+        if not isinstance(module, LowRankLinear):
+            layers[module] = low_rank_like(module, plan.modules[name])
+    if layers:
+        replace_modules(model, layers, inplace=True)
+    for low in layers.values():
+        if isinstance(low, LowRankLinear) and not low.up.weight.is_meta:
+            draw(low, model.config)
+
+
+def _swap_tables(model: Any, plan: RankPlan) -> None:
+    """Replace the tables that the plan names, and what is tied to them, by empty ones of low rank.
+
+    Raises:
+        PlanError: as `tables_of_plan`.
+    """
+    for rank, group in tables_of_plan(model, local_names(model, plan.embeddings)):
+        weight = group.module.weight
+        low: dict[nn.Module, nn.Module] = {}
+        for module in set(group.members.values()):  # with factors of their own: what is missing would be taken for tied
+            low |= low_rank_tables([module], *(nn.Parameter(weight.new_empty(size, rank)) for size in group.shape))
+        replace_modules(model, low, inplace=True)
+        for module in low.values() if not weight.is_meta else ():
+            draw_tables(module, model.config)
+        name_ties(model)
+
+
+def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
+    """Give attentions empty layers for narrower heads.
+
+    Raises:
+        PlanError: strict, and a name leads to no attention of which this is known, or a width is above its own.
+    """
+    if not plan.head_widths:
+        return
+    known = {plan_name(model, attention.name): attention for attention in find_attentions(model)}
+    children = {name for name, _ in model.base_model.named_children()}
+    for name, width in local_names(model, plan.head_widths).items():
+        attention = known.get(name)
+        if attention is None:
+            if strict and name.partition(".")[0] in children:
+                raise PlanError(f"{name}: the plan makes its heads narrower, and no such attention is known here")
+            continue
+        if width > attention.stock_width:
+            raise PlanError(
+                f"{name}: the plan makes its heads {width} wide, above the {attention.stock_width} they have"
+            )
+        if attention.width != width or attention.kind.fused > attention.split:
+            made = attention.empty(width)
+            for layer in made.values():
+                if not layer.get_parameter("weight").is_meta:
+                    draw_dense(layer, model.config)
+            attention.narrow(made, width)
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    """Whether all of a module's tensors were loaded or drawn."""
+    tensors = (*module.parameters(), *module.buffers())
+    return getattr(module, "_is_hf_initialized", False) or all(
+        getattr(tensor, "_is_hf_initialized", False) for tensor in tensors
+    )

@@ -1,0 +1,154 @@
+"""Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
+
+import functools
+import sys
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_reparam.errors import PlanError
+from hf_reparam.model.validate import check_entries
+from hf_reparam.plan import RankPlan
+
+__all__ = [
+    "HEAD",
+    "MODEL_TYPE",
+    "PREFIX",
+    "PUBLIC_MODULE",
+    "ReparamConfigMixin",
+    "base_prefix",
+    "config_class",
+    "note_refit",
+    "plan_name",
+    "plan_of",
+    "stock_config_class",
+]
+
+MODEL_TYPE = "reparam"
+"""`model_type` on disk. In memory a configuration has its base's `model_type`, by which Transformers chooses code."""
+
+PREFIX = "Reparam"
+PUBLIC_MODULE = "hf_reparam"
+"""Module under whose name generated classes are published, imported and unpickled."""
+
+HEAD = "."
+"""Before the name of a head's layer in a plan where the base model has a module that begins with the same name."""
+
+
+class ReparamConfigMixin:
+    """What a derived configuration adds to its base: the entry `reparam`, a rank plan as JSON."""
+
+    base_class: type[PreTrainedConfig]
+    base_config_key: str
+    reparam: dict[str, Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return (_instance_of, (self.base_class,), *made[2:])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields of the base, the plan, and `model_type` "reparam"."""
+        _name_lora_targets()
+        return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # base's contract
+        """As the base's. Raises PlanError for an entry that no saved configuration has."""
+        check_entries(config_dict)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # base's contract
+        """Read `config.json`, naming the type as the base does, so that no mismatch is reported.
+
+        A class of a part finds the plan of the whole in the part's entry.
+        """
+        data, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if data.get("model_type") != MODEL_TYPE:
+            return data, rest
+        plan, mine = data.get("reparam"), cls.base_class.model_type
+        whole = plan.get("base_model_type") if isinstance(plan, dict) else mine
+        if whole == mine or not isinstance(whole, str):
+            return {**data, "model_type": mine}, rest
+        for key, part in data.items():
+            found = isinstance(part, dict) and (key == cls.base_config_key or part.get("model_type") == mine)
+            if found and "reparam" not in part:
+                data = {**data, key: {**part, "reparam": {**plan, "base_model_type": mine}}}
+        return {**data, "model_type": whole}, rest
+
+
+def _name_lora_targets() -> None:
+    """Let a `LoraConfig()` without targets adapt the factors: PEFT looks them up by the model type in `to_dict`."""
+    constants = sys.modules.get("peft.utils.constants")
+    if constants is not None:
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, ["down", "up"])
+
+
+@functools.cache
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The derived configuration class of a stock one; a derived one is returned as it is.
+
+    The derived class takes the base's fields and `reparam`, the JSON form of a RankPlan (empty if absent). Its
+    constructor raises PlanError for a plan that is malformed or made for another model type.
+    """
+    if issubclass(base, ReparamConfigMixin):
+        return base
+
+    def __init__(self, *args, reparam=None, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807
+        # Transformers turns config classes into dataclasses and wraps every class without an __init__ of its own.
+        kwargs.pop("model_type", None)
+        base.__init__(self, *args, **kwargs)
+        plan = RankPlan(base_model_type=base.model_type) if reparam is None else RankPlan.from_dict(reparam)
+        if plan.base_model_type != base.model_type:
+            raise PlanError(
+                f"the plan was made for model type {plan.base_model_type!r}, and this is {base.model_type!r}"
+            )
+        self.reparam = plan.to_dict()
+
+    body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", "__init__": __init__}
+    body["_auto_class"] = None  # its code is this package's: no file of it goes beside the weights
+    make: Any = type(base)
+    return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**body, "base_class": base})
+
+
+def _instance_of(base: type[PreTrainedConfig]) -> Any:
+    """An empty object of the derived class, for unpickling and copying."""
+    derived: Any = config_class(base)  # type: ignore[arg-type]  # a class is hashable
+    return derived.__new__(derived)
+
+
+def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
+    """The dense class behind a configuration."""
+    return config.base_class if isinstance(config, ReparamConfigMixin) else type(config)
+
+
+def note_refit(config: PreTrainedConfig, layers: int) -> None:
+    """Remember in a derived configuration how many layers were refitted."""
+    plan = plan_of(config)
+    if plan.record is not None and isinstance(config, ReparamConfigMixin):
+        config.reparam = replace(plan, record=replace(plan.record, refitted_layers=layers)).to_dict()
+
+
+def plan_of(config: PreTrainedConfig) -> RankPlan:
+    """The plan that a configuration carries; an empty one for a stock configuration."""
+    if isinstance(config, ReparamConfigMixin):
+        return RankPlan.from_dict(config.reparam)
+    return RankPlan(base_model_type=config.model_type)
+
+
+def base_prefix(model: Any) -> str:
+    """What paths of the base model's modules begin with: "bert.", or nothing where the model is its own base."""
+    return f"{model.base_model_prefix}." if model.base_model is not model else ""
+
+
+def plan_name(model: Any, name: str) -> str:
+    """The name a plan uses for a module path: relative to the base model, or to the head model for head modules.
+
+    These get `HEAD` before them where the base model would claim the name for itself.
+    """
+    prefix = base_prefix(model)
+    if not prefix or name.startswith(prefix):
+        return name.removeprefix(prefix)
+    return f"{HEAD}{name}" if hasattr(model.base_model, name.partition(".")[0]) else name

@@ -1,0 +1,144 @@
+"""Transformers models inside other objects: where they are, what their layers are called, what calibration calls."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_reparam.errors import TargetError
+from hf_reparam.model.config import plan_name
+
+__all__ = [
+    "base_type",
+    "called",
+    "check_model",
+    "embeddings_of",
+    "hosts",
+    "layer_name",
+    "method_of",
+    "own_tokenizer",
+    "saved_otherwise",
+    "unwrapped",
+]
+
+_REPLICAS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPED = ["_orig_mod", "_checkpoint_wrapped_module"]  # of torch.compile and of activation checkpointing
+
+
+def check_model(model: object) -> None:
+    """Raise TargetError, which says what to give instead, for what is no `nn.Module`."""
+    if isinstance(model, nn.Module):
+        return
+    got = f"got {type(model).__name__}"
+    if isinstance(model, (str, os.PathLike)):
+        hint = f"load it first: AutoModel.from_pretrained({os.fspath(model)!r}), or the class of your task"
+    elif isinstance(model, type):
+        got, hint = f"got the class {model.__name__}", f"give a model of it: {model.__name__}.from_pretrained(...)"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        hint = f"give the model that it holds: the `.model` of the {type(model).__name__}"
+    else:
+        hint = "give what AutoModel.from_pretrained(...) returns, or any nn.Module"
+    raise TargetError(f"a model is an nn.Module, {got}: {hint}")
+
+
+def hosts(model: nn.Module) -> dict[str, Any]:
+    """Path -> Transformers model, for each in an object that is part of no other; {"": model} for one itself.
+
+    Each has a plan of its own, in its own configuration, and is saved by its own `save_pretrained`.
+    """
+    if isinstance(model, PreTrainedModel):
+        return {"": model}
+    found = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    parts = {id(part) for outer in found.values() for part in outer.modules() if part is not outer}
+    return {path: module for path, module in found.items() if id(module) not in parts}
+
+
+def layer_name(model: nn.Module, name: str) -> str:
+    """The name under which plans and moments know the layer at this module path.
+
+    In a Transformers model it is relative to the base model. Inside another object it is the path of the Transformers
+    model there, and the name that the layer has in that: "0.model." + "encoder.layer.0.output.dense".
+    """
+    parts, module = name.split("."), model
+    for i, part in enumerate(parts):
+        if isinstance(module, PreTrainedModel):
+            return ".".join([*parts[:i], plan_name(module, ".".join(parts[i:]))])
+        child = module._modules.get(part)
+        if child is None:
+            break
+        module = child
+    return name
+
+
+def base_type(model: nn.Module) -> str | None:
+    """Transformers' `model_type` of a model; None for another object."""
+    return model.config.model_type if isinstance(model, PreTrainedModel) else None
+
+
+def method_of(model: nn.Module) -> str:
+    """How the factors of a model, or of the models in an object, were made; "svd" where nothing says it."""
+    known = [getattr(host.config, "reparam", None) for host in hosts(model).values()]
+    return next((entry["method"] for entry in known if entry), "svd")
+
+
+def embeddings_of(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    """Input and output embeddings; None where the class knows none."""
+    found: list[nn.Module | None] = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(get())
+        except (AttributeError, NotImplementedError):  # what classes without them raise
+            found.append(None)
+    return found[0], found[1]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in `torch.compile`, DataParallel, DistributedDataParallel and the like."""
+    names = ["module"] if isinstance(model, _REPLICAS) else _WRAPPED
+    inner = next((model._modules[name] for name in names if name in model._modules), None)
+    return model if inner is None else unwrapped(inner)
+
+
+def called(model: nn.Module) -> nn.Module:
+    """What calibration calls with batches: the model itself, or the only Transformers model of an object that cannot be
+    called with them: a wrapper of a whole model, a container, a SentenceTransformer or CrossEncoder.
+
+    Raises:
+        TargetError: such an object holds several.
+    """
+    model = unwrapped(model)
+    container = isinstance(model, (nn.ModuleDict, nn.ModuleList)) or (type(model) is nn.Sequential and len(model) == 1)
+    found = hosts(model) if container or _of_sentence_transformers(model) else {}
+    if len(found) > 1:
+        raise TargetError(
+            f"{type(model).__name__} holds {len(found)} Transformers models, {sorted(found)}, and cannot be called "
+            "with one batch: calibrate and convert each by itself, with inplace=True"
+        )
+    return next(iter(found.values()), model)
+
+
+def own_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer that a SentenceTransformer or CrossEncoder brings along; None for another object."""
+    inner = unwrapped(model)
+    return getattr(inner, "tokenizer", None) if _of_sentence_transformers(inner) else None
+
+
+def _of_sentence_transformers(model: nn.Module) -> bool:
+    return any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__)
+
+
+def saved_otherwise(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path, reason) of the modules outside of Transformers models in objects that have a way of saving of their own.
+
+    Such an object saves a Transformers model by that model's `save_pretrained`, and the rest as it knows it: dense.
+    """
+    inner = {id(part) for host in hosts(model).values() for part in host.modules()}
+    if not inner or isinstance(model, PreTrainedModel):
+        return
+    for path, module in model.named_modules():
+        if id(module) not in inner and hasattr(module, "save_pretrained"):
+            reason = f"{type(module).__name__} saves it by itself, as a dense layer"
+            start = f"{path}." if path else ""
+            yield from ((start + n, reason) for n, part in module.named_modules() if id(part) not in inner)

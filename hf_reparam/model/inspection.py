@@ -1,0 +1,236 @@
+"""What a model says of itself: which layers stay dense, whether it is quantized, how large it is."""
+
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from transformers import PreTrainedModel
+
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.layers.attention import split_attention
+from hf_reparam.layers.targets import Targets, find_targets
+from hf_reparam.model.config import stock_config_class
+from hf_reparam.model.families import auto_classes
+from hf_reparam.model.host import embeddings_of, hosts, layer_name, saved_otherwise, unwrapped
+from hf_reparam.plan import RankPlan
+
+__all__ = [
+    "check_convertible",
+    "check_no_adapters",
+    "check_unquantized",
+    "check_unsharded",
+    "count_parameters",
+    "find_layers",
+    "named_by",
+    "optional_layers",
+    "outside_inference_mode",
+    "protected_layers",
+    "split_projections",
+    "with_projections",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_QUANTIZERS = ("torchao.", "bitsandbytes.", "torch.ao.nn.quantized.", "hqq.", "optimum.quanto.", "compressed_tensors.")
+_PACKED = ("weight", "qweight", "weight_packed", "W_q")  # buffers that hold quantized weights
+_PACKED_TYPES = (torch.int16, torch.int32)
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    asked: Container[str] = (),
+) -> Targets:
+    """The layers that a conversion may factor; arguments and errors as `find_targets`.
+
+    Args:
+        model: any module.
+        include, exclude: patterns.
+        asked: names of layers that were asked for in another way than by `include`, which brings optional ones in.
+    """
+    optional = {name: reason for name, reason in optional_layers(model).items() if name not in asked}
+    return find_targets(model, include=include, exclude=exclude, protected=protected_layers(model), optional=optional)
+
+
+def named_by(model: nn.Module, rank: object, plan: RankPlan | None) -> Container[str]:
+    """Optional layers that a plan names, or a mapping of ranks, by their whole names."""
+    if plan is not None:
+        return {name for name in optional_layers(model) if layer_name(model, name) in plan.modules}
+    return rank if isinstance(rank, Mapping) else ()
+
+
+def optional_layers(model: nn.Module) -> dict[str, str]:
+    """What stays dense unless a pattern asks for it: heads, poolers and routers of Transformers models in a model.
+
+    A head is what a model has beside the Transformers models inside of it, unless `AutoModel` gives its class.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    models = sorted((name for name, m in modules.items() if isinstance(m, PreTrainedModel)), key=len, reverse=True)
+    with_head = {name for name in models if _has_head(modules[name])}
+    reasons: dict[str, str] = {}
+    for name in modules:
+        owner = next((path for path in models if not path or f"{name}.".startswith(f"{path}.")), None)
+        role = None if owner is None else "task head" if owner in with_head else _role(name, modules)
+        if role is not None:
+            reasons[name] = f"{role}: stays dense unless include= names it"
+    return reasons
+
+
+def _has_head(model: Any) -> bool:
+    if not any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model):
+        return False
+    found = auto_classes(stock_config_class(model.config))
+    bodies = {kind for auto, _, kinds in found if auto == "AutoModel" for kind in kinds}
+    return not any(kind in bodies for kind in type(model).__mro__)
+
+
+def _role(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """What a module inside a body is for, by the names that models have for it."""
+    parts = name.split(".")
+    if any(part.endswith("pooler") for part in parts):
+        return "pooler"
+    beside_experts = parts[-1] == "gate" and "experts" in modules[".".join(parts[:-1])]._modules
+    return "router" if beside_experts or any("router" in part for part in parts) else None
+
+
+def protected_layers(model: nn.Module) -> dict[str, str]:
+    """Layers that stay dense, and why: the output embeddings, whatever a Transformers model declares as tied, and what
+    an object around it saves by itself; none of a plain module."""
+    reasons: dict[str, str] = {}
+    for path, host in hosts(model).items():
+        start = f"{path}." if path else ""
+        _, output = embeddings_of(host)
+        for name, module in host.named_modules(remove_duplicate=False):
+            if output is not None and module is output:
+                reasons[start + name] = "output embeddings"
+        for target, source in (getattr(host, "all_tied_weights_keys", None) or {}).items():
+            for key in (target, source):
+                owner = start + key.rpartition(".")[0]
+                reasons.setdefault(owner, "tied: another module holds the same parameter")
+    return {**reasons, **dict(saved_otherwise(model))}
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Raise WeightError for a Transformers model, or one in another object, with quantized weights.
+
+    The weights decide, and a quantizer that still belongs to the model; an entry left over in the configuration does
+    not.
+    """
+    for path, host in hosts(model).items():
+        where = _quantized(host)
+        if where is not None:
+            place = f"{path}: " if path else ""
+            raise WeightError(
+                f"{place}{type(host).__name__} is quantized{where}: convert the full-precision model, then quantize "
+                "the result"
+            )
+
+
+def _quantized(model: PreTrainedModel) -> str | None:
+    """Where a model is quantized, for a message; None if it is not."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_QUANTIZERS):
+            return f" ({name} is a {type(module).__module__}.{type(module).__name__})"
+        weights = dict(module._parameters)
+        weights.update((key, value) for key, value in module._buffers.items() if key in _PACKED)
+        for key, value in weights.items():
+            if value is None or value.dim() < 2 or value.dtype is torch.bool:
+                continue
+            foreign = type(value).__module__.startswith(_QUANTIZERS)
+            if foreign or value.dtype.itemsize == 1 or value.dtype in _PACKED_TYPES:
+                return f" ({name}.{key} is a {type(value).__name__} of {value.dtype})"
+    return "" if getattr(model, "hf_quantizer", None) is not None else None
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise TargetError, which names the place, for a model with adapters that are not merged."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith("peft.") or {"base_layer", "lora_A"} & module._modules.keys():
+            place = f"{path} is" if path else "it is"
+            raise TargetError(
+                f"{type(model).__name__} has an adapter that is not merged: {place} a {kind.__name__}. Merge the "
+                "adapter first: model = peft_model.merge_and_unload(); or convert the model before it gets adapters"
+            )
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Raise TargetError for a model in FullyShardedDataParallel, which holds all weights in flat tensors."""
+    for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            place = f"{path} of {type(model).__name__}" if path else "the model"
+            raise TargetError(
+                f"{place} is wrapped by FullyShardedDataParallel, which holds weights in flat tensors: convert or "
+                "merge the model before it is wrapped"
+            )
+
+
+def check_convertible(model: nn.Module, *, inplace: bool) -> None:
+    """Raise for a model that cannot be converted or merged as a whole, before any work.
+
+    Raises:
+        TargetError: it is sharded or compiled in parts, or replicas know its parameters.
+    """
+    check_unsharded(model)
+    if inplace and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise TargetError(
+            "DistributedDataParallel would go on with the old parameters: change model.module in place and wrap it "
+            "anew, or use inplace=False"
+        )
+    for path, host in hosts(model).items():
+        for name, module in host.named_modules():
+            if unwrapped(module) is not module:
+                raise TargetError(
+                    f"{f'{path}.' if path else ''}{name} is wrapped by {type(module).__name__} inside of "
+                    f"{type(host).__name__}, whose folder would have names that nothing loads: unwrap it first"
+                )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in a model's parameters, shared ones counted once."""
+    tied: set[str] = set()  # on the meta device sharing cannot be seen
+    for path, host in hosts(model).items():
+        start = f"{path}." if path else ""
+        tied |= {start + key for key in getattr(host, "all_tied_weights_keys", None) or ()}
+    known = ((name, p) for name, p in model.named_parameters() if not is_lazy(p))
+    return sum(p.numel() for name, p in known if not (p.is_meta and name in tied))
+
+
+def split_projections(model: object) -> AbstractContextManager[None]:
+    """The projections of every `nn.MultiheadAttention` as layers, while the block lasts; see `split_attention`.
+
+    Not in a Transformers model, whose class would build another skeleton when it is loaded.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+        return nullcontext()
+    return split_attention(model, {part for host in hosts(model).values() for part in host.modules()})
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Tensors of the block can be trained, also where it runs inside `torch.inference_mode()`."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def with_projections(function: F) -> F:
+    """A function of a model, its first argument, that sees the projections of attentions as layers.
+
+    It makes tensors that can be trained, also where it is called inside `torch.inference_mode()`.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with outside_inference_mode(), split_projections(args[0] if args else kwargs.get("model")):
+            return function(*args, **kwargs)
+
+    return cast(F, wrapped)

@@ -1,0 +1,165 @@
+"""Names in plans and modules of models: which layer a name means in this class, and what plan a live model has."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, conversion_mapping, core_model_loading
+
+from hf_reparam.errors import PlanError
+from hf_reparam.layers.embedding import Tables
+from hf_reparam.layers.heads import find_attentions
+from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.model.config import HEAD, ReparamConfigMixin, base_prefix, plan_name, plan_of
+from hf_reparam.model.tables import table_groups
+from hf_reparam.plan import RankPlan
+
+__all__ = [
+    "check_absent",
+    "find_paths",
+    "inherit_conversions",
+    "live_plan",
+    "loading",
+    "local_names",
+    "note_plan",
+    "renamed",
+    "shapes_may_differ",
+    "while_loading",
+]
+
+V = TypeVar("V")
+_loading: ContextVar[bool | None] = ContextVar("loading", default=None)
+
+
+@contextmanager
+def while_loading(*, ignore_mismatched_sizes: bool) -> Iterator[None]:
+    """In the block a plan is judged by the file that a model is loaded from, which is read after the model is built.
+
+    Args:
+        ignore_mismatched_sizes: layers of other shapes than those in the file are new ones, and dense.
+    """
+    token = _loading.set(ignore_mismatched_sizes)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def loading() -> bool:
+    """Whether a model is being loaded, so that a name that it has not may be one of another class."""
+    return _loading.get() is not None
+
+
+def shapes_may_differ() -> bool:
+    """Whether a model is being loaded with `ignore_mismatched_sizes`."""
+    return bool(_loading.get())
+
+
+def inherit_conversions(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
+    """Let Transformers rename tensors for a derived class as for its base, where it goes by the name of the class."""
+    if base.__module__.startswith("transformers."):
+        known = conversion_mapping.get_checkpoint_conversion_mapping(base.__name__)
+        if known is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(derived.__name__, known, overwrite=True)
+
+
+def find_paths(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Plan name -> module path, for names that lead somewhere in this model.
+
+    A plan that another class of the family wrote names its layers as that class does: where tensors of a checkpoint are
+    renamed for this class, the same renaming leads to the layer.
+    """
+    modules = {f"{path}.weight": module for path, module in model.named_modules(remove_duplicate=False)}
+    prefix, renamings = base_prefix(model), None
+    found = {}
+    for name in names:
+        keys = [prefix + name, name]
+        if name.startswith(HEAD):
+            keys = [name.removeprefix(HEAD)] if prefix else []
+        key = next((f"{key}.weight" for key in keys if f"{key}.weight" in modules), None)
+        if key is None and not name.startswith(HEAD):
+            renamings = _renamings(model) if renamings is None else renamings
+            key, _ = core_model_loading.rename_source_key(
+                f"{name}.weight", renamings, [], model.base_model_prefix, modules
+            )
+        if key in modules:
+            found[name] = key.removesuffix(".weight")
+    return found
+
+
+def renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """What Transformers makes of the names of these layers' weights while it loads a checkpoint into this model."""
+    changes = _renamings(model)
+    modules = {f"{path}.weight": module for path, module in model.named_modules(remove_duplicate=False)}
+    rename = core_model_loading.rename_source_key
+    found = (rename(f"{name}.weight", changes, [], model.base_model_prefix, modules)[0] for name in names)
+    return [key.removesuffix(".weight") for key in found]
+
+
+def _renamings(model: PreTrainedModel) -> list[Any]:
+    """How Transformers renames tensors of checkpoints for this model, where it changes nothing but names."""
+    known = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+    return [change for change in known if isinstance(change, core_model_loading.WeightRenaming)]
+
+
+def local_names(model: PreTrainedModel, entries: Mapping[str, V]) -> dict[str, V]:
+    """Entries of a plan under the names that they have in this model.
+
+    Those that the model does not have keep theirs, but not while it is loaded: there `check_absent` judges them.
+    """
+    paths = find_paths(model, entries) if entries else {}
+    kept = {name: plan_name(model, paths[name]) if name in paths else name for name in entries}
+    return {kept[name]: entry for name, entry in entries.items() if name in paths or not loading()}
+
+
+def check_absent(model: PreTrainedModel, stored: Iterable[str]) -> None:
+    """Refuse a plan with a layer of the base model that neither the model has nor the file.
+
+    Args:
+        model: with the plan.
+        stored: names of the tensors in the file.
+
+    Raises:
+        PlanError: there is one.
+    """
+    plan = plan_of(model.config)
+    children = {name for name, _ in model.base_model.named_children()}
+    paths = find_paths(model, plan.modules)
+    absent = {name for name in plan.modules if name not in paths and name.partition(".")[0] in children}
+    if not absent:
+        return
+    owners = {part for key in stored for part in _ends(key.removesuffix(".down.weight"))}
+    for name in sorted(absent - owners):
+        raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
+
+
+def _ends(path: str) -> Iterator[str]:
+    """A path, and what is left of it without its first component, without its first two, and so on."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def live_plan(model: PreTrainedModel) -> RankPlan:
+    """The plan of what a model has: a layer that its configuration names and the class has not is left out."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    tables = [group for group in table_groups(model) if isinstance(group.module, Tables)]
+    return replace(
+        plan_of(model.config),
+        modules={plan_name(model, name): module.spec for name, module in layers.items()},
+        head_widths={plan_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed},
+        embeddings={plan_name(model, group.path): group.module.rank for group in tables},
+    )
+
+
+def note_plan(model: PreTrainedModel) -> None:
+    """Let a model's configuration say what the model has, under the names that it has there."""
+    if not isinstance(model.config, ReparamConfigMixin):
+        return
+    plan = live_plan(model)
+    if plan.record is not None and plan.record.errors:
+        errors = local_names(model, plan.record.errors)
+        plan = replace(plan, record=replace(plan.record, errors=errors))
+    model.config.reparam = plan.to_dict()

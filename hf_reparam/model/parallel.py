@@ -1,0 +1,73 @@
+"""Tensor parallelism: what a plan says of a dense layer, said of the factors that stand in its place.
+
+A column-parallel layer shards its outputs: `up` does, and `down` is whole everywhere. A row-parallel layer shards its
+inputs: `down` does, and what is added up between processes is rank numbers a token instead of out. With pivots it needs
+every input for its gather: the inputs are brought together, and `up` shards its outputs, which are gathered.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_reparam.errors import PlanError
+from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
+
+__all__ = ["factor_rules", "supported"]
+
+_GATHER_INPUT = "hf_reparam_gather_input"
+
+
+def supported() -> bool:
+    """Whether this version of Transformers lets a model say how its plan applies to its modules."""
+    return hasattr(PreTrainedModel, "_expand_parallel_plan")
+
+
+def factor_rules(rules: dict[str, str], name: str, layer: LowRankLinear) -> dict[str, str]:
+    """The rules with that of one low-rank layer replaced by rules for its factors.
+
+    Args:
+        rules: path of a module or parameter -> style, as Transformers has expanded them.
+        name: path of the layer.
+        layer: the layer.
+
+    Raises:
+        PlanError: its style shards packed inputs, and it has pivots.
+    """
+    style = rules.get(name, "")
+    if "colwise" in style:
+        moved = _rules(f"{name}.up", layer.up, style)
+    elif "rowwise" in style and not isinstance(layer, PivotedLinear):
+        moved = _rules(f"{name}.down", layer.down, style)
+    elif style == "rowwise":
+        _register()
+        moved = {name: _GATHER_INPUT, **_rules(f"{name}.up", layer.up, "colwise_gather_output")}
+    elif "rowwise" in style:
+        raise PlanError(f"{name}: a pivoted layer cannot be sharded in the style {style!r}; convert with form='pair'")
+    else:
+        return rules
+    return {key: value for key, value in rules.items() if key != name} | moved
+
+
+def _rules(name: str, linear: torch.nn.Linear, style: str) -> dict[str, str]:
+    """Parameters, to be sharded, before their module, to be hooked."""
+    return {**{f"{name}.{key}": style for key, _ in linear.named_parameters()}, name: style}
+
+
+def _register() -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+    class GatherInput(TensorParallelLayer):
+        """Brings a layer's inputs together that the layer before has left sharded."""
+
+        def transform_inputs_pre_forward(self, module: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
+            x = args[0]
+            if not isinstance(x, DTensor):
+                shape = (*x.shape[:-1], module.in_features)
+                stride = torch.empty(shape, device="meta").stride()
+                x = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False, shape=torch.Size(shape), stride=stride)
+            return (x.redistribute(placements=[Replicate()]).to_local(), *args[1:]), kwargs
+
+    if _GATHER_INPUT not in ALL_PARALLEL_STYLES:
+        ALL_PARALLEL_STYLES.register(_GATHER_INPUT, GatherInput())

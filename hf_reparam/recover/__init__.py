@@ -1,0 +1,1 @@
+"""Winning back what a conversion lost: refitting and distillation."""

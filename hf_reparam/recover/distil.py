@@ -1,0 +1,177 @@
+"""`distillation_loss`: train a converted model towards the dense one, with the `Trainer` as it is."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_reparam.calibrate.collect import frozen
+from hf_reparam.calibrate.objective import IGNORED, batch_masks, is_multi_label, logits_of, position_mask
+from hf_reparam.errors import TargetError
+
+__all__ = ["distillation_loss"]
+
+Loss = Callable[..., Tensor]
+
+
+@contextmanager
+def distillation_loss(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    temperature: float = 2.0,
+    alpha: float = 0.5,
+    hidden: float = 0.0,
+) -> Iterator[Loss]:
+    """A loss for `Trainer(compute_loss_func=)`: labels, the teacher's predictions and its hidden states.
+
+        loss = (1 - alpha) CE(labels) + alpha T^2 KL(teacher || student, at temperature T) + hidden * H
+
+    H is ||h_s - h_t||^2 / ||h_t||^2 over the hidden states of every layer. All are means over labelled positions, or
+    over real tokens where there are no labels; regressions take half the squared difference for KL. The `Trainer` gives
+    a loss function no inputs, so while the block runs a hook on `student` keeps those of its last call for the teacher.
+
+    Args:
+        teacher: the dense model; while the block runs it is in evaluation mode, without gradients, on the student's
+            device.
+        student: the model that is trained, of the same family.
+        temperature: above 0; higher values show more of the teacher's doubt.
+        alpha: in [0, 1], weight of the teacher against labels; 1 needs no labels.
+        hidden: at least 0, weight of the hidden states.
+
+    Returns:
+        In a `with` statement, the function (outputs, labels, num_items_in_batch=None) -> scalar.
+
+    Raises:
+        TargetError: a weight or the temperature is out of range, or (when called) the model returns no logits, or it
+            was not called in the block.
+
+    Cost: a forward pass of the teacher for every step.
+
+    Source: G. Hinton, O. Vinyals, J. Dean, arXiv 1503.02531; hidden states: FitNets, arXiv 1412.6550.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from hf_reparam.compress.convert import convert
+    >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    >>> dense = BertForSequenceClassification(BertConfig(**shape)).eval()
+    >>> small = convert(dense, rank=4, include="*")
+    >>> with distillation_loss(dense, small, alpha=1.0) as loss:
+    ...     bool(loss(small(input_ids=torch.tensor([[1, 2, 3]])), None) > 0)
+    True
+    """
+    if not (0 <= alpha <= 1 and 0 < temperature < math.inf and 0 <= hidden < math.inf):
+        raise TargetError(
+            f"alpha must be in [0, 1], temperature above 0 and hidden at least 0, got {alpha}, {temperature}, {hidden}"
+        )
+    called: dict[str, Any] = {}
+
+    def remember(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if hidden:
+            kwargs = {**kwargs, "output_hidden_states": True}
+        called.update(args=args, kwargs={k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
+        return args, kwargs
+
+    def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        if not called:
+            raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
+        theirs = teacher.to(student.device)(*called["args"], **called["kwargs"])
+        masks = batch_masks(called["kwargs"])
+        mean, count = _predictions(student, outputs, theirs, labels, masks, alpha, temperature)
+        if hidden:
+            mean = mean + hidden * _hidden_error(outputs, theirs, masks)
+        return mean if num_items_in_batch is None or labels is None else mean * count / num_items_in_batch
+
+    handle = student.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        with frozen(teacher):
+            yield loss
+    finally:
+        handle.remove()
+
+
+def _predictions(
+    student: PreTrainedModel,
+    outputs: Any,
+    theirs: Any,
+    labels: Tensor | None,
+    masks: tuple[Tensor, ...],
+    alpha: float,
+    temperature: float,
+) -> tuple[Tensor, int]:
+    """Mean of the losses against labels and against the teacher, weighed by alpha, and over how many positions."""
+    logits = logits_of(outputs)
+    if not logits:
+        raise TargetError("the model returned no logits to compare with the teacher's")
+    own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
+    if alpha < 1 and labels is None and own is None:
+        raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
+    hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
+    for key, value in logits.items():
+        answers = labels if key == "logits" else None
+        mine, target, answers = _positions(student, value.float(), theirs[key].float(), answers, masks)
+        count = len(mine)
+        soft = _soft_loss(mine, target, temperature, is_multi_label(student)) + soft
+        if answers is not None and alpha < 1:
+            hard = _hard_loss(mine, answers, is_multi_label(student))
+    return (1 - alpha) * hard + alpha * soft, count
+
+
+def _positions(
+    student: PreTrainedModel, mine: Tensor, theirs: Tensor, labels: Tensor | None, masks: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits (n, classes) of both models and labels (n, ...), of positions that count."""
+    if mine.dim() == 2:
+        return mine, theirs, labels
+    if labels is not None and labels.shape == mine.shape[:-1]:
+        if student.can_generate() and not student.config.is_encoder_decoder:  # position t predicts label t + 1
+            mine, theirs, labels = mine[:, :-1], theirs[:, :-1], labels[:, 1:]
+        keep = labels != IGNORED
+        return mine[keep], theirs[keep], labels[keep]
+    return _real(mine, masks), _real(theirs, masks), None
+
+
+def _real(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """(n, width) of values (batch, length, width) at positions that are no padding."""
+    mask = position_mask(values, masks)
+    return values.flatten(0, -2) if mask is None else values[mask]
+
+
+def _soft_loss(mine: Tensor, theirs: Tensor, temperature: float, multi_label: bool) -> Tensor:
+    if multi_label:
+        theirs, mine = theirs / temperature, mine / temperature
+        cross = F.binary_cross_entropy_with_logits(mine, theirs.sigmoid())
+        return temperature**2 * (cross - F.binary_cross_entropy_with_logits(theirs, theirs.sigmoid()))
+    if mine.shape[-1] == 1:
+        return (mine - theirs).square().mean() / 2
+    log_p, log_q = (theirs / temperature).log_softmax(-1), (mine / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _hard_loss(mine: Tensor, labels: Tensor, multi_label: bool) -> Tensor:
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(mine, labels.float())
+    if mine.shape[-1] == 1:
+        return F.mse_loss(mine.squeeze(-1), labels.to(mine.dtype).reshape(-1))
+    return F.cross_entropy(mine, labels, ignore_index=IGNORED)
+
+
+def _hidden_error(outputs: Any, theirs: Any, masks: tuple[Tensor, ...]) -> Tensor:
+    """Mean over the hidden states of every layer of ||h_s - h_t||^2 / ||h_t||^2, over real tokens."""
+    pairs = [
+        pair
+        for key, value in outputs.items()
+        if key.endswith("hidden_states") and isinstance(value, tuple)
+        for pair in zip(value, theirs[key], strict=True)
+    ]
+    if not pairs:
+        raise TargetError("the model returned no hidden states: leave hidden= out")
+    errors = []
+    for mine, target in pairs:
+        kept, wanted = _real(mine.float(), masks), _real(target.float(), masks)
+        errors.append((kept - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny))
+    return torch.stack(errors).mean()

@@ -1,0 +1,219 @@
+"""`refit`: fit the factors once more, layer by layer, to what the low-rank layers before them really give."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from hf_reparam.calibrate.batches import Batches, prepare
+from hf_reparam.calibrate.collect import frozen, layer_name
+from hf_reparam.calibrate.objective import divergence, examples_in
+from hf_reparam.calibrate.padding import Padding, Part, decodes
+from hf_reparam.calibrate.watch import inputs_of, order_of, rows
+from hf_reparam.compress.decomposition import as_decompositions, check_fit
+from hf_reparam.compress.narrowing import attentions_by_name, narrowed
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.dense import dense_matrix
+from hf_reparam.layers.heads import find_attentions
+from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.layers.surgery import set_bias, set_factors
+from hf_reparam.linalg import Moments, PairedMoments, decompose
+from hf_reparam.model.config import note_refit
+from hf_reparam.model.host import called, check_model, hosts, method_of, own_tokenizer
+from hf_reparam.model.inspection import check_no_adapters, find_layers, outside_inference_mode, split_projections
+from hf_reparam.report import RefitReport
+
+__all__ = ["refit"]
+
+_NOT_ONCE = "which a pass reaches more than once, or not at all"
+_UNEVEN = "which do not get the same tokens in both models"
+_LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
+_HOLD_OUT = 5  # every fifth batch judges, the others fit
+
+Batch = tuple[dict[str, Any], tuple[Tensor, ...]]
+Distance = Callable[[Any, Any], float]
+
+
+def refit(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Batches,
+    *,
+    moments: Moments | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    distance: Distance | None = None,
+) -> RefitReport:
+    """Fit the factors of a converted model again, against the dense model's outputs; changes `model` in place.
+
+    Conversion fits every layer to inputs of the dense model. Here layer after layer, in the order of the forward pass,
+    minimises E ||W x - W' x'||^2 with x the input in the dense model and x' the input in the converted one. Layers with
+    one and the same input are fitted together. A fit is kept if it brings the model's predictions nearer to the dense
+    model's on held-out batches, every fifth, which took no part in it. Ranks and forms stay. Layers that a pass reaches
+    more than once or not at all, and those that get a choice of tokens which differs between the models, keep their
+    factors. If anything fails, or is interrupted, the layers in work are as they were.
+
+    Args:
+        model: a converted model.
+        dense: the dense model that it was made from.
+        batches: calibration data, as for `collect_moments`; held in memory.
+        moments: of `dense`; with gradients they weigh the errors of outputs.
+        tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `collect_moments`.
+        distance: (what the model returned, what the dense model returned for the same batch) -> number, summed over the
+            batch, instead of the divergence of logits, hidden states or whatever they return.
+
+    Returns:
+        A RefitReport: layers that were fitted anew, those that cannot be and why, and the divergence on held-out
+        batches before and after.
+
+    Raises:
+        TargetError: no model, one with adapters, no low-rank layer, a layer that `dense` has not, or fewer than two
+            batches.
+        WeightError: moments of another model, or weights made inside `torch.inference_mode()`.
+
+    Cost: for each group of layers with one input, about a forward pass of both models over the data.
+
+    Source: AA-SVD, arXiv 2604.02119.
+
+    >>> from hf_reparam.compress.convert import convert
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    >>> small = convert(net, rank=2)
+    >>> report = refit(small, net, [{"input": torch.randn(50, 8)} for _ in range(5)])
+    >>> report.after < report.before
+    True
+    """
+    for given in (model, dense):
+        check_model(given)
+        check_no_adapters(given)
+    with outside_inference_mode(), split_projections(dense):
+        if moments is not None:
+            check_fit(dense, find_layers(dense).selected, as_decompositions(moments, None))
+        with _narrowed_like(model, dense, moments) as known:
+            reads, desc = tokenizer or own_tokenizer(model), "Reading batches"
+            data = prepare(called(model), batches, reads, max_length=max_length, max_samples=max_samples, desc=desc)
+            return _refit(model, dense, data, known, distance)
+
+
+@contextmanager
+def _narrowed_like(model: nn.Module, dense: nn.Module, moments: Moments | None) -> Iterator[Moments | None]:
+    """The dense model with heads as narrow as the low-rank one's, and the moments that its layers then have."""
+    stock = attentions_by_name(dense)
+    narrow = {layer_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
+    widths = {name: width for name, width in narrow.items() if name in stock}
+    if not widths:
+        yield moments
+        return
+    if moments is None:
+        raise TargetError("the model has narrower heads: give the moments= that it was converted with")
+    method = method_of(model) if hosts(model) else None
+    with narrowed(dense, widths, as_decompositions(moments, method), keep=False) as (source, _):
+        yield source.moments
+
+
+def _refit(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Batch],
+    moments: Moments | None,
+    distance: Distance | None,
+) -> RefitReport:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    originals = _originals(layers, dense)
+    low, full = called(model), called(dense)
+    kept: list[str] = []
+    with torch.no_grad(), frozen(model), frozen(dense):
+        data = _prepared(full, originals, batches)
+        judging, fitting = data[::_HOLD_OUT], [part for i, part in enumerate(data) if i % _HOLD_OUT]
+        before = best = _divergence(low, full, judging, distance)
+        order = order_of(layers, lambda: low(**data[0].batch))
+        skipped = dict.fromkeys(layers.keys() - {name for names in order for name in names}, _NOT_ONCE)
+        for names in tqdm(order, desc="Refitting", unit="group"):
+            group = {name: layers[name] for name in names}
+            paired, uneven = _collect(low, full, group, originals, fitting)
+            skipped |= dict.fromkeys(uneven, _UNEVEN)
+            saved = {name: _copy(layers[name]) for name in paired}
+            try:
+                for name, pairs in paired.items():
+                    _fit(layers[name], originals[name], pairs, _gradient(model, moments, name))
+                now = _divergence(low, full, judging, distance)
+                if now < best:
+                    best, kept, saved = now, [*kept, *paired], {}
+            finally:  # also when it is interrupted
+                for name, state in saved.items():
+                    layers[name].load_state_dict(state)
+    for path, host in hosts(model).items():
+        note_refit(host.config, sum(not path or name.startswith(f"{path}.") for name in kept))
+    examples = sum(examples_in(part.batch) for part in judging)
+    order_in_model = {name: skipped[name] for name in layers if name in skipped}
+    return RefitReport(tuple(kept), len(layers), before / examples, best / examples, order_in_model)
+
+
+def _prepared(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Part]:
+    """The data, without labels where a model does not make its inputs of them: unlabelled rows may have any (-1)."""
+    read = list(batches)
+    if len(read) < 2:
+        raise TargetError(f"refitting holds batches out, and {len(read)} were given: give at least two")
+    if not decodes(dense):
+        read = [({key: value for key, value in batch.items() if key not in _LABELS}, masks) for batch, masks in read]
+    return list(Padding(dense, layers).parts(read))
+
+
+def _originals(layers: Mapping[str, LowRankLinear], dense: nn.Module) -> dict[str, nn.Module]:
+    if not layers:
+        raise TargetError("the model has no low-rank layer: there is nothing to refit")
+    modules = dict(dense.named_modules(remove_duplicate=False))
+    for name, layer in layers.items():
+        module = modules.get(name)
+        if module is None or type(module) is not layer.dense_type or dense_matrix(module).shape != layer.weight.shape:
+            raise TargetError(f"{name}: the dense model has no {layer.dense_type.__name__} of this shape by that name")
+    return {name: modules[name] for name in layers}
+
+
+def _copy(layer: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in layer.state_dict().items()}
+
+
+def _divergence(model: nn.Module, dense: nn.Module, data: list[Part], distance: Distance | None) -> float:
+    total = 0.0
+    for part in data:
+        outputs, reference = model(**part.batch), dense(**part.batch)
+        total += divergence(outputs, reference, part.masks) if distance is None else float(distance(outputs, reference))
+    return total
+
+
+def _collect(
+    model: nn.Module,
+    dense: nn.Module,
+    layers: Mapping[str, LowRankLinear],
+    originals: Mapping[str, nn.Module],
+    data: list[Part],
+) -> tuple[dict[str, PairedMoments], set[str]]:
+    """What both models' layers get of the same tokens, and the layers that do not get the same tokens."""
+    paired = {name: PairedMoments.zeros(layer.in_features) for name, layer in layers.items()}
+    uneven: set[str] = set()
+    dense_layers = {name: originals[name] for name in layers}
+    for part in data:
+        low = inputs_of(layers, lambda part=part: model(**part.batch))  # type: ignore[misc]
+        full = inputs_of(dense_layers, lambda part=part: dense(**part.batch))  # type: ignore[misc]
+        uneven |= {n for n in layers if n not in low or n not in full or low[n].shape != full[n].shape}
+        for name in layers.keys() - uneven:
+            follows = None if part.follows is None else part.follows.get(name)
+            paired[name].add(rows(full[name], part.masks, follows), rows(low[name], part.masks, follows))
+    return {name: paired[name] for name in layers if name not in uneven}, uneven
+
+
+def _gradient(model: nn.Module, moments: Moments | None, name: str) -> Tensor | None:
+    layer = moments.layers.get(layer_name(model, name)) if moments is not None else None
+    return layer.gradient_products if layer is not None and layer.has_gradient() else None
+
+
+def _fit(layer: LowRankLinear, original: nn.Module, paired: PairedMoments, gradient: Tensor | None) -> None:
+    fit = paired.refit(dense_matrix(original).double().cpu(), gradient, centred=original.bias is not None)
+    set_factors(layer, decompose(fit.weight, max_rank=layer.rank, metric=fit.metric).cut(layer.rank))
+    if original.bias is not None:
+        set_bias(layer, original, fit.dense_mean, fit.low_mean)

@@ -1,0 +1,60 @@
+"""Globs and regular expressions cover whole names; one that covers nothing says what is near."""
+
+import pytest
+
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.patterns import as_patterns, check_used, first_match, matches
+
+NAMES = ["encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense", "pooler.dense"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*", NAMES),
+        ("*.query", NAMES[:1]),
+        ("encoder.*", NAMES[:2]),
+        ("encoder.layer.?.output.dense", NAMES[1:2]),
+        ("*.[qk]*", NAMES[:1]),
+        ("query", []),
+        ("*QUERY", []),
+        (r"re:.*\.(query|dense)", NAMES),
+        (r"re:encoder\.layer\.\d+\.output\.dense", NAMES[1:2]),
+        ("re:encoder", []),
+    ],
+)
+def test_matches(pattern, expected):
+    assert [name for name in NAMES if matches(pattern, name)] == expected
+
+
+def test_first_match_wins_over_any_alias():
+    assert first_match(["*.key", "*.query", "*"], ["a.query"]) == "*.query"
+    assert first_match(["b.*"], ["a.query", "b.query"]) == "b.*"
+    assert first_match([], ["a"]) is None
+
+
+def test_as_patterns():
+    assert as_patterns("a", "include") == ("a",)
+    assert as_patterns(["a", "b"], "include") == ("a", "b")
+    assert as_patterns(None, "include") is None
+    assert as_patterns((), "exclude") == ()
+
+
+@pytest.mark.parametrize("value", ["", [3], [None], ["a", ""], "re:(", ["re:*"]])
+def test_malformed_patterns(value):
+    with pytest.raises(TargetError, match="include: "):
+        as_patterns(value, "include")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [
+        ("query", "'\\*\\.query' or 'encoder.layer.0.attention.self.query'"),
+        ("*.querry", "'\\*\\.query'"),
+        ("encoder.layer.0.output.dens", "'\\*\\.dense' or 'encoder.layer.0.output.dense'"),
+        ("zzzz", "whole name\\)$"),
+    ],
+)
+def test_unused_pattern_lists_near_names(pattern, hint):
+    with pytest.raises(TargetError, match=f"include: '{pattern.replace('*', '[*]')}' matches none of the 3 .*{hint}"):
+        check_used([pattern], NAMES, "include")

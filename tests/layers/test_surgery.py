@@ -1,0 +1,118 @@
+"""Factoring one layer keeps what it was; replacing keeps sharing and copies only what stays."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.dense import dense_matrix
+from hf_reparam.layers.surgery import factor, low_rank_like, replace_modules
+from hf_reparam.linalg import decompose
+from hf_reparam.plan import LayerSpec
+
+FORMS = ["pair", "pivoted"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("build", [nn.Linear, lambda i, o: nn.Linear(i, o, bias=False), lambda i, o: Conv1D(o, i)])
+def test_factor_keeps_dtype_bias_gradients_and_mode(dtype, build, form):
+    dense = build(12, 8).to(dtype).eval()
+    dense.weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    low = factor(dense, LayerSpec(4, form), decompose(dense_matrix(dense)))
+    assert low.dense_type is type(dense)
+    assert not low.training
+    assert {p.dtype for p in low.parameters()} == {dtype}
+    assert not low.up.weight.requires_grad
+    assert not low.down.weight.requires_grad
+    assert (low.bias is None) == (dense.bias is None)
+    if dense.bias is not None:
+        assert torch.equal(low.bias, dense.bias)
+        assert low.bias.requires_grad
+        assert low.bias is not dense.bias
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+    assert low.spec == LayerSpec(4, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_factor_at_full_rank_is_the_layer(form):
+    dense, x = nn.Linear(12, 8).double(), torch.randn(5, 12).double()
+    low = factor(dense, LayerSpec(8, form), decompose(dense.weight))
+    torch.testing.assert_close(low(x), dense(x), atol=1e-12, rtol=1e-12)
+
+
+def test_the_mean_goes_into_the_bias():
+    dense, mean = nn.Linear(12, 8).double(), torch.randn(12).double()
+    for form in FORMS:
+        low = factor(dense, LayerSpec(2, form), decompose(dense.weight), mean=mean)
+        torch.testing.assert_close(low(mean), dense(mean), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (20, 20)], ids=str)
+@pytest.mark.parametrize("rank", [1, 5, 7])
+def test_pivoted_is_the_same_function_in_fewer_numbers(shape, rank):
+    dense, x = nn.Linear(*shape), torch.randn(3, 4, shape[0])
+    found = decompose(dense.weight)
+    pair, pivoted = (factor(dense, LayerSpec(rank, form), found) for form in FORMS)
+    torch.testing.assert_close(pivoted(x), pair(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pivoted.weight + 0, pair.weight + 0, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(dense_matrix(pivoted), dense_matrix(pair), atol=1e-6, rtol=1e-5)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in (pair, pivoted)]
+    assert sizes[0] - sizes[1] == rank**2
+    assert pivoted.down.weight.abs().max() <= 1.0501
+    assert sorted(pivoted.order.tolist()) == list(range(shape[0]))
+
+
+def test_low_rank_like_on_meta_allocates_nothing():
+    low = low_rank_like(nn.Linear(1 << 20, 1 << 20, device="meta"), LayerSpec(1 << 10))
+    assert low.up.weight.is_meta
+    assert low.down.weight.is_meta
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_replace_at_every_path(inplace):
+    shared, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    net = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, other)})
+    new = nn.Identity()
+    result = replace_modules(net, {shared: new}, inplace=inplace)
+    assert result["a"] is result["b"][0] is new
+    assert (result is net) == inplace
+    assert (net["a"] is shared) == (not inplace)
+    assert (result["b"][1] is other) == inplace
+    assert torch.equal(result["b"][1].weight, other.weight)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_replace_in_lists_beside_the_children(inplace):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(4, 4)]
+            self.add_module("0", self.layers[0])
+
+    net, new = Listed(), nn.Identity()
+    result = replace_modules(net, {net.layers[0]: new}, inplace=inplace)
+    assert result.layers[0] is result.get_submodule("0") is new
+
+
+def test_copy_never_copies_the_replaced_tensors():
+    dense = nn.Linear(4, 4)
+
+    class Uncopyable(torch.Tensor):
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    dense.weight = nn.Parameter(dense.weight.detach().as_subclass(Uncopyable))
+    net = nn.Sequential(dense, nn.Linear(4, 4))
+    assert isinstance(replace_modules(net, {dense: nn.Identity()}, inplace=False)[0], nn.Identity)
+    with pytest.raises(TargetError, match="copied"):
+        replace_modules(net, {}, inplace=False)
+
+
+def test_replacing_the_root():
+    root = nn.Linear(4, 4)
+    assert isinstance(replace_modules(root, {root: nn.Identity()}, inplace=False), nn.Identity)
+    with pytest.raises(TargetError, match="inplace=False"):
+        replace_modules(root, {root: nn.Identity()}, inplace=True)

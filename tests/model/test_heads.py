@@ -1,0 +1,113 @@
+"""Narrower heads with what others build on a model: adapters, pipelines, the Trainer, compilers, exporters."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_reparam import LowRankLinear, RankPlan, collect_moments, convert, merge, summarize
+from hf_reparam.compress.narrowing import attentions_by_name
+from hf_reparam.layers.heads import FusedProjections
+from tests import zoo
+from tests.resume import trains_and_resumes
+
+
+def halved(base):
+    """Heads half as wide, and low-rank layers in them."""
+    case = zoo.BY_BASE[base]
+    model = case.build()
+    widths = dict.fromkeys(attentions_by_name(model), 4)
+    half = convert(model, plan=RankPlan({}, model.config.model_type, head_widths=widths))
+    return convert(half, rank=6, form="pivoted"), case.batch()
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_adapters_train_and_merge(base):
+    small, batch = halved(base)
+    adapted = get_peft_model(copy.deepcopy(small), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    changed = logits(adapted, batch)
+    assert not torch.allclose(changed, logits(small, batch), atol=1e-3)
+    labels = batch.get("decoder_input_ids", batch["input_ids"])
+    adapted(**batch, labels=labels).loss.backward()
+    trained = [p for n, p in adapted.named_parameters() if "lora_B" in n]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), changed, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(merge(merged), batch), changed, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_the_trainer_saves_and_resumes(base, tmp_path):
+    small, _ = halved(base)
+    trains_and_resumes(small, tmp_path)
+
+
+@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
+def test_it_compiles_and_exports(base):
+    small, batch = halved(base)
+    expected = logits(small, batch)
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, batch), expected, atol=1e-6, rtol=0)
+    torch._dynamo.reset()
+    small.config.use_cache = False
+    exported = torch.export.export(small, (), {"input_ids": batch["input_ids"]})
+    plain = exported.module()(input_ids=batch["input_ids"]).logits
+    torch.testing.assert_close(plain, logits(small, {"input_ids": batch["input_ids"]}), atol=1e-6, rtol=0)
+
+
+def test_a_fused_layer_is_three_and_one_again():
+    small, batch = halved("GPT2LMHeadModel")
+    fused = small.transformer.h[0].attn.c_attn
+    assert isinstance(fused, FusedProjections)
+    assert all(isinstance(layer, LowRankLinear) for layer in fused.children())
+    dense = merge(small)
+    assert dense.transformer.h[0].attn.c_attn.weight.shape == (32, 96)
+    assert dense.transformer.h[0].attn.split_size == 32
+    torch.testing.assert_close(logits(dense, batch), logits(small, batch), atol=1e-5, rtol=0)
+
+
+def test_beams_read_the_smaller_cache():
+    small, batch = halved("T5ForConditionalGeneration")
+    inputs = {"input_ids": batch["input_ids"]}
+    options = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(small.generate(**inputs, **options), merge(small).generate(**inputs, **options))
+
+
+def test_an_encoder_of_narrower_heads_in_an_encoder_decoder():
+    encoder, _ = halved("BertModel")
+    decoder = zoo.BY_BASE["BertLMHeadModel"].build(add_cross_attention=True)
+    pair = tf.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    ids = torch.randint(3, 90, (2, 5))
+    assert pair(input_ids=ids, decoder_input_ids=ids).logits.shape == (2, 5, 99)
+
+
+def test_cross_attention_of_bert_is_narrowed():
+    model = zoo.BY_BASE["BertLMHeadModel"].build(add_cross_attention=True)
+    ids, states = torch.randint(3, 90, (2, 5)), torch.randn(2, 4, 32)
+    batch = {"input_ids": ids, "encoder_hidden_states": states}
+    names = attentions_by_name(model)
+    assert len(names) == 4
+    plan = RankPlan({}, "bert", "fisher", head_widths=dict.fromkeys(names, 8))
+    full = convert(model, plan=plan, calibration=collect_moments(model, [batch]))
+    torch.testing.assert_close(logits(full, batch), logits(model, batch), atol=1e-5, rtol=0)
+
+
+def test_the_report_says_how_wide():
+    small, _ = halved("BertForMaskedLM")
+    assert "heads:            8 -> 4 wide, in 2 attentions" in str(summarize(small))
+    assert summarize(small).to_dict()["heads"][0]["width_after"] == 4
+
+
+def test_fused_projections_keep_their_order():
+    parts = [nn.Linear(4, 2) for _ in range(3)]
+    x = torch.randn(3, 4)
+    assert torch.equal(FusedProjections(*parts)(x), torch.cat([part(x) for part in parts], -1))

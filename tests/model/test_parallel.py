@@ -1,0 +1,103 @@
+"""Sharded models in two processes against the same model in one: outputs, gradients, training, saving."""
+
+import pytest
+from torch import nn
+
+from hf_reparam import LowRankLinear, PlanError, convert
+from hf_reparam.model.parallel import factor_rules, supported
+from tests import zoo
+from tests.launch import launch
+
+SCRIPT = """
+import sys, torch, transformers
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import hf_reparam
+from tests import zoo
+
+folder, mode = sys.argv[1:]
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+load = transformers.AutoModelForCausalLM.from_pretrained
+one, ids = load(folder), zoo.INPUTS["text"]()["input_ids"]
+if mode == "tensor":
+    from transformers.distributed import DistributedConfig
+
+    model, mine = load(folder, distributed_config=DistributedConfig(tp_size=2)), ids
+else:  # every process has its own half of the batch
+    model, mine = load(folder), ids[rank : rank + 1]
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for layer in [*model.model.layers, model]:
+        fully_shard(layer, mesh=mesh)
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, one)]
+for _ in range(3):
+    for m, batch, optimizer in ((model, mine, optimizers[0]), (one, ids, optimizers[1])):
+        m(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+for (name, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
+    torch.testing.assert_close(whole(p), q, atol=1e-5, rtol=1e-4, msg=name)
+with torch.no_grad():
+    torch.testing.assert_close(model(mine).logits, one(mine).logits, atol=1e-4, rtol=1e-4)
+if mode == "tensor":
+    model.save_pretrained(folder + "-saved")
+    dist.barrier()
+    again = load(folder + "-saved")
+    assert type(again) is type(one)
+    torch.testing.assert_close(again(ids).logits, one(ids).logits, atol=1e-4, rtol=1e-4)
+if rank == 0:
+    print("\\n".join(sharded))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("tensor", marks=pytest.mark.skipif(not supported(), reason="Transformers has no hook for it")),
+        "fully_shard",
+    ],
+)
+def test_two_processes_are_one(tmp_path, mode, form):
+    model = zoo.BY_BASE["LlamaForCausalLM"].build()
+    small = convert(model, rank=6, form=form, exclude="*layers.1.self_attn.q_proj")
+    small.save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    sharded = set(launch(tmp_path / "script.py", tmp_path / "model", mode).split())
+    row = "down" if form == "pair" else "up"  # what shards where the plan shards inputs
+    layer = "model.layers.0."
+    assert {f"{layer}self_attn.q_proj.up.weight", f"{layer}mlp.down_proj.{row}.weight"} <= sharded
+    assert "model.layers.1.self_attn.q_proj.weight" in sharded
+    if mode == "tensor":
+        assert f"{layer}self_attn.q_proj.down.weight" not in sharded
+        assert f"{layer}self_attn.k_proj.up.weight" in sharded
+
+
+def low(form):
+    return convert(nn.Sequential(nn.Linear(16, 8)), rank=2, form=form)[0]
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_rules(form):
+    layer = low(form)
+    assert isinstance(layer, LowRankLinear)
+    assert factor_rules({"x": "rowwise"}, "fc", layer) == {"x": "rowwise"}
+    assert factor_rules({"fc": "grouped"}, "fc", layer) == {"fc": "grouped"}
+    up = {"fc.up.weight": "colwise", "fc.up.bias": "colwise", "fc.up": "colwise"}
+    assert list(factor_rules({"fc": "colwise", "x": "rowwise"}, "fc", layer).items()) == [("x", "rowwise"), *up.items()]
+
+
+def test_packed_inputs():
+    packed = {"fc": "packed_rowwise"}
+    assert factor_rules(packed, "fc", low("pair")) == {"fc.down.weight": "packed_rowwise", "fc.down": "packed_rowwise"}
+    with pytest.raises(PlanError, match="fc: a pivoted layer cannot be sharded in the style 'packed_rowwise'"):
+        factor_rules(packed, "fc", low("pivoted"))
