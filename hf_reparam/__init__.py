@@ -5,71 +5,51 @@ Importing this package makes `AutoConfig`, `AutoModel...`, `pipeline` and friend
 
 from typing import Any
 
-from hf_reparam import plot
-from hf_reparam.calibrate.collect import collect_moments
+from hf_reparam import errors, plot
+from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.compress.convert import convert
-from hf_reparam.compress.decomposition import Decompositions, decompose
 from hf_reparam.compress.merge import merge
 from hf_reparam.compress.planning import make_plan
-from hf_reparam.errors import CheckpointError, PlanError, RankError, ReparamError, TargetError, WeightError
-from hf_reparam.files.checkpoint import convert_checkpoint, merge_checkpoint
+from hf_reparam.compress.search import search_plan
+from hf_reparam.config import LowRankConfig
+from hf_reparam.errors import ReparamError
+from hf_reparam.files.convert import convert_folder, merge_folder
 from hf_reparam.files.storage import load, save
-from hf_reparam.layers import (
-    AttentionType,
-    LowRankLinear,
-    PivotedLinear,
-    register_attention,
-    register_dense,
-)
-from hf_reparam.linalg import Moments
-from hf_reparam.model.auto import ReparamConfig, generated_class
+from hf_reparam.layers.dense import register_dense
+from hf_reparam.linalg import Calibration
+from hf_reparam.model.auto import generated_class
 from hf_reparam.model.card import model_card
-from hf_reparam.model.summary import summarize
-from hf_reparam.plan import LayerSpec, RankPlan
-from hf_reparam.record import ConversionRecord
+from hf_reparam.model.summary import report
+from hf_reparam.plan import Entry, RankPlan
 from hf_reparam.recover.distil import distillation_loss
 from hf_reparam.recover.refit import refit
-from hf_reparam.report import ConversionReport, HeadsReport, LayerReport, RefitReport, SkippedReport
+from hf_reparam.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AttentionType",
-    "CheckpointError",
-    "ConversionRecord",
-    "ConversionReport",
-    "Decompositions",
-    "HeadsReport",
-    "LayerReport",
-    "LayerSpec",
-    "LowRankLinear",
-    "Moments",
-    "PivotedLinear",
-    "PlanError",
-    "RankError",
+    "Calibration",
+    "Entry",
+    "LowRankConfig",
     "RankPlan",
-    "RefitReport",
-    "ReparamConfig",
     "ReparamError",
-    "SkippedReport",
-    "TargetError",
-    "WeightError",
-    "collect_moments",
+    "Report",
+    "calibrate",
     "convert",
-    "convert_checkpoint",
-    "decompose",
+    "convert_folder",
     "distillation_loss",
+    "errors",
     "load",
     "make_plan",
     "merge",
-    "merge_checkpoint",
+    "merge_folder",
     "model_card",
     "plot",
     "refit",
-    "register_attention",
     "register_dense",
+    "report",
     "save",
-    "summarize",
+    "search_plan",
 ]
 
 

@@ -6,19 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TextIO
 
 import transformers
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from hf_reparam.compress.planning import MIN_RANK
+from hf_reparam.config import ALLOCATIONS, FORMS, METRICS, SOLVERS, LowRankConfig
 from hf_reparam.errors import ReparamError
-from hf_reparam.files.checkpoint import convert_checkpoint, inspect_checkpoint, merge_checkpoint
-from hf_reparam.linalg.factorize import SOLVERS
-from hf_reparam.model.processes import connected, is_first
-from hf_reparam.plan import FORMS
-from hf_reparam.report import ConversionReport
+from hf_reparam.files.convert import convert_folder, inspect_folder, merge_folder
+from hf_reparam.layers.processes import connected, is_first
+from hf_reparam.report import Report
 
 __all__ = ["main"]
 
@@ -29,7 +26,7 @@ _RANK_HELP = (
 _EXAMPLES = {
     "convert": """examples:
   hf-reparam convert SRC OUT --keep 0.6 --calibration TEXTS.txt
-  hf-reparam convert SRC OUT --rank 64 --exclude "*pooler*"
+  hf-reparam convert SRC OUT --rank 64 --exclude-modules "*pooler*"
   hf-reparam convert SRC OUT --rank "*.query=32" --rank "*.dense=0.25"
   hf-reparam convert meta-llama/Llama-3.1-8B OUT --keep 0.8 --calibration TEXTS.txt --max-memory 8GB --stream""",
     "merge": """examples:
@@ -39,7 +36,28 @@ _EXAMPLES = {
   hf-reparam inspect google-bert/bert-base-uncased
   hf-reparam inspect OUT --json""",
 }
-_PATTERN_HELP = "glob ('*.query') or 're:' and a regular expression, over the whole layer name; may be repeated"
+_PATTERN = "the end of a name (query), a glob ('*.layer.0.*') or 're:' and a regular expression; may be repeated"
+
+# options that are fields of LowRankConfig
+_FLAGS = {
+    "embeddings": "with a budget, choose a rank for the input embeddings, too",
+    "heads": "with a budget and --calibration, heads may become narrower where that is better",
+    "allow-larger": "with --rank, convert layers that do not become smaller, too",
+}
+_CHOICES = {
+    "form": (FORMS, "pair (default with --rank) or pivoted (default otherwise)"),
+    "metric": (METRICS, "in which factors are best; the richest that the data serve by default"),
+    "allocation": (ALLOCATIONS, "how a budget is shared among layers"),
+    "solver": (SOLVERS, "randomized: faster for small ranks"),
+}
+_NUMBERS = {
+    "multiple-of": "with a budget, ranks are multiples of this (1)",
+    "min-rank": "with a budget, choose no lower rank (8)",
+}
+_PATTERNS = {
+    "target-modules": f"layers to convert: {_PATTERN}",
+    "exclude-modules": "layers to leave alone; likewise",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,31 +116,25 @@ def _parser() -> argparse.ArgumentParser:
     size = convert.add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", metavar="RANK", action="append", type=_rank, help=_RANK_HELP)
     size.add_argument("--keep", metavar="SHARE", type=float, help="share of the targeted layers' weights, in (0, 1]")
+    size.add_argument(
+        "--target-params", metavar="N", type=_number, help="parameters of the whole model: an integer, or a share (0.7)"
+    )
     convert.add_argument(
-        "--calibration", metavar="FILE", help="texts, one a line, or moments (.safetensors, or a folder of them)"
+        "--calibration", metavar="FILE", help="texts, one a line, or a calibration (.safetensors, or a folder of them)"
     )
     convert.add_argument(
         "--max-length", metavar="TOKENS", type=int, help="of a text in one row, the rest goes into further rows (512)"
     )
     convert.add_argument("--max-samples", metavar="N", type=int, help="use the first N texts")
-    convert.add_argument("--form", choices=FORMS, help="pair (default with --rank) or pivoted (default with --keep)")
-    convert.add_argument(
-        "--no-joint",
-        dest="joint",
-        action="store_const",
-        const=False,
-        help="leave heads as wide as they are; with --keep and --calibration they become narrower where that is better",
-    )
-    convert.add_argument(
-        "--embeddings", action="store_true", help="with --keep, choose a rank for the input embeddings, too"
-    )
-    convert.add_argument(
-        "--min-rank", metavar="RANK", type=int, default=MIN_RANK, help="with --keep, choose no lower one (default 8)"
-    )
+    for option, text in _FLAGS.items():
+        convert.add_argument(f"--{option}", action="store_true", default=None, help=text)
+    for option, (choices, text) in _CHOICES.items():
+        convert.add_argument(f"--{option}", choices=choices, help=text)
+    for option, text in _NUMBERS.items():
+        convert.add_argument(f"--{option}", metavar="N", type=int, help=text)
+    for option, text in _PATTERNS.items():
+        convert.add_argument(f"--{option}", metavar="PATTERN", action="append", help=text)
     convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
-    convert.add_argument("--include", metavar="PATTERN", action="append", help=f"layers to convert: {_PATTERN_HELP}")
-    convert.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="layers to leave alone")
-    convert.add_argument("--solver", choices=SOLVERS, default="exact", help="randomized: faster for small ranks")
     convert.add_argument(
         "--max-memory", metavar="SIZE", help="memory for moments, such as 8GB; more passes over the data"
     )
@@ -171,53 +183,51 @@ def _writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
-def _convert(args: argparse.Namespace) -> ConversionReport:
+def _convert(args: argparse.Namespace) -> Report:
     rank = None
     if args.rank is not None:
         plain = [value for pattern, value in args.rank if pattern is None]
         if plain and len(args.rank) > 1:
             _parser().error("--rank: give one number, or PATTERN=RANK several times")
         rank = plain[0] if plain else dict(args.rank)
-    data = args.calibration
-    stored = data is not None and (Path(data).is_dir() or data.endswith(".safetensors"))
-    return convert_checkpoint(
+    options = {"rank": rank, "keep": args.keep, "target_params": args.target_params}
+    options |= {name: getattr(args, name) for name in map(_field, (*_FLAGS, *_CHOICES, *_NUMBERS, *_PATTERNS))}
+    return convert_folder(
         args.source,
         args.out,
-        rank=rank,
-        keep=args.keep,
-        moments=data if stored else None,
-        texts=None if stored else data,
+        LowRankConfig(**{name: value for name, value in options.items() if value is not None}),
+        calibration=args.calibration,
         max_length=args.max_length,
         max_samples=args.max_samples,
-        form=args.form,
-        joint=args.joint,
-        embeddings=args.embeddings,
-        min_rank=args.min_rank,
-        refit=args.refit,
-        solver=args.solver,
-        include=args.include,
-        exclude=args.exclude,
-        stream=args.stream,
         max_memory=args.max_memory,
+        refit=args.refit,
+        stream=args.stream,
         max_shard_size=args.max_shard_size,
         remote_code=args.remote_code,
         force=args.force,
     )
 
 
-def _merge(args: argparse.Namespace) -> ConversionReport:
-    return merge_checkpoint(
-        args.source, args.out, stream=args.stream, max_shard_size=args.max_shard_size, force=args.force
-    )
+def _field(option: str) -> str:
+    """The field of `LowRankConfig` that an option of the command line is."""
+    return option.replace("-", "_")
 
 
-def _inspect(args: argparse.Namespace) -> ConversionReport:
-    return inspect_checkpoint(args.source)
+def _merge(args: argparse.Namespace) -> Report:
+    return merge_folder(args.source, args.out, stream=args.stream, max_shard_size=args.max_shard_size, force=args.force)
+
+
+def _inspect(args: argparse.Namespace) -> Report:
+    return inspect_folder(args.source)
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
 def _rank(text: str) -> tuple[str | None, int | float]:
     pattern, _, number = text.rpartition("=")
     try:
-        return pattern or None, int(number) if number.lstrip("+-").isdigit() else float(number)
+        return pattern or None, _number(number)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no integer, fraction or PATTERN=RANK") from None

@@ -1,4 +1,4 @@
-"""The rank plan: which layers are low-rank, of which rank, in which form. Small, frozen, JSON in and out.
+"""The rank plan: what is decided. Which parts of a model are held in fewer numbers, how, and of which rank.
 
 A plan is the hinge between deciding and applying. It can be printed, edited, stored and compared, and together with
 the base configuration it is all that is needed to build the skeleton of a converted model: loading runs no SVD.
@@ -7,158 +7,172 @@ Whatever comes from disk passes through `RankPlan.from_dict`, which accepts noth
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from hf_reparam.errors import PlanError
+from hf_reparam.patterns import as_patterns, check_used, first_match
 from hf_reparam.record import ConversionRecord
+from hf_reparam.report import Report
 
-__all__ = ["FORMAT_VERSION", "FORMS", "LayerSpec", "RankPlan", "layer_kind"]
+__all__ = ["FORMAT_VERSION", "Entry", "RankPlan"]
 
-FORMAT_VERSION = 2
-"""Newest version of the `reparam` entry in `config.json`: 2 added narrower heads and low-rank embeddings. The oldest
-that knows what a plan has is written."""
-
-FORMS = ("pair", "pivoted")
-"""How a layer of rank r can be stored."""
+FORMAT_VERSION = 1
+"""Version of the `reparam` entry in `config.json`."""
 
 _MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds the work a hostile file can ask for
 _MAX_NAME = 512
+_MAX_RANK = 1_000_000
 _NAME = re.compile(r"\.?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-_MAX_WIDTH = 1_000_000
-_PLAN_KEYS = frozenset(
-    {"format_version", "base_model_type", "method", "modules", "head_widths", "embeddings", "record"}
-)
+_FORM = re.compile(r"[a-z_]{1,32}")
+_PLAN_KEYS = frozenset({"format_version", "base_model_type", "metric", "modules", "record"})
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """How one dense layer is stored.
+class Entry:
+    """How one part of a model is held.
 
     Args:
-        rank: the inner width r of the factors, 1 <= r. Whether it fits the layer is checked when it is applied.
-        form: "pair" for y = up(down(x)), down (r, in), up (out, r); "pivoted" for y = up(x[p] + down(x[rest])),
-            down (r, in - r), up (out, r), r^2 numbers fewer.
+        rank: the inner width r of a product, 1 <= r; for "heads" the width of each head. Whether it fits is checked
+            when it is applied.
+        form: which structure holds it: "pair" for y = up(down(x)), down (r, in), up (out, r); "pivoted" for
+            y = up(x[p] + down(x[rest])), down (r, in - r), up (out, r), r^2 numbers fewer; "table" for embeddings;
+            "heads" for narrower heads of an attention; "experts" for the fused experts of a MoE layer.
 
     Raises:
-        PlanError: the rank is not a positive int, or the form is unknown.
+        PlanError: the rank is not a positive int, or the form is no word.
 
-    >>> LayerSpec(rank=64).to_dict()
-    {'rank': 64, 'form': 'pair'}
+    >>> Entry(rank=64).to_dict()
+    {'form': 'pair', 'rank': 64}
     """
 
     rank: int
     form: str = "pair"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank <= _MAX_RANK:
             raise PlanError(f"rank must be an int of at least 1, got {_short(self.rank)}")
-        if self.form not in FORMS:
-            raise PlanError(f"form must be one of {list(FORMS)}, got {_short(self.form)}")
-
-    def weights(self, n_in: int, n_out: int) -> int:
-        """Numbers that a layer of this shape stores, without its bias.
-
-        >>> [spec.weights(16, 8) for spec in (LayerSpec(2), LayerSpec(2, "pivoted"))]
-        [48, 44]
-        """
-        return self.rank * (n_in + n_out - (self.rank if self.form == "pivoted" else 0))
-
-    def limit(self, n_in: int, n_out: int) -> int:
-        """The highest rank that a layer of this shape can have in this form: pivots need inputs beside them."""
-        return min(n_in - 1 if self.form == "pivoted" else n_in, n_out)
+        if not isinstance(self.form, str) or not _FORM.fullmatch(self.form):
+            raise PlanError(f"form must be a word such as 'pair', got {_short(self.form)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"rank": self.rank, "form": self.form}
+        return {"form": self.form, "rank": self.rank}
 
     @classmethod
-    def from_dict(cls, data: object) -> "LayerSpec":
+    def from_dict(cls, data: object) -> "Entry":
         """Read the JSON form; PlanError on anything else."""
         if not isinstance(data, Mapping):
-            raise PlanError(f"a layer must be an object with 'rank' and 'form', got {_short(data)}")
+            raise PlanError(f"an entry must be an object with 'form' and 'rank', got {_short(data)}")
         unknown = sorted(map(str, set(data) - {"rank", "form"}))
         if unknown:
-            raise PlanError(f"unknown keys {unknown[:3]}; a layer has 'rank' and 'form'")
-        if "rank" not in data:
-            raise PlanError("the key 'rank' is missing")
-        return cls(data["rank"], data.get("form", "pair"))
+            raise PlanError(f"unknown keys {unknown[:3]}; an entry has 'form' and 'rank'")
+        if "rank" not in data or "form" not in data:
+            raise PlanError("an entry needs 'form' and 'rank'")
+        return cls(data["rank"], data["form"])
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The low-rank layers of one model.
+    """What becomes of the parts of one model.
 
     Args:
-        modules: layer name -> LayerSpec. Names are relative to the base model ("encoder.layer.0.attention.self.query"),
-            names of head modules are relative to the head model, so that one plan serves every head; with a dot before
-            them (".feature_extractor") where the base model has a module whose name begins alike.
+        modules: name -> Entry; what it does not name stays dense. Names are relative to the base model
+            ("encoder.layer.0.attention.self.query"), names of head modules are relative to the head model, so that one
+            plan serves every head; with a dot before them (".feature_extractor") where the base model has a module
+            whose name begins alike. Layers of an attention with narrower heads are the narrower ones; of a fused layer
+            there are three then, "h.0.attn.c_attn.query" and so on.
         base_model_type: Transformers' `model_type` of the dense model ("bert"), None for a plain `nn.Module`.
-        method: how the factors were made, "svd" for the truncated singular value decomposition of the weight.
+        metric: in which the ranks were chosen and the factors are made: "svd", "activation" or "fisher".
         record: what is remembered of a conversion that was carried out; no part of the decision, and not compared.
-        head_widths: attention name -> width of each of its heads, for attentions whose queries and keys, and values and
-            outputs, are narrower than in the dense model ("encoder.layer.0.attention"). Ranks of its layers are those
-            of the narrower layers; a fused layer is three, "h.0.attn.c_attn.query" and so on.
-
-        embeddings: name of the input embeddings -> rank of their table, and of every table that is tied to it.
+        report: sizes before and after, and why the rest stays dense; of plans from `make_plan` that were not edited.
 
     Raises:
-        PlanError: a name is not a dotted module path, a rank or width is not a positive int, or there are more than
-            100000 names.
+        PlanError: a name is not a dotted module path, a rank is not a positive int, or there are more than 100000
+            names.
 
-    >>> plan = RankPlan({"encoder.layer.0.output.dense": LayerSpec(32)}, base_model_type="bert")
+    >>> plan = RankPlan({"encoder.layer.0.output.dense": Entry(32)}, base_model_type="bert")
     >>> RankPlan.from_dict(plan.to_dict()) == plan
     True
+    >>> print(plan.with_ranks({"output.dense": 16}))
+    name                          form  rank
+    ----------------------------------------
+    encoder.layer.0.output.dense  pair  16
     """
 
-    modules: Mapping[str, LayerSpec] = field(default_factory=dict)
+    modules: Mapping[str, Entry] = field(default_factory=dict)
     base_model_type: str | None = None
-    method: str = "svd"
+    metric: str = "svd"
     record: ConversionRecord | None = field(default=None, compare=False)
-    head_widths: Mapping[str, int] = field(default_factory=dict)
-    embeddings: Mapping[str, int] = field(default_factory=dict)
+    report: Report | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for names in (self.modules, self.head_widths, self.embeddings):
-            if len(names) > _MAX_MODULES:
-                raise PlanError(f"the plan names {len(names)} modules; at most {_MAX_MODULES} are accepted")
-            for name in names:
-                if not _is_path(name):
-                    raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
-        for what, sizes in (("width of heads", self.head_widths), ("rank of embeddings", self.embeddings)):
-            for name, size in sizes.items():
-                if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _MAX_WIDTH:
-                    raise PlanError(f"{name}: the {what} must be an int of at least 1, got {_short(size)}")
+        if len(self.modules) > _MAX_MODULES:
+            raise PlanError(f"the plan names {len(self.modules)} modules; at most {_MAX_MODULES} are accepted")
+        for name in self.modules:
+            if not (isinstance(name, str) and len(name) <= _MAX_NAME and _NAME.fullmatch(name)):
+                raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
-        object.__setattr__(self, "head_widths", MappingProxyType(dict(self.head_widths)))
-        object.__setattr__(self, "embeddings", MappingProxyType(dict(self.embeddings)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
-        widths, tables = dict(self.head_widths), dict(self.embeddings)
-        return type(self), (dict(self.modules), self.base_model_type, self.method, self.record, widths, tables)
+        return type(self), (dict(self.modules), self.base_model_type, self.metric, self.record, self.report)
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
+        """The same with other ranks: pattern -> rank, the first match decides. Forms stay.
+
+        Raises:
+            TargetError: a pattern matches no name of the plan.
+            PlanError: a rank is not a positive int.
+        """
+        as_patterns(ranks, "with_ranks")
+        check_used(ranks, list(self.modules), "with_ranks")
+        edited = dict(self.modules)
+        for name, entry in self.modules.items():
+            if (pattern := first_match(ranks, [name])) is not None:
+                edited[name] = replace(entry, rank=ranks[pattern])
+        return self._with(edited)
+
+    def without(self, *patterns: str) -> "RankPlan":
+        """The same with these parts left dense.
+
+        Raises:
+            TargetError: a pattern matches no name of the plan.
+        """
+        check_used(as_patterns(patterns, "without") or (), list(self.modules), "without")
+        return self._with({n: entry for n, entry in self.modules.items() if first_match(patterns, [n]) is None})
+
+    def _with(self, modules: Mapping[str, Entry]) -> "RankPlan":
+        return replace(self, modules=modules, report=None)
+
+    def of(self, forms: tuple[str, ...]) -> dict[str, Entry]:
+        """The entries of these forms."""
+        return {name: entry for name, entry in self.modules.items() if entry.form in forms}
+
+    def __str__(self) -> str:
+        if self.report is not None:
+            return str(self.report)
+        rows = [("name", "form", "rank"), *((n, e.form, str(e.rank)) for n, e in self.modules.items())]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""
-        known = {
-            "format_version": 2 if self.head_widths or self.embeddings else 1,
+        known: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
             "base_model_type": self.base_model_type,
-            "method": self.method,
-            "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
+            "metric": self.metric,
+            "modules": {name: entry.to_dict() for name, entry in self.modules.items()},
         }
-        later = {"head_widths": dict(self.head_widths), "embeddings": dict(self.embeddings)}
-        return (
-            known
-            | {key: value for key, value in later.items() if value}
-            | ({} if self.record is None else {"record": self.record.to_dict()})
-        )
+        return known | ({} if self.record is None else {"record": self.record.to_dict()})
 
     @classmethod
     def from_dict(cls, data: object) -> "RankPlan":
         """Read the JSON form, believing nothing.
 
         Raises:
-            PlanError: a wrong type, an unknown key, an unknown `format_version`, a bad name or a bad layer.
+            PlanError: a wrong type, an unknown key, an unknown `format_version`, a bad name or a bad entry.
         """
         if not isinstance(data, Mapping):
             raise PlanError(f"'reparam' must be an object, got {_short(data)}")
@@ -166,57 +180,33 @@ class RankPlan:
         unknown = sorted(map(str, set(data) - _PLAN_KEYS))
         if unknown:
             raise PlanError(f"'reparam' has unknown keys {unknown[:3]}; known are {sorted(_PLAN_KEYS)}")
-        base, method, modules = data.get("base_model_type"), data.get("method", "svd"), data.get("modules")
+        base, metric, modules = data.get("base_model_type"), data.get("metric", "svd"), data.get("modules")
         if base is not None and not isinstance(base, str):
             raise PlanError(f"'reparam.base_model_type' must be a string, got {_short(base)}")
-        if not isinstance(method, str):
-            raise PlanError(f"'reparam.method' must be a string, got {_short(method)}")
+        if not isinstance(metric, str):
+            raise PlanError(f"'reparam.metric' must be a string, got {_short(metric)}")
         if not isinstance(modules, Mapping):
-            raise PlanError(f"'reparam.modules' must be an object of layer names, got {_short(modules)}")
+            raise PlanError(f"'reparam.modules' must be an object of names, got {_short(modules)}")
         if len(modules) > _MAX_MODULES:
-            raise PlanError(f"'reparam.modules' names {len(modules)} layers; at most {_MAX_MODULES} are accepted")
-        layers = {name: _read_layer(name, spec) for name, spec in modules.items()}
+            raise PlanError(f"'reparam.modules' names {len(modules)} modules; at most {_MAX_MODULES} are accepted")
+        entries = {name: _read_entry(name, entry) for name, entry in modules.items()}
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
-        return cls(layers, base, method, record, _read_sizes(data, "head_widths"), _read_sizes(data, "embeddings"))
+        return cls(entries, base, metric, record)
 
 
-def layer_kind(name: str) -> str:
-    """A layer's name with `*` for its numbers, the same for the layers that repeat in a model.
-
-    >>> layer_kind("encoder.layer.11.output.dense")
-    'encoder.layer.*.output.dense'
-    """
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-
-
-def _read_layer(name: object, data: object) -> LayerSpec:
+def _read_entry(name: object, data: object) -> Entry:
     try:
-        return LayerSpec.from_dict(data)
+        return Entry.from_dict(data)
     except PlanError as error:
-        raise PlanError(f"layer {_short(name)}: {error}") from None
-
-
-def _read_sizes(data: Mapping[str, Any], key: str) -> Mapping[str, int]:
-    """An entry of format 2 and later: name -> int, which the plan checks."""
-    sizes = data.get(key, {})
-    if not isinstance(sizes, Mapping):
-        raise PlanError(f"'reparam.{key}' must be an object of names, got {_short(sizes)}")
-    if sizes and data["format_version"] < 2:
-        raise PlanError(f"'reparam.{key}' belongs to format version 2")
-    return sizes
-
-
-def _is_path(name: object) -> bool:
-    """Whether a value is a module path like "encoder.layer.0"."""
-    return isinstance(name, str) and len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
+        raise PlanError(f"{_short(name)}: {error}") from None
 
 
 def _check_version(version: object) -> None:
     if isinstance(version, bool) or not isinstance(version, int):
         raise PlanError(f"'reparam.format_version' must be an int, got {_short(version)}")
-    if not 1 <= version <= FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise PlanError(
-            f"this model was saved in format version {_short(version)}, and this hf_reparam reads versions 1 to "
+            f"this model was saved in format version {_short(version)}, and this hf_reparam reads version "
             f"{FORMAT_VERSION}: install the hf_reparam that wrote it (pip install -U hf-reparam)"
         )
 

@@ -5,20 +5,34 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hf_reparam.compress.decomposition import Decompositions
+from torch import Tensor, nn
+
+from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import PlanError, TargetError
-from hf_reparam.plan import RankPlan, layer_kind
+from hf_reparam.layers.dense import dense_matrix
+from hf_reparam.linalg import Calibration
+from hf_reparam.model.host import opened
+from hf_reparam.model.sites import Found, select
+from hf_reparam.patterns import layer_kind
+from hf_reparam.plan import RankPlan
+from hf_reparam.structures.source import Source
 
 __all__ = ["frontier", "ranks", "spectrum"]
 
 
 def spectrum(
-    layers: Decompositions, names: Iterable[str] | None = None, *, plan: RankPlan | None = None, ax: Any = None
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    names: Iterable[str] | None = None,
+    *,
+    plan: RankPlan | None = None,
+    ax: Any = None,
 ) -> Any:
     """What each rank of a layer leaves out: sqrt(sum of the discarded squared singular values / sum of all).
 
     Args:
-        layers: what `decompose` returned.
+        model: a dense model.
+        calibration: what `calibrate` returned; None for the weights alone.
         names: layers to draw, names as in a plan; None for all, with one colour for layers of one kind.
         plan: marks the ranks that it gives them.
         ax: matplotlib Axes to draw into; None for a new figure.
@@ -27,23 +41,22 @@ def spectrum(
         The Axes.
 
     Raises:
-        TargetError: no layer, or one that was not decomposed.
+        TargetError: there is no such layer.
         ImportError: matplotlib is not installed.
 
-    >>> from torch import nn
-    >>> from hf_reparam.compress.decomposition import decompose
-    >>> len(spectrum(decompose(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))).lines)
+    >>> len(spectrum(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))).lines)
     2
     """
-    chosen = list(layers.layers) if names is None else list(names)
-    missing = sorted(set(chosen) - set(layers.layers))
+    source = Source.of(calibration, None)
+    found = {f.name: f for f in select(opened(model).model, LowRankConfig()).selected}
+    chosen = list(found) if names is None else list(names)
+    missing = sorted(set(chosen) - set(found))
     if missing or not chosen:
-        raise TargetError(f"no such layers among the {len(layers.layers)} that were decomposed: {missing[:3]}")
+        raise TargetError(f"no such layers among the {len(found)} of the model: {missing[:3]}")
     ax = _axes(ax, (6.4, 4.2))
     kinds = list(dict.fromkeys(map(layer_kind, chosen)))
     for name in chosen:
-        layer = layers.layers[name]
-        left = [1.0, *(layer.relative_error(rank) for rank in range(1, len(layer.singular_values) + 1))]
+        left = _left_out(found[name], source)
         color = f"C{kinds.index(layer_kind(name)) % 10}"
         known = any(line.get_label() == layer_kind(name) for line in ax.lines)
         ax.plot(range(len(left)), left, color=color, linewidth=1, label=None if known else layer_kind(name))
@@ -51,10 +64,23 @@ def spectrum(
             rank = plan.modules[name].rank
             ax.scatter([rank], [left[min(rank, len(left) - 1)]], color=color, s=18, zorder=3)
     ax.set_xlabel("rank")
-    ax.set_ylabel(f"relative error, {layers.metric} metric")
+    ax.set_ylabel(f"relative error, {source.metric} metric")
     ax.set_ylim(0, 1)
     ax.legend(fontsize=7)
     return ax
+
+
+def _left_out(found: Found, source: Source) -> list[float]:
+    """Relative error of rank 0, 1, 2 ... in the metric; of a layer without data that of its weight."""
+    site = found.site
+
+    def squares_in(metric: Source) -> Tensor | None:
+        return metric.losses(found.name, lambda: dense_matrix(site.module), centred=site.others > 0)
+
+    squares: Any = squares_in(source)
+    squares = squares_in(Source("svd")) if squares is None else squares
+    tail = squares.sum() - squares.cumsum(0)
+    return [1.0, *((tail.clamp_min(0) / squares.sum()) ** 0.5).tolist()]
 
 
 def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
@@ -71,8 +97,8 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
         PlanError: the plan names no layer.
         ImportError: matplotlib is not installed.
 
-    >>> from hf_reparam.plan import LayerSpec
-    >>> ranks(RankPlan({"h.0.fc": LayerSpec(4), "h.1.fc": LayerSpec(8)})).get_title()
+    >>> from hf_reparam.plan import Entry
+    >>> ranks(RankPlan({"h.0.fc": Entry(4), "h.1.fc": Entry(8)})).get_title()
     'ranks: 4 to 8'
     """
     if not plan.modules:

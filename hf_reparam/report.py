@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_reparam.plan import layer_kind
+from hf_reparam.patterns import layer_kind
 
-__all__ = ["BARE", "ConversionReport", "HeadsReport", "LayerReport", "RefitReport", "SkippedReport"]
+__all__ = ["BARE", "LayerReport", "RefitReport", "Report", "SkippedReport"]
 
 
 BARE = "a bare parameter"
@@ -16,17 +16,17 @@ BARE = "a bare parameter"
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One dense layer.
+    """One part of the model, a dense layer as a rule.
 
     Args:
         name: module path in the model.
         kind: class of the dense layer ("Linear", "Conv1D").
         in_features, out_features: the dense shape; of an attention with narrower heads, that of its narrower layer.
-        rank: inner width of the factors; None while the layer is dense.
+        rank: inner width of the factors; None while it is dense.
         parameters_before, parameters_after: numbers in the dense model and now, bias included.
         error: ||W - up @ down|| / ||W|| in the metric's norm; None where nothing was factored in this call, or a layer
             that was low-rank already: how far it is from its dense weight is not known then.
-        form: "pair" or "pivoted"; None while the layer is dense.
+        form: as in a plan, "pair", "pivoted", "table" ...; None while it is dense.
         metric: in which it was factored, "svd" if it saw no data; None where that is not known.
         from_rank: the rank that it had before this call; None if it was dense.
     """
@@ -55,25 +55,6 @@ class SkippedReport:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadsReport:
-    """One attention with narrower heads.
-
-    Args:
-        name: module path in the model.
-        heads: how many it has.
-        width_before, width_after: of one head; keys and values take this share of their memory in a cache.
-        error: root of the share that is lost of queries with keys and values with outputs, in the metric's norm; None
-            where nothing was made narrower in this call.
-    """
-
-    name: str
-    heads: int
-    width_before: int
-    width_after: int
-    error: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class RefitReport:
     """What refitting changed.
 
@@ -99,33 +80,31 @@ class RefitReport:
 
 
 @dataclass(frozen=True)
-class ConversionReport:
-    """The outcome of a conversion, or the state of a model.
+class Report:
+    """The state of a model, or what a plan will make of it.
 
     Args:
         model: class name of the model.
-        method: how the factors were made.
+        metric: in which the factors are made.
         layers: the factored layers (for a dense model: the layers that could be factored).
         skipped: every other weight of two or more dimensions, with the reason.
         parameters_before, parameters_after: of the *whole* model, shared parameters counted once.
-        refit: what refitting changed; None without it.
-        heads: attentions whose heads are narrower than in the dense model.
+        refitted_layers: how many layers were fitted once more after they were factored.
         dropped: names of tensors in the source's files for which the model's class has no place; of folders alone.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
-    >>> report = ConversionReport("Net", "svd", (row,), (), 5000, 2952)
+    >>> report = Report("Net", "svd", (row,), (), 5000, 2952)
     >>> report.factored_before, report.factored_after
     (4160, 2112)
     """
 
     model: str
-    method: str
+    metric: str
     layers: Sequence[LayerReport]
     skipped: Sequence[SkippedReport]
     parameters_before: int
     parameters_after: int
-    refit: RefitReport | None = None
-    heads: Sequence[HeadsReport] = ()
+    refitted_layers: int = 0
     dropped: Sequence[str] = ()
 
     @property
@@ -147,14 +126,13 @@ class ConversionReport:
         """Plain numbers and strings, ready for JSON."""
         return {
             "model": self.model,
-            "method": self.method,
+            "metric": self.metric,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "factored_before": self.factored_before,
             "factored_after": self.factored_after,
             "coverage": self.coverage,
-            "refit": None if self.refit is None else asdict(self.refit),
-            "heads": [asdict(attention) for attention in self.heads],
+            "refitted_layers": self.refitted_layers,
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [asdict(item) for item in self.skipped],
             "dropped": list(self.dropped),
@@ -167,23 +145,23 @@ class ConversionReport:
 
     def layer_table(self) -> str:
         """The Markdown table of the layers alone."""
-        return _markdown([_HEADER, *_fold_layers(self.layers, self.method)])
+        return _markdown([_HEADER, *_fold_layers(self.layers, self.metric)])
 
     def __str__(self) -> str:
         parts = ["\n".join(self._headline())]
         if self.layers:
-            parts.append(_align([_HEADER, *_fold_layers(self.layers, self.method)]))
+            parts.append(_align([_HEADER, *_fold_layers(self.layers, self.metric)]))
         if self.skipped:
             parts.append(_align([_LEFT, *_fold_skipped(self.skipped)]))
         return "\n\n".join(parts)
 
     def _headline(self) -> list[str]:
         whole = f"whole model:      {_change(self.parameters_before, self.parameters_after)}"
-        if self.heads or any(layer.rank is not None for layer in self.layers):
+        if any(layer.rank is not None for layer in self.layers):
             count = sum(layer.rank is not None for layer in self.layers)
             layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
-            refit = [] if self.refit is None else [str(self.refit)]
-            lines = [f"{self.model}: {count} low-rank layers ({self.method})", layers, whole, *self._heads()]
+            refit = [f"refitted:         {self.refitted_layers} layers"] if self.refitted_layers else []
+            lines = [f"{self.model}: {count} low-rank layers ({self.metric})", layers, whole]
             return [*lines, *self._exceptions(), *refit, *self._bare(), *self._dropped()]
         whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
         found = f"{len(self.layers)} dense layers that can be converted" if self.layers else self._why_none()
@@ -199,7 +177,7 @@ class ConversionReport:
 
     def _exceptions(self) -> list[str]:
         """Layers of which the method or the error is not what one would expect."""
-        other = {m: [x.name for x in self.layers if x.metric == m != self.method] for m in ("svd", "activation")}
+        other = {m: [x.name for x in self.layers if x.metric == m != self.metric] for m in ("svd", "activation")}
         again = [layer.name for layer in self.layers if layer.from_rank is not None]
         return [
             *_line("no data:", other["svd"], ", by plain SVD"),
@@ -220,14 +198,6 @@ class ConversionReport:
             parts.setdefault(name.partition(".")[0], []).append(name)
         names = ", ".join(_common(group) for group in parts.values())
         return [f"{len(self.dropped)} tensors of the source are not in the result: {names}"]
-
-    def _heads(self) -> list[str]:
-        if not self.heads:
-            return []
-        before, after = (_range([getattr(a, f"width_{x}") for a in self.heads], "d") for x in ("before", "after"))
-        errors = [attention.error for attention in self.heads if attention.error is not None]
-        lost = f", error {_range(errors, '.3f')}" if errors else ""
-        return [f"heads:            {before} -> {after} wide, in {len(self.heads)} attentions{lost}"]
 
 
 _HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
@@ -269,7 +239,7 @@ def _layer_row(group: list[LayerReport], method: str) -> list[str]:
     error = _range(errors, ".3f") if errors else "-"
     error += f" ({first.metric})" if first.metric not in (None, method) else ""
     rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
-    rank += " pivoted" if first.form == "pivoted" else ""
+    rank += f" {first.form}" if first.form not in (None, "pair") else ""
     count = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
     return [name, first.kind, f"{first.in_features} x {first.out_features}", rank, count, error]
 

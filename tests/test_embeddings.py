@@ -24,9 +24,9 @@ from hf_reparam import (
     merge_checkpoint,
     summarize,
 )
-from hf_reparam.layers.embedding import LowRankEmbedding, LowRankHead, Tables, low_rank_tables
+from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead, Tables, low_rank_tables
 from hf_reparam.model.inspection import count_parameters
-from hf_reparam.model.tables import table_groups
+from hf_reparam.structures.table import table_groups
 from tests import zoo
 
 NAMES = {

@@ -31,7 +31,7 @@ from hf_reparam import (
 from hf_reparam.calibrate.collect import layer_name
 from hf_reparam.compress.decomposition import as_decompositions
 from hf_reparam.compress.narrowing import NarrowHeads, attentions_by_name, narrowed
-from hf_reparam.layers.heads import ROLES, find_attentions
+from hf_reparam.structures.heads.attention import ROLES, find_attentions
 from hf_reparam.linalg import map_rows
 from tests import zoo
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import CheckpointError, LowRankLinear, PlanError, RankPlan, TargetError, collect_moments, convert, merge
-from hf_reparam.layers.attention import SplitMultiheadAttention
-from hf_reparam.layers.heads import find_attentions
+from hf_reparam.structures.multihead import SplitMultiheadAttention
+from hf_reparam.structures.heads.attention import find_attentions
 from hf_reparam.model.inspection import split_projections
 from tests import zoo
 

@@ -15,7 +15,7 @@ from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, exam
 from hf_reparam.calibrate.objective import batch_masks
 from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
 from hf_reparam.errors import TargetError
-from hf_reparam.model.offload import execution_device
+from hf_reparam.layers.offload import execution_device
 
 __all__ = ["Batches", "batched", "kept", "prepare"]
 

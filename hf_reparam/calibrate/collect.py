@@ -1,9 +1,9 @@
-"""`collect_moments`: run calibration batches through a model once, for every size that may be wanted of it."""
+"""`calibrate`: run calibration batches through a model once, for every size that may be wanted of it."""
 
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,24 @@ from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
 from hf_reparam.calibrate.padding import Padding
-from hf_reparam.calibrate.watch import watch
-from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.layers.targets import Target, no_layer
-from hf_reparam.linalg import LayerMoments, Moments, TableMoments
-from hf_reparam.linalg.moments import METRICS
-from hf_reparam.model.host import called, check_model, hosts, layer_name, own_tokenizer
-from hf_reparam.model.inspection import check_no_adapters, check_unsharded, find_layers, with_projections
-from hf_reparam.model.processes import alone, distributed, total
-from hf_reparam.model.tables import TableGroup, table_groups
+from hf_reparam.calibrate.watch import Watcher, watching
+from hf_reparam.config import METRICS, LowRankConfig
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.copies import frozen_copy
+from hf_reparam.layers.processes import alone, distributed, total
+from hf_reparam.linalg import Calibration, LayerMoments, TableMoments
+from hf_reparam.model.checks import check_no_adapters, check_unsharded, outside_inference_mode
+from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
+from hf_reparam.model.sites import Found, no_site, select
 
-__all__ = ["LossFunction", "collect_moments", "frozen", "layer_name", "size_in_bytes"]
+__all__ = ["LossFunction", "calibrate", "size_in_bytes"]
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
-@with_projections
-def collect_moments(
+def calibrate(
     model: nn.Module,
-    batches: Batches,
+    data: Batches,
     *,
     metric: str = "fisher",
     tokenizer: Any = None,
@@ -43,9 +42,9 @@ def collect_moments(
     max_samples: int | None = None,
     folder: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
-    include: str | Iterable[str] | None = None,
-) -> Moments:
-    """Moments of every layer that is factored by default, or that `include` matches, over calibration data.
+    target_modules: str | Iterable[str] | None = None,
+) -> Calibration:
+    """What data say of every layer that is factored by default, or that `target_modules` matches.
 
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples
@@ -61,7 +60,7 @@ def collect_moments(
         model: a dense or converted model, or an object with such models in it; of one that cannot be called with
             batches (a container, a SentenceTransformer, a wrapper of a whole model) the only Transformers model inside
             is called.
-        batches: dicts for `model(**batch)` (a list, a DataLoader, a generator), a `datasets.Dataset` of examples, or
+        data: dicts for `model(**batch)` (a list, a DataLoader, a generator), a `datasets.Dataset` of examples, or
             texts with a tokenizer: strings, or rows with a column `text`, `sentence` or `content` or only one of
             strings, a known pair of columns (`premise`, `hypothesis` ...), or a chat (`messages`). Columns that
             `forward` does not name are left out, and `label` is taken for `labels`. In a distributed run every process
@@ -72,14 +71,14 @@ def collect_moments(
         max_length: tokens of a text in one row; the rest goes into further rows (pairs and texts with labels are cut).
             Default: the smallest of 512, the tokenizer's and the model's limit.
         max_samples: how many texts, rows or rows of batches are used, the first ones.
-        folder: where moments go, in place of memory; `Moments.load` opens it again. What a broken run left there is
+        folder: where moments go, in place of memory; `Calibration.load` opens it again. What a broken run left there is
             deleted; finished moments are not replaced.
         max_memory: bytes, or a text such as "8GB", that moments may take in memory: layers are watched in groups, in
             one pass over the data each, and every group goes to `folder`. The data must allow several passes.
-        include: patterns as in `convert`: a conversion that includes a head needs moments that include it.
+        target_modules: patterns as in `LowRankConfig`: a conversion that includes a head needs a calibration of it.
 
     Returns:
-        Moments, which can be saved, merged and used for any number of conversions of this model, or of one with the
+        Calibration, which can be saved, merged and used for any number of conversions of this model, or of one with the
         same base and another head.
 
     Warns:
@@ -99,58 +98,54 @@ def collect_moments(
 
     >>> net = nn.Sequential(nn.Linear(8, 4))
     >>> data = [{"input": torch.ones(5, 8)}]
-    >>> collect_moments(net, data, metric="activation").layers["0"].tokens
-    5
+    >>> calibrate(net, data, metric="activation")
+    Calibration(metric='activation', layers=1, tokens=5)
     """
     if metric not in METRICS[1:]:
         raise TargetError(f"metric must be one of {list(METRICS[1:])} to collect moments, got {metric!r}")
-    check_data(batches)
+    check_data(data)
     check_model(model)
     check_no_adapters(model)
     check_unsharded(model)
-    targets = find_layers(model, include=include)
-    if not targets.selected:
-        raise no_layer(targets)
     if max_memory is not None and folder is None:
         raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
-    named = {layer_name(model, t.name): t for t in targets.selected}
-    groups = _groups(named, metric, max_memory)
-    if len(groups) > 1 and iter(batches) is batches:
-        raise TargetError(
-            f"max_memory={max_memory!r} takes {len(groups)} passes over the data: give a list, no iterator"
-        )
-    reading = {"tokenizer": tokenizer or own_tokenizer(model), "max_length": max_length, "max_samples": max_samples}
-    layers: dict[str, LayerMoments] = {}
-    rows: dict[str, int] = {}
-    tables = _tables(model) if metric == "fisher" else {}
-    with nullcontext() if folder is None else _filling(Path(folder)):
-        for number, group in enumerate(groups):
-            seen = tables if number == 0 else {}
-            moments = _watch_group(model, group, seen, batches, metric, reading, loss_fn, alone=len(groups) == 1)
-            rows |= {name: layer.tokens for name, layer in moments.items()}
-            if folder is None:
-                layers.update(moments)
-            else:
-                part = Moments(metric, moments, {n: t for n, (_, t) in seen.items()})
-                part.save_part(folder, number, len(groups))
-                del part
-            del moments  # before the next group takes its memory
-    _warn_of_little_data(rows, {name: target.in_features for name, target in named.items()})
-    return Moments(metric, layers, {n: t for n, (_, t) in tables.items()}) if folder is None else Moments.load(folder)
+    with outside_inference_mode():
+        work = frozen_copy(opened(model).model)
+        selection = select(work, LowRankConfig(target_modules=target_modules, embeddings=metric == "fisher"))
+        if not any(found.structure.option is None for found in selection.selected):
+            raise no_site(selection)
+        groups = _groups(selection.selected, metric, max_memory)
+        if len(groups) > 1 and iter(data) is data:
+            raise TargetError(
+                f"max_memory={max_memory!r} takes {len(groups)} passes over the data: give a list, no iterator"
+            )
+        tokenizer = tokenizer or own_tokenizer(model)
+        reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
+        layers: dict[str, LayerMoments] = {}
+        tables: dict[str, TableMoments] = {}
+        rows: dict[str, int] = {}
+        with nullcontext() if folder is None else _filling(Path(folder)):
+            for number, group in enumerate(groups):
+                sums = _watch_group(work, group, data, metric, reading, loss_fn, alone=len(groups) == 1)
+                part = {name: known for name, known in sums.items() if isinstance(known, LayerMoments)}
+                others = {name: known for name, known in sums.items() if isinstance(known, TableMoments)}
+                rows |= {name: layer.tokens for name, layer in part.items()}
+                if folder is None:
+                    layers |= part
+                    tables |= others
+                else:
+                    Calibration(metric, part, others).save_part(folder, number, len(groups))
+                del sums, part, others  # before the next group takes its memory
+    _warn_of_little_data(rows, {found.name: found.site.in_features for found in selection.selected})
+    return Calibration(metric, layers, tables) if folder is None else Calibration.load(folder)
 
 
 @contextmanager
 def _filling(folder: Path) -> Iterator[None]:
     """Have a folder for moments to oneself; raises CheckpointError if it holds some, or another run fills it."""
     with alone(folder / ".lock", f"another process is filling {folder} with moments: give each its own folder"):
-        Moments.open_folder(folder)
+        Calibration.open_folder(folder)
         yield
-
-
-def _tables(model: nn.Module) -> dict[str, tuple[TableGroup, TableMoments]]:
-    """Empty moments of the tables that can be of low rank."""
-    groups = [group for group in table_groups(model) if group.why_not() is None]
-    return {layer_name(model, group.path): (group, TableMoments.zeros(*group.shape)) for group in groups}
 
 
 def size_in_bytes(option: str, value: int | str) -> int:
@@ -161,44 +156,48 @@ def size_in_bytes(option: str, value: int | str) -> int:
         raise TargetError(f"{option} must be a number of bytes or a text such as '8GB', got {value!r}") from None
 
 
-def _groups(named: dict[str, Target], metric: str, max_memory: int | str | None) -> list[dict[str, Target]]:
-    """The layers in groups whose moments fit into `max_memory`, in the model's order."""
+def _groups(found: Sequence[Found], metric: str, max_memory: int | str | None) -> list[list[Found]]:
+    """The sites in groups whose moments fit into `max_memory`, in the model's order."""
     if max_memory is None:
-        return [named]
+        return [list(found)]
     most = size_in_bytes("max_memory", max_memory)
-    groups: list[dict[str, Target]] = []
+    optional = [item for item in found if item.structure.option is not None]  # with the first group
+    groups: list[list[Found]] = []
     room = 0
-    for name, t in named.items():
-        size = 8 * (t.in_features**2 + (t.out_features**2 if metric == "fisher" else 0))
+    for item in (item for item in found if item.structure.option is None):
+        site = item.site
+        size = 8 * site.parts * (site.in_features**2 + (site.out_features**2 if metric == "fisher" else 0))
         if size > most:
-            raise TargetError(f"{name}: its moments take {size:,} bytes, and max_memory allows {most:,}")
+            raise TargetError(f"{item.name}: its moments take {size:,} bytes, and max_memory allows {most:,}")
         if size > room:
-            groups.append({})
+            groups.append([])
             room = most
-        groups[-1][name] = t
+        groups[-1].append(item)
         room -= size
-    return groups
+    return [optional + groups[0], *groups[1:]]
 
 
 def _watch_group(
-    model: nn.Module,
-    group: Mapping[str, Target],
-    tables: Mapping[str, tuple[TableGroup, TableMoments]],
-    batches: Batches,
+    work: nn.Module,
+    group: Sequence[Found],
+    data: Batches,
     metric: str,
     reading: Mapping[str, Any],
     loss_fn: LossFunction | None,
     *,
     alone: bool,
-) -> dict[str, LayerMoments]:
-    """The moments of some layers, from one pass over the data; `alone` if there are no others."""
-    fisher, inner = metric == "fisher", called(model)
-    moments = {n: LayerMoments.zeros(t.in_features, t.out_features, gradients=fisher) for n, t in group.items()}
+) -> dict[str, Any]:
+    """The sums of some sites of a frozen copy, from one pass over the data; `alone` if there are no others."""
+    fisher, inner = metric == "fisher", called(work)
+    sums = {found.name: found.structure.sums(found.name, found.site, gradients=fisher) for found in group}
     seen = 0
-    members = [(module, table) for group, table in tables.values() for module in set(group.members.values())]
-    watched = {n: t.module for n, t in group.items()}
-    with frozen(model), watch(watched, moments, members) as watcher:
-        for part in Padding(inner, watched).parts(prepare(inner, batches, **reading)):
+    plain = {found.name: found.site.module for found in group if found.structure.option is None}
+
+    def install(watcher: Watcher) -> list[Any]:
+        return [h for f in group for h in f.structure.watch(f.name, f.site, sums[f.name], watcher)]
+
+    with watching(install) as watcher:
+        for part in Padding(inner, plain).parts(prepare(inner, data, **reading)):
             seen += 1
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
@@ -206,25 +205,26 @@ def _watch_group(
                 if not fisher:
                     inner(**batch)
                     continue
-                loss = _loss(inner, batch, part.masks, alone=alone) if loss_fn is None else loss_fn(model, batch)
+                loss = _loss(inner, batch, part.masks, alone=alone) if loss_fn is None else loss_fn(work, batch)
             if loss.requires_grad:  # it need not depend on every group: a pooler without a head
                 loss.backward()
             elif alone:
-                raise _no_gradient(group)
+                raise _no_gradient(plain)
     _warn_of_padding(watcher.unfitting(), watcher.masks)
-    for host in hosts(model).values():
+    for host in hosts(work).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
-    if not _sum_over_processes({**moments, **{n: t for n, (_, t) in tables.items()}}, seen):
+    whole = {name: known for group_sums in sums.values() for name, known in group_sums.items()}
+    if not _sum_over_processes(whole, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
-    return moments
+    return whole
 
 
 def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> None:
     unseen = [name for name, count in rows.items() if count == 0]
     if unseen:
         _warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")
-    few = sorted((count / inputs[name], name) for name, count in rows.items() if 0 < count < inputs[name])
+    few = sorted((count / inputs[n], n) for n, count in rows.items() if 0 < count < inputs.get(n, 0))
     if few:
         worst = [f"{name}: {rows[name]:,} rows, {inputs[name]:,} inputs" for _, name in few[:3]]
         _warn(
@@ -279,30 +279,3 @@ def _sum_over_processes(moments: Mapping[str, LayerMoments | TableMoments], seen
     for layer in moments.values() if distributed() else ():
         vars(layer).update(vars(layer.map(total)))
     return int(total(torch.tensor(seen)))
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients, put back afterwards.
-
-    Raises:
-        WeightError: the weights were made inside `torch.inference_mode()`, which lets nothing be put back.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_inference():
-            raise WeightError(
-                f"{name} was made inside torch.inference_mode(), which knows no gradients: build or load the model "
-                "not inside torch.inference_mode()"
-            )
-    modes = {module: module.training for module in model.modules()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -44,7 +44,7 @@ def check_data(data: Any) -> None:
     if isinstance(data, (str, bytes, os.PathLike)):
         what = (
             f"a {name}, {str(data)[:60]!r}: for one text write [text]; a file is read with "
-            "Path(file).read_text().splitlines(), moments with Moments.load(file)"
+            "Path(file).read_text().splitlines(), moments with Calibration.load(file)"
         )
     elif isinstance(data, Mapping):
         what = (

@@ -1,17 +1,14 @@
 """Hooks that watch what goes into layers and what gradient comes back, padding left out. They leave with the block."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hf_reparam.linalg.moments import LayerMoments
-from hf_reparam.linalg.tables import TableMoments
-
-__all__ = ["Layout", "Watcher", "inputs_of", "layouts", "order_of", "rows", "shapes_of", "watch"]
+__all__ = ["Layout", "Watcher", "inputs_of", "layouts", "order_of", "rows", "shapes_of", "watching"]
 
 
 class Layout(NamedTuple):
@@ -123,14 +120,9 @@ def order_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list
 
 
 class Watcher:
-    """Adds every forward and backward pass to the moments of the layers that took part.
+    """Tells of every forward and backward pass what goes into modules and what gradient comes back, without padding."""
 
-    Args:
-        moments: layer name -> LayerMoments to add to.
-    """
-
-    def __init__(self, moments: Mapping[str, LayerMoments]) -> None:
-        self.moments = moments
+    def __init__(self) -> None:
         self.masks: tuple[Tensor, ...] = ()
         self.follows: Mapping[str, frozenset[Layout]] = {}
         self._counting = False
@@ -161,40 +153,29 @@ class Watcher:
         """Layers that get several rows for an example, and that no mask ever fitted where there was padding."""
         return [name for name, fitted in self._fitted.items() if not fitted]
 
-    def _rows(self, name: str, x: Tensor) -> Tensor:
+    def rows(self, name: str, x: Tensor) -> Tensor:
+        """(..., in) -> (tokens, in), the rows that are no padding of what goes into a layer."""
         if self._guessing:
             fits = any(True for _ in layouts(x.shape, self.masks))
             if fits or x.shape[:-1].numel() > self._guessing:
                 self._fitted[name] = fits or self._fitted.get(name, False)
+        return self.real(name, x)
+
+    def real(self, name: str, x: Tensor) -> Tensor:
+        """As `rows`, of a gradient, or of what is known to follow the masks."""
         return rows(x, self.masks, self.follows.get(name))
 
-    def watch_table(self, module: nn.Module, table: TableMoments) -> list[Any]:
-        """Install the hooks of an embedding, or of an output head that is tied to one, and return their handles."""
-        if isinstance(module, nn.Embedding):
-            return self._watch(
-                module,
-                lambda ids: table.add_ids(rows(ids[..., None], self.masks)[:, 0]),
-                lambda gradient: table.add_gradients(rows(gradient, self.masks)),
-            )
-        return self._watch(
-            module,
-            lambda x: table.add_head(rows(x, self.masks), None),
-            lambda gradient: table.add_head(None, rows(gradient, self.masks)),
-        )
-
-    def watch_layer(self, name: str, module: nn.Module) -> list[Any]:
-        """Install the hooks of one layer and return their handles."""
-        layer = self.moments[name]
-        gradients = layer.gradient_products is not None
-        return self._watch(
-            module,
-            lambda x: layer.add_inputs(self._rows(name, x)),
-            (lambda g: layer.add_gradients(rows(g, self.masks, self.follows.get(name)))) if gradients else None,
-        )
-
-    def _watch(
+    def watch(
         self, module: nn.Module, add_input: Callable[[Tensor], None], add_gradient: Callable[[Tensor], None] | None
     ) -> list[Any]:
+        """Install hooks on a module and return their handles.
+
+        Args:
+            module: called with x, returning y.
+            add_input: gets every x.
+            add_gradient: gets the gradient of every y; None if it is not wanted.
+        """
+
         def inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._counting:
                 add_input(_input(args, kwargs))
@@ -214,24 +195,15 @@ def _with_gradient(out: Tensor, see: Callable[[Tensor], None]) -> Tensor:
 
 
 @contextmanager
-def watch(
-    layers: Mapping[str, nn.Module],
-    moments: Mapping[str, LayerMoments],
-    tables: Iterable[tuple[nn.Module, TableMoments]] = (),
-) -> Iterator[Watcher]:
-    """Watch layers until the block ends, however it ends. Every forward pass goes into a block of `seeing`.
+def watching(install: Callable[[Watcher], list[Any]]) -> Iterator[Watcher]:
+    """Watch modules until the block ends, however it ends. Every forward pass goes into a block of `seeing`.
 
     Args:
-        layers: name -> module, called with x (..., in), returning (..., out).
-        moments: name -> LayerMoments to add to.
-        tables: embeddings, and heads that are tied to them, with TableMoments to add to.
+        install: puts hooks where they are wanted, and returns their handles.
     """
-    watcher, handles = Watcher(moments), []
+    watcher, handles = Watcher(), []
     try:
-        for name, module in layers.items():
-            handles += watcher.watch_layer(name, module)
-        for module, table in tables:
-            handles += watcher.watch_table(module, table)
+        handles = install(watcher)
         with torch.enable_grad():
             yield watcher
     finally:

@@ -1,154 +1,147 @@
-"""`make_plan`: ranks for every layer from one budget, without touching the model."""
+"""`make_plan`: what becomes of every part of a model, from one size, without touching the model."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from hf_reparam.calibrate.collect import layer_name
-from hf_reparam.compress.choices import Steps, ways_to_build
-from hf_reparam.compress.decomposition import Decompositions, as_decompositions, check_fit
-from hf_reparam.errors import PlanError, RankError, TargetError
-from hf_reparam.layers.patterns import as_patterns
-from hf_reparam.layers.targets import Skipped, Target, no_layer
-from hf_reparam.linalg import Alternative, Moments, allocate, choose
-from hf_reparam.model.host import base_type, check_model
-from hf_reparam.model.inspection import check_no_adapters, count_parameters, find_layers, with_projections
-from hf_reparam.model.tables import TableGroup, table_groups
-from hf_reparam.plan import FORMS, LayerSpec, RankPlan
+from hf_reparam.compress.fits import check_fit
+from hf_reparam.compress.ranks import given_ranks
+from hf_reparam.config import LowRankConfig, Rank
+from hf_reparam.errors import RankError, TargetError
+from hf_reparam.linalg import Alternative, Calibration, allocate
+from hf_reparam.model.checks import check_no_adapters, count_parameters
+from hf_reparam.model.host import base_type, check_model, opened
+from hf_reparam.model.sites import Found, Selection, no_site, select
+from hf_reparam.model.summary import planned
+from hf_reparam.plan import Entry, RankPlan
+from hf_reparam.structures import STRUCTURES
+from hf_reparam.structures.source import Source
+from hf_reparam.structures.structure import Choices, Steps, Way
 
-__all__ = ["Chosen", "check_budget", "fit_plan", "make_plan"]
-
-Chosen = tuple[Mapping[str, LayerSpec], tuple[Skipped, ...]]
-"""Path -> rank and form of the layers to convert, and why the others stay."""
-
-ALLOCATIONS = ("global", "uniform")
-MIN_RANK = 8
-"""Least rank that a budget gives to a layer: kernels and quantizers work on columns by the eight or more."""
+__all__ = ["make_plan", "plan_for"]
 
 
-@with_projections
 def make_plan(
     model: nn.Module,
-    moments: Moments | Decompositions | None = None,
+    config: LowRankConfig | None = None,
+    calibration: Calibration | None = None,
     *,
+    rank: Rank | None = None,
     keep: float | None = None,
-    target_params: int | None = None,
-    metric: str | None = None,
-    allocation: str | None = None,
-    form: str = "pivoted",
-    multiple_of: int = 1,
-    min_rank: int = MIN_RANK,
-    joint: bool | None = None,
-    embeddings: bool = False,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] = (),
+    target_params: int | float | None = None,
 ) -> RankPlan:
-    """Choose a rank for every layer so that together they stay within a budget.
+    """Decide what becomes of every part of a model. `print(plan)` shows it, with why the rest stays dense.
 
     In the fisher metric the squared singular values that a layer drops are its predicted increase of the loss, in one
     unit for all layers: allocation "global" minimises their sum under the budget, with staying dense as one of the
     choices. "uniform" gives every layer the same share.
 
     Args:
-        model: a dense model; a dense model's moments may be used for many plans.
-        moments: what `collect_moments` or `decompose` returned; None for plain SVD.
-        keep: in (0, 1], share of the *targeted* layers' weights, biases not counted.
-        target_params: instead of `keep`: parameters that the *whole* model may have, everything counted.
-        metric: "svd", "activation" or "fisher"; the richest that the moments serve by default.
-        allocation: "global" (default with fisher) or "uniform" (default otherwise).
-        form: "pivoted", or "pair", which holds r^2 more numbers at the same rank r.
-        multiple_of: ranks are multiples of this; 8 suits tensor cores.
-        min_rank: no lower rank is chosen; layers that would not become smaller at this rank, or at the first multiple
-            above it, stay dense.
-        joint: whether heads may become narrower where that is predicted to cost less: queries with keys, and values
-            with outputs, are approximated as wholes before each is factored. For attentions that are registered (see
-            `hf_reparam.layers.heads`), all four projections of which are targeted. With global allocation and the
-            fisher metric only, in which what heads and layers lose has one unit, and by default with them.
-        embeddings: also choose ranks for the table of the input embeddings, which an output head that is tied to it
-            shares, and for an untied head; their numbers are then part of what is targeted.
-        include, exclude: as in `convert`; heads, poolers and routers stay dense unless `include` matches them.
+        model: a dense model; one calibration of it may be used for many plans. With `rank` it may be converted already.
+        config: what is asked.
+        calibration: what `calibrate` returned; None for plain SVD.
+        rank, keep, target_params: short for a configuration of one size, as in `LowRankConfig`.
 
     Returns:
         A RankPlan. Layers that it does not name stay dense; at keep=1.0 these are all.
 
     Raises:
-        RankError: the budget is out of range, or so small that the least rank everywhere exceeds it.
-        TargetError: unknown metric, allocation or form, patterns as in `convert`, or no layer to choose a rank for.
+        RankError: the size is out of range, or so small that the least rank everywhere exceeds it.
+        TargetError: a pattern matches nothing, or there is no layer to choose a rank for; or as `LowRankConfig`.
         WeightError: a weight or its moments are not finite, the metric needs moments that are not there, or they are of
             another model.
 
-    Cost: with global allocation one symmetric eigenvalue problem, without vectors, for each layer that is not
-    decomposed yet, and for each of eight widths of heads one for each of the four layers of an attention.
+    Cost: for a budget with global allocation one symmetric eigenvalue problem, without vectors, for each layer that was
+    not planned with this calibration before; with heads=True eight more for each of the four layers of an attention.
 
-    >>> plan = make_plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), keep=0.5, form="pair")
-    >>> [spec.rank for spec in plan.modules.values()]
+    >>> plan = make_plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), LowRankConfig(keep=0.5, form="pair"))
+    >>> [entry.rank for entry in plan.modules.values()]
     [16, 16]
     """
+    config = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params)
     check_model(model)
     check_no_adapters(model)
-    check_budget(keep, target_params, multiple_of, min_rank)
-    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude") or ()
-    source = as_decompositions(moments, metric)
-    allocation = allocation or ("global" if source.metric == "fisher" else "uniform")
-    if allocation not in ALLOCATIONS or form not in FORMS:
-        raise TargetError(f"allocation is one of {ALLOCATIONS} and form of {FORMS}; got {allocation!r}, {form!r}")
-    found = find_layers(model, include=include, exclude=exclude)
-    targets = found.selected
-    if any(t.spec is not None or t.stock_shape is not None for t in targets):
-        raise TargetError("the model is converted already: make plans from the dense model")
-    if not targets:
-        raise no_layer(found)
-    if any(not t.name for t in targets):
+    work = opened(model).model
+    return plan_for(work, config, Source.of(calibration, config.metric, config.solver))
+
+
+def plan_for(work: nn.Module, config: LowRankConfig, source: Source) -> RankPlan:
+    """As `make_plan`, of a model as `opened` shows it."""
+    asked = config.rank if isinstance(config.rank, Mapping) else ()
+    selection = select(work, config, asked)
+    found = selection.selected
+    if not any(item.site.weights for item in found):
+        raise no_site(selection)
+    if any(not item.site.name for item in found):
         raise TargetError(
             "the model is itself one dense layer, and a plan needs a name: put it in nn.Sequential(layer)"
         )
-    check_fit(model, targets, source)
-    if joint and allocation != "global":
-        raise TargetError(f"joint=True needs the global allocation, which compares losses; got {allocation!r}")
-    if joint and source.metric != "fisher":
-        raise TargetError(f"joint=True needs the fisher metric, in which losses compare; got {source.metric!r}")
-    tables = _tables(model) if embeddings else {}
-    extra = sum(group.size for group in tables.values())
-    budget = _budget(model, targets, keep, target_params, extra)
-    steps = Steps(form, multiple_of, min_rank)
-    _check_reachable(targets, tables, budget, steps)
-    share = budget / (sum(t.weights() for t in targets) + extra)
-    widths: dict[str, int] = {}
-    if allocation == "global":
-        narrow = joint is not False and source.metric == "fisher"
-        specs, widths = _global(model, targets, tables, source, share, steps, joint=narrow)
+    check_fit(work, found, source)
+    if config.rank is not None:
+        entries, skipped = given_ranks(found, config)
+        selection = Selection((), (*skipped, *selection.skipped))
     else:
-        specs = {name: _table_of_share(group, share, steps) for name, group in tables.items()}
-        left = budget - sum(_table_weights(group, specs[name]) for name, group in tables.items())
-        layers = _uniform(targets, min(share * sum(t.weights() for t in targets), left), steps)
-        specs = {layer_name(model, n): spec for n, spec in layers.items()} | specs
-    modules = {name: spec for name, spec in specs.items() if spec is not None}
-    low = {name: spec.rank for name in tables if (spec := modules.pop(name, None)) is not None}
-    return RankPlan(modules, base_type(model), source.metric, head_widths=widths, embeddings=low)
+        entries = _budgeted(work, selection, config, source)
+    plan = RankPlan(entries, base_type(work), source.metric)
+    return replace(plan, report=planned(work, plan, selection))
 
 
-def check_budget(keep: float | None, target_params: int | None, multiple_of: int, min_rank: int) -> None:
-    """Raise RankError unless one of keep, in (0, 1], and target_params, an int, is given; the others ints >= 1."""
-    if (keep is None) == (target_params is None):
-        raise RankError("give one of keep and target_params")
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1):
-        raise RankError(f"keep must be in (0, 1], the share of the targeted layers' weights, got {keep!r}")
-    if target_params is not None and (isinstance(target_params, bool) or not isinstance(target_params, int)):
-        raise RankError(f"target_params must be an int, the parameters of the whole model, got {target_params!r}")
-    for option, value in (("multiple_of", multiple_of), ("min_rank", min_rank)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RankError(f"{option} must be an int of at least 1, got {value!r}")
+def _budgeted(work: nn.Module, selection: Selection, config: LowRankConfig, source: Source) -> dict[str, Entry]:
+    found = selection.selected
+    if any(item.site.entry is not None for item in found):
+        raise TargetError("the model is converted already: make plans from the dense model")
+    _check_options(selection, config, source)
+    counted = [item for item in found if item.site.weights]
+    total = sum(item.site.weights for item in counted)
+    budget = _budget(work, total, config)
+    steps = Steps(config.stored_form, config.multiple_of, config.min_rank)
+    _check_reachable(counted, budget, steps)
+    if (config.allocation or ("global" if source.metric == "fisher" else "uniform")) == "global":
+        return _global(found, source, budget / total, steps)
+    return _uniform(counted, budget, steps)
 
 
-def _check_reachable(
-    targets: tuple[Target, ...], tables: Mapping[str, TableGroup], budget: float, steps: Steps
-) -> None:
-    """Raise RankError if the layers and tables exceed the budget at their least ranks; dense where that is smaller."""
-    sizes = [(t.weights(steps.lowest), t.weights()) for t in targets if t.full_rank >= steps.least]
-    sizes += [(t.weights(), t.weights()) for t in targets if t.full_rank < steps.least]
-    sizes += [(_table_weights(group, LayerSpec(steps.least)), group.size) for group in tables.values()]
-    least, total = sum(map(min, sizes)), sum(dense for _, dense in sizes)
+def _check_options(selection: Selection, config: LowRankConfig, source: Source) -> None:
+    """Refuse options that ask for what cannot be here."""
+    if config.heads and source.metric != "fisher":
+        raise TargetError(f"heads=True needs the fisher metric, in which losses compare; got {source.metric!r}")
+    for structure in STRUCTURES:
+        option = structure.option
+        if option is None or not getattr(config, option):
+            continue
+        if not any(item.structure is structure for item in selection.selected):
+            raise TargetError(f"{option}=True, and there are none here that can be held in fewer numbers")
+
+
+def _budget(work: nn.Module, total: int, config: LowRankConfig) -> float:
+    """Weights that the targeted sites may hold."""
+    if config.keep is not None:
+        return config.keep * total
+    whole = count_parameters(work)
+    target = config.target_params or 0
+    wanted = target if isinstance(target, int) else target * whole
+    if wanted <= whole - total:
+        raise RankError(
+            f"target_params={target:,} cannot be reached: {whole - total:,} parameters lie outside of the targeted "
+            "layers"
+        )
+    return float(min(wanted - (whole - total), total))
+
+
+def _cost(item: Found, entry: Entry | None) -> float:
+    """As the structure says; infinite where it cannot be."""
+    try:
+        return item.structure.cost(item.site, entry)
+    except RankError:
+        return math.inf
+
+
+def _check_reachable(found: Sequence[Found], budget: float, steps: Steps) -> None:
+    """Raise RankError if the sites exceed the budget at their least ranks; dense where that is smaller."""
+    least = sum(min(_cost(f, steps.entry(steps.least, f.structure.forms)), f.site.weights) for f in found)
+    total = sum(item.site.weights for item in found)
     if least > budget:
         raise RankError(
             f"the budget of {budget:,.0f} weights is below the smallest size, {least:,} of {total:,} at rank "
@@ -157,121 +150,66 @@ def _check_reachable(
         )
 
 
-def _tables(model: nn.Module) -> dict[str, TableGroup]:
-    """Name in a plan -> table, of those that can be of low rank.
-
-    Raises:
-        TargetError: none can.
-    """
-    groups = table_groups(model)
-    reasons = [group.why_not() for group in groups] or ["only those of Transformers models are known"]
-    if all(reasons):
-        raise TargetError(f"embeddings=True, and they cannot be of low rank: {reasons[0]}")
-    fit = [group for group, reason in zip(groups, reasons, strict=True) if reason is None]
-    return {layer_name(model, group.path): group for group in fit}
-
-
-def _table_of_share(group: TableGroup, share: float, steps: Steps) -> LayerSpec | None:
-    """The rank at which a table holds at most this share of its numbers, or the least; None to stay dense."""
-    spec = LayerSpec(max(int(share * group.size / sum(group.shape)), steps.least))
-    return spec if share < 1 and _table_weights(group, spec) < group.size else None
-
-
-def _table_weights(group: TableGroup, spec: LayerSpec | None) -> int:
-    return group.size if spec is None else spec.rank * sum(group.shape)
-
-
-def _budget(
-    model: nn.Module, targets: tuple[Target, ...], keep: float | None, target_params: int | None, extra: int
-) -> float:
-    """Weights that the targeted layers may hold, and `extra` numbers of embeddings."""
-    total = sum(t.weights() for t in targets) + extra
-    if target_params is None:
-        return (keep or 1.0) * total
-    rest = count_parameters(model) - total
-    if target_params <= rest:
-        raise RankError(
-            f"target_params={target_params:,} cannot be reached: {rest:,} parameters lie outside of the targeted layers"
-        )
-    return float(min(target_params - rest, total))
-
-
-def _rank_of_share(target: Target, share: float, form: str) -> int:
-    """The largest rank at which a layer holds at most this share of its dense weight."""
-    width, budget = target.in_features + target.out_features, share * target.weights()
-    if form == "pair":
-        return int(budget / width)
-    return int((width - math.sqrt(max(width**2 - 4 * budget, 0.0))) / 2)  # r width - r^2 = budget
-
-
-def _uniform(targets: Sequence[Target], budget: float, steps: Steps) -> dict[str, LayerSpec | None]:
-    """The same share for every layer; None where a layer stays dense.
+def _uniform(found: Sequence[Found], budget: float, steps: Steps) -> dict[str, Entry]:
+    """The same share for every site; those that are left out stay dense.
 
     What the least rank or staying dense costs a narrow layer is taken from the widest ones. The budget is not below
-    what all layers need at their least.
+    what all need at their least.
     """
-    total = sum(t.weights() for t in targets)
+    total = sum(item.site.weights for item in found)
     if budget >= total:
-        return {t.name: None for t in targets}
-    specs: dict[str, LayerSpec | None] = {}
-    for t in targets:
-        rank = _rank_of_share(t, budget / total, steps.form) // steps.multiple_of * steps.multiple_of
-        spec = LayerSpec(max(rank, steps.least), steps.form)
-        fits = spec.rank <= t.full_rank and t.weights(spec) < t.weights()
-        specs[t.name] = spec if fits else None
-    while sum(t.weights(specs[t.name]) for t in targets) > budget:
-        low = [(t.weights(s), t.name, s.rank) for t in targets if (s := specs[t.name]) and s.rank > steps.least]
-        _, name, rank = max(low)
-        specs[name] = LayerSpec(rank - steps.multiple_of, steps.form)
-    return specs
+        return {}
+    entries: dict[str, Entry] = {}
+    for item in found:
+        most = _highest(item, budget / total * item.site.weights, steps)
+        entry = steps.entry(most, item.structure.forms)
+        if _cost(item, entry) < item.site.weights:
+            entries[item.name] = entry
+    named = {item.name: item for item in found}
+    while sum(_cost(item, entries.get(item.name)) for item in found) > budget:
+        _, name = max((_cost(named[n], e), n) for n, e in entries.items() if e.rank > steps.least)
+        entries[name] = steps.entry(entries[name].rank - steps.multiple_of, named[name].structure.forms)
+    return entries
 
 
-def _global(
-    model: nn.Module,
-    targets: tuple[Target, ...],
-    tables: Mapping[str, TableGroup],
-    source: Decompositions,
-    share: float,
-    steps: Steps,
-    *,
-    joint: bool,
-) -> tuple[dict[str, LayerSpec | None], dict[str, int]]:
-    """Ranks by one Lagrangian, None where a layer stays dense, and widths of heads.
-
-    What has no common unit of error gets the same share as the others have together.
-    """
-    named = {layer_name(model, t.name): t for t in targets}
-    ways = ways_to_build(model, named, tables, source, steps, joint=joint)
-    sizes = {name: t.weights() for name, t in named.items()} | {name: group.size for name, group in tables.items()}
-    inside = {name for group in ways.values() for name in group[0].layers}
-    alone = {t.name: name for name, t in named.items() if name not in inside}
-    shared = _uniform([named[n] for n in alone.values()], share * sum(sizes[n] for n in alone.values()), steps)
-    specs = {alone[path]: spec for path, spec in shared.items()}
-    specs |= {name: _table_of_share(group, share, steps) for name, group in tables.items() if name not in inside}
-    available = share * sum(sizes[name] for name in inside)
-    groups = {n: [Alternative(w.error, [o for _, o in w.layers.values()]) for w in way] for n, way in ways.items()}
-    best = {name: ways[name][i] for name, i in choose(groups, available).items()}
-    final = {name: found for way in best.values() for name, found in way.layers.items()}
-    chosen = allocate({name: options for name, (_, options) in final.items()}, available)
-    specs |= {name: final[name][0][option] for name, option in chosen.items()}
-    return specs, {name: way.width for name, way in best.items() if way.width is not None}
+def _highest(item: Found, share: float, steps: Steps) -> int:
+    """The highest rank at which a site holds no more numbers than its share; the least one if none does."""
+    ranks = steps.up_to(item.site.full_rank)
+    low, high = 0, len(ranks)  # costs rise with the rank
+    while low < high:
+        middle = (low + high) // 2
+        if _cost(item, steps.entry(ranks[middle], item.structure.forms)) <= share:
+            low = middle + 1
+        else:
+            high = middle
+    return ranks[low - 1] if low else steps.least
 
 
-def fit_plan(model: nn.Module, targets: tuple[Target, ...], plan: RankPlan) -> Chosen:
-    """The layers to convert by a plan, and the reason why the others stay.
+def _global(found: Sequence[Found], source: Source, share: float, steps: Steps) -> dict[str, Entry]:
+    """Ranks by one Lagrangian. What has no common unit of error gets the same share as the others have together."""
+    ways = _ways(found, source, steps)
+    sizes = {item.name: item.site.weights for item in found}
+    inside = {name for group in ways.values() for name in group[0].sites}
+    apart = [item for item in found if item.name not in inside and item.site.weights]
+    entries = _uniform(apart, share * sum(item.site.weights for item in apart), steps) if apart else {}
+    groups = {n: [Alternative(w.error, [o for _, o in w.sites.values()]) for w in way] for n, way in ways.items()}
+    chosen = allocate(groups, share * sum(sizes[name] for name in inside)) if groups else {}
+    for group, (way, options) in chosen.items():
+        best = ways[group][way]
+        entries |= best.entries
+        picked = zip(best.sites.items(), options, strict=True)
+        entries |= {name: entry for (name, (known, _)), i in picked if (entry := known[i]) is not None}
+    return entries
 
-    Raises:
-        PlanError: the plan names what is no layer of these, or a rank that its layer cannot have.
-    """
-    named = {layer_name(model, target.name): target for target in targets}
-    unknown = sorted(set(plan.modules) - set(named))
-    if unknown:
-        raise PlanError(f"the plan names {len(unknown)} layers that cannot be converted here, among them {unknown[:3]}")
-    for name, spec in plan.modules.items():
-        target = named[name]
-        most = spec.limit(target.in_features, target.out_features) if target.spec is None else target.spec.rank
-        if spec.rank > most:
-            raise PlanError(f"{name}: the plan gives it rank {spec.rank}, above the {most} it can have")
-    specs = {named[name].name: spec for name, spec in plan.modules.items()}
-    dense = [t for t in targets if t.name not in specs]
-    return specs, tuple(Skipped(t.name, t.kind, t.parameters, "the plan leaves it dense") for t in dense)
+
+def _ways(found: Sequence[Found], source: Source, steps: Steps) -> dict[str, list[Way]]:
+    """Name of a group of sites -> ways to build it. A group of several sites takes the place of their own groups."""
+    ways: dict[str, list[Way]] = {}
+    taken: dict[str, Choices] = {}
+    for structure in reversed(STRUCTURES):  # dense layers first: narrower heads offer other choices for them
+        sites = {item.name: item.site for item in found if item.structure is structure}
+        offered = structure.ways(sites, source, steps, taken) if sites else {}
+        claimed = {name for group in offered.values() for name in group[0].sites}
+        ways = {name: group for name, group in ways.items() if claimed.isdisjoint(group[0].sites)} | offered
+        taken |= {name: choices for group in offered.values() for name, choices in group[0].sites.items()}
+    return ways

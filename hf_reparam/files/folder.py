@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError
+from hf_reparam.layers.offload import check_stored
+from hf_reparam.layers.processes import is_first
 from hf_reparam.model.auto import generated_class
 from hf_reparam.model.config import PREFIX, ReparamConfigMixin
-from hf_reparam.model.offload import check_stored
-from hf_reparam.model.processes import is_first
 from hf_reparam.model.remote import FILE
 from hf_reparam.model.validate import check_folder
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,19 +10,18 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.compress.planning import fit_plan
-from hf_reparam.errors import CheckpointError, PlanError, TargetError
+from hf_reparam.compress.build import Made, install
+from hf_reparam.config import METRICS
+from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.folder import new_folder
-from hf_reparam.layers.embedding import Tables
-from hf_reparam.layers.heads import ROLES, Attention, find_attentions
-from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.layers.surgery import low_rank_like, replace_modules, undone_on_error
-from hf_reparam.layers.targets import find_targets
-from hf_reparam.model.host import check_model, layer_name, method_of
-from hf_reparam.model.inspection import protected_layers, with_projections
+from hf_reparam.layers.factored import Factored
+from hf_reparam.layers.surgery import undone_on_error
+from hf_reparam.model.host import check_model, hosts, metric_of, opened
 from hf_reparam.model.retype import retype
+from hf_reparam.model.sites import check_forms, entries_of, fit
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord
+from hf_reparam.structures import STRUCTURES
 
 __all__ = ["load", "save"]
 
@@ -66,18 +64,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
     check_model(model)
     if isinstance(model, PreTrainedModel):
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
-    low = {name: module.spec for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    modules = {layer_name(model, name): spec for name, spec in low.items()}
-    widths = {layer_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
-    tables = [name for name, module in model.named_modules() if isinstance(module, Tables)]
-    if tables:
+    entries = entries_of(opened(model).model)
+    shared = [n for s in STRUCTURES if s.stays_in_memory for n in RankPlan(entries).of(s.forms)]
+    if shared:
         raise TargetError(
-            f"{tables[0]} is an embedding of low rank, which this format does not hold: save the PreTrainedModel that "
-            "has it with its save_pretrained, or convert with embeddings=False"
+            f"{shared[0]} is an embedding of low rank, which this format does not hold: save the PreTrainedModel that "
+            "has it with its save_pretrained, or convert without embeddings=True"
         )
-    if not modules and not widths:
-        raise TargetError(f"{type(model).__name__} has no low-rank layer and no narrower heads: save it as any module")
-    plan = RankPlan(modules, method=method_of(model), head_widths=widths)
+    if not entries:
+        raise TargetError(f"{type(model).__name__} has nothing of low rank: save it as any module")
+    known = {module.metric for module in model.modules() if isinstance(module, Factored)}
+    metric = next((name for name in reversed(METRICS) if name in known), "svd")
+    plan = RankPlan(entries, metric=metric_of(model) if hosts(model) else metric)
     out = Path(path)
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists; choose another place, or replace it with force=True")
@@ -87,7 +85,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         save_model(model, str(work / "new" / _TENSORS))
 
 
-@with_projections
 def load(model: M, path: str | os.PathLike[str]) -> M:
     """Read what `save` wrote into a freshly built dense model of the same class; changes `model` and returns it.
 
@@ -107,35 +104,22 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use from_pretrained")
     folder = Path(path)
     plan = _plan(folder)
-    known = {layer_name(model, attention.name): attention for attention in find_attentions(model)}
-    _check_widths(plan, known)
-    stock = {name: {role: known[name].layer(role) for role in ROLES} for name in plan.head_widths}
-    layers: dict[nn.Module, nn.Module] = {}
-    try:
-        for name, width in plan.head_widths.items():
-            known[name].narrow(known[name].empty(width), width)
-        targets = find_targets(model, protected=protected_layers(model)).selected
-        specs, _ = fit_plan(model, targets, plan)
-        chosen = [target for target in targets if target.name in specs]
-        layers.update({t.module: low_rank_like(t.module, specs[t.name]) for t in chosen})
-        replace_modules(model, layers, inplace=True)
-        load_model(model, folder / _TENSORS)
-        with undone_on_error(model):
-            retype(model, layers.values(), plan.method, ConversionRecord())
-    except BaseException as error:
-        replace_modules(model, {low: dense for dense, low in layers.items()}, inplace=True)
-        for name, old in stock.items():
-            known[name].restore(old, known[name].stock_width)
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+    check_forms(plan)
+    work, made = opened(model), Made()
+    for structure in STRUCTURES:
+        for found, entry in fit(plan, work.model, structure, strict=True).values():
+            shape = structure.skeleton(found.site, entry)
+            shape.install(work.model)
+            made.modules += shape.modules.values()
+            made.attributes += shape.attributes
+    with undone_on_error(model):
+        install(model, work, made)
+        try:
+            load_model(model, folder / _TENSORS)
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from None
-        raise
+        retype(model, made.modules, plan.metric, plan.record or ConversionRecord())
     return model
-
-
-def _check_widths(plan: RankPlan, known: Mapping[str, Attention]) -> None:
-    for name, width in plan.head_widths.items():
-        if name not in known or width > known[name].stock_width:
-            raise PlanError(f"{name}: the plan makes its heads {width} wide, and no attention here can be that")
 
 
 def _plan(folder: Path) -> RankPlan:

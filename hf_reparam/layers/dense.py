@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.layers.factored import Factored
 
 __all__ = [
     "DenseType",
     "build_dense",
+    "build_like",
     "dense_like",
     "dense_matrix",
     "dense_type",
@@ -93,7 +94,7 @@ def registered_types() -> tuple[type[nn.Module], ...]:
 
 def not_whole(module: nn.Module) -> str | None:
     """Why a dense or low-rank layer cannot be read in this process, its weights being in parts; None if it can."""
-    layers = (module.up, module.down) if isinstance(module, LowRankLinear) else (module,)
+    layers = module.children() if isinstance(module, Factored) else (module,)
     for weight in (layer._parameters.get("weight") for layer in layers):
         if weight is None:
             continue
@@ -114,22 +115,15 @@ def not_whole(module: nn.Module) -> str | None:
 
 
 def dense_matrix(module: nn.Module) -> Tensor:
-    """The weight (out, in) of a registered dense layer or of a LowRankLinear, whose product is formed in float64.
+    """The weight (out, in) of a registered dense layer, or of a low-rank one, whose product is formed in float64.
 
     Raises:
         WeightError: its weights are in parts, as `not_whole` says, or its factors are no plain Linears.
     """
-    factors = (module.down, module.up) if isinstance(module, LowRankLinear) else ()
-    if any(type(factor) is not nn.Linear for factor in factors):
-        raise WeightError(
-            f"its factors are {' and '.join(type(factor).__name__ for factor in factors)}, not plain Linears: "
-            "merge or unload the adapter (`merge_and_unload()`), or load the model without quantization"
-        )
+    if isinstance(module, Factored):
+        return module.matrix()
     if (reason := not_whole(module)) is not None:
         raise WeightError(reason)
-    if isinstance(module, LowRankLinear):
-        up, down = module.factors()
-        return up.detach().double() @ down.detach().double()
     return _known(type(module)).matrix(module)
 
 
@@ -141,19 +135,20 @@ def _known(kind: type[nn.Module]) -> DenseType:
 
 
 @torch.no_grad()
-def build_dense(layer: LowRankLinear) -> nn.Module:
-    """The dense layer that a LowRankLinear stands for: W = up @ down, multiplied in float64, cast back.
+def build_dense(layer: Factored) -> nn.Module:
+    """The dense layer that a low-rank one stands for: W = up @ down, multiplied in float64, cast back.
 
     Raises:
         WeightError: its factors are wrapped, quantized or without data.
     """
     weight = dense_matrix(layer)
-    if layer.up.weight.is_meta:
+    if weight.is_meta:
         raise WeightError("the factors are on the meta device and have no data: load the model onto a real device")
-    dense = dense_like(layer)
+    dense = layer.stand_in()
     dense_matrix(dense).copy_(weight)
-    if layer.bias is not None:
-        dense.get_parameter("bias").copy_(layer.bias)
+    bias: Any = layer.bias
+    if bias is not None:
+        dense.get_parameter("bias").copy_(bias)
     return dense
 
 
@@ -161,22 +156,26 @@ def dense_like(layer: nn.Module, shape: tuple[int, int] | None = None) -> nn.Mod
     """A dense layer with the type, dtype, device, mode and `requires_grad` of this one; it has no numbers.
 
     Args:
-        layer: dense, or a LowRankLinear for a layer of the type that it stands for.
+        layer: dense, or low-rank for a layer of the type that it stands for.
         shape: (in, out), if another than the layer's.
     """
-    kind = layer.dense_type if isinstance(layer, LowRankLinear) else type(layer)
-    part: Any = layer.up if isinstance(layer, LowRankLinear) else layer
-    n_in, n_out = shape or shape_of(layer)
-    dense = _known(kind).build(n_in, n_out, part.bias is not None, part.weight.device, part.weight.dtype)
+    if isinstance(layer, Factored):
+        return layer.stand_in(shape)
+    return build_like(type(layer), layer, shape or shape_of(layer)).train(layer.training)
+
+
+def build_like(kind: type[nn.Module], part: Any, shape: tuple[int, int]) -> nn.Module:
+    """A dense layer of a registered type and shape (in, out), with bias, dtype and device as those of `part`."""
+    dense = _known(kind).build(*shape, part.bias is not None, part.weight.device, part.weight.dtype)
     dense.get_parameter("weight").requires_grad_(part.weight.requires_grad)
     if part.bias is not None:
         dense.get_parameter("bias").requires_grad_(part.bias.requires_grad)
-    return dense.train(layer.training)
+    return dense
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a dense or low-rank layer; (0, 0) of any other module."""
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, Factored):
         return module.in_features, module.out_features
     entry = dense_type(module)
     if entry is None:

@@ -12,12 +12,13 @@ from hf_reparam.errors import TargetError
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 from hf_reparam.linalg import Decomposition, Factors, pivot
-from hf_reparam.plan import LayerSpec
+from hf_reparam.plan import Entry
 
 __all__ = [
     "check_copyable",
     "factor",
     "has_hooks",
+    "independent_copy",
     "low_rank_like",
     "replace_modules",
     "set_bias",
@@ -30,24 +31,24 @@ M = TypeVar("M", bound=nn.Module)
 _HELD = ("_modules", "_parameters", "_buffers")  # what an nn.Module keeps in dictionaries of their own
 
 
-def low_rank_like(dense: nn.Module, spec: LayerSpec) -> LowRankLinear:
+def low_rank_like(dense: nn.Module, entry: Entry) -> LowRankLinear:
     """A low-rank layer of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
 
     Args:
         dense: a registered dense layer, or a LowRankLinear (to change its rank or form).
-        spec: rank and form; a pivoted layer needs more inputs than its rank.
+        entry: rank and form; a pivoted layer needs more inputs than its rank.
     """
     if isinstance(dense, LowRankLinear):
         n_out, n_in, kind, like = dense.out_features, dense.in_features, dense.dense_type, dense.up.weight
     else:
         (n_out, n_in), kind, like = dense_matrix(dense).shape, type(dense), dense.get_parameter("weight")
     bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
-    up = _empty_linear(spec.rank, n_out, like, bias)
+    up = _empty_linear(entry.rank, n_out, like, bias)
     low: LowRankLinear
-    if spec.form == "pair":
-        low = LowRankLinear(_empty_linear(n_in, spec.rank, like, None), up, dense_type=kind)
+    if entry.form == "pair":
+        low = LowRankLinear(_empty_linear(n_in, entry.rank, like, None), up, dense_type=kind)
     else:
-        down, order = _empty_linear(n_in - spec.rank, spec.rank, like, None), torch.arange(n_in, device=like.device)
+        down, order = _empty_linear(n_in - entry.rank, entry.rank, like, None), torch.arange(n_in, device=like.device)
         low = PivotedLinear(down, up, order=order, dense_type=kind)
     return low.train(dense.training)
 
@@ -69,18 +70,18 @@ def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None
 
 @torch.no_grad()
 def factor(
-    dense: nn.Module, spec: LayerSpec, decomposition: Decomposition, *, mean: Tensor | None = None
+    dense: nn.Module, entry: Entry, decomposition: Decomposition, *, mean: Tensor | None = None
 ) -> LowRankLinear:
     """The low-rank layer that a decomposition gives in place of a layer.
 
     Args:
         dense: the layer, dense or low-rank.
-        spec: rank and form.
+        entry: rank and form.
         decomposition: of its weight, in any metric.
         mean: E x (in,), for b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
     """
-    layer = low_rank_like(dense, spec)
-    set_factors(layer, decomposition.cut(spec.rank))
+    layer = low_rank_like(dense, entry)
+    set_factors(layer, decomposition.cut(entry.rank))
     if isinstance(dense.bias, nn.Parameter):
         layer.up.bias.copy_(dense.bias)
         if mean is not None:
@@ -111,22 +112,13 @@ def set_factors(layer: LowRankLinear, factors: Factors) -> None:
         layer.down.weight.copy_(factors.down)
 
 
-def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, inplace: bool) -> M:
-    """Put new modules where old ones hang, at every path at which they hang.
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules where old ones hang, at every path at which they hang. Changes the model.
 
     Args:
         model: the root.
         replacements: old module -> new module.
-        inplace: change `model` itself; otherwise `model` stays as it is, and a copy is returned in which the replaced
-            tensors were never copied.
-
-    Raises:
-        TargetError: inplace, and the model itself is to be replaced; or the model cannot be copied.
     """
-    if not inplace:
-        return _copied(model, {id(old): new for old, new in replacements.items()})
-    if model in replacements:
-        raise TargetError("a model that is itself one dense layer cannot be replaced in place: use inplace=False")
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and child in replacements:
@@ -135,7 +127,15 @@ def replace_modules(model: M, replacements: Mapping[nn.Module, nn.Module], *, in
             for i, item in enumerate(value if isinstance(value, list) else ()):
                 if isinstance(item, nn.Module) and item in replacements:
                     value[i] = replacements[item]
-    return model
+
+
+def independent_copy(model: M, new: Iterable[nn.Module]) -> M:
+    """A deep copy, in which the modules `new` and their tensors are those of the model itself.
+
+    Raises:
+        TargetError: the model cannot be copied.
+    """
+    return _copied(model, {id(part): part for module in new for part in module.modules()})
 
 
 def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:

@@ -1,24 +1,24 @@
 """Tensor mathematics: tensors in, tensors out, float64 inside. Knows no module and no model."""
 
-from hf_reparam.linalg.allocate import Alternative, Options, allocate, choose
+from hf_reparam.linalg.allocate import Alternative, Options, allocate
 from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum, working_device
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.heads import HeadMaps, HeadMoments, map_both, map_rows, output_moment
 from hf_reparam.linalg.metric import Metric
-from hf_reparam.linalg.moments import LayerMoments, Moments
+from hf_reparam.linalg.moments import Calibration, LayerMoments
 from hf_reparam.linalg.paired import PairedMoments, Refit
 from hf_reparam.linalg.pivot import Pivots, pivot
 from hf_reparam.linalg.tables import Table, TableMoments, decompose_table
 
 __all__ = [
     "Alternative",
+    "Calibration",
     "Decomposition",
     "Factors",
     "HeadMaps",
     "HeadMoments",
     "LayerMoments",
     "Metric",
-    "Moments",
     "Options",
     "PairedMoments",
     "Pivots",
@@ -26,7 +26,6 @@ __all__ = [
     "Table",
     "TableMoments",
     "allocate",
-    "choose",
     "decompose",
     "decompose_table",
     "fingerprint",

@@ -4,17 +4,21 @@ min sum_l error_l(j_l) subject to sum_l cost_l(j_l) <= budget is solved by its L
 lambda bisected to the budget; what is left is spent greedily, so that no option that still fits would lower the error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_reparam.errors import RankError
 
-__all__ = ["Alternative", "Options", "allocate", "choose"]
+__all__ = ["Alternative", "Options", "allocate"]
 
 _BISECTIONS = 200
+_HIGHEST = 100.0  # natural logarithm of lambda
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +47,48 @@ class Alternative:
     layers: Sequence[Options]
 
 
-def choose(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict[str, int]:
-    """Index of the best alternative of each group under a budget, by the Lagrangian that `allocate` solves.
+def allocate(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict[str, tuple[int, list[int]]]:
+    """For each group the index of the chosen alternative, and of the option of each of its layers.
 
-    Where even the cheapest options exceed the budget, the alternatives that are cheapest.
+    The total cost never exceeds the budget. Optimal whenever the Lagrangian's own choice uses up the budget, and
+    otherwise short of optimal by no more than what one step of one layer would gain; alternatives are chosen first.
 
-    Cost: 200 passes over all options.
+    Raises:
+        RankError: even the cheapest options exceed the budget.
 
+    Cost: 200 passes over all options, and 50 more where there are alternatives.
+
+    >>> steps = Options(torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 3.0]))
+    >>> flat = Options(torch.tensor([1.0, 0.9, 0.8]), torch.tensor([1.0, 2.0, 3.0]))
+    >>> allocate({"a": [Alternative(0.0, [steps])], "b": [Alternative(0.0, [flat])]}, budget=4)
+    {'a': (0, [2]), 'b': (0, [0])}
     >>> small = Alternative(1.0, [Options(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 2.0]))])
     >>> large = Alternative(0.0, [Options(torch.tensor([2.0, 0.0]), torch.tensor([3.0, 4.0]))])
-    >>> choose({"a": [small, large]}, budget=2), choose({"a": [small, large]}, budget=4)
-    ({'a': 0}, {'a': 1})
+    >>> allocate({"a": [small, large]}, budget=2), allocate({"a": [small, large]}, budget=4)
+    ({'a': (0, [1])}, {'a': (1, [1])})
     """
+    ways = _ways(groups, budget)
+    layers = {(name, i): o for name, way in ways.items() for i, o in enumerate(groups[name][way].layers)}
+    least = sum(float(o.costs[0]) for o in layers.values())
+    if least > budget:
+        total = sum(float(o.costs[-1]) for o in layers.values())
+        raise RankError(
+            f"the budget of {budget:,.0f} parameters is below the smallest size, {least:,.0f}: "
+            f"keep at least {least / total:.3f}"
+        )
+    chosen = _bisect(lambda price: _options(layers, price), dict.fromkeys(layers, 0), budget, _BISECTIONS)
+    left = budget - _cost(layers, chosen)
+    while (step := _best_step(layers, chosen, left)) is not None:
+        key, option = step
+        left -= float(layers[key].costs[option] - layers[key].costs[chosen[key]])
+        chosen[key] = option
+    return {name: (way, [chosen[name, i] for i in range(len(groups[name][way].layers))]) for name, way in ways.items()}
+
+
+def _ways(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict[str, int]:
+    """The alternative of each group at the price that meets the budget; the cheapest ones where none does."""
+    if all(len(alternatives) == 1 for alternatives in groups.values()):
+        return dict.fromkeys(groups, 0)
 
     def at(price: Tensor) -> tuple[dict[str, int], float]:
         chosen, cost = {}, 0.0
@@ -68,79 +102,42 @@ def choose(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict[s
             cost += totals[chosen[name]][1]
         return chosen, cost
 
-    low, high = -100.0, 100.0
-    best = at(torch.tensor(high, dtype=torch.float64).exp())[0]
-    for _ in range(_BISECTIONS // 4):  # to a factor of 1 + 1e-13 in lambda
+    cheapest = at(torch.tensor(_HIGHEST, dtype=torch.float64).exp())[0]
+    return _bisect(at, cheapest, budget, _BISECTIONS // 4)  # to a factor of 1 + 1e-13 in lambda
+
+
+def _bisect(at: Callable[[Tensor], tuple[dict[K, int], float]], first: dict[K, int], budget: float, times: int) -> Any:
+    """What is chosen at the lowest price that meets the budget; `first` if none does."""
+    low, high, chosen = -_HIGHEST, _HIGHEST, first  # natural logarithm of lambda; the high end always fits, up to ties
+    for _ in range(times):
         middle = (low + high) / 2
         found, cost = at(torch.tensor(middle, dtype=torch.float64).exp())
         if cost <= budget:
-            high, best = middle, found
-        else:
-            low = middle
-    return best
-
-
-def allocate(layers: Mapping[str, Options], budget: float) -> dict[str, int]:
-    """Index of the chosen option of each layer; the total cost never exceeds the budget.
-
-    Optimal whenever the Lagrangian's own choice uses up the budget, and otherwise short of optimal by no more than what
-    one step of one layer would gain.
-
-    Raises:
-        RankError: even the cheapest options exceed the budget.
-
-    Cost: 200 passes over all options.
-
-    >>> steps = Options(torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 3.0]))
-    >>> flat = Options(torch.tensor([1.0, 0.9, 0.8]), torch.tensor([1.0, 2.0, 3.0]))
-    >>> allocate({"a": steps, "b": flat}, budget=4)
-    {'a': 2, 'b': 0}
-    """
-    least = sum(float(o.costs[0]) for o in layers.values())
-    if least > budget:
-        total = sum(float(o.costs[-1]) for o in layers.values())
-        raise RankError(
-            f"the budget of {budget:,.0f} parameters is below the smallest size, {least:,.0f}: "
-            f"keep at least {least / total:.3f}"
-        )
-    chosen = _bisect(layers, budget)
-    left = budget - _cost(layers, chosen)
-    while True:
-        name, option = _best_step(layers, chosen, left)
-        if name is None:
-            return chosen
-        left -= float(layers[name].costs[option] - layers[name].costs[chosen[name]])
-        chosen[name] = option
-
-
-def _bisect(layers: Mapping[str, Options], budget: float) -> dict[str, int]:
-    low, high = -100.0, 100.0  # natural logarithm of lambda; the high end always fits, up to ties
-    chosen = dict.fromkeys(layers, 0)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        price = torch.tensor(middle, dtype=torch.float64).exp()
-        choice = {name: int(torch.argmin(o.errors + price * o.costs)) for name, o in layers.items()}
-        if _cost(layers, choice) <= budget:
-            high, chosen = middle, choice
+            high, chosen = middle, found
         else:
             low = middle
     return chosen
 
 
-def _cost(layers: Mapping[str, Options], chosen: Mapping[str, int]) -> float:
-    return sum(float(layers[name].costs[option]) for name, option in chosen.items())
+def _options(layers: Mapping[K, Options], price: Tensor) -> tuple[dict[K, int], float]:
+    chosen = {key: int(torch.argmin(o.errors + price * o.costs)) for key, o in layers.items()}
+    return chosen, _cost(layers, chosen)
 
 
-def _best_step(layers: Mapping[str, Options], chosen: Mapping[str, int], left: float) -> tuple[str | None, int]:
-    """The step up with the most error saved for its cost among those that fit in what is left."""
-    best: tuple[float, str | None, int] = (0.0, None, 0)
-    for name, o in layers.items():
-        now = chosen[name]
+def _cost(layers: Mapping[K, Options], chosen: Mapping[K, int]) -> float:
+    return sum(float(layers[key].costs[option]) for key, option in chosen.items())
+
+
+def _best_step(layers: Mapping[K, Options], chosen: Mapping[K, int], left: float) -> tuple[K, int] | None:
+    """The step up with the most error saved for its cost among those that fit in what is left; None if none does."""
+    best: tuple[float, tuple[K, int] | None] = (0.0, None)
+    for key, o in layers.items():
+        now = chosen[key]
         extra = o.costs[now + 1 :] - o.costs[now]
         fits = int((extra <= left).sum())
         if fits:
             rate = (o.errors[now] - o.errors[now + 1 : now + 1 + fits]) / extra[:fits]
             top = int(rate.argmax())
             if float(rate[top]) > best[0]:
-                best = (float(rate[top]), name, now + 1 + top)
-    return best[1], best[2]
+                best = (float(rate[top]), (key, now + 1 + top))
+    return best[1]

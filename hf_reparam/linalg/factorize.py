@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_reparam.config import SOLVERS
 from hf_reparam.errors import RankError, TargetError, WeightError
 from hf_reparam.linalg.metric import Metric
 
 __all__ = ["Decomposition", "Factors", "decompose", "spectrum", "working_device"]
-
-SOLVERS = ("exact", "randomized")
-"""How singular vectors are found: to rounding, or from a random sketch, faster where the rank is small."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OVERSAMPLING = 32  # eigenvectors beyond the rank that the single-precision search hands to the refinement

@@ -1,23 +1,24 @@
 """Streaming moments of what goes into a layer and of the gradient that comes back to its output."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_reparam.config import METRICS
 from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.tables import TableMoments
 
-__all__ = ["LayerMoments", "Moments", "shapes_of_layers"]
+__all__ = ["Calibration", "LayerMoments", "shapes_of_layers"]
 
-METRICS = ("svd", "activation", "fisher")
 SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
 """Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
 _FORMAT = "hf_reparam.moments.1"
@@ -116,32 +117,40 @@ class LayerMoments:
         return Metric(inputs, root(gradients, SHRINKAGE["gradient"]))
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Moments of the layers of one model, reusable for every size of it.
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """What calibration data say of the layers of one model, reusable for every size of it.
 
     Args:
-        metric: the richest metric they serve: "activation", or "fisher" with gradients.
-        layers: layer name -> LayerMoments, names as in the plan; in memory, or read from files when asked for.
+        metric: the richest metric that it serves: "activation", or "fisher" with gradients.
+        layers: layer name -> LayerMoments, names as in a plan; in memory, or read from files when asked for.
         tables: name of input embeddings -> TableMoments.
 
-    >>> a = Moments("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)})
+    >>> a = Calibration("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)})
     >>> a.layers["fc"].add_inputs(torch.ones(5, 4))
-    >>> (a + a).layers["fc"].tokens
-    10
+    >>> a + a
+    Calibration(metric='activation', layers=1, tokens=10)
     """
 
     metric: str
     layers: Mapping[str, LayerMoments] = field(default_factory=dict)
     tables: Mapping[str, TableMoments] = field(default_factory=dict)
+    spectra: dict[Any, Tensor] = field(default_factory=dict, compare=False)  # of weights that were planned with it
 
-    def __add__(self, other: "Moments") -> "Moments":
-        """Moments of both data sets together."""
+    def __repr__(self) -> str:
+        return f"Calibration(metric={self.metric!r}, layers={len(self.layers)}, tokens={self.tokens})"
+
+    def __add__(self, other: "Calibration") -> "Calibration":
+        """What both data sets say together."""
         same = self.layers.keys() == other.layers.keys() and self.tables.keys() == other.tables.keys()
         if self.metric != other.metric or not same:
-            raise WeightError("moments of different metrics or layers cannot be merged")
+            raise WeightError("calibrations of different metrics or layers cannot be merged")
         tables = {name: table + other.tables[name] for name, table in self.tables.items()}
-        return Moments(self.metric, {name: m + other.layers[name] for name, m in self.layers.items()}, tables)
+        return Calibration(self.metric, {name: m + other.layers[name] for name, m in self.layers.items()}, tables)
+
+    def with_layers(self, new: Mapping[str, Callable[[], LayerMoments]], gone: Collection[str]) -> "Calibration":
+        """The same with moments of other layers, computed when they are asked for, in the place of those `gone`."""
+        return Calibration(self.metric, _Changed(self.layers, gone, new), self.tables, self.spectra)
 
     def fingerprint(self) -> str:
         """The same for the same moments; reads all of them."""
@@ -212,7 +221,7 @@ class Moments:
             raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Moments":
+    def load(cls, path: str | os.PathLike[str]) -> "Calibration":
         """Open a file that `save` wrote, or a folder of such files; layers are read when they are asked for.
 
         Raises:
@@ -256,6 +265,27 @@ def _missing_parts(headers: Mapping[Path, Mapping[str, str]]) -> int:
     """How many files of a folder that `save_part` filled are not there; 0 for files that `save` wrote."""
     parts = max(int(header.get("parts", 0)) for header in headers.values())
     return parts and parts - len(headers)
+
+
+class _Changed(Mapping[str, LayerMoments]):
+    """Moments of which some are computed when they are asked for, in the place of others."""
+
+    def __init__(
+        self, known: Mapping[str, LayerMoments], gone: Collection[str], new: Mapping[str, Callable[[], LayerMoments]]
+    ) -> None:
+        self._known, self._new = known, new
+        self._names = dict.fromkeys([*(name for name in known if name not in gone), *new])
+
+    def __getitem__(self, name: str) -> LayerMoments:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._new[name]() if name in self._new else self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class _Stored(Mapping[str, LayerMoments]):

@@ -1,6 +1,6 @@
 """The front door: one name in `AutoConfig`, behind which any family's derived classes are made and registered.
 
-Importing this package registers "reparam" and nothing else. Building a configuration of that type yields the derived
+Importing this package registers "hf_reparam" and nothing else. Building a configuration of that type yields the derived
 class of the base that it names, and makes the Auto classes, tokenizer and processor mappings that know the base know
 the derived class too. There is no table of families.
 """
@@ -14,9 +14,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import hf_reparam.model.dense_types  # noqa: F401  # registers them
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
-from hf_reparam.model.config import MODEL_TYPE, PREFIX, config_class, stock_config_class
+from hf_reparam.model.config import MODEL_TYPE, PREFIX, PUBLIC_MODULE, config_class, stock_config_class
 from hf_reparam.model.families import auto_class_of, auto_classes
 from hf_reparam.model.host import hosts
 from hf_reparam.model.validate import check_entries
@@ -125,4 +126,5 @@ def _imported(name: str) -> type[PreTrainedModel] | None:
     return next((kind for kind in reversed(found) if kind.__name__ == name), None)
 
 
-AutoConfig.register(MODEL_TYPE, ReparamConfig, exist_ok=True)
+if PUBLIC_MODULE == "hf_reparam":
+    AutoConfig.register(MODEL_TYPE, ReparamConfig, exist_ok=True)

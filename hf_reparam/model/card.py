@@ -13,10 +13,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from hf_reparam.errors import TargetError
 from hf_reparam.model.config import ReparamConfigMixin, plan_name, plan_of
 from hf_reparam.model.families import auto_class_of
-from hf_reparam.model.summary import summarize
+from hf_reparam.model.summary import report as report_on
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
-from hf_reparam.report import ConversionReport
 
 __all__ = ["add_tags", "model_card", "published_card"]
 
@@ -109,9 +108,9 @@ def _metadata(base_model: str | None, base_card: ModelCard | None) -> ModelCardD
 
 
 def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
-    report = summarize(model)
+    report = report_on(model)
     named = {plan_name(model, row.name): row for row in report.layers}
-    metrics = {name: record.metrics.get(name, plan.method) for name in named}
+    metrics = {name: record.metrics.get(name, plan.metric) for name in named}
     layers = [replace(row, error=record.errors.get(n), metric=metrics[n]) for n, row in named.items()]
     source = "a dense model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
     errors = sorted(error for error in record.errors.values() if error is not None)
@@ -121,8 +120,7 @@ def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: s
     rows = {
         "parameters of the low-rank layers": _change(report.factored_before, report.factored_after),
         "parameters of the whole model": _change(report.parameters_before, report.parameters_after),
-        **({"heads of attentions": _heads(report)} if report.heads else {}),
-        "method": _METHODS.get(plan.method, plan.method),
+        "method": _METHODS.get(plan.metric, plan.metric),
         "calibration": "none" if record.calibration_tokens is None else f"{record.calibration_tokens:,} tokens",
         **_without_data(record),
         "layers fitted again afterwards": str(record.refitted_layers),
@@ -168,12 +166,6 @@ def _loading(model: Any) -> str:
     where = "transformers" if auto else "hf_reparam"
     lines = ["import hf_reparam  # pip install hf-reparam", f"from {where} import {name}"]
     return "\n".join([*lines, "", f'model = {name}.from_pretrained("THIS_REPOSITORY")'])
-
-
-def _heads(report: ConversionReport) -> str:
-    after = [attention.width_after for attention in report.heads]
-    before = max(attention.width_before for attention in report.heads)
-    return f"{min(after)} to {max(after)} wide in {len(after)} attentions, {before} in the dense model"
 
 
 def _change(before: int, after: int) -> str:

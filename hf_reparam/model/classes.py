@@ -16,33 +16,20 @@ from torch import nn
 from transformers import PreTrainedModel, initialization, modeling_utils
 
 from hf_reparam.errors import PlanError, TargetError
-from hf_reparam.layers.dense import dense_matrix, dense_type
-from hf_reparam.layers.embedding import LowRankEmbedding, Tables, low_rank_tables
-from hf_reparam.layers.heads import find_attentions
-from hf_reparam.layers.linear import Factored, LowRankLinear
-from hf_reparam.layers.surgery import low_rank_like, replace_modules
-from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, plan_name, plan_of
-from hf_reparam.model.drawing import deviations, draw, draw_dense, draw_tables, out_of_sight
+from hf_reparam.layers.factored import Factored
+from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, plan_of
+from hf_reparam.model.drawing import deviations, draw, draw_new, out_of_sight
 from hf_reparam.model.hub import Upload, written
 from hf_reparam.model.markers import marker_patterns, markers
-from hf_reparam.model.naming import (
-    check_absent,
-    find_paths,
-    inherit_conversions,
-    loading,
-    local_names,
-    note_plan,
-    shapes_may_differ,
-    while_loading,
-)
+from hf_reparam.model.naming import check_absent, inherit_conversions, while_loading
 from hf_reparam.model.parallel import factor_rules
 from hf_reparam.model.remote import named_in_config, write_module
-from hf_reparam.model.stored import check_factors, check_orders, renew_layers, stored_shapes
-from hf_reparam.model.tables import name_ties, tables_of_plan
+from hf_reparam.model.sites import check_forms, fit, note_plan
+from hf_reparam.model.stored import check_factors, check_loaded, renew_layers, stored_shapes
 from hf_reparam.model.validate import check_folder
-from hf_reparam.plan import LayerSpec, RankPlan
+from hf_reparam.structures import STRUCTURES
 
-__all__ = ["ReparamMixin", "model_class", "resolve_plan", "stock_model_class"]
+__all__ = ["ReparamMixin", "model_class", "stock_model_class"]
 
 _HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
@@ -70,20 +57,17 @@ class ReparamMixin:
 
     def initialize_weights(self) -> None:
         """As the base's, but for low-rank layers, which it does not know. Numbers that were loaded are left alone."""
-        layers = [m for m in self.modules() if isinstance(m, (LowRankLinear, Tables))]  # type: ignore[attr-defined]
+        layers = [m for m in self.modules() if isinstance(m, Factored)]  # type: ignore[attr-defined]
         drawn = [layer for layer in layers if not _has_numbers(layer)]
         with out_of_sight(layers):
-            sizes = deviations(self, [low for low in drawn if not low.up.weight.is_meta])
+            sizes = deviations(self, [low for low in drawn if not next(low.parameters()).is_meta])
             super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
-            if isinstance(module, Tables):
-                draw_tables(module, self.config, sizes.get(module))
-            else:
-                draw(module, self.config, sizes.get(module))
+            draw(module, self.config, sizes.get(module))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the base's. Raises TargetError for embeddings of low rank, which it cannot resize."""
-        if isinstance(self.get_input_embeddings(), LowRankEmbedding):  # type: ignore[attr-defined]
+        if isinstance(self.get_input_embeddings(), Factored):  # type: ignore[attr-defined]
             if new_num_tokens is None and not args and not kwargs:
                 return self.get_input_embeddings()  # type: ignore[attr-defined]
             raise TargetError(
@@ -95,7 +79,7 @@ class ReparamMixin:
         """Where each tensor-parallel rule applies: the base's answer, with a low-rank layer's rule for its factors."""
         rules: dict[str, str] = super()._expand_parallel_plan(plan)  # type: ignore[misc]
         for name, module in self.named_modules():  # type: ignore[attr-defined]
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, Factored):
                 rules = factor_rules(rules, name, module)
         return rules
 
@@ -117,7 +101,7 @@ class ReparamMixin:
         state_dict: Any = None,
         push_to_hub: bool = False,
         *,
-        remote_code: bool = False,
+        remote_code: bool = PUBLIC_MODULE != "hf_reparam",
         **kwargs: Any,
     ) -> None:
         """As the base's. Adds an empty tensor under the dense weight's name of the first layer of each kind.
@@ -181,7 +165,7 @@ class ReparamMixin:
             if kwargs.get("state_dict") is None:
                 check_factors(model, info["missing_keys"], info["unexpected_keys"], source, **sizes)
             note_plan(model)
-        check_orders(model, source)
+        check_loaded(model, source)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -262,112 +246,24 @@ def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     return model.base_class if isinstance(model, ReparamMixin) else type(model)
 
 
-def resolve_plan(model: PreTrainedModel, plan: RankPlan, *, strict: bool = True) -> dict[str, nn.Module]:
-    """Plan name -> module, for every layer of the plan that this model has.
-
-    A name that the model does not have, and whose first component the base model does not have, is a layer of another
-    head, and left out. (A misspelt one shows in the weights, which then find no place: see `_check_factors`.)
-
-    Raises:
-        PlanError: strict, and a name leads nowhere, to no dense layer, or its rank does not fit the layer's shape.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    paths = find_paths(model, plan.modules)
-    known = {name for name, _ in model.base_model.named_children()}
-    output = model.get_output_embeddings() if plan.modules else None
-    found = {}
-    for name, spec in plan.modules.items():
-        if name in paths:
-            module = modules[paths[name]]
-            if _check_layer(name, module, spec, module is output):
-                found[name] = module
-        elif strict and not loading() and name.partition(".")[0] in known:
-            raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
-    return found
-
-
-def _check_layer(name: str, module: nn.Module, spec: LayerSpec, is_output: bool) -> bool:
-    """Whether a layer is to be of low rank; False for a new one of another shape than the plan was made for."""
-    if isinstance(module, LowRankLinear):
-        n_out, n_in = module.out_features, module.in_features
-    elif dense_type(module) is not None:
-        n_out, n_in = dense_matrix(module).shape
-    else:
-        raise PlanError(f"{name}: the plan makes it low-rank, and it is a {type(module).__name__}, no dense layer")
-    if is_output:
-        raise PlanError(f"{name}: the plan makes the output embeddings low-rank, which this version does not")
-    if spec.rank > spec.limit(n_in, n_out):
-        if shapes_may_differ():
-            return False
-        limit = "min(in - 1, out)" if spec.form == "pivoted" else "min(in, out)"
-        raise PlanError(
-            f"{name}: the plan gives it rank {spec.rank}, above {limit} = {spec.limit(n_in, n_out)}. If another size "
-            "is meant, as for a new head, ignore_mismatched_sizes=True makes a new, dense layer"
-        )
-    if isinstance(module, LowRankLinear) and module.spec != spec:
-        raise PlanError(f"{name}: the plan makes it {spec}, and the model has it as {module.spec}")
-    return True
-
-
 def _swap(model: Any, *, strict: bool) -> None:
-    """Make heads as narrow as the plan says, and every dense layer that it names an empty low-rank one."""
+    """Replace what the plan names by empty modules in fewer numbers, and draw numbers where there is memory for them.
+
+    Raises:
+        PlanError: as `fit`.
+    """
     plan = plan_of(model.config)
-    _narrow(model, plan, strict=strict)
-    _swap_tables(model, plan)
-    layers: dict[nn.Module, nn.Module] = {}
-    for name, module in resolve_plan(model, plan, strict=strict).items():
-        if not isinstance(module, LowRankLinear):
-            layers[module] = low_rank_like(module, plan.modules[name])
-    if layers:
-        replace_modules(model, layers, inplace=True)
-    for low in layers.values():
-        if isinstance(low, LowRankLinear) and not low.up.weight.is_meta:
-            draw(low, model.config)
-
-
-def _swap_tables(model: Any, plan: RankPlan) -> None:
-    """Replace the tables that the plan names, and what is tied to them, by empty ones of low rank.
-
-    Raises:
-        PlanError: as `tables_of_plan`.
-    """
-    for rank, group in tables_of_plan(model, local_names(model, plan.embeddings)):
-        weight = group.module.weight
-        low: dict[nn.Module, nn.Module] = {}
-        for module in set(group.members.values()):  # with factors of their own: what is missing would be taken for tied
-            low |= low_rank_tables([module], *(nn.Parameter(weight.new_empty(size, rank)) for size in group.shape))
-        replace_modules(model, low, inplace=True)
-        for module in low.values() if not weight.is_meta else ():
-            draw_tables(module, model.config)
-        name_ties(model)
-
-
-def _narrow(model: Any, plan: RankPlan, *, strict: bool) -> None:
-    """Give attentions empty layers for narrower heads.
-
-    Raises:
-        PlanError: strict, and a name leads to no attention of which this is known, or a width is above its own.
-    """
-    if not plan.head_widths:
+    if not plan.modules:
         return
-    known = {plan_name(model, attention.name): attention for attention in find_attentions(model)}
-    children = {name for name, _ in model.base_model.named_children()}
-    for name, width in local_names(model, plan.head_widths).items():
-        attention = known.get(name)
-        if attention is None:
-            if strict and name.partition(".")[0] in children:
-                raise PlanError(f"{name}: the plan makes its heads narrower, and no such attention is known here")
-            continue
-        if width > attention.stock_width:
-            raise PlanError(
-                f"{name}: the plan makes its heads {width} wide, above the {attention.stock_width} they have"
-            )
-        if attention.width != width or attention.kind.fused > attention.split:
-            made = attention.empty(width)
-            for layer in made.values():
-                if not layer.get_parameter("weight").is_meta:
-                    draw_dense(layer, model.config)
-            attention.narrow(made, width)
+    check_forms(plan)
+    for structure in STRUCTURES:
+        for found, entry in fit(plan, model, structure, strict=strict).values():
+            if found.site.entry is not None:
+                raise PlanError(f"{found.name}: the plan holds it as {entry}, and the model as {found.site.entry}")
+            new = structure.skeleton(found.site, entry)
+            new.install(model)
+            for module in new.modules.values():
+                draw_new(module, model.config)
 
 
 def _has_numbers(module: nn.Module) -> bool:

@@ -25,12 +25,14 @@ __all__ = [
     "stock_config_class",
 ]
 
-MODEL_TYPE = "reparam"
-"""`model_type` on disk. In memory a configuration has its base's `model_type`, by which Transformers chooses code."""
+MODEL_TYPE = "hf_reparam"
+"""`model_type` on disk, by which whoever meets it finds the package. In memory a configuration has its base's
+`model_type`, by which Transformers chooses code."""
 
 PREFIX = "Reparam"
-PUBLIC_MODULE = "hf_reparam"
-"""Module under whose name generated classes are published, imported and unpickled."""
+PUBLIC_MODULE = __name__.partition(".model.")[0]
+"""Module under whose name generated classes are published, imported and unpickled: the package, or the one file that
+is written for where it is not installed."""
 
 HEAD = "."
 """Before the name of a head's layer in a plan where the base model has a module that begins with the same name."""
@@ -49,7 +51,7 @@ class ReparamConfigMixin:
         return (_instance_of, (self.base_class,), *made[2:])
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields of the base, the plan, and `model_type` "reparam"."""
+        """All fields of the base, the plan, and `model_type` "hf_reparam"."""
         _name_lora_targets()
         return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
 

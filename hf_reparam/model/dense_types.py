@@ -9,20 +9,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_reparam.layers.dense import register_dense
 
-__all__ = ["register_all"]
-
 # y = x W^T + b; those of routers, grouped experts, decoupled tokens and scaled heads compute something else
 _LINEARS = {
     "transformers.models.falcon.modeling_falcon": "FalconLinear",
     "transformers.models.esm.modeling_esmfold": "EsmFoldLinear",
 }
-
-
-def register_all() -> None:
-    """Register them."""
-    register_dense(Conv1D, matrix=lambda module: module.weight.T, build=_build_conv1d)
-    for module, name in _LINEARS.items():
-        _register_linear(module, name)
 
 
 def _build_conv1d(n_in, n_out, bias, device, dtype):  # type: ignore[no-untyped-def]  # always has a bias
@@ -36,3 +27,8 @@ def _register_linear(module: str, name: str) -> None:
         return made
 
     register_dense(f"{module}.{name}", matrix=lambda linear: linear.weight, build=build)
+
+
+register_dense(Conv1D, matrix=lambda module: module.weight.T, build=_build_conv1d)
+for _module, _name in _LINEARS.items():
+    _register_linear(_module, _name)

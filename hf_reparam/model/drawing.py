@@ -8,40 +8,41 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, initialization
 
-from hf_reparam.layers.dense import dense_like, dense_matrix, shape_of
-from hf_reparam.layers.embedding import Tables
-from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
+from hf_reparam.layers.dense import dense_matrix, dense_type, shape_of
+from hf_reparam.layers.factored import Factored
 
-__all__ = ["deviations", "draw", "draw_dense", "draw_tables", "out_of_sight"]
-
-
-@torch.no_grad()
-def draw(layer: LowRankLinear, config: Any, deviation: float | None = None) -> None:
-    """Give numbers to a layer, so that its product has this deviation; if None, the family's, or a fresh nn.Linear's.
-
-    One factor has it, and the other mixes its r rows or columns with variance 1 / r.
-    """
-    outer, mixing = (layer.up, layer.down) if layer.form == "pivoted" else (layer.down, layer.up)
-    std = _deviation(config, layer.in_features) if deviation is None else deviation
-    for part, size in ((outer, std), (mixing, layer.rank**-0.5)):
-        initialization.normal_(part.weight, std=size)
-    if layer.up.bias is not None:
-        initialization.zeros_(layer.up.bias)
-    if isinstance(layer, PivotedLinear):
-        initialization.copy_(layer.order, torch.arange(layer.in_features))
+__all__ = ["deviations", "draw", "draw_new", "out_of_sight"]
 
 
 @torch.no_grad()
-def draw_tables(module: Any, config: Any, deviation: float | None = None) -> None:
-    """Give numbers to an embedding, as `draw`."""
-    std = _deviation(config, module.in_features) if deviation is None else deviation
-    initialization.normal_(module.table.weight, std=std)
-    initialization.normal_(module.up.weight, std=module.rank**-0.5)
+def draw(layer: Factored, config: Any, deviation: float | None = None) -> None:
+    """Give numbers to factors, so that their product has this deviation; if None, the family's or a new nn.Linear's."""
+    for tensor, value in layer.fresh(_deviation(config, layer.in_features) if deviation is None else deviation):
+        if isinstance(value, torch.Tensor):
+            initialization.copy_(tensor, value)
+        elif value:
+            initialization.normal_(tensor, std=value)
+        else:
+            initialization.zeros_(tensor)
 
 
 @torch.no_grad()
-def draw_dense(layer: Any, config: Any) -> None:
-    """Give numbers to a dense layer, as the base class may not do it again."""
+def draw_new(module: nn.Module, config: Any) -> None:
+    """Give numbers to the factors and dense layers in a module that is not on the meta device."""
+    outer = [part for part in module.modules() if isinstance(part, Factored)]
+    inside = {factor for part in outer for factor in part.modules() if factor is not part}
+    for part in module.modules():
+        tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        if part in inside or any(tensor.is_meta for tensor in tensors):
+            continue
+        if isinstance(part, Factored):
+            draw(part, config)
+        elif dense_type(part) is not None:
+            _draw_dense(part, config)
+
+
+def _draw_dense(layer: Any, config: Any) -> None:
+    """As the base class may not do it again."""
     initialization.normal_(layer.weight, std=_deviation(config, layer.weight.numel() // shape_of(layer)[1]))
     if layer.bias is not None:
         initialization.zeros_(layer.bias)
@@ -70,7 +71,7 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
         if not mine:
             continue
         for key, low in mine.items():
-            owner._modules[key] = _stand_in(low)
+            owner._modules[key] = low.stand_in()
         try:
             for key in mine:
                 holder._init_weights(owner._modules[key])
@@ -95,12 +96,6 @@ def out_of_sight(layers: Iterable[nn.Module]) -> Iterator[None]:
             for name in factors:
                 del vars(layer)[name]
             layer._modules.update(factors)
-
-
-def _stand_in(low: Any) -> nn.Module:
-    if isinstance(low, Tables):
-        return nn.Embedding(low.out_features, low.in_features, dtype=low.up.weight.dtype)
-    return dense_like(low)
 
 
 def _spread(dense: Any) -> float:

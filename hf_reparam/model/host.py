@@ -1,14 +1,17 @@
 """Transformers models inside other objects: where they are, what their layers are called, what calibration calls."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import TargetError
+from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.model.config import plan_name
+from hf_reparam.structures.hosts import embeddings_of, hosts
+from hf_reparam.structures.multihead import open_attentions
 
 __all__ = [
     "base_type",
@@ -17,7 +20,9 @@ __all__ = [
     "embeddings_of",
     "hosts",
     "layer_name",
-    "method_of",
+    "mark_offloaded",
+    "metric_of",
+    "opened",
     "own_tokenizer",
     "saved_otherwise",
     "unwrapped",
@@ -43,18 +48,6 @@ def check_model(model: object) -> None:
     raise TargetError(f"a model is an nn.Module, {got}: {hint}")
 
 
-def hosts(model: nn.Module) -> dict[str, Any]:
-    """Path -> Transformers model, for each in an object that is part of no other; {"": model} for one itself.
-
-    Each has a plan of its own, in its own configuration, and is saved by its own `save_pretrained`.
-    """
-    if isinstance(model, PreTrainedModel):
-        return {"": model}
-    found = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    parts = {id(part) for outer in found.values() for part in outer.modules() if part is not outer}
-    return {path: module for path, module in found.items() if id(module) not in parts}
-
-
 def layer_name(model: nn.Module, name: str) -> str:
     """The name under which plans and moments know the layer at this module path.
 
@@ -77,21 +70,34 @@ def base_type(model: nn.Module) -> str | None:
     return model.config.model_type if isinstance(model, PreTrainedModel) else None
 
 
-def method_of(model: nn.Module) -> str:
-    """How the factors of a model, or of the models in an object, were made; "svd" where nothing says it."""
+def metric_of(model: nn.Module) -> str:
+    """In which metric the factors of a model, or of the models in an object, were made; "svd" where nothing says it."""
     known = [getattr(host.config, "reparam", None) for host in hosts(model).values()]
-    return next((entry["method"] for entry in known if entry), "svd")
+    return next((entry["metric"] for entry in known if entry), "svd")
 
 
-def embeddings_of(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
-    """Input and output embeddings; None where the class knows none."""
-    found: list[nn.Module | None] = []
-    for get in (model.get_input_embeddings, model.get_output_embeddings):
-        try:
-            found.append(get())
-        except (AttributeError, NotImplementedError):  # what classes without them raise
-            found.append(None)
-    return found[0], found[1]
+def opened(model: nn.Module) -> WorkingCopy:
+    """A working copy in which the projections of every `nn.MultiheadAttention` are layers.
+
+    Not in a Transformers model, whose class would build another skeleton when it is loaded.
+    """
+    work = WorkingCopy(model)
+    if not isinstance(model, PreTrainedModel):
+        kept = {part for host in hosts(work.model).values() for part in host.modules()}
+        for whole, split in open_attentions(work.model, kept).items():
+            work.originals[split] = work.originals.pop(whole)
+    return work
+
+
+def mark_offloaded(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell Transformers, which asks when it saves a model, that layers, by their paths, are in files."""
+    offloaded = list(names)
+    for path, host in hosts(model).items():
+        start = f"{path}." if path else ""
+        mine = [name.removeprefix(start) for name in offloaded if name.startswith(start)]
+        if mine:
+            known = getattr(host, "hf_device_map", None) or {"": "cpu"}
+            host.hf_device_map = {**known, **dict.fromkeys(mine, "disk")}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

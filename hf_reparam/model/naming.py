@@ -1,29 +1,21 @@
-"""Names in plans and modules of models: which layer a name means in this class, and what plan a live model has."""
+"""Names in plans and modules of models: which layer a name means in this class."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, conversion_mapping, core_model_loading
 
 from hf_reparam.errors import PlanError
-from hf_reparam.layers.embedding import Tables
-from hf_reparam.layers.heads import find_attentions
-from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.model.config import HEAD, ReparamConfigMixin, base_prefix, plan_name, plan_of
-from hf_reparam.model.tables import table_groups
-from hf_reparam.plan import RankPlan
+from hf_reparam.model.config import HEAD, base_prefix, plan_name, plan_of
 
 __all__ = [
     "check_absent",
     "find_paths",
     "inherit_conversions",
-    "live_plan",
     "loading",
     "local_names",
-    "note_plan",
     "renamed",
     "shapes_may_differ",
     "while_loading",
@@ -130,7 +122,7 @@ def check_absent(model: PreTrainedModel, stored: Iterable[str]) -> None:
     absent = {name for name in plan.modules if name not in paths and name.partition(".")[0] in children}
     if not absent:
         return
-    owners = {part for key in stored for part in _ends(key.removesuffix(".down.weight"))}
+    owners = {part for key in stored for part in _ends(key.removesuffix(".weight").removesuffix(".down"))}
     for name in sorted(absent - owners):
         raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
 
@@ -140,26 +132,3 @@ def _ends(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.partition(".")[2]
-
-
-def live_plan(model: PreTrainedModel) -> RankPlan:
-    """The plan of what a model has: a layer that its configuration names and the class has not is left out."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    tables = [group for group in table_groups(model) if isinstance(group.module, Tables)]
-    return replace(
-        plan_of(model.config),
-        modules={plan_name(model, name): module.spec for name, module in layers.items()},
-        head_widths={plan_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed},
-        embeddings={plan_name(model, group.path): group.module.rank for group in tables},
-    )
-
-
-def note_plan(model: PreTrainedModel) -> None:
-    """Let a model's configuration say what the model has, under the names that it has there."""
-    if not isinstance(model.config, ReparamConfigMixin):
-        return
-    plan = live_plan(model)
-    if plan.record is not None and plan.record.errors:
-        errors = local_names(model, plan.record.errors)
-        plan = replace(plan, record=replace(plan.record, errors=errors))
-    model.config.reparam = plan.to_dict()

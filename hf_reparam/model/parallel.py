@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import PlanError
-from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 
 __all__ = ["factor_rules", "supported"]
 
@@ -23,7 +22,7 @@ def supported() -> bool:
     return hasattr(PreTrainedModel, "_expand_parallel_plan")
 
 
-def factor_rules(rules: dict[str, str], name: str, layer: LowRankLinear) -> dict[str, str]:
+def factor_rules(rules: dict[str, str], name: str, layer: Any) -> dict[str, str]:
     """The rules with that of one low-rank layer replaced by rules for its factors.
 
     Args:
@@ -34,10 +33,10 @@ def factor_rules(rules: dict[str, str], name: str, layer: LowRankLinear) -> dict
     Raises:
         PlanError: its style shards packed inputs, and it has pivots.
     """
-    style = rules.get(name, "")
+    style = rules.get(name, "") if hasattr(layer, "down") else ""
     if "colwise" in style:
         moved = _rules(f"{name}.up", layer.up, style)
-    elif "rowwise" in style and not isinstance(layer, PivotedLinear):
+    elif "rowwise" in style and layer.form != "pivoted":
         moved = _rules(f"{name}.down", layer.down, style)
     elif style == "rowwise":
         _register()

@@ -1,65 +1,153 @@
-"""Folders that load without this package: one Python file beside the weights, and `auto_map` in `config.json`."""
+"""One Python file with which a folder loads where hf_reparam is not installed.
 
-import inspect
-import re
+`save_pretrained(..., remote_code=True)` writes it beside the weights: the very modules that load and run a converted
+model, one after the other. What only conversions need is left out.
+"""
+
+import ast
+import io
+import tokenize
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from pprint import pformat
 from typing import Any
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from hf_reparam.errors import CheckpointError
-from hf_reparam.layers.embedding import LowRankEmbedding
-from hf_reparam.layers.heads import FusedProjections, attention_types, find_attentions
-from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.model.config import PREFIX
+from hf_reparam.model.config import PREFIX, PUBLIC_MODULE
 from hf_reparam.model.families import auto_classes
 
 __all__ = ["FILE", "forget_file", "named_in_config", "write_module"]
 
 FILE = "modeling_reparam.py"
 _FOR_MODELS = ("AutoConfig", "AutoModel")
-_IMPORTED = re.compile(r"# what follows up.*?# the definitions end here\n", re.DOTALL)
-_BEFORE_LAYERS = '''import inspect
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+_FIRST = "hf_reparam.model.auto"
+_LEFT_OUT = ("linalg", "structures.source", "structures.heads.narrow", "layers.offload", "layers.processes")
+"""Modules of conversions: what they define is None in the file, where nothing calls it."""
+_HEAD = '''"""Low-rank models without the package that made them, for `trust_remote_code=True`.
 
-from torch import Tensor
+Where the package is installed, the classes are its own.
 
-PlanError = WeightError = ValueError
-CheckpointError = OSError
+Put together by hf_reparam {version} (https://pypi.org/project/hf-reparam/), Apache-2.0.
+"""
+
+from __future__ import annotations
 
 try:
     import hf_reparam as _installed
 except ImportError:
     _installed = None
 
+{imports}
 
-class LayerSpec(NamedTuple):
-    """Rank and form of one layer."""
+{absent} = (None,) * {count}
+'''
+_TAIL = '''
 
-    rank: int
-    form: str = "pair"
-
-
+def __getattr__(name):
+    """`ReparamBertConfig`, `ReparamBertForMaskedLM` ...: the package's where it is installed, else made here."""
+    return generated_class(name) if _installed is None else getattr(_installed, name)
 '''
 
 
 def write_module(folder: Path) -> None:
-    """Write the file: `standalone.py` with the definitions of the layers in the place of their imports."""
-    package = files("hf_reparam")
-    layers = (package / "layers" / "linear.py").read_text(encoding="utf-8")
-    fused = inspect.getsource(FusedProjections)
-    known = {name: asdict(entry) for name, entry in attention_types().items() if name.startswith("transformers.")}
-    table = f"_ATTENTIONS: dict[str, dict[str, str]] = {pformat(known, width=110)}\n"
-    definitions = f"{_BEFORE_LAYERS}{layers[layers.index('class Factored') :]}\n\n{fused}\n\n{table}"
-    text = (package / "model" / "standalone.py").read_text(encoding="utf-8")
-    (folder / FILE).write_text(_IMPORTED.sub(lambda _: f"{definitions}\n", text, count=1), encoding="utf-8")
+    """Write the file: made of the package, or the one that this is."""
+    own = PUBLIC_MODULE != "hf_reparam"
+    text = Path(__file__).read_text(encoding="utf-8") if own else _composed()
+    (folder / FILE).write_text(text, encoding="utf-8")
+
+
+def _composed() -> str:
+    """The modules behind the front door, in the order in which they import each other."""
+    sources: dict[str, str] = {}
+    _gather(_FIRST, sources)
+    imports, absent, bodies = set(), set(), []
+    for name, source in sources.items():
+        body, outer, gone = _taken_apart(source)
+        imports |= outer
+        absent |= gone
+        bodies.append(f"# {name}\n\n{_with_own_names(body, name)}")
+    head = _HEAD.format(
+        version=version("hf-reparam"),
+        imports="\n".join(sorted(imports, key=lambda line: (line.startswith("from"), line))),
+        absent=", ".join(sorted(absent)),
+        count=len(absent),
+    )
+    return "\n\n\n".join([head.rstrip(), *bodies]) + _TAIL
+
+
+def _gather(name: str, sources: dict[str, str]) -> None:
+    """Add a module of the package and, before it, all that it imports."""
+    if name in sources or _is_left_out(name):
+        return
+    place = files("hf_reparam").joinpath(*name.split(".")[1:])
+    package = place.is_dir()
+    file = place / "__init__.py" if package else place.with_name(f"{place.name}.py")  # type: ignore[attr-defined]
+    source = file.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import) and node.names[0].name.startswith("hf_reparam"):
+            _gather(node.names[0].name, sources)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_reparam"):
+            _gather(str(node.module), sources)
+            for alias in node.names:  # a module, imported as such
+                if files("hf_reparam").joinpath(*str(node.module).split(".")[1:], f"{alias.name}.py").is_file():
+                    _gather(f"{node.module}.{alias.name}", sources)
+    sources[name] = source
+
+
+def _is_left_out(name: str) -> bool:
+    inner = name.removeprefix("hf_reparam.")
+    return any(inner == part or inner.startswith(f"{part}.") for part in _LEFT_OUT)
+
+
+def _taken_apart(source: str) -> tuple[str, set[str], set[str]]:
+    """A module without its imports and `__all__`; the imports of other packages; names that are left out."""
+    lines, imports, absent = source.splitlines(), set(), set()
+    for node in ast.parse(source).body:
+        span = range(node.lineno - 1, node.end_lineno or node.lineno)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "hf_reparam" in ast.unparse(node):
+            if isinstance(node, ast.ImportFrom) and _is_left_out(str(node.module)):
+                absent |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.add(ast.unparse(node))
+        elif not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"):
+            continue
+        for i in span:
+            lines[i] = ""
+    return "\n".join(lines).strip(), imports, absent
+
+
+def _with_own_names(source: str, module: str) -> str:
+    """A module whose private names, which others may have too, begin with the module's."""
+    tree = ast.parse(source)
+    private = {name for node in tree.body for name in _defined(node) if name.startswith("_") or len(name) == 1}
+    start = module.removeprefix("hf_reparam.").replace(".", "_")
+    tokens, before = [], ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        renamed = token.type == tokenize.NAME and token.string in private and before != "."
+        tokens.append((token.type, f"_{start}_{token.string.strip('_')}" if renamed else token.string, token))
+        before = token.string
+    return _replaced(source, [(token, text) for _, text, token in tokens if text != token.string])
+
+
+def _replaced(source: str, changes: list[tuple[tokenize.TokenInfo, str]]) -> str:
+    lines = source.splitlines()
+    for token, text in reversed(changes):
+        row, column = token.start
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + text + line[token.end[1] :]
+    return "\n".join(lines)
+
+
+def _defined(node: ast.stmt) -> Iterator[str]:
+    """Names that a statement of a module defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.Assign):
+        yield from (name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name))
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        yield node.target.id
 
 
 @contextmanager
@@ -115,21 +203,11 @@ def _check_types(model: Any) -> None:
             f"{model.base_class.__name__} is no class of Transformers, and the file of remote_code=True knows no "
             "others: save without it, and load where hf_reparam is installed and that class is registered"
         )
-    if any(isinstance(module, LowRankEmbedding) for module in model.modules()):
-        raise CheckpointError(
-            "the file of remote_code=True knows no embeddings of low rank: save without it, and load where "
-            "hf_reparam is installed, or convert with embeddings=False"
-        )
-    for attention in find_attentions(model):
-        kind = type(attention.module)
-        if attention.narrowed and not kind.__module__.startswith("transformers."):
+    for name, module in model.named_modules():
+        kind = getattr(module, "dense_type", type(module))
+        if not kind.__module__.startswith(("torch.", "transformers.", "hf_reparam", "transformers_modules.")):
             raise CheckpointError(
-                f"{attention.name} is a {kind.__name__} with narrower heads, and the file of remote_code=True knows "
-                "those of Transformers alone: save without it, and load where hf_reparam is installed"
-            )
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLinear) and layer.dense_type not in (nn.Linear, Conv1D):
-            raise CheckpointError(
-                f"{name} stands for a {layer.dense_type.__name__}, and the file of remote_code=True knows Linear and "
-                "Conv1D alone: save without it, and load where hf_reparam and that type are installed"
+                f"{name} stands for a {kind.__name__}, which is no class of torch or Transformers, and the file of "
+                "remote_code=True knows no others: save without it, and load where hf_reparam and that type are "
+                "installed"
             )

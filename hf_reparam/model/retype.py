@@ -10,72 +10,54 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_reparam.layers.embedding import Tables
-from hf_reparam.layers.heads import find_attentions
-from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.layers.offload import aligned
 from hf_reparam.model.auto import register
 from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
-from hf_reparam.model.config import ReparamConfigMixin, plan_name, plan_of, stock_config_class
+from hf_reparam.model.config import ReparamConfigMixin, plan_of, stock_config_class
 from hf_reparam.model.host import embeddings_of, hosts
-from hf_reparam.model.offload import aligned
 from hf_reparam.model.remote import forget_file
-from hf_reparam.model.tables import name_ties, table_groups
+from hf_reparam.model.sites import entries_of
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
 __all__ = ["retype", "to_reparam", "to_stock"]
 
 
-def retype(model: nn.Module, new: Collection[nn.Module], method: str, record: ConversionRecord) -> None:
+def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: ConversionRecord) -> None:
     """Give the Transformers models in an object, or the object itself, their derived classes and plans. Changes them.
 
-    Models in another object that have neither new layers nor new widths of heads stay as they are.
+    Models in another object that have nothing new stay as they are.
 
     Args:
         model: a Transformers model, or an object with such models in it.
-        new: layers that were put in.
-        method, record: as for `to_reparam`; errors by the names that layers have in a plan of the whole object.
+        new: modules that were put in.
+        metric, record: as for `to_reparam`; errors by the names that layers have in a plan of the whole object.
     """
     known = set(new)
     for path, host in hosts(model).items():
-        narrowed_before = _widths(host).items() <= plan_of(host.config).head_widths.items()
-        if path and narrowed_before and known.isdisjoint(host.modules()):
+        if path and known.isdisjoint(host.modules()):
             continue
         start = f"{path}." if path else ""
         errors = {name.removeprefix(start): e for name, e in record.errors.items() if name.startswith(start)}
-        to_reparam(host, method, replace(record, errors=errors))
+        to_reparam(host, metric, replace(record, errors=errors))
 
 
-def _widths(model: Any) -> dict[str, int]:
-    """Name in a plan -> width, of the attentions with narrower heads."""
-    return {plan_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
-
-
-def to_reparam(model: Any, method: str, record: ConversionRecord) -> Any:
-    """Give a model whose layers were replaced its derived class, and a configuration with the plan. Changes it.
+def to_reparam(model: Any, metric: str, record: ConversionRecord) -> Any:
+    """Give a model of which parts were replaced its derived class, and a configuration with the plan. Changes it.
 
     Args:
         model: the model.
-        method: how the new factors were made.
+        metric: in which the new factors were made.
         record: what is to be remembered of it; errors of layers that were low-rank before are kept beside.
     """
     base = stock_config_class(model.config)
     register(base)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    plan = RankPlan({plan_name(model, n): m.spec for n, m in layers.items()}, base.model_type, method)
     old = plan_of(model.config)
-    absent = {n: s for n, s in old.modules.items() if n not in plan.modules}
-    if any(isinstance(module, Tables) for module in model.modules()):
-        name_ties(model)
-    low = [group for group in table_groups(model) if isinstance(group.module, Tables)]
-    tables = {plan_name(model, group.path): group.module.rank for group in low}
+    entries = {**old.modules, **entries_of(model)}  # of another head, too
     configs = _new_configs(model, register(base))
     config = configs[id(model.config)]
-    whole = {**plan.modules, **absent}
-    known = _remembered(model.config, old, record)
-    widths, tables = {**old.head_widths, **_widths(model)}, {**old.embeddings, **tables}
-    config.reparam = RankPlan(whole, base.model_type, method, known, widths, tables).to_dict()
-    return _retype(model, configs, model_class(type(model)), tables=bool(tables))
+    config.reparam = RankPlan(entries, base.model_type, metric, _remembered(model.config, old, record)).to_dict()
+    return _retype(model, configs, model_class(type(model)))
 
 
 def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecord) -> ConversionRecord:
@@ -87,13 +69,11 @@ def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecor
 
 def to_stock(model: Any) -> Any:
     """Give a model whose layers are dense again its stock class and configuration. Changes the model."""
-    derived = [module for module in model.modules() if isinstance(module, ReparamMixin)]
-    tables = any(plan_of(module.config).embeddings for module in derived)
     configs = _new_configs(model, stock_config_class(model.config))
     for config in configs.values():
         forget_file(config)
     vars(model).pop("_weight_conversions", None)  # of the derived class, which saves the names that it has
-    return _retype(model, configs, stock_model_class(model), tables=tables)
+    return _retype(model, configs, stock_model_class(model))
 
 
 def _new_configs(model: Any, kind: type[PreTrainedConfig]) -> dict[int, Any]:
@@ -119,11 +99,8 @@ def _new_configs(model: Any, kind: type[PreTrainedConfig]) -> dict[int, Any]:
     return {key: value for key, value in new.items() if id(value) in made}
 
 
-def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel], *, tables: bool = False) -> Any:
-    """New configuration objects for the model and every part of it; other models keep theirs. Parts become stock.
-
-    With `tables`, embeddings became of low rank or dense again, and what is tied to them has other parameters.
-    """
+def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel]) -> Any:
+    """New configuration objects for the model and every part of it; other models keep theirs. Parts become stock."""
     config = configs[id(model.config)]
     config.architectures = [kind.__name__]
     if getattr(config, "tie_word_embeddings", False) and not _tied(model):
@@ -137,16 +114,13 @@ def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel], *,
             module.__class__ = stock_model_class(module)
             module.config.architectures = [type(module).__name__]
     model.__class__ = kind
-    if tables:
-        name_ties(model)
-        model.tie_weights(recompute_mapping=False)
     return model
 
 
 def _tied(model: PreTrainedModel) -> bool:
     """Whether the output embeddings are the tensor that they are declared to be tied to; True where they are not
     declared to be tied: other modules may be."""
-    _, outputs = embeddings_of(model)
+    outputs: Any = embeddings_of(model)[1]
     modules = dict(model.named_modules())
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     key = next((f"{name}.weight" for name, module in modules.items() if module is outputs), "")

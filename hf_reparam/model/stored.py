@@ -3,23 +3,18 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import nn
 
 from hf_reparam.errors import CheckpointError
-from hf_reparam.layers.dense import dense_like
-from hf_reparam.layers.embedding import Tables
-from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
+from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.model.config import base_prefix
 
-__all__ = ["check_factors", "check_orders", "renew_layers", "stored_shapes"]
+__all__ = ["check_factors", "check_loaded", "renew_layers", "stored_shapes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
-_TABLE_PARTS = ("table.weight", "up.weight")
-_PARTS = ("down.weight", "up.weight", "up.bias", "order")
-_FIRST = (".down.weight", ".table.weight")  # one for each low-rank layer
+_FIRST = (".down.weight", ".table.weight", ".down")  # one for each low-rank part
 
 
 def stored_shapes(state: Mapping[str, Any] | None, files: Iterable[str] | None) -> Shapes:
@@ -44,24 +39,15 @@ def renew_layers(model: Any, stored: Shapes, *, ignore_mismatched_sizes: bool) -
     prefix = base_prefix(model)
     low: dict[nn.Module, nn.Module] = {}
     for path, layer in model.named_modules():
-        if not isinstance(layer, LowRankLinear):
+        if not isinstance(layer, Factored):
             continue
         head = bool(prefix) and not path.startswith(prefix)
-        sizes = _sizes(stored, [path, path.removeprefix(prefix), f"{model.base_model_prefix}.{path}"])
+        places = [path, path.removeprefix(prefix), f"{model.base_model_prefix}.{path}"]
+        sizes = next((found for place in places if (found := layer.stored_shape(stored, place)) is not None), None)
         shape = layer.in_features, layer.out_features
         if (sizes is None and head) or (ignore_mismatched_sizes and sizes is not None and sizes != shape):
-            low[layer] = dense_like(layer)
-    replace_modules(model, low, inplace=True)
-
-
-def _sizes(stored: Shapes, paths: Iterable[str]) -> tuple[int, int] | None:
-    """(in, out) of the layer that a file has under one of these paths."""
-    for path in paths:
-        down, up = stored.get(f"{path}.down.weight", ()), stored.get(f"{path}.up.weight", ())
-        if len(down) == len(up) == 2:
-            pivots = down[0] if f"{path}.order" in stored else 0
-            return down[1] + pivots, up[0]
-    return None
+            low[layer] = layer.stand_in()
+    replace_modules(model, low)
 
 
 def check_factors(
@@ -70,8 +56,8 @@ def check_factors(
     """Raise CheckpointError for factors that the base model lacks, and for factors that found no low-rank layer."""
     base, prefix = model.base_model, base_prefix(model)
     absent = {key.removeprefix(prefix) for key in missing}
-    needed = {f"{n}.{part}" for n, m in base.named_modules() if isinstance(m, LowRankLinear) for part in _PARTS}
-    needed |= {f"{n}.{part}" for n, m in base.named_modules() if isinstance(m, Tables) for part in _TABLE_PARTS}
+    factored = [(name, module) for name, module in base.named_modules() if isinstance(module, Factored)]
+    needed = {f"{name}.{part}" for name, module in factored for part in module.state_dict()}
     lost = sorted(absent & needed) or _homeless(absent, unexpected, prefix, exact=not ignore_mismatched_sizes)
     if not lost and any(key.endswith(_FIRST) for key in unexpected) and set(model.state_dict()) <= set(missing):
         lost = sorted(missing)
@@ -108,11 +94,8 @@ def _ends_alike(name: str, other: str) -> bool:
     return short.count(".") > 1 and long.endswith(f".{short}")
 
 
-def check_orders(model: nn.Module, source: str) -> None:
-    """Raise CheckpointError for pivots that are no permutation."""
+def check_loaded(model: nn.Module, source: str) -> None:
+    """Raise CheckpointError for numbers of factors that cannot be."""
     for name, module in model.named_modules():
-        if isinstance(module, PivotedLinear) and not module.order.is_meta:
-            identity = torch.arange(module.in_features, device=module.order.device)
-            module.order = module.order.to(torch.int64)  # families that keep layers in float32 cast this, too
-            if not torch.equal(module.order.sort()[0], identity):
-                raise CheckpointError(f"{source}: {name}.order is no permutation of its {module.in_features} inputs")
+        if isinstance(module, Factored):
+            module.check_loaded(f"{source}: {name}")

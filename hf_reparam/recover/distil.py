@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_reparam.calibrate.collect import frozen
 from hf_reparam.calibrate.objective import IGNORED, batch_masks, is_multi_label, logits_of, position_mask
 from hf_reparam.errors import TargetError
+from hf_reparam.layers.copies import frozen_copy
 
 __all__ = ["distillation_loss"]
 
@@ -37,8 +37,7 @@ def distillation_loss(
     a loss function no inputs, so while the block runs a hook on `student` keeps those of its last call for the teacher.
 
     Args:
-        teacher: the dense model; while the block runs it is in evaluation mode, without gradients, on the student's
-            device.
+        teacher: the dense model; it is read in evaluation mode, on the student's device, and not changed.
         student: the model that is trained, of the same family.
         temperature: above 0; higher values show more of the teacher's doubt.
         alpha: in [0, 1], weight of the teacher against labels; 1 needs no labels.
@@ -56,10 +55,10 @@ def distillation_loss(
     Source: G. Hinton, O. Vinyals, J. Dean, arXiv 1503.02531; hidden states: FitNets, arXiv 1412.6550.
 
     >>> from transformers import BertConfig, BertForSequenceClassification
-    >>> from hf_reparam.compress.convert import convert
+    >>> from hf_reparam import LowRankConfig, convert
     >>> shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
     >>> dense = BertForSequenceClassification(BertConfig(**shape)).eval()
-    >>> small = convert(dense, rank=4, include="*")
+    >>> small = convert(dense, LowRankConfig(rank=4, target_modules="*"))
     >>> with distillation_loss(dense, small, alpha=1.0) as loss:
     ...     bool(loss(small(input_ids=torch.tensor([[1, 2, 3]])), None) > 0)
     True
@@ -79,17 +78,17 @@ def distillation_loss(
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         if not called:
             raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
-        theirs = teacher.to(student.device)(*called["args"], **called["kwargs"])
+        theirs = judge.to(student.device)(*called["args"], **called["kwargs"])
         masks = batch_masks(called["kwargs"])
         mean, count = _predictions(student, outputs, theirs, labels, masks, alpha, temperature)
         if hidden:
             mean = mean + hidden * _hidden_error(outputs, theirs, masks)
         return mean if num_items_in_batch is None or labels is None else mean * count / num_items_in_batch
 
+    judge = frozen_copy(teacher)
     handle = student.register_forward_pre_hook(remember, with_kwargs=True)
     try:
-        with frozen(teacher):
-            yield loss
+        yield loss
     finally:
         handle.remove()
 

@@ -1,7 +1,6 @@
 """`refit`: fit the factors once more, layer by layer, to what the low-rank layers before them really give."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,22 +8,26 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_reparam.calibrate.batches import Batches, prepare
-from hf_reparam.calibrate.collect import frozen, layer_name
 from hf_reparam.calibrate.objective import divergence, examples_in
 from hf_reparam.calibrate.padding import Padding, Part, decodes
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
-from hf_reparam.compress.decomposition import as_decompositions, check_fit
-from hf_reparam.compress.narrowing import attentions_by_name, narrowed
+from hf_reparam.compress.convert import apply
+from hf_reparam.compress.fits import check_fit
+from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import TargetError
+from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.dense import dense_matrix
-from hf_reparam.layers.heads import find_attentions
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.surgery import set_bias, set_factors
-from hf_reparam.linalg import Moments, PairedMoments, decompose
+from hf_reparam.linalg import Calibration, PairedMoments, decompose
+from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.config import note_refit
-from hf_reparam.model.host import called, check_model, hosts, method_of, own_tokenizer
-from hf_reparam.model.inspection import check_no_adapters, find_layers, outside_inference_mode, split_projections
+from hf_reparam.model.host import called, check_model, hosts, layer_name, metric_of, opened, own_tokenizer
+from hf_reparam.model.sites import entries_of, select
+from hf_reparam.plan import RankPlan
 from hf_reparam.report import RefitReport
+from hf_reparam.structures import STRUCTURES
+from hf_reparam.structures.source import Source
 
 __all__ = ["refit"]
 
@@ -40,9 +43,9 @@ Distance = Callable[[Any, Any], float]
 def refit(
     model: nn.Module,
     dense: nn.Module,
-    batches: Batches,
+    data: Batches,
     *,
-    moments: Moments | None = None,
+    calibration: Calibration | None = None,
     tokenizer: Any = None,
     max_length: int | None = None,
     max_samples: int | None = None,
@@ -60,9 +63,9 @@ def refit(
     Args:
         model: a converted model.
         dense: the dense model that it was made from.
-        batches: calibration data, as for `collect_moments`; held in memory.
-        moments: of `dense`; with gradients they weigh the errors of outputs.
-        tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `collect_moments`.
+        data: calibration data, as for `calibrate`; held in memory.
+        calibration: of `dense`; with gradients they weigh the errors of outputs.
+        tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `calibrate`.
         distance: (what the model returned, what the dense model returned for the same batch) -> number, summed over the
             batch, instead of the divergence of logits, hidden states or whatever they return.
 
@@ -90,43 +93,47 @@ def refit(
     for given in (model, dense):
         check_model(given)
         check_no_adapters(given)
-    with outside_inference_mode(), split_projections(dense):
-        if moments is not None:
-            check_fit(dense, find_layers(dense).selected, as_decompositions(moments, None))
-        with _narrowed_like(model, dense, moments) as known:
-            reads, desc = tokenizer or own_tokenizer(model), "Reading batches"
-            data = prepare(called(model), batches, reads, max_length=max_length, max_samples=max_samples, desc=desc)
-            return _refit(model, dense, data, known, distance)
+    with outside_inference_mode():
+        full, calibration = _as_narrow(dense, model, calibration)
+        low = frozen_copy(opened(model).model)
+        reads, desc = tokenizer or own_tokenizer(model), "Reading batches"
+        read = prepare(called(low), data, reads, max_length=max_length, max_samples=max_samples, desc=desc)
+        report = _refit(low, full, read, calibration, distance)
+        for path, host in hosts(model).items():
+            note_refit(host.config, sum(not path or name.startswith(f"{path}.") for name in report.layers))
+        return report
 
 
-@contextmanager
-def _narrowed_like(model: nn.Module, dense: nn.Module, moments: Moments | None) -> Iterator[Moments | None]:
-    """The dense model with heads as narrow as the low-rank one's, and the moments that its layers then have."""
-    stock = attentions_by_name(dense)
-    narrow = {layer_name(model, a.name): a.width for a in find_attentions(model) if a.narrowed}
-    widths = {name: width for name, width in narrow.items() if name in stock}
-    if not widths:
-        yield moments
-        return
-    if moments is None:
-        raise TargetError("the model has narrower heads: give the moments= that it was converted with")
-    method = method_of(model) if hosts(model) else None
-    with narrowed(dense, widths, as_decompositions(moments, method), keep=False) as (source, _):
-        yield source.moments
+def _as_narrow(
+    dense: nn.Module, model: nn.Module, calibration: Calibration | None
+) -> tuple[nn.Module, Calibration | None]:
+    """A frozen copy of the dense model whose dense layers have the shapes of the converted model's, and its moments."""
+    work = opened(dense)
+    if calibration is not None:
+        check_fit(work.model, select(work.model, LowRankConfig()).selected, Source.of(calibration, None))
+    live = RankPlan(entries_of(opened(model).model))
+    shaping = {n: e for s in STRUCTURES if s.changes_moments for n, e in live.of(s.forms).items()}
+    if shaping:
+        if calibration is None:
+            raise TargetError("the model has narrower heads: give the calibration= that it was converted with")
+        source = Source.of(calibration, metric_of(model) if hosts(model) else None)
+        calibration = apply(work, RankPlan(shaping), source)[1].calibration
+    return frozen_copy(work.model), calibration
 
 
 def _refit(
     model: nn.Module,
     dense: nn.Module,
     batches: Iterable[Batch],
-    moments: Moments | None,
+    calibration: Calibration | None,
     distance: Distance | None,
 ) -> RefitReport:
+    """As `refit`, of frozen copies: what is written into their layers is written into the model's."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     originals = _originals(layers, dense)
     low, full = called(model), called(dense)
     kept: list[str] = []
-    with torch.no_grad(), frozen(model), frozen(dense):
+    with torch.no_grad():
         data = _prepared(full, originals, batches)
         judging, fitting = data[::_HOLD_OUT], [part for i, part in enumerate(data) if i % _HOLD_OUT]
         before = best = _divergence(low, full, judging, distance)
@@ -139,15 +146,13 @@ def _refit(
             saved = {name: _copy(layers[name]) for name in paired}
             try:
                 for name, pairs in paired.items():
-                    _fit(layers[name], originals[name], pairs, _gradient(model, moments, name))
+                    _fit(layers[name], originals[name], pairs, _gradient(model, calibration, name))
                 now = _divergence(low, full, judging, distance)
                 if now < best:
                     best, kept, saved = now, [*kept, *paired], {}
             finally:  # also when it is interrupted
                 for name, state in saved.items():
                     layers[name].load_state_dict(state)
-    for path, host in hosts(model).items():
-        note_refit(host.config, sum(not path or name.startswith(f"{path}.") for name in kept))
     examples = sum(examples_in(part.batch) for part in judging)
     order_in_model = {name: skipped[name] for name in layers if name in skipped}
     return RefitReport(tuple(kept), len(layers), before / examples, best / examples, order_in_model)
@@ -207,8 +212,8 @@ def _collect(
     return {name: paired[name] for name in layers if name not in uneven}, uneven
 
 
-def _gradient(model: nn.Module, moments: Moments | None, name: str) -> Tensor | None:
-    layer = moments.layers.get(layer_name(model, name)) if moments is not None else None
+def _gradient(model: nn.Module, calibration: Calibration | None, name: str) -> Tensor | None:
+    layer = calibration.layers.get(layer_name(model, name)) if calibration is not None else None
     return layer.gradient_products if layer is not None and layer.has_gradient() else None
 
 

@@ -19,7 +19,7 @@ from hf_reparam.calibrate.collect import layer_name
 from hf_reparam.compress.narrowing import attentions_by_name
 from hf_reparam.layers.targets import find_targets
 from hf_reparam.model.inspection import protected_layers
-from hf_reparam.model.tables import table_groups
+from hf_reparam.structures.table import table_groups
 from hf_reparam.plan import FORMAT_VERSION, FORMS
 from tests import zoo
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reparam.layers.attention import SplitMultiheadAttention, join, split, split_attention, unsplittable
+from hf_reparam.structures.multihead import SplitMultiheadAttention, join, split, split_attention, unsplittable
 
 BATCH, LENGTH, SOURCE, HEADS, SIZE = 3, 5, 7, 4, 16
 

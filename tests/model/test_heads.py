@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_reparam import LowRankLinear, RankPlan, collect_moments, convert, merge, summarize
 from hf_reparam.compress.narrowing import attentions_by_name
-from hf_reparam.layers.heads import FusedProjections
+from hf_reparam.structures.heads.attention import FusedProjections
 from tests import zoo
 from tests.resume import trains_and_resumes
 

@@ -5,7 +5,7 @@ from tests.launch import launch
 
 SCRIPT = """
 import sys, torch
-from hf_reparam.model.processes import connected, distributed, is_first, own_share, spread, total, wait_for_all
+from hf_reparam.layers.processes import connected, distributed, is_first, own_share, spread, total, wait_for_all
 
 with connected():
     assert distributed()

@@ -11,7 +11,7 @@ import transformers
 import hf_reparam
 from hf_reparam import AttentionType, CheckpointError, RankPlan, convert, register_attention
 from hf_reparam.calibrate.collect import layer_name
-from hf_reparam.layers.heads import find_attentions
+from hf_reparam.structures.heads.attention import find_attentions
 from tests import zoo
 
 CASES = [

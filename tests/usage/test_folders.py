@@ -18,7 +18,7 @@ from hf_reparam import CheckpointError, Moments, TargetError, cli, collect_momen
 from hf_reparam.compress import factoring
 from hf_reparam.files.checkpoint import inspect_checkpoint
 from hf_reparam.files.folder import model_place
-from hf_reparam.model.processes import alone
+from hf_reparam.layers.processes import alone
 from tests import zoo
 
 CASE = zoo.BY_BASE["BertForMaskedLM"]

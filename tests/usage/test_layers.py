@@ -14,7 +14,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_reparam import LowRankLinear, TargetError, WeightError, collect_moments, convert, make_plan, merge, summarize
-from hf_reparam.layers.embedding import LowRankEmbedding, LowRankHead
+from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead
 from tests import zoo
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

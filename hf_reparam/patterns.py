@@ -1,4 +1,4 @@
-"""Patterns that name layers: a glob over the whole name, or `re:` and a regular expression over the whole name."""
+"""Patterns that name layers: the end of a name, a glob over the whole name, or `re:` and a regular expression."""
 
 import difflib
 import fnmatch
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from hf_reparam.errors import TargetError
 
-__all__ = ["as_patterns", "check_used", "first_match", "matches"]
+__all__ = ["as_patterns", "check_used", "first_match", "layer_kind", "matches"]
 
 
 def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ...] | None:
@@ -27,14 +27,14 @@ def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ..
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the pattern covers the whole name. A glob's `*` crosses dots.
+    """Whether the pattern covers the name: a glob, whose `*` crosses dots, the whole name; other text its end, too.
 
-    >>> matches("*.query", "encoder.layer.0.attention.self.query"), matches("query", "self.query")
-    (True, False)
+    >>> [matches(p, "encoder.layer.0.attention.self.query") for p in ("query", "self.query", "*.query", "elf.query")]
+    [True, True, True, False]
     """
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
+    return fnmatch.fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
 
 
 def first_match(patterns: Iterable[str], names: Sequence[str]) -> str | None:
@@ -50,8 +50,8 @@ def check_used(patterns: Iterable[str], names: Sequence[str], option: str) -> No
             near = _near(pattern, names)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise TargetError(
-                f"{option}: {pattern!r} matches none of the {len(names)} dense layers (a pattern covers the whole "
-                f"name){hint}"
+                f"{option}: {pattern!r} matches none of the {len(names)} layers (a pattern covers the end of a "
+                f"name, a glob the whole name){hint}"
             )
 
 
@@ -63,3 +63,12 @@ def _near(pattern: str, names: Sequence[str]) -> list[str]:
         return [f"*.{last}", *[name for name in names if name.endswith(last)][:2]]
     found = difflib.get_close_matches(bare, names, n=2, cutoff=0.5)
     return [f"*.{end}" for end in difflib.get_close_matches(last, sorted(endings), n=2, cutoff=0.6)] + found
+
+
+def layer_kind(name: str) -> str:
+    """A layer's name with `*` for its numbers, the same for the layers that repeat in a model.
+
+    >>> layer_kind("encoder.layer.11.output.dense")
+    'encoder.layer.*.output.dense'
+    """
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)

@@ -1,14 +1,14 @@
 """Embeddings of low rank: a table of r numbers for each token and one matrix up, shared with a tied output head."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_reparam.layers.linear import Factored
+from hf_reparam.layers.factored import Factored
 
-__all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "Tables", "low_rank_tables", "stock_tables"]
+__all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "LowRankTable", "low_rank_tables", "stock_tables"]
 
 
 class Factor(nn.Module):
@@ -54,27 +54,45 @@ class Rows(Factor):
         return F.embedding(x, self.weight, self.padding_idx)
 
 
-class Tables(Factored):
+class LowRankTable(Factored):
     """E (tokens, d) = table (tokens, r) @ up (d, r)^T; `weight` answers as the dense table's would."""
+
+    form = "table"
 
     def __init__(self, table: Factor, up: Factor) -> None:
         super().__init__()
         self.table, self.up = table, up
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int:  # type: ignore[override]
         """Numbers for each token."""
         return int(self.table.weight.shape[1])
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # type: ignore[override]
         """Tokens."""
         return int(self.table.weight.shape[0])
 
     @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override]
         """Width d."""
         return int(self.up.weight.shape[0])
+
+    def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
+        """An embedding of its or another shape (width, tokens); its numbers are not set."""
+        width, tokens = shape or (self.in_features, self.out_features)
+        like = self.up.weight
+        return nn.utils.skip_init(nn.Embedding, tokens, width, dtype=like.dtype, device=like.device)
+
+    def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
+        """Its tensors, with the deviation to draw each with."""
+        yield self.table.weight, deviation
+        yield self.up.weight, self.rank**-0.5
+
+    def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
+        """(width, tokens) of the table that a file has under a path; None if it has none."""
+        table, up = stored.get(f"{path}.table.weight", ()), stored.get(f"{path}.up.weight", ())
+        return (up[0], table[0]) if len(table) == len(up) == 2 else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(tokens, r) and (r, d), whose product is the table."""
@@ -84,7 +102,7 @@ class Tables(Factored):
         return f"{self.out_features}, {self.in_features}, rank={self.rank}"
 
 
-class LowRankEmbedding(Tables):
+class LowRankEmbedding(LowRankTable):
     """ids -> up (table[ids]): an embedding of r numbers for each token.
 
     Args:
@@ -120,7 +138,7 @@ class LowRankEmbedding(Tables):
         return out
 
 
-class LowRankHead(Tables):
+class LowRankHead(LowRankTable):
     """h -> table (up^T h) + bias: the output layer that shares an embedding's factors.
 
     Args:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
@@ -20,12 +20,13 @@ from safetensors import safe_open
 from torch import nn
 
 from hf_reparam.errors import CheckpointError
-from hf_reparam.model.host import hosts
-from hf_reparam.model.processes import alone, distributed, spread
+from hf_reparam.layers.processes import alone, distributed, spread
 
-__all__ = ["aligned", "build_layers", "check_stored", "execution_device", "mark_offloaded", "recall"]
+__all__ = ["aligned", "build_layers", "check_stored", "execution_device", "is_offloaded", "recall"]
 
 _RECORD = "layer.json"
+
+L = TypeVar("L", bound=nn.Module)
 
 
 @contextmanager
@@ -39,14 +40,14 @@ def aligned(module: nn.Module) -> Iterator[None]:
 
 def build_layers(
     costs: Mapping[str, float],
-    make: Callable[[str], tuple[nn.Module, float]],
-    empty: Callable[[str], nn.Module],
+    make: Callable[[str], tuple[L, float | None]],
+    empty: Callable[[str], L],
     devices: Mapping[str, torch.device],
     folder: Path | None,
     *,
     made_of: Callable[[str], str],
     desc: str,
-) -> dict[str, tuple[nn.Module, float]]:
+) -> dict[str, tuple[L, float | None]]:
     """New layers and their errors, made one after the other, and by all processes of a distributed run together.
 
     Args:
@@ -65,14 +66,14 @@ def build_layers(
 
     if folder is None:
 
-        def in_memory(name: str) -> tuple[nn.Module, float]:
+        def in_memory(name: str) -> tuple[L, float | None]:
             layer, error = make(name)
             return (layer.cpu() if distributed() else layer), error
 
         made = spread(costs, in_memory, desc=desc)
         return {name: (layer.to(devices[name]), error) for name, (layer, error) in made.items()}
 
-    def in_folder(name: str) -> float:
+    def in_folder(name: str) -> float | None:
         place, origin = _place(folder, name), made_of(name)
         if not place.exists():
             _write(place, *make(name), origin)
@@ -92,6 +93,12 @@ def execution_device(module: nn.Module) -> torch.device:
             if getattr(single, "execution_device", None) is not None:
                 return torch.device(single.execution_device)
     return next(module.parameters()).device
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere until it computes."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return any(getattr(single, "offload", False) for single in getattr(hook, "hooks", (hook,)))
 
 
 def check_stored(model: nn.Module) -> None:
@@ -115,17 +122,6 @@ def check_stored(model: nn.Module) -> None:
                     raise ValueError(f"size mismatch for {path}: {list(found)} in the file, {list(shape)} in the model")
 
 
-def mark_offloaded(model: nn.Module, names: Iterable[str]) -> None:
-    """Tell Transformers, which asks when it saves a model, that layers, by their paths, are in files."""
-    offloaded = list(names)
-    for path, host in hosts(model).items():
-        start = f"{path}." if path else ""
-        mine = [name.removeprefix(start) for name in offloaded if name.startswith(start)]
-        if mine:
-            known = getattr(host, "hf_device_map", None) or {"": "cpu"}
-            host.hf_device_map = {**known, **dict.fromkeys(mine, "disk")}
-
-
 def recall(layer: nn.Module) -> None:
     """Bring a layer that `build_layers` left in a folder into memory, to the device where it computes."""
     for part in layer.modules():
@@ -142,7 +138,7 @@ def _place(folder: Path, name: str) -> Path:
     return folder / (name or "(root)")
 
 
-def _write(place: Path, layer: nn.Module, error: float, origin: str) -> None:
+def _write(place: Path, layer: nn.Module, error: float | None, origin: str) -> None:
     """Fill the folder of one layer; it appears whole or not at all."""
     unfinished = place.with_name(f"{place.name}~")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -159,13 +155,13 @@ def _check_names(folder: Path, names: Iterable[str]) -> None:
             raise _foreign(path)
 
 
-def _stored_error(place: Path, origin: str) -> float:
+def _stored_error(place: Path, origin: str) -> float | None:
     """The error that a stored layer has; raises CheckpointError if it was not made from this."""
     try:
         record = json.loads((place / _RECORD).read_text())
         if record["made_of"] != origin:
             raise _foreign(place)
-        return float(record["error"])
+        return None if record["error"] is None else float(record["error"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         raise _foreign(place) from None
 
@@ -177,7 +173,7 @@ def _foreign(place: Path) -> CheckpointError:
     )
 
 
-def _read_from(place: Path, layer: nn.Module, device: torch.device) -> nn.Module:
+def _read_from(place: Path, layer: L, device: torch.device) -> L:
     """Let a layer read its tensors from its folder whenever it computes; in between it holds no memory."""
     weights = OffloadedWeightsLoader(save_folder=place)
     for name, buffer in layer.named_buffers():  # small: they stay in memory

@@ -1,22 +1,17 @@
 """`nn.MultiheadAttention` with its four projections as layers of their own, so that each can be factored, and back."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_reparam.layers.dense import shape_of
-from hf_reparam.layers.heads import AttentionType, register_attention
-from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import has_hooks, replace_modules
 
-M = TypeVar("M", bound=nn.Module)
-
-__all__ = ["SplitMultiheadAttention", "join", "join_dense", "split_attention", "unsplittable"]
+__all__ = ["SplitMultiheadAttention", "changed", "close_attentions", "join", "open_attentions", "unsplittable"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -116,9 +111,6 @@ class SplitMultiheadAttention(nn.Module):
         return f"num_heads={self.num_heads}, dropout={self.dropout}, batch_first={self.batch_first}"
 
 
-register_attention(SplitMultiheadAttention, AttentionType(*_PROJECTIONS))
-
-
 def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """True, which leaves out, becomes minus infinity; numbers are added as they are."""
     if mask.dtype is torch.bool:
@@ -191,30 +183,30 @@ def join(attention: SplitMultiheadAttention) -> nn.MultiheadAttention:
     return made.train(attention.training)
 
 
-def join_dense(model: M) -> M:
-    """Join every attention that is dense and as wide as it was; changes the model."""
-    found = [m for m in model.modules() if isinstance(m, SplitMultiheadAttention) and not _changed(m)]
-    return replace_modules(model, {m: join(m) for m in found if m is not model}, inplace=True)
-
-
-def _changed(attention: Any) -> bool:
-    low_rank = any(isinstance(child, LowRankLinear) for child in attention.children())
-    return low_rank or attention.head_dim * attention.num_heads < attention.embed_dim
-
-
-@contextmanager
-def split_attention(model: nn.Module, kept: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Every attention of a model in split form, until the block ends; those that were changed in it stay split.
+def open_attentions(model: nn.Module, kept: Collection[nn.Module] = ()) -> dict[nn.Module, nn.Module]:
+    """Show every attention of a working copy in split form, over the same memory. Changes the copy.
 
     Args:
-        model: the model; it is changed, and changed back.
+        model: the working copy.
         kept: attentions that stay whole.
+
+    Returns:
+        Attention -> what is in its place.
     """
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m is not model and m not in kept]
     splits: dict[nn.Module, nn.Module] = {m: split(m) for m in found if unsplittable(m, owners) is None}
-    try:
-        replace_modules(model, splits, inplace=True)
-        yield
-    finally:
-        replace_modules(model, {s: whole for whole, s in splits.items() if not _changed(s)}, inplace=True)
+    replace_modules(model, splits)
+    return splits
+
+
+def changed(attention: SplitMultiheadAttention) -> bool:
+    """Whether it is no longer what `open_attentions` made: a projection is low-rank, or heads are narrower."""
+    low_rank = any(isinstance(child, Factored) for child in attention.children())
+    return low_rank or attention.head_dim * attention.num_heads < attention.embed_dim
+
+
+def close_attentions(model: nn.Module) -> None:
+    """Join every attention that is dense and as wide as it was, as copies. Changes the model."""
+    found = [m for m in model.modules() if isinstance(m, SplitMultiheadAttention) and not changed(m)]
+    replace_modules(model, {m: join(m) for m in found if m is not model})

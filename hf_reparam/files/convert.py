@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from yaml import YAMLError
 
 from hf_reparam.calibrate.batches import batched
-from hf_reparam.calibrate.collect import collect_moments, size_in_bytes
-from hf_reparam.compress.convert import convert
+from hf_reparam.calibrate.collect import calibrate, size_in_bytes
+from hf_reparam.compress.convert import convert, wanted_layers
 from hf_reparam.compress.merge import merge
-from hf_reparam.compress.planning import MIN_RANK, make_plan
+from hf_reparam.compress.planning import make_plan
+from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.folder import (
     copy_companions,
@@ -29,46 +30,37 @@ from hf_reparam.files.folder import (
     new_folder,
     skeleton,
 )
-from hf_reparam.layers.ranks import Rank
-from hf_reparam.linalg import Moments, fingerprint
+from hf_reparam.layers.processes import alone, is_first, own_share, wait_for_all
+from hf_reparam.linalg import Calibration, fingerprint
 from hf_reparam.model.card import model_card
-from hf_reparam.model.inspection import find_layers, named_by
-from hf_reparam.model.processes import alone, is_first, own_share, wait_for_all
-from hf_reparam.model.summary import summarize
+from hf_reparam.model.summary import report
 from hf_reparam.plan import RankPlan
 from hf_reparam.recover.refit import refit as refit_factors
-from hf_reparam.report import ConversionReport
+from hf_reparam.report import Report
 
-__all__ = ["convert_checkpoint", "inspect_checkpoint", "merge_checkpoint"]
+__all__ = ["convert_folder", "inspect_folder", "merge_folder"]
 
 _STREAMED_SHARD = "500MB"
 
 
-def convert_checkpoint(
+def convert_folder(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    config: LowRankConfig | RankPlan | None = None,
     *,
     rank: Rank | None = None,
     keep: float | None = None,
-    plan: RankPlan | None = None,
-    moments: Moments | str | os.PathLike[str] | None = None,
-    texts: str | os.PathLike[str] | None = None,
+    target_params: int | float | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     max_length: int | None = None,
     max_samples: int | None = None,
-    form: str | None = None,
-    joint: bool | None = None,
-    embeddings: bool = False,
-    refit: bool = False,
-    solver: str = "exact",
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] = (),
-    stream: bool = True,
     max_memory: int | str | None = None,
+    refit: bool = False,
+    stream: bool = True,
     max_shard_size: int | str | None = None,
     remote_code: bool = False,
     force: bool = False,
-    min_rank: int = MIN_RANK,
-) -> ConversionReport:
+) -> Report:
     """Convert a model folder into another, layer by layer: the model need not fit in memory.
 
     Every weight stays in the source's files until its layer's turn, and every new layer goes to a work folder beside
@@ -82,19 +74,16 @@ def convert_checkpoint(
     Args:
         source: a folder, or a Hub id; one of sentence-transformers may hold the model in a subfolder.
         out: the folder to make.
-        rank, keep, plan: one of them, as in `convert`.
-        moments: Moments, or a file or folder of them.
-        texts: a text file to calibrate with instead, one text a line, read with the source's tokenizer.
-        max_length, max_samples: tokens of a text in one row, and how many texts are used, as for `collect_moments`.
-        form, joint, embeddings, refit, solver, include, exclude: as in `convert`; `refit` needs `texts` and
-            `stream=False`.
+        config, rank, keep, target_params: as in `convert`.
+        calibration: what `calibrate` returned, a file or folder of it, or a text file, one text a line, read with the
+            source's tokenizer.
+        max_length, max_samples, max_memory: for texts, as for `calibrate`.
+        refit: fit the factors once more on the texts; needs `stream=False`.
         stream: False to hold the model in memory, which is faster where it fits.
-        max_memory: what moments of `texts` may take, as for `collect_moments`.
         max_shard_size: of the files written, as for `save_pretrained`; "500MB" when streaming, because one is held in
             memory at a time.
         remote_code: also write the file that lets the result load where hf_reparam is not installed.
         force: replace `out` if it exists.
-        min_rank: with `keep`, as in `convert`.
 
     Returns:
         The report of the conversion. `out` holds a model card made from it, `README.md`.
@@ -105,49 +94,40 @@ def convert_checkpoint(
         ReparamError: as `convert`.
 
     Cost: as `convert`, and disk space for the result twice. Memory, when streaming: three to four times the largest
-    layer in float64, in the metric of moments its moments, too, or two shards; at least twice the largest tensor.
+    layer in float64, in the metric of calibration data its moments, too, or two shards; at least twice the largest
+    tensor.
     """
     folder, target = _open(source, Path(out), force)
     place = model_place(folder)
     _check_sizes(max_memory=max_memory, max_shard_size=max_shard_size)
     reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
-    _check_options((rank, keep, plan), refit=refit, texts=texts, stream=stream, reading=reading)
-    lines = None if texts is None else _read_lines(texts)
-    patterns: dict[str, Any] = {"include": _listed(include), "exclude": _listed(exclude)}
-    choices: dict[str, Any] = {"form": form, "joint": joint, "embeddings": embeddings, "min_rank": min_rank}
-    options = [rank, keep, plan and plan.to_dict(), *choices.values(), solver, *patterns.values(), max_memory]
-    options += [max_length, max_samples]
+    known, texts = _calibration(calibration)
+    _check_options(texts, reading, refit=refit, stream=stream)
+    plan = config if isinstance(config, RankPlan) else None
+    asked = LowRankConfig()
+    if not isinstance(config, RankPlan):
+        asked = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params)
     reading["tokenizer"] = None if texts is None else load_tokenizer(place)
-    same_work = _fingerprint(folder, moments, lines, options) if stream else None
+    options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples]
+    same_work = _fingerprint(folder, known if texts is None else None, texts, options) if stream else None
     with _work_folder(target, same_work, force) as work:
         model, dropped = load_all(place, offload_folder=work / "source" if stream else None)
         if not os.path.isdir(source):
             model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
-        wanted = [t.name for t in find_layers(model, **patterns, asked=named_by(model, rank, plan)).selected]
-        known = _moments(model, moments, lines, reading, max_memory, work, wanted, shared=stream)
-        if keep is not None:
-            choices["form"] = form or "pivoted"
-            plan, form = _plan(model, known, keep, patterns | choices, work), None
-        small, report = convert(
-            model,
-            rank=rank,
-            plan=plan,
-            calibration=known,
-            form=form,
-            solver=solver,
-            **patterns,
-            inplace=not refit,
-            offload_folder=work / "layers" if stream else None,
-            return_report=True,
-        )
-        if refit and lines is not None:
-            fitted = refit_factors(small, model, lines, moments=known, **reading)
-            report = replace(report, refit=fitted)
-        report = replace(report, dropped=dropped)
+        if texts is not None:
+            known = _calibrate(model, texts, reading, max_memory, work, asked, plan, shared=stream)
+        elif known is not None and not isinstance(known, Calibration):
+            known = Calibration.load(known)
+        plan = plan or _plan(model, asked, known, work)
+        layers = work / "layers" if stream else None
+        small = convert(model, plan, calibration=known, inplace=not refit, workdir=layers)
+        if refit and texts is not None:
+            refit_factors(small, model, texts, calibration=known, **reading)
+        done = replace(report(small), dropped=dropped)
         saving = {**_sharding(stream, max_shard_size), "remote_code": remote_code}
         if _save(small, folder, work, saving):
             model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
-    return report
+    return done
 
 
 def _check_sizes(**sizes: int | str | None) -> None:
@@ -156,30 +136,36 @@ def _check_sizes(**sizes: int | str | None) -> None:
             raise TargetError(f"{option} must be above 0, got {size!r}")
 
 
-def _check_options(
-    sizes: tuple[object, ...], *, refit: bool, texts: object, stream: bool, reading: dict[str, Any]
-) -> None:
+def _calibration(given: Any) -> tuple[Any, list[str] | None]:
+    """A calibration, or where it is stored; or the lines of a text file."""
+    if given is None or isinstance(given, Calibration):
+        return given, None
+    path = Path(given)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return path, None
+    return None, _read_lines(path)
+
+
+def _check_options(texts: object, reading: dict[str, Any], *, refit: bool, stream: bool) -> None:
     if texts is None and any(value is not None for value in reading.values()):
-        raise TargetError("max_length and max_samples say how texts are read: give texts= (--calibration FILE)")
+        raise TargetError("max_length and max_samples say how texts are read: give calibration=FILE of texts")
     if refit and texts is None:
-        raise TargetError("refit needs the calibration texts themselves: give texts= (--calibration FILE)")
+        raise TargetError("refit needs the calibration texts themselves: give calibration=FILE of texts")
     if refit and stream:
         raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
-    if sum(size is not None for size in sizes) != 1:
-        raise TargetError("give exactly one of rank, keep and plan")
 
 
-def merge_checkpoint(
+def merge_folder(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     stream: bool = True,
     max_shard_size: int | str | None = None,
     force: bool = False,
-) -> ConversionReport:
+) -> Report:
     """Multiply the factors of a converted model's folder out and save the plain dense model, layer by layer.
 
-    Args, Raises, Cost: as `convert_checkpoint`.
+    Args, Raises, Cost: as `convert_folder`.
 
     Returns:
         The report of the model before it was merged.
@@ -189,20 +175,20 @@ def merge_checkpoint(
     same_work = _fingerprint(folder, None, None, ["merge"]) if stream else None
     with _work_folder(target, same_work, force) as work:
         model, dropped = load_all(model_place(folder), offload_folder=work / "source" if stream else None)
-        report = replace(summarize(model), dropped=dropped)
-        dense = merge(model, inplace=True, offload_folder=work / "layers" if stream else None)
+        done = replace(report(model), dropped=dropped)
+        dense = merge(model, inplace=True, workdir=work / "layers" if stream else None)
         _save(dense, folder, work, _sharding(stream, max_shard_size))
-    return report
+    return done
 
 
-def inspect_checkpoint(source: str | os.PathLike[str]) -> ConversionReport:
+def inspect_folder(source: str | os.PathLike[str]) -> Report:
     """Report on a folder or Hub id from its configuration alone: low-rank layers, or what could be converted.
 
     Raises:
         CheckpointError: no readable configuration.
         PlanError: its plan is malformed or does not fit.
     """
-    return summarize(skeleton(str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)))
+    return report(skeleton(str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)))
 
 
 def _open(source: str | os.PathLike[str], out: Path, force: bool) -> tuple[Path, Path]:
@@ -233,11 +219,6 @@ def _work_folder(out: Path, same_work: str | None, force: bool) -> Iterator[Path
             yield work
 
 
-def _listed(patterns: str | Iterable[str] | None) -> str | list[str] | None:
-    """Patterns that can be read more than once."""
-    return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
-
-
 def _read_lines(path: str | os.PathLike[str]) -> list[str]:
     try:
         return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -245,45 +226,42 @@ def _read_lines(path: str | os.PathLike[str]) -> list[str]:
         raise CheckpointError(f"{path} cannot be read as text: {error}") from None
 
 
-def _moments(
+def _calibrate(
     model: Any,
-    given: Any,
-    lines: list[str] | None,
+    lines: list[str],
     reading: dict[str, Any],
     max_memory: int | str | None,
     work: Path,
-    layers: list[str],
+    config: LowRankConfig,
+    plan: RankPlan | None,
     *,
     shared: bool,
-) -> Moments | None:
-    """Moments that were given, or those of the texts; in a work folder that all processes share they are kept there."""
-    if given is not None:
-        return given if isinstance(given, Moments) else Moments.load(given)
-    if lines is None:
-        return None
+) -> Calibration:
+    """What the texts say; in a work folder that all processes share it is kept there."""
     place, unfinished = work / "moments", work / "moments~"
+    options: dict[str, Any] = {"max_memory": max_memory, "target_modules": wanted_layers(model, config, plan)}
+    options["metric"] = (plan.metric if plan is not None and plan.metric != "svd" else config.metric) or "fisher"
     mine = own_share(list(batched(model, lines, **reading)))  # whole batches, for the same rounding as in one process
     if not shared:
-        kept = None if max_memory is None else place
-        return collect_moments(model, mine, folder=kept, max_memory=max_memory, include=layers)
+        return calibrate(model, mine, folder=None if max_memory is None else place, **options)
     if not place.exists():
         if is_first():
             shutil.rmtree(unfinished, ignore_errors=True)  # of a broken run
         wait_for_all()
-        collect_moments(model, mine, folder=unfinished, max_memory=max_memory, include=layers)
+        calibrate(model, mine, folder=unfinished, **options)
         wait_for_all()
         if is_first():
             unfinished.rename(place)
         wait_for_all()
-    return Moments.load(place)
+    return Calibration.load(place)
 
 
-def _plan(model: Any, moments: Moments | None, keep: float, options: dict[str, Any], work: Path) -> RankPlan:
+def _plan(model: Any, config: LowRankConfig, calibration: Calibration | None, work: Path) -> RankPlan:
     """The plan of this size; an earlier, broken run may have left it in the work folder."""
     place = work / "plan.json"
     if place.exists():
         return RankPlan.from_dict(json.loads(place.read_text()))
-    plan = make_plan(model, moments, keep=keep, **options)
+    plan = make_plan(model, config, calibration)
     if is_first():
         unfinished = work / "plan.json~"
         unfinished.write_text(json.dumps(plan.to_dict()))
@@ -319,14 +297,14 @@ def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool
     return True
 
 
-def _fingerprint(source: Path, moments: Any, lines: list[str] | None, options: list[Any]) -> str:
+def _fingerprint(source: Path, calibration: Any, lines: list[str] | None, options: list[Any]) -> str:
     """The same for the same work: source files, calibration data and options."""
     parts: list[Any] = [version("hf-reparam"), options, lines]
     parts += map(_stamp, sorted({*_files(source), *_files(model_place(source))}))
-    if isinstance(moments, Moments):
-        parts.append(moments.fingerprint())
-    elif moments is not None:
-        parts += map(_stamp, _files(Path(moments)))
+    if isinstance(calibration, Calibration):
+        parts.append(calibration.fingerprint())
+    elif calibration is not None:
+        parts += map(_stamp, _files(Path(calibration)))
     return fingerprint(parts)[:12]
 
 

@@ -1,8 +1,6 @@
 """Attentions of Transformers whose heads can be made narrower: positions are learned or relative, not rotary."""
 
-from hf_reparam.layers.heads import AttentionType, register_attention
-
-__all__ = ["register_all"]
+from hf_reparam.structures.heads.attention import AttentionType, register_attention
 
 _BERT = AttentionType(
     "self.query",
@@ -42,7 +40,6 @@ _CLASSES = {
 }
 
 
-def register_all() -> None:
-    """Register them by name; no modelling file is imported."""
-    for (family, name), entry in _CLASSES.items():
-        register_attention(f"transformers.models.{family}.modeling_{family}.{name}", entry)
+for (_family, _name), _entry in _CLASSES.items():
+    register_attention(f"transformers.models.{_family}.modeling_{_family}.{_name}", _entry)
+register_attention("hf_reparam.structures.multihead.SplitMultiheadAttention", _BART)

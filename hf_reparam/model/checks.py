@@ -1,9 +1,8 @@
 """What a model says of itself: which layers stay dense, whether it is quantized, how large it is."""
 
-import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +10,9 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.layers.attention import split_attention
-from hf_reparam.layers.targets import Targets, find_targets
 from hf_reparam.model.config import stock_config_class
 from hf_reparam.model.families import auto_classes
-from hf_reparam.model.host import embeddings_of, hosts, layer_name, saved_otherwise, unwrapped
-from hf_reparam.plan import RankPlan
+from hf_reparam.model.host import embeddings_of, hosts, saved_otherwise, unwrapped
 
 __all__ = [
     "check_convertible",
@@ -24,45 +20,14 @@ __all__ = [
     "check_unquantized",
     "check_unsharded",
     "count_parameters",
-    "find_layers",
-    "named_by",
     "optional_layers",
     "outside_inference_mode",
     "protected_layers",
-    "split_projections",
-    "with_projections",
 ]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _QUANTIZERS = ("torchao.", "bitsandbytes.", "torch.ao.nn.quantized.", "hqq.", "optimum.quanto.", "compressed_tensors.")
 _PACKED = ("weight", "qweight", "weight_packed", "W_q")  # buffers that hold quantized weights
 _PACKED_TYPES = (torch.int16, torch.int32)
-
-
-def find_layers(
-    model: nn.Module,
-    *,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] = (),
-    asked: Container[str] = (),
-) -> Targets:
-    """The layers that a conversion may factor; arguments and errors as `find_targets`.
-
-    Args:
-        model: any module.
-        include, exclude: patterns.
-        asked: names of layers that were asked for in another way than by `include`, which brings optional ones in.
-    """
-    optional = {name: reason for name, reason in optional_layers(model).items() if name not in asked}
-    return find_targets(model, include=include, exclude=exclude, protected=protected_layers(model), optional=optional)
-
-
-def named_by(model: nn.Module, rank: object, plan: RankPlan | None) -> Container[str]:
-    """Optional layers that a plan names, or a mapping of ranks, by their whole names."""
-    if plan is not None:
-        return {name for name in optional_layers(model) if layer_name(model, name) in plan.modules}
-    return rank if isinstance(rank, Mapping) else ()
 
 
 def optional_layers(model: nn.Module) -> dict[str, str]:
@@ -78,7 +43,7 @@ def optional_layers(model: nn.Module) -> dict[str, str]:
         owner = next((path for path in models if not path or f"{name}.".startswith(f"{path}.")), None)
         role = None if owner is None else "task head" if owner in with_head else _role(name, modules)
         if role is not None:
-            reasons[name] = f"{role}: stays dense unless include= names it"
+            reasons[name] = f"{role}: stays dense unless target_modules names it"
     return reasons
 
 
@@ -202,16 +167,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in known if not (p.is_meta and name in tied))
 
 
-def split_projections(model: object) -> AbstractContextManager[None]:
-    """The projections of every `nn.MultiheadAttention` as layers, while the block lasts; see `split_attention`.
-
-    Not in a Transformers model, whose class would build another skeleton when it is loaded.
-    """
-    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
-        return nullcontext()
-    return split_attention(model, {part for host in hosts(model).values() for part in host.modules()})
-
-
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """Tensors of the block can be trained, also where it runs inside `torch.inference_mode()`."""
@@ -220,17 +175,3 @@ def outside_inference_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def with_projections(function: F) -> F:
-    """A function of a model, its first argument, that sees the projections of attentions as layers.
-
-    It makes tensors that can be trained, also where it is called inside `torch.inference_mode()`.
-    """
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with outside_inference_mode(), split_projections(args[0] if args else kwargs.get("model")):
-            return function(*args, **kwargs)
-
-    return cast(F, wrapped)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.layers.dense import dense_like, shape_of
+from hf_reparam.structures.structure import Replacement
 
 __all__ = [
     "Attention",
@@ -20,7 +21,6 @@ __all__ = [
     "attention_types",
     "find_attentions",
     "register_attention",
-    "stock_shapes",
 ]
 
 INNER = ("query", "key", "value")
@@ -95,6 +95,8 @@ class FusedProjections(nn.Module):
     torch.Size([5, 12])
     """
 
+    of_one_layer = True  # patterns that mean the fused layer mean its parts
+
     def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module) -> None:
         super().__init__()
         self.query, self.key, self.value = query, key, value
@@ -138,9 +140,9 @@ class Attention:
         """Whether it differs from the stock attention, in the width of its heads or by a fused layer that is split."""
         return self.width < self.stock_width or self.split
 
-    def path(self, role: str, *, split: bool) -> str:
-        """Where the layer of a role is in the model; with `split`, of one of the three in a fused layer's place."""
-        path = f"{self.name}.{getattr(self.kind, role)}".lstrip(".")
+    def within(self, role: str, *, split: bool) -> str:
+        """Where the layer of a role is in the attention; with `split`, of one of the three in a fused layer's place."""
+        path: str = getattr(self.kind, role)
         return f"{path}.{role}" if split and self.kind.fused and role != "output" else path
 
     def layer(self, role: str) -> nn.Module:
@@ -153,36 +155,28 @@ class Attention:
         n_in, n_out = shape_of(self.layer(role))
         return (self.heads * width, n_out) if role == "output" else (n_in, self.heads * width)
 
-    def narrow(self, layers: Mapping[str, nn.Module], width: int) -> None:
-        """Put layers of `shape(role, width)` in place by their roles, and set the width. Changes the module."""
-        if self.kind.fused:
-            self._put(self.kind.query, FusedProjections(*(layers[role] for role in INNER)))
-        else:
-            for role in INNER:
-                self._put(getattr(self.kind, role), layers[role])
-        self._put(self.kind.output, layers["output"])
-        self.set_width(width)
-
     def empty(self, width: int) -> dict[str, nn.Module]:
         """Role -> dense layer of `shape(role, width)`, without numbers."""
         return {role: dense_like(self.layer(role), self.shape(role, width)) for role in ROLES}
 
-    def restore(self, layers: Mapping[str, nn.Module], width: int) -> None:
-        """Put layers back: as `narrow`, but one that is given for three roles is fused."""
-        for role in ROLES:
-            self._put(getattr(self.kind, role), layers[role])
-        self.set_width(width)
+    def narrower(self, layers: Mapping[str, nn.Module], width: int) -> Replacement:
+        """These layers of `shape(role, width)` in the place of its own, by their roles; the heads are as wide then."""
+        old = {role: self.module.get_submodule(getattr(self.kind, role)) for role in ROLES}
+        modules = {old[role]: layers[role] for role in ROLES}
+        if self.kind.fused:
+            fused = FusedProjections(*(layers[role] for role in INNER))
+            modules = {old["query"]: fused, old["output"]: layers["output"]}
+        return Replacement(modules, self._attributes(width))
 
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        self.module.get_submodule(parent)._modules[name] = module
+    def stock(self, layers: Mapping[str, nn.Module]) -> Replacement:
+        """Layers of stock width in the place of its own, by their roles; "query" is all three of a fused one."""
+        old = {role: self.module.get_submodule(getattr(self.kind, role)) for role in layers}
+        return Replacement({old[role]: layer for role, layer in layers.items()}, self._attributes(self.stock_width))
 
-    def set_width(self, width: int) -> None:
-        """Tell the module how wide its heads are."""
+    def _attributes(self, width: int) -> list[tuple[nn.Module, str, Any]]:
         holder = self.module.get_submodule(self.kind.holder)
-        setattr(holder, self.kind.width, width)
-        if self.kind.split:
-            setattr(holder, self.kind.split, self.heads * width)
+        split = [(holder, self.kind.split, self.heads * width)] if self.kind.split else []
+        return [(holder, self.kind.width, width), *split]
 
 
 def find_attentions(model: nn.Module) -> list[Attention]:
@@ -208,9 +202,3 @@ def _attention(names: tuple[str, ...], module: nn.Module) -> Attention | None:
     except (AttributeError, ZeroDivisionError):  # another version's class of that name
         return None
     return found if inner == heads * width and outs == {3 * inner if fused else inner} else None
-
-
-def stock_shapes(model: nn.Module) -> dict[nn.Module, tuple[int, int]]:
-    """Layer -> (in, out) with the stock width of heads, for the layers of narrowed attentions."""
-    narrowed = [attention for attention in find_attentions(model) if attention.narrowed]
-    return {a.layer(role): a.shape(role, a.stock_width) for a in narrowed for role in ROLES}

@@ -1,0 +1,162 @@
+"""The long work of a conversion, and of the way back: every part made, stored and put in place in a working copy."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import nn
+
+from hf_reparam.layers.copies import WorkingCopy
+from hf_reparam.layers.factored import Factored
+from hf_reparam.layers.offload import aligned, build_layers, execution_device
+from hf_reparam.layers.surgery import replace_modules
+from hf_reparam.linalg import LayerMoments, fingerprint
+from hf_reparam.model.sites import Found
+from hf_reparam.plan import Entry
+from hf_reparam.structures import Structure
+from hf_reparam.structures.multihead import SplitMultiheadAttention, changed
+from hf_reparam.structures.source import Source
+from hf_reparam.structures.structure import Built, Replacement
+
+__all__ = ["Made", "build", "changes", "install"]
+
+
+@dataclass
+class Made:
+    """What was made.
+
+    Args:
+        errors: name in a plan -> relative error; None for what was of low rank before.
+        metrics: name in a plan -> metric, where it is known.
+        modules: all new modules.
+        attributes: (module of the working copy, name, value) that were set beside.
+        stored: paths of the sites whose modules are in a folder.
+        retie: whether Transformers models have to tie their parameters anew.
+    """
+
+    errors: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
+    modules: list[nn.Module] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+    stored: list[str] = field(default_factory=list)
+    retie: bool = False
+
+
+def build(
+    work: WorkingCopy,
+    structure: Structure,
+    parts: Mapping[str, tuple[Found, Entry | None]],
+    source: Source,
+    made: Made,
+    folder: Path | None,
+    *,
+    desc: str,
+) -> Source:
+    """Make all parts of one structure and put them in place in the working copy.
+
+    Args:
+        work: the working copy; it is changed.
+        structure: the structure.
+        parts: name in a plan -> site and entry; None for dense again.
+        source: metric and moments.
+        made: to be added to.
+        folder: where new modules go instead of into memory; those that it holds already are taken from there.
+        desc: what the progress bar says.
+
+    Returns:
+        The source with the moments that new dense layers have.
+
+    Raises:
+        WeightError: a weight or its moments are not finite or not there.
+        CheckpointError: as `build_layers`.
+    """
+    results: dict[str, Built] = {}
+    shapes: dict[str, Replacement] = {}
+
+    def make(name: str) -> tuple[nn.ModuleList, float | None]:
+        found, entry = parts[name]
+        results[name] = built = structure.build(name, found.site, entry, source)
+        shapes[name] = built.replacement
+        return nn.ModuleList(built.replacement.modules.values()), built.error
+
+    def empty(name: str) -> nn.ModuleList:
+        found, entry = parts[name]
+        shapes[name] = structure.skeleton(found.site, entry)
+        return nn.ModuleList(shapes[name].modules.values())
+
+    def made_of(name: str) -> str:
+        return _made_of(name, *parts[name], source)
+
+    devices = {name: execution_device(found.site.module) for name, (found, _) in parts.items()}
+    costs = {name: source.effort(found.site) for name, (found, _) in parts.items()}
+    place = None if folder is None or structure.stays_in_memory else folder / structure.forms[0]
+    layers = build_layers(costs, make, empty, devices, place, made_of=made_of, desc=desc)
+    moments: dict[str, Callable[[], LayerMoments]] = {}
+    gone: frozenset[str] = frozenset()
+    origins: dict[str, str] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, (modules, error) in layers.items():
+        found, entry = parts[name]
+        if structure.changes_moments and entry is not None and source.calibration is not None:
+            built = results.get(name) or structure.build(name, found.site, entry, source)
+            moments |= built.moments
+            gone |= built.gone
+            origins |= dict.fromkeys(built.moments, made_of(name)) if place is not None else {}
+        shape = shapes.get(name) or structure.skeleton(found.site, entry)
+        replaced |= dict(zip(shape.modules, modules, strict=True))
+        made.attributes += shape.attributes
+        made.retie |= shape.retie
+        made.modules += list(modules)
+        made.stored += found.site.names[:1] if place is not None else ()
+        _note(found, entry, list(modules), error, source, made)
+    results.clear()
+    Replacement(replaced, made.attributes).install(work.model)
+    return source.with_layers(moments, gone, origins)
+
+
+def _note(
+    found: Found, entry: Entry | None, modules: list[nn.Module], error: float | None, source: Source, made: Made
+) -> None:
+    """Remember how a part was made."""
+    metric = source.metric_of(found.name) if found.site.weights else source.metric
+    for module in modules:
+        if isinstance(module, Factored):
+            module.error, module.metric = error, metric
+            module.from_rank = None if found.site.entry is None else found.site.entry.rank
+    if entry is not None:
+        made.errors[found.name] = error
+        made.metrics[found.name] = metric
+
+
+def _made_of(name: str, found: Found, entry: Entry | None, source: Source) -> str:
+    """A fingerprint of all that a part comes from: its weights, its moments, metric, solver, entry, version."""
+    module = found.site.module
+    with aligned(module):
+        weights = fingerprint(repr(module), getattr(module, "dense_type", None), module.state_dict())
+    how = [source.metric, source.solver, found.site.entry, entry, version("hf-reparam")]
+    return fingerprint(weights, source.made_of(name), *how)
+
+
+def changes(work: WorkingCopy) -> dict[nn.Module, nn.Module]:
+    """Module of the original -> what is in its place in the working copy."""
+    found: dict[nn.Module, nn.Module] = {}
+    for copy, original in work.originals.items():
+        for name, child in copy._modules.items():
+            old = original._modules.get(name)
+            if child is None or old is None:
+                continue
+            same = work.originals.get(child) is old
+            if not same or (isinstance(child, SplitMultiheadAttention) and changed(child)):
+                found[old] = child
+    return found
+
+
+def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:
+    """Make the original what its working copy has become."""
+    replaced = changes(work)
+    replace_modules(model, replaced)
+    for module, name, value in made.attributes:
+        original = work.originals.get(module)
+        if original is not None and not isinstance(module, SplitMultiheadAttention):
+            setattr(original, name, value)

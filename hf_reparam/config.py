@@ -1,0 +1,182 @@
+"""The configuration: what is asked of a conversion. Frozen, valid in itself, JSON in and out."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hf_reparam.errors import RankError, TargetError
+from hf_reparam.patterns import as_patterns
+
+__all__ = ["ALLOCATIONS", "FORMS", "METRICS", "SOLVERS", "LowRankConfig", "Rank"]
+
+Rank = int | float | Mapping[str, int | float]
+"""An int (the rank), a float in (0, 1] (fraction of min(in, out)), or a mapping of name patterns to either."""
+
+FORMS = ("pair", "pivoted")
+METRICS = ("svd", "activation", "fisher")
+ALLOCATIONS = ("global", "uniform")
+SOLVERS = ("exact", "randomized")
+
+_CHOICES = {"form": FORMS, "metric": METRICS, "allocation": ALLOCATIONS, "solver": SOLVERS}
+_OF_BUDGETS = {"allocation": None, "multiple_of": 1, "min_rank": 8, "embeddings": False, "heads": False}
+"""Options that say how a budget is spent, with their defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """What is asked of a conversion.
+
+    Give one size; none for `search_plan`, which finds it.
+
+    Args:
+        rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
+            which the first match decides and layers that none matches stay dense.
+        keep: in (0, 1], share of the *targeted* layers' weights, biases not counted, that together they may hold; ranks
+            are chosen. At 1.0 nothing is factored.
+        target_params: parameters that the *whole* model may have, everything counted: an int, or a float in (0, 1] for
+            that share of what it has.
+        target_modules: patterns of layers to convert: the end of a name ("query"), a glob over the whole name
+            ("*.layer.0.*"), or `re:` and a regular expression over it. None for all, except what stays dense by default
+            in Transformers models: task heads, poolers and the routers of experts.
+        exclude_modules: patterns of layers to leave alone; wins over `target_modules`.
+        metric: "svd", "activation" or "fisher"; the richest that the calibration serves by default.
+        allocation: "global" (default in the fisher metric): the predicted increase of the loss is least, with staying
+            dense as one of the choices. "uniform" (default otherwise): every layer gets the same share.
+        form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
+        multiple_of: ranks that a budget gives are multiples of this; 8 suits tensor cores.
+        min_rank: no lower rank is chosen for a budget; layers that would not become smaller at it stay dense.
+        solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.decompose`.
+        embeddings: also choose ranks for the input embeddings, with a head that is tied to them, and an untied head.
+        heads: also let heads of attentions become narrower where that is predicted to cost less; in the fisher metric
+            with global allocation.
+        allow_larger: with `rank`, also convert layers whose product would hold no fewer numbers than the layer.
+
+    Raises:
+        RankError: a size, `multiple_of` or `min_rank` is out of range, or several sizes are given.
+        TargetError: an unknown metric, allocation, form or solver, a malformed pattern, or options that mean nothing
+            together.
+
+    >>> LowRankConfig(keep=0.6, target_modules="query").to_dict()
+    {'keep': 0.6, 'target_modules': ['query']}
+    """
+
+    rank: Rank | None = None
+    keep: float | None = None
+    target_params: int | float | None = None
+    target_modules: str | Iterable[str] | None = None
+    exclude_modules: str | Iterable[str] = ()
+    metric: str | None = None
+    allocation: str | None = None
+    form: str | None = None
+    multiple_of: int = 1
+    min_rank: int = 8
+    solver: str = "exact"
+    embeddings: bool = False
+    heads: bool = False
+    allow_larger: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", as_patterns(self.target_modules, "target_modules"))
+        object.__setattr__(self, "exclude_modules", as_patterns(self.exclude_modules, "exclude_modules") or ())
+        if isinstance(self.rank, Mapping):
+            object.__setattr__(self, "rank", dict(self.rank))
+        _check_sizes(self)
+        for option, allowed in _CHOICES.items():
+            value = getattr(self, option)
+            if value not in allowed and not (value is None and option != "solver"):
+                raise TargetError(f"{option} must be one of {list(allowed)}, got {value!r}")
+        for option in ("multiple_of", "min_rank"):
+            value = getattr(self, option)
+            if not _is_int(value) or value < 1:
+                raise RankError(f"{option} must be an int of at least 1, got {value!r}")
+        for option in ("embeddings", "heads", "allow_larger"):
+            if not isinstance(getattr(self, option), bool):
+                raise TargetError(f"{option} must be True or False, got {getattr(self, option)!r}")
+        _check_together(self)
+
+    @property
+    def sized(self) -> bool:
+        """Whether it has a size."""
+        return not (self.rank is None and self.keep is None and self.target_params is None)
+
+    @property
+    def stored_form(self) -> str:
+        """The form of dense layers, where none was asked for that of the size."""
+        return self.form or ("pair" if self.rank is not None else "pivoted")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the options that are not as they are by default."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LowRankConfig":
+        """Read the JSON form; TargetError for an unknown option."""
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise TargetError(f"unknown options {unknown[:3]}; known are {[f.name for f in fields(cls)]}")
+        return cls(**data)
+
+    @classmethod
+    def asked(cls, config: "LowRankConfig | None", **sizes: Any) -> "LowRankConfig":
+        """A configuration, or one of a size alone; TargetError for both, or for neither."""
+        given = {key: value for key, value in sizes.items() if value is not None}
+        if config is not None and not isinstance(config, cls):
+            raise TargetError(f"give a LowRankConfig or a RankPlan, got {type(config).__name__}")
+        if (config is not None and config.sized) + len(given) != 1:
+            raise TargetError("give exactly one size: rank, keep, target_params, a plan or a LowRankConfig with one")
+        return cls(**({} if config is None else config.to_dict()) | given)
+
+
+def _check_sizes(config: LowRankConfig) -> None:
+    sizes = [config.rank, config.keep, config.target_params]
+    if sum(size is not None for size in sizes) > 1:
+        raise RankError("give one of rank, keep and target_params")
+    if isinstance(config.rank, Mapping):
+        as_patterns(config.rank, "rank")
+        if not config.rank:
+            raise RankError("rank is an empty mapping; give at least one pattern, such as {'query': 32}")
+        for pattern, value in config.rank.items():
+            _check_rank(value, f"rank[{pattern!r}]")
+    elif config.rank is not None:
+        _check_rank(config.rank, "rank")
+    keep, target = config.keep, config.target_params
+    if keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+        raise RankError(f"keep must be in (0, 1], the share of the targeted layers' weights, got {keep!r}")
+    if target is not None and not (_is_int(target) or (_is_number(target) and 0 < target <= 1)):
+        raise RankError(
+            "target_params must be an int, the parameters of the whole model, or a float in (0, 1] for that share of "
+            f"them, got {target!r}"
+        )
+
+
+def _check_rank(value: object, where: str) -> None:
+    whole = _is_int(value) and value >= 1  # type: ignore[operator]
+    if not whole and not (isinstance(value, float) and math.isfinite(value) and 0 < value <= 1):
+        raise RankError(
+            f"{where} must be an int of at least 1, or a float in (0, 1] for that fraction of min(in, out), got "
+            f"{value!r}"
+        )
+
+
+def _check_together(config: LowRankConfig) -> None:
+    """Refuse options that the others leave without a meaning."""
+    if config.rank is not None:
+        idle = [option for option, default in _OF_BUDGETS.items() if getattr(config, option) != default]
+        if idle:
+            raise TargetError(f"{idle[0]} says how a budget is spent, and rank gives none: use keep or target_params")
+    elif config.allow_larger:
+        raise TargetError("allow_larger goes with rank: a budget never makes a layer larger")
+    if config.heads and (config.metric in METRICS[:2] or config.allocation == "uniform"):
+        raise TargetError(
+            "heads=True compares what heads and layers lose: it needs the fisher metric and global allocation"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,120 @@
+"""A working copy of a model: other modules over the same memory, to be looked at and changed."""
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from hf_reparam.errors import WeightError
+
+__all__ = ["WorkingCopy", "frozen_copy", "working_copy"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_PLAIN = (str, bytes, int, float, bool, complex, type(None), Tensor, type, types.FunctionType, types.BuiltinMethodType)
+
+
+class WorkingCopy:
+    """A model whose modules are new and whose parameters and buffers are those of the original.
+
+    Whatever is replaced or set in it leaves the original as it is. What its modules hold beside other modules
+    (configurations, hooks, tokenizers) is shared.
+
+    Args:
+        model: the original.
+
+    Attributes:
+        model: the copy.
+        originals: module of the copy -> module of the original.
+
+    Cost: about 1 MB and a tenth of a second for a BERT; no number is copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        copies = {module: _shell(module) for module in model.modules()}
+        self.originals = {made: module for module, made in copies.items()}
+        known: dict[int, Any] = {id(module): made for module, made in copies.items()}
+        for module, made in copies.items():
+            vars(made).update({key: _pointed(value, known) for key, value in vars(module).items()})
+        self.model: Any = copies[model]
+
+    def clear(self) -> None:
+        """Forget the model and its original, so that what was replaced is freed."""
+        self.originals.clear()
+        self.model = None
+
+
+def working_copy(model: M) -> M:
+    """The model of a `WorkingCopy`."""
+    return WorkingCopy(model).model
+
+
+def frozen_copy(model: M) -> M:
+    """A working copy in evaluation mode, of which no parameter takes a gradient.
+
+    Raises:
+        WeightError: the weights were made inside `torch.inference_mode()`, which knows no gradients.
+    """
+    made: Any = working_copy(model)
+    views: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in made.named_parameters():
+        if parameter.is_inference():
+            raise WeightError(
+                f"{name} was made inside torch.inference_mode(), which knows no gradients: build or load the model "
+                "not inside torch.inference_mode()"
+            )
+        views[parameter] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for module in made.modules():
+        module.training = False
+        for key, parameter in module._parameters.items():
+            module._parameters[key] = None if parameter is None else views[parameter]
+    return made
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    made: nn.Module = type(module).__new__(type(module))
+    return made
+
+
+def _pointed(value: Any, known: dict[int, Any]) -> Any:
+    """A value in which modules are the copies; shared where it holds none."""
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, _PLAIN):
+        return value
+    if type(value) in (dict, list, tuple, set) or isinstance(value, dict):
+        return _container(value, known)
+    if isinstance(value, functools.partial):
+        made: Any = functools.partial(value.func, *(_pointed(v, known) for v in value.args), **value.keywords)
+        vars(made).update(vars(value))
+        return made
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, _pointed(value.__self__, known))
+    held = getattr(value, "__dict__", None)
+    if isinstance(held, dict) and any(id(v) in known for v in held.values()):
+        return _holder(value, held, known)
+    return value
+
+
+def _container(value: Any, known: dict[int, Any]) -> Any:
+    if isinstance(value, dict):
+        items = {key: _pointed(v, known) for key, v in value.items()}
+        if type(value) is dict:
+            return items
+        made = value.copy()  # an OrderedDict, a defaultdict
+        made.update(items)
+        return made
+    return type(value)(_pointed(v, known) for v in value)
+
+
+def _holder(value: Any, held: Mapping[str, Any], known: dict[int, Any]) -> Any:
+    """An object that holds modules, as another that holds the copies; shared where that cannot be made."""
+    try:
+        made = object.__new__(type(value))
+    except TypeError:
+        return value
+    known[id(value)] = made
+    vars(made).update({key: _pointed(v, known) for key, v in held.items()})
+    return made

@@ -1,0 +1,236 @@
+"""The sites of a model under their names in a plan: which of them a configuration means, and which a plan."""
+
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from transformers import PreTrainedModel
+
+from hf_reparam.config import LowRankConfig
+from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
+from hf_reparam.layers.dense import not_whole
+from hf_reparam.layers.factored import Factored
+from hf_reparam.model.checks import optional_layers, protected_layers
+from hf_reparam.model.config import ReparamConfigMixin, plan_of
+from hf_reparam.model.host import layer_name
+from hf_reparam.model.naming import find_paths, loading, local_names, shapes_may_differ
+from hf_reparam.patterns import check_used, first_match
+from hf_reparam.plan import Entry, RankPlan
+from hf_reparam.report import BARE, SkippedReport
+from hf_reparam.structures import STRUCTURES, Structure
+from hf_reparam.structures.structure import Site
+
+__all__ = ["Found", "Selection", "check_forms", "entries_of", "fit", "live_sites", "no_site", "note_plan", "select"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site with its structure and its name in a plan."""
+
+    name: str
+    structure: Structure
+    site: Site
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What may be held in fewer numbers, and every other weight of two or more dimensions, with the reason."""
+
+    selected: tuple[Found, ...]
+    skipped: tuple[SkippedReport, ...]
+
+
+def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) -> Selection:
+    """The sites that a configuration means.
+
+    Args:
+        model: as `opened` shows it.
+        config: patterns, and which structures.
+        asked: paths of layers that were asked for otherwise than by patterns, which brings optional ones in.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+        WeightError: a layer's weights are in parts, partitioned or sharded among processes.
+    """
+    active = [s for s in STRUCTURES if s.option is None or getattr(config, s.option)]
+    found = [(structure, site) for structure in active for site in structure.sites(model)]
+    names = [name for _, site in found for name in (*site.names, *site.aliases)]
+    wanted: tuple[str, ...] | None = config.target_modules  # type: ignore[assignment]
+    unwanted: tuple[str, ...] = config.exclude_modules  # type: ignore[assignment]
+    check_used(wanted or (), names, "target_modules")
+    check_used(unwanted, names, "exclude_modules")
+    reason = _Reasons(model, wanted, unwanted, asked)
+    selected, skipped = [], []
+    for structure, site in found:
+        why = reason.of(structure, site)
+        if why is not None:
+            skipped.append(SkippedReport(site.name, site.kind, site.weights + site.others, why))
+            continue
+        if (parts := not_whole(site.module)) is not None:
+            raise WeightError(f"{site.name}: {parts}")
+        selected.append(Found(layer_name(model, site.name), structure, site))
+    taken = {name for item in selected for name in item.site.names}
+    others = _other_weights(model, [site.module for _, site in found])
+    left = [row for row in (*skipped, *others) if row.name not in taken and row.parameters]
+    order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    left.sort(key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], 0)))
+    return Selection(tuple(selected), tuple(left))
+
+
+class _Reasons:
+    """Why sites stay dense."""
+
+    def __init__(
+        self, model: nn.Module, wanted: tuple[str, ...] | None, unwanted: tuple[str, ...], asked: Container[str]
+    ) -> None:
+        self.wanted, self.unwanted = wanted, unwanted
+        self.literal = frozenset(wanted or ())  # long lists of names are common, and slow as patterns
+        self.protected = protected_layers(model)
+        self.optional = {name: why for name, why in optional_layers(model).items() if name not in asked}
+
+    def of(self, structure: Structure, site: Site) -> str | None:
+        names = (*site.names, *site.aliases)
+        if structure.option is None:
+            reason = next((self.protected[name] for name in site.names if name in self.protected), None)
+            if reason is not None:
+                return reason
+        if site.reason is not None:
+            return site.reason
+        if (pattern := first_match(self.unwanted, names)) is not None:
+            return f"excluded by {pattern!r}"
+        if structure.option is not None:  # the option asks for it
+            return None
+        if self.wanted is not None:
+            named = not self.literal.isdisjoint(names) or first_match(self.wanted, names) is not None
+            return None if named else "not in target_modules"
+        if site.entry is None and all(name in self.optional for name in site.names):
+            return self.optional[site.name]
+        return None
+
+
+def no_site(selection: Selection) -> TargetError:
+    """The error for a model in which nothing can be factored, with the two commonest reasons."""
+    reasons = Counter(item.reason for item in selection.skipped).most_common(2)
+    why = "; ".join(f"{reason} ({count} weights)" for reason, count in reasons)
+    return TargetError(f"the model has no dense layer that can be factored{': ' if why else ''}{why}")
+
+
+def _other_weights(model: nn.Module, held: Iterable[nn.Module]) -> Iterator[SkippedReport]:
+    """Weights of two or more dimensions in modules that are no sites."""
+    known = set(held)
+    inside = {part for module in model.modules() if isinstance(module, Factored) for part in module.modules()}
+    for name, module in model.named_modules():
+        if module in known or module in inside:
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not is_lazy(parameter) and parameter.dim() >= 2:
+                kind = type(module).__name__
+                whole = key == "weight"
+                reason = f"{kind} is no dense layer" if whole else f"{BARE} of {kind}, no module of its own"
+                yield SkippedReport(name if whole else f"{name}.{key}".lstrip("."), kind, parameter.numel(), reason)
+
+
+def check_forms(plan: RankPlan) -> None:
+    """Raise PlanError for an entry of a form that this version does not know."""
+    known = [form for structure in STRUCTURES for form in structure.forms]
+    for name, entry in plan.modules.items():
+        if entry.form not in known:
+            raise PlanError(
+                f"{name}: the plan holds it as {entry.form!r}, and this hf_reparam knows {known}: install the "
+                "hf_reparam that wrote it (pip install -U hf-reparam)"
+            )
+
+
+def fit(plan: RankPlan, model: nn.Module, structure: Structure, *, strict: bool) -> dict[str, tuple[Found, Entry]]:
+    """Name in a plan -> site and entry, for all that a plan says of one structure and that is not so already.
+
+    Args:
+        plan: the plan.
+        model: a model whose sites of earlier structures are as the plan says.
+        strict: names that lead nowhere are errors; otherwise, and while a model is loaded, only such that lead to
+            what cannot be held so. A name whose first component the base model does not have is one of another head.
+
+    Raises:
+        PlanError: a name leads nowhere, or to what cannot be held so, or its rank does not fit.
+    """
+    entries = plan.of(structure.forms)
+    if not entries:
+        return {}
+    sites = {path: site for site in structure.sites(model) for path in site.names}
+    paths = _paths(model, entries, sites)
+    protected = protected_layers(model) if structure.option is None else {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[Found, Entry]] = {}
+    for name, entry in entries.items():
+        path = paths.get(name)
+        if path is None:
+            _check_absent(name, model, strict)
+            continue
+        site = sites.get(path)
+        if site is None:
+            kind = type(modules[path]).__name__
+            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is a {kind}, no dense layer")
+        reason = protected.get(path) or site.reason
+        if reason is not None:
+            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it stays dense: {reason}")
+        if site.entry != entry and _fits(name, structure, site, entry):
+            found[name] = (Found(name, structure, site), entry)
+    return found
+
+
+def _paths(model: nn.Module, entries: Mapping[str, Entry], sites: Mapping[str, Site]) -> dict[str, str]:
+    if isinstance(model, PreTrainedModel):
+        return find_paths(model, entries)
+    named = {layer_name(model, path): path for path in (*dict(model.named_modules(remove_duplicate=False)), *sites)}
+    return {name: named[name] for name in entries if name in named}
+
+
+def _check_absent(name: str, model: nn.Module, strict: bool) -> None:
+    if isinstance(model, PreTrainedModel):
+        known = {child for child, _ in model.base_model.named_children()}
+        strict = strict and not loading() and name.partition(".")[0] in known
+    if strict:
+        raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
+
+
+def _fits(name: str, structure: Structure, site: Site, entry: Entry) -> bool:
+    """Whether a site can have an entry; False for a new layer of another shape than the plan was made for.
+
+    Raises:
+        PlanError: its rank is too high, or it has another entry already, which a higher rank cannot be won back from.
+    """
+    try:
+        structure.cost(site, entry)
+    except RankError as error:
+        if shapes_may_differ():
+            return False
+        raise PlanError(
+            f"{name}: the plan gives it {error}. If another size is meant, as for a new head, "
+            "ignore_mismatched_sizes=True makes a new, dense layer"
+        ) from None
+    if site.entry is not None and entry.rank > site.entry.rank:
+        raise PlanError(f"{name}: the plan gives it rank {entry.rank}, above the {site.entry.rank} it has already")
+    return True
+
+
+def live_sites(model: nn.Module) -> list[Site]:
+    """What a live model holds in fewer numbers."""
+    return [site for structure in STRUCTURES for site in structure.sites(model) if site.entry is not None]
+
+
+def entries_of(model: nn.Module) -> dict[str, Entry]:
+    """Name in a plan -> entry, of all that a live model holds in fewer numbers."""
+    return {layer_name(model, site.name): site.entry for site in live_sites(model) if site.entry is not None}
+
+
+def note_plan(model: PreTrainedModel) -> None:
+    """Let a model's configuration say what the model has, under the names that it has there."""
+    if not isinstance(model.config, ReparamConfigMixin):
+        return
+    plan = replace(plan_of(model.config), modules=entries_of(model))
+    if plan.record is not None and plan.record.errors:
+        errors = local_names(model, plan.record.errors)
+        plan = replace(plan, record=replace(plan.record, errors=errors))
+    model.config.reparam = plan.to_dict()

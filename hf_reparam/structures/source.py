@@ -1,0 +1,136 @@
+"""Where factors come from: a metric, and what calibration knows of the layers of one model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from hf_reparam.config import METRICS, SOLVERS
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.linalg import (
+    Calibration,
+    Decomposition,
+    LayerMoments,
+    Metric,
+    TableMoments,
+    decompose,
+    fingerprint,
+    spectrum,
+    working_device,
+)
+
+__all__ = ["Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The metric of a conversion, and the moments that it is made of.
+
+    Args:
+        metric: "svd", "activation" or "fisher".
+        calibration: what the metric is made of; None for "svd".
+        solver: "exact" or "randomized".
+        kept: name in a plan -> decomposition at full rank; None to keep none.
+        origins: name in a plan -> fingerprint of what its weight and moments were computed from, where they were.
+    """
+
+    metric: str
+    calibration: Calibration | None = None
+    solver: str = "exact"
+    kept: dict[str, Decomposition] | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, calibration: Calibration | None, metric: str | None, solver: str = "exact") -> "Source":
+        """The metric that was asked for, or the richest that the calibration serves.
+
+        Raises:
+            TargetError: unknown metric or solver, or one that needs calibration data.
+            WeightError: the metric needs gradients that are not there.
+        """
+        metric = metric or (calibration.metric if calibration is not None else "svd")
+        if metric not in METRICS or solver not in SOLVERS:
+            raise TargetError(f"metric is one of {METRICS} and solver of {SOLVERS}; got {metric!r}, {solver!r}")
+        if metric != "svd" and calibration is None:
+            raise TargetError(f"the metric {metric!r} needs calibration data: give calibration=")
+        if metric == "fisher" and calibration is not None and calibration.metric != "fisher":
+            raise WeightError("the fisher metric needs gradients: calibrate with metric='fisher'")
+        return cls(metric, calibration, solver)
+
+    def moments(self, name: str) -> LayerMoments | None:
+        """What the metric knows of a layer; None if nothing."""
+        layer = self.calibration.layers.get(name) if self.calibration is not None and self.metric != "svd" else None
+        return layer if layer is not None and layer.tokens else None
+
+    def table_moments(self, name: str) -> TableMoments | None:
+        """What it knows of a table; None without gradients."""
+        known = self.calibration is not None and self.metric == "fisher"
+        return self.calibration.tables.get(name) if self.calibration is not None and known else None
+
+    def metric_of(self, name: str) -> str:
+        """The metric of a layer: "svd" if it saw no data, "activation" if no gradient came back to it."""
+        if self.table_moments(name) is not None:
+            return "fisher"
+        moments = self.moments(name)
+        return "svd" if moments is None else self.metric if moments.has_gradient() else "activation"
+
+    def coordinates(self, name: str, weight: Tensor, *, centred: bool) -> Metric:
+        """The coordinates in which a weight is decomposed, on its working device; centred where there is a bias."""
+        moments = self.moments(name)
+        if moments is None:
+            return Metric()
+        return moments.metric(self.metric_of(name), centred=centred, device=working_device(weight))
+
+    def decomposition(self, name: str, weight: Tensor, *, centred: bool, max_rank: int) -> Decomposition:
+        """The decomposition of a weight (out, in), up to `max_rank` or further.
+
+        Raises:
+            WeightError: the weight or its moments are not finite, or it has no data.
+        """
+        if self.kept is not None and name in self.kept:
+            return self.kept[name]
+        most = None if self.kept is not None else max_rank
+        metric = self.coordinates(name, weight, centred=centred)
+        made = decompose(weight, max_rank=most, metric=metric, solver=self.solver)
+        if self.kept is not None:
+            self.kept[name] = made
+        return made
+
+    def losses(self, name: str, weight: Callable[[], Tensor], *, centred: bool) -> Tensor | None:
+        """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending; one unit for all layers.
+
+        None for a layer without a gradient in the fisher metric: it has no such unit.
+        """
+        moments = self.moments(name)
+        if self.metric == "fisher" and not (moments is not None and moments.has_gradient()):
+            return None
+        matrix, spectra = weight(), {} if self.calibration is None else self.calibration.spectra
+        key = (name, self.metric, fingerprint(matrix))
+        if key not in spectra:
+            kept = self.kept is not None and name in self.kept
+            values = None if not kept else self.kept[name].singular_values.square()  # type: ignore[index]
+            spectra[key] = (
+                spectrum(matrix, self.coordinates(name, matrix, centred=centred)) if values is None else values
+            ).cpu()
+        return spectra[key] * (1 if moments is None else moments.tokens)
+
+    def effort(self, site: Any) -> float:
+        """Relative cost of decomposing a site: products, the eigenproblem, and the roots of moments."""
+        n_in, n_out, rank = site.in_features, site.out_features, site.full_rank
+        roots = 0.0 if self.metric == "svd" else (n_in**3 + n_out**3) / 3
+        return float(site.parts * (rank**2 * (n_in + n_out + 10 * rank) + roots) + 1)
+
+    def made_of(self, name: str) -> dict[str, str]:
+        """Fingerprints of the moments that the metric has of a site and within it, or of what they were made from."""
+        layers = {} if self.calibration is None or self.metric == "svd" else self.calibration.layers
+        names = [known for known in layers if known == name or known.startswith(f"{name}.")]
+        return {known: self.origins.get(known) or layers[known].fingerprint() for known in names}
+
+    def with_layers(
+        self, new: Mapping[str, Callable[[], LayerMoments]], gone: frozenset[str], origins: Mapping[str, str]
+    ) -> "Source":
+        """The same with moments of other layers in the place of those that are gone."""
+        if self.calibration is None or not (new or gone):
+            return self
+        return replace(self, calibration=self.calibration.with_layers(new, gone), origins={**self.origins, **origins})

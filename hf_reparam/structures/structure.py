@@ -1,0 +1,233 @@
+"""What a structure is: one way to hold a part of a model in fewer numbers.
+
+Conversion, loading, merging and reports are loops over `hf_reparam.structures.STRUCTURES` and know nothing but this
+interface. A structure says where it can stand (`sites`), what that costs (`cost`) and loses (`ways`), and gives the
+modules that take the place of others: by shape alone (`skeleton`), or with their numbers (`build`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_reparam.errors import WeightError
+from hf_reparam.layers.surgery import replace_modules
+from hf_reparam.linalg import LayerMoments, Options
+from hf_reparam.plan import Entry
+from hf_reparam.structures.source import Source
+
+__all__ = ["Built", "Choices", "Replacement", "Site", "Steps", "Structure", "Way", "choices_of", "named"]
+
+CAUTION = 1.5
+"""What narrower heads and tables lose counts for so much more: it meets the errors of other layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place in a model that a structure can hold in fewer numbers, or holds so already.
+
+    Args:
+        names: every module path at which it hangs; the first is its name.
+        module: what is there.
+        kind: class of what is there in the dense model.
+        in_features, out_features: of the dense weight.
+        weights: numbers of the dense weight; a budget counts these.
+        others: numbers that stay as they are, biases as a rule.
+        entry: how it is held now; None while it is dense.
+        reason: why it stays dense whatever is asked; None if it need not.
+        aliases: other names by which patterns may mean it.
+        parts: how many weights of this shape it has.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    kind: str
+    in_features: int
+    out_features: int
+    weights: int
+    others: int = 0
+    entry: Entry | None = None
+    reason: str | None = None
+    aliases: tuple[str, ...] = ()
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        """The path under which it is reported."""
+        return self.names[0]
+
+    @property
+    def full_rank(self) -> int:
+        """min(in, out)."""
+        return min(self.in_features, self.out_features)
+
+    def dense_numbers(self, entry: Entry | None) -> int:
+        """Numbers of the dense model that an entry stands for."""
+        return self.weights + self.others
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a site becomes.
+
+    Args:
+        modules: old module -> new one; a module that hangs in several places is replaced in all of them.
+        attributes: (module, name, value) of what is set beside, such as the width of heads.
+        retie: whether a Transformers model has to tie its parameters anew.
+    """
+
+    modules: Mapping[nn.Module, nn.Module]
+    attributes: Sequence[tuple[nn.Module, str, Any]] = ()
+    retie: bool = False
+
+    def install(self, model: nn.Module) -> None:
+        """Put it in place. Changes the model."""
+        replace_modules(model, self.modules)
+        for module, name, value in self.attributes:
+            setattr(module, name, value)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A replacement with its numbers.
+
+    Args:
+        replacement: the modules.
+        error: ||W - W'|| / ||W|| in the norm of the metric; None where it is not known.
+        metric: in which it was made; None where it is not known.
+        moments: name in a plan -> moments that new dense layers of it have, computed when they are asked for.
+        gone: names in a plan of layers that are no more.
+    """
+
+    replacement: Replacement
+    error: float | None = None
+    metric: str | None = None
+    moments: Mapping[str, Callable[[], LayerMoments]] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which ranks a site may get: multiples of a number, from the first that is not below the least.
+
+    Args:
+        form, multiple_of, min_rank: as in `LowRankConfig`.
+    """
+
+    form: str
+    multiple_of: int
+    min_rank: int
+
+    @property
+    def least(self) -> int:
+        """The first rank."""
+        return math.ceil(self.min_rank / self.multiple_of) * self.multiple_of
+
+    def up_to(self, most: int) -> range:
+        """The ranks up to this one."""
+        return range(self.least, most + 1, self.multiple_of)
+
+    def entry(self, rank: int, forms: Sequence[str]) -> Entry:
+        """The entry of a rank in a structure of these forms."""
+        return Entry(rank, self.form if self.form in forms else forms[0])
+
+
+Choices = tuple[list[Entry | None], Options]
+"""Entries of one site, None for dense, with what they cost and lose in the same order."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to build some sites together.
+
+    Args:
+        error: predicted loss of this way with all of them at full rank.
+        sites: name in a plan -> its choices.
+        entries: name in a plan -> entry, of what this way decides beside.
+    """
+
+    error: float
+    sites: Mapping[str, Choices]
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+
+
+class Structure(Protocol):
+    """One way to hold a part of a model in fewer numbers.
+
+    Attributes:
+        forms: what entries of a plan call it; the first is taken where a configuration says nothing.
+        option: the field of `LowRankConfig` that asks for it; None if it always applies.
+        changes_moments: whether what it builds are dense layers that other structures may take.
+        stays_in_memory: whether its modules share tensors, and so cannot wait in files.
+    """
+
+    @property
+    def forms(self) -> tuple[str, ...]: ...
+    @property
+    def option(self) -> str | None: ...
+    @property
+    def changes_moments(self) -> bool: ...
+    @property
+    def stays_in_memory(self) -> bool: ...
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Where it can stand or stands, and why not; reads shapes only, so it works on the meta device."""
+
+    def cost(self, site: Site, entry: Entry | None) -> int:
+        """Numbers that a site holds so, biases not counted; None for dense.
+
+        Raises:
+            RankError: it cannot have this rank.
+        """
+
+    def ways(self, sites: Mapping[str, Site], source: Source, steps: Steps, taken: Mapping[str, Choices]) -> Any:
+        """Name -> ways to build what belongs to it, the first as it is in the model; what has no loss is left out.
+
+        Args:
+            sites: name in a plan -> targeted site of this structure.
+            source: metric and moments.
+            steps: the ranks that may be chosen.
+            taken: name in a plan -> choices of the dense layers, which a way may offer otherwise.
+        """
+
+    def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
+        """Name -> empty sums over calibration data: LayerMoments, or TableMoments."""
+
+    def watch(self, name: str, site: Site, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
+        """Put hooks on what is there that add to the sums, with `Watcher.watch`; their handles."""
+
+    def skeleton(self, site: Site, entry: Entry | None) -> Replacement:
+        """What takes its place, by shape alone, on the device of what is there; dense again for None."""
+
+    def build(self, name: str, site: Site, entry: Entry | None, source: Source) -> Built:
+        """As `skeleton`, with its numbers: from the dense weight, or multiplied out for None.
+
+        Raises:
+            WeightError: a weight or its moments are not finite or not there; names the site.
+        """
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a site's name before a WeightError of the block."""
+    try:
+        yield
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}") from None
+
+
+def choices_of(entries: Sequence[Entry], losses: Tensor, costs: Sequence[int]) -> Choices:
+    """Entries and, last, dense, which loses nothing.
+
+    Args:
+        entries: by ascending rank.
+        losses: what dropping each direction loses, descending.
+        costs: of the entries, and of dense.
+    """
+    kept = losses.cumsum(0)[torch.tensor([entry.rank - 1 for entry in entries], dtype=torch.int64)]
+    errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
+    return [*entries, None], Options(errors, torch.tensor(costs, dtype=torch.float64))
