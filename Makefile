@@ -1,22 +1,29 @@
-# make demo: convert a real BERT and show what happened.  make test: everything that must hold.
+# make demo: convert a real BERT and show what happened.  make check: at every save.  make test: everything that must hold.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest conformance census audit format notebooks benchmarks clean
+.PHONY: demo check test test-oldest conformance census audit format notebooks benchmarks clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
+
+# About a minute and a half on two cores
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-oldest: .venv-oldest/test.stamp
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 # Transformers' own tests, dense beside low-rank: about ten minutes on two cores
 conformance: $(VENV)/test.stamp
