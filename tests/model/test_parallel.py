@@ -15,64 +15,79 @@ from torch.distributed.fsdp import fully_shard
 import hf_reparam
 from tests import zoo
 
-folder, mode = sys.argv[1:]
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 load = transformers.AutoModelForCausalLM.from_pretrained
-one, ids = load(folder), zoo.INPUTS["text"]()["input_ids"]
-if mode == "tensor":
-    from transformers.distributed import DistributedConfig
+ids = zoo.INPUTS["text"]()["input_ids"]
 
-    model, mine = load(folder, distributed_config=DistributedConfig(tp_size=2)), ids
-else:  # every process has its own half of the batch
-    model, mine = load(folder), ids[rank : rank + 1]
+def parts(folder, mode):
+    # the model in two processes, and what of the batch is this one's
+    if mode == "tensor":
+        from transformers.distributed import DistributedConfig
+
+        return load(folder, distributed_config=DistributedConfig(tp_size=2)), ids
+    model = load(folder)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     for layer in [*model.model.layers, model]:
         fully_shard(layer, mesh=mesh)
+    return model, ids[rank : rank + 1]
 
 def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, one)]
-for _ in range(3):
-    for m, batch, optimizer in ((model, mine, optimizers[0]), (one, ids, optimizers[1])):
-        m(batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
-for (name, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
-    torch.testing.assert_close(whole(p), q, atol=1e-5, rtol=1e-4, msg=name)
-with torch.no_grad():
-    torch.testing.assert_close(model(mine).logits, one(mine).logits, atol=1e-4, rtol=1e-4)
-if mode == "tensor":
-    model.save_pretrained(folder + "-saved")
+def compare(folder, mode):
+    one, (model, mine) = load(folder), parts(folder, mode)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, one)]
+    for _ in range(3):
+        for m, batch, optimizer in ((model, mine, optimizers[0]), (one, ids, optimizers[1])):
+            m(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
+    for (name, p), q in zip(model.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(whole(p), q, atol=1e-5, rtol=1e-4, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(model(mine).logits, one(mine).logits, atol=1e-4, rtol=1e-4)
+    if mode == "tensor":
+        model.save_pretrained(folder + "-saved")
+        dist.barrier()
+        again = load(folder + "-saved")
+        assert type(again) is type(one)
+        torch.testing.assert_close(again(ids).logits, one(ids).logits, atol=1e-4, rtol=1e-4)
+    if rank == 0:
+        print(folder.rpartition("/")[2], mode, *sharded)
     dist.barrier()
-    again = load(folder + "-saved")
-    assert type(again) is type(one)
-    torch.testing.assert_close(again(ids).logits, one(ids).logits, atol=1e-4, rtol=1e-4)
-if rank == 0:
-    print("\\n".join(sharded))
-dist.barrier()
+
+for mode in sys.argv[2:]:
+    for form in zoo.FORMS:
+        compare(sys.argv[1] + "/" + form, mode)
 dist.destroy_process_group()
 """
+MODES = [
+    pytest.param("tensor", marks=pytest.mark.skipif(not supported(), reason="Transformers has no hook for it")),
+    "fully_shard",
+]
 
 
-@pytest.mark.parametrize("form", zoo.FORMS)
-@pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param("tensor", marks=pytest.mark.skipif(not supported(), reason="Transformers has no hook for it")),
-        "fully_shard",
-    ],
-)
-def test_two_processes_are_one(tmp_path, mode, form):
+@pytest.fixture(scope="module")
+def sharded_in_two(tmp_path_factory):
+    """Names of the parameters of which each process holds a part, by form and mode; one launch for all."""
+    folder = tmp_path_factory.mktemp("parallel")
     model = zoo.BY_BASE["LlamaForCausalLM"].build()
-    small = convert(model, rank=6, form=form, exclude="*layers.1.self_attn.q_proj")
-    small.save_pretrained(tmp_path / "model")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    sharded = set(launch(tmp_path / "script.py", tmp_path / "model", mode).split())
+    for form in zoo.FORMS:
+        convert(model, rank=6, form=form, exclude="*layers.1.self_attn.q_proj").save_pretrained(folder / form)
+    (folder / "script.py").write_text(SCRIPT)
+    printed = launch(folder / "script.py", folder, *(["tensor"] if supported() else []), "fully_shard")
+    return {tuple(line.split()[:2]): set(line.split()[2:]) for line in printed.splitlines()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_are_one(sharded_in_two, mode, form):
+    sharded = sharded_in_two[form, mode]
     row = "down" if form == "pair" else "up"  # what shards where the plan shards inputs
     layer = "model.layers.0."
     assert {f"{layer}self_attn.q_proj.up.weight", f"{layer}mlp.down_proj.{row}.weight"} <= sharded

@@ -1,5 +1,7 @@
 """Work in several processes: everything once, all get everything, and an error reaches all."""
 
+import pytest
+
 from hf_reparam.model import processes
 from tests.launch import launch
 
@@ -35,6 +37,7 @@ assert not distributed()
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     assert launch(tmp_path / "script.py").count("raised") == 2

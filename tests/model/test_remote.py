@@ -25,27 +25,30 @@ CASES = [
 WITHOUT = """
 import sys
 sys.modules["hf_reparam"] = None  # importing it raises ImportError
-import torch, transformers
-folder, auto, again = sys.argv[1:]
-kind = getattr(transformers, auto)
-model = kind.from_pretrained(folder, trust_remote_code=True)
-batch = torch.load(folder + "/batch.pt")
-with torch.no_grad():
-    out = model(**batch)
-torch.save([v for v in out.values() if isinstance(v, torch.Tensor)], folder + "/outputs.pt")
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-if model.can_generate() and "input_ids" in batch:
-    torch.save(model.generate(**batch, max_new_tokens=5, do_sample=False), folder + "/tokens.pt")
-model.save_pretrained(again)
-twice = kind.from_pretrained(again, trust_remote_code=True)
-for name, value in model.state_dict().items():
-    assert torch.equal(value, twice.state_dict()[name]), name
+import torch, traceback, transformers
+
+def work(folder, auto):
+    kind = getattr(transformers, auto)
+    model = kind.from_pretrained(folder, trust_remote_code=True)
+    batch = torch.load(folder + "/batch.pt")
+    with torch.no_grad():
+        out = model(**batch)
+    torch.save([v for v in out.values() if isinstance(v, torch.Tensor)], folder + "/outputs.pt")
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    if model.can_generate() and "input_ids" in batch:
+        torch.save(model.generate(**batch, max_new_tokens=5, do_sample=False), folder + "/tokens.pt")
+    model.save_pretrained(folder + "-again")
+    twice = kind.from_pretrained(folder + "-again", trust_remote_code=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twice.state_dict()[name]), name
+
+for folder, auto in zip(sys.argv[1::2], sys.argv[2::2]):
+    print("\\n@@", folder, file=sys.stderr, flush=True)
+    try:
+        work(folder, auto)
+    except Exception:
+        traceback.print_exc()
 """
-
-
-def without_package(folder, auto, again):
-    run = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(folder), auto, str(again)]
-    return subprocess.run(run, capture_output=True, text=True, cwd=folder)
 
 
 def narrow(model):
@@ -56,29 +59,58 @@ def narrow(model):
     return convert(half, rank=6, form="pivoted")
 
 
-@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
-def test_narrower_heads_load_without_the_package(tmp_path, base):
-    case = zoo.BY_BASE[base]
-    _check_without(tmp_path, case, narrow(case.build()))
+CASES += [(base, "heads") for base in ("BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration")]
 
 
-@pytest.mark.parametrize(("base", "form"), CASES)
-def test_loads_without_the_package(tmp_path, base, form):
-    case = zoo.BY_BASE[base]
-    _check_without(tmp_path, case, convert(case.build(), rank=6, form=form))
+BROKEN = [
+    (lambda c: c["reparam"].update(format_version=4), "format version 4"),
+    (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 99}), "cannot be 99 wide"),
+    (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 4}), "size mismatch|do not fit"),
+    (lambda c: c["reparam"].update(head_widths={"encoder.layer.0": 4}), "cannot be made narrower"),
+    (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=500), "does not fit"),
+    (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=5), "size mismatch|do not fit"),
+]
 
 
-def _check_without(tmp_path, case, small):
-    folder, again = tmp_path / "out", tmp_path / "again"
-    small.save_pretrained(folder, remote_code=True)
-    torch.save(case.batch(), folder / "batch.pt")
-    done = without_package(folder, case.auto, again)
+def made(base, form):
+    model = zoo.BY_BASE[base].build()
+    return narrow(model) if form == "heads" else convert(model, rank=6, form=form)
+
+
+@pytest.fixture(scope="module")
+def loaded_without(tmp_path_factory):
+    """By case, good or broken: its folder, as one process that cannot import the package left it, and what that said."""
+    root = tmp_path_factory.mktemp("remote")
+    broken = {("BertModel", f"broken {number}"): change for number, (change, _) in enumerate(BROKEN)}
+    folders = {case: root / "-".join(case).replace(" ", "-") for case in [*CASES, *broken]}
+    for (base, form), folder in folders.items():
+        made(base, "pair" if form.startswith("broken") else form).save_pretrained(folder, remote_code=True)
+        torch.save(zoo.BY_BASE[base].batch(), folder / "batch.pt")
+    for case, change in broken.items():
+        config = json.loads((folders[case] / "config.json").read_text())
+        change(config)
+        (folders[case] / "config.json").write_text(json.dumps(config))
+    pairs = [str(x) for (base, _), folder in folders.items() for x in (folder, zoo.BY_BASE[base].auto)]
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT, *pairs]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
+    parts = done.stderr.split("\n@@ ")
+    said = {folder: next(part for part in parts if part.startswith(f"{folder}\n")) for folder in folders.values()}
+    return {case: (folder, said[folder]) for case, folder in folders.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "form"), CASES)
+def test_loads_without_the_package(loaded_without, base, form):
+    case, (folder, said), small = zoo.BY_BASE[base], loaded_without[base, form], made(base, form)
+    assert "Traceback" not in said, said
     for mine, theirs in zip(zoo.outputs(small, case.batch()), torch.load(folder / "outputs.pt"), strict=True):
         assert torch.equal(mine, theirs)
+    assert (folder / "tokens.pt").exists() == (small.can_generate() and "input_ids" in case.batch())
     if (folder / "tokens.pt").exists():
         tokens = small.generate(**case.batch(), max_new_tokens=5, do_sample=False)
         assert torch.equal(tokens, torch.load(folder / "tokens.pt"))
+    again = folder.with_name(f"{folder.name}-again")
     back = getattr(transformers, case.auto).from_pretrained(again)  # saved without the package, loaded with it
     assert type(back) is type(small)
     assert torch.equal(zoo.outputs(back, case.batch())[0], zoo.outputs(small, case.batch())[0])
@@ -92,6 +124,7 @@ def test_the_installed_package_is_preferred(tmp_path, trust):
     assert type(loaded) is hf_reparam.ReparamBertForMaskedLM
 
 
+@pytest.mark.slow
 def test_the_file_gives_the_installed_packages_classes(tmp_path):
     convert(zoo.BY_BASE["BertModel"].build(), rank=6).save_pretrained(tmp_path, remote_code=True)
     code = (
@@ -116,27 +149,12 @@ def test_auto_map_goes_with_the_file(tmp_path):
     assert not (tmp_path / "plain" / "modeling_reparam.py").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c["reparam"].update(format_version=4), "format version 4"),
-        (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 99}), "cannot be 99 wide"),
-        (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 4}), "size mismatch|do not fit"),
-        (lambda c: c["reparam"].update(head_widths={"encoder.layer.0": 4}), "cannot be made narrower"),
-        (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=500), "does not fit"),
-        (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=5), "size mismatch|do not fit"),
-    ],
-)
-def test_a_folder_that_does_not_fit_fails_loudly(tmp_path, change, message):
-    case = zoo.BY_BASE["BertModel"]
-    convert(case.build(), rank=6).save_pretrained(tmp_path, remote_code=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    change(config)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.save(case.batch(), tmp_path / "batch.pt")
-    done = without_package(tmp_path, case.auto, tmp_path / "again")
-    assert done.returncode != 0
-    assert any(part in done.stderr for part in message.split("|")), done.stderr[-1500:]
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "message"), list(enumerate(message for _, message in BROKEN)))
+def test_a_folder_that_does_not_fit_fails_loudly(loaded_without, number, message):
+    _, said = loaded_without["BertModel", f"broken {number}"]
+    assert "Traceback" in said
+    assert any(part in said for part in message.split("|")), said[-1500:]
 
 
 def test_dense_types_of_ones_own_are_refused(tmp_path, own_linear):
