@@ -96,6 +96,7 @@ def test_public_names_are_on_the_reference_page():
     assert sorted(listed) == sorted(public)
 
 
+@pytest.mark.slow
 def test_importing_loads_no_modelling_file():
     code = (
         "import sys, hf_reparam; "

@@ -111,6 +111,7 @@ accelerator.end_training()  # without it, gloo may abort a process that ends
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_data(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     launch(tmp_path / "worker.py", tmp_path)

@@ -19,7 +19,7 @@ import hf_reparam
 from hf_reparam.compress import factoring
 from hf_reparam.files.folder import load, load_tokenizer
 from tests import zoo
-from tests.launch import ROOT, launch
+from tests.launch import ROOT, fresh, launch
 from tests.test_cli import tiny_tokenizer
 
 FAMILIES = [
@@ -132,12 +132,13 @@ def test_with_texts(tmp_path, gpt2, stream):
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_tensors(tmp_path, gpt2):
     command = ["-m", "hf_reparam", "convert", gpt2]
     options = ["--keep", 0.5, "--calibration", tmp_path / "texts.txt", "--quiet"]
-    one = launch(*command, tmp_path / "one", *options, processes=1)
+    one = fresh(*command, tmp_path / "one", *options, processes=1)
     for name, more in (("two", []), ("streamed", ["--stream"])):
-        assert launch(*command, tmp_path / name, *options, *more) == one
+        assert fresh(*command, tmp_path / name, *options, *more) == one
         a, b = tensors(tmp_path / "one"), tensors(tmp_path / name)
         assert a.keys() == b.keys()
         for key in a:
@@ -206,6 +207,7 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_kill_and_go_on(tmp_path, bert):
     """SIGKILL at any moment leaves no `out`, and the next run finishes the work."""
     code = (
@@ -330,6 +332,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_streaming_holds_a_few_layers(tmp_path):
     """A model of 31 layers of 1024 x 1024 (130 MB): one layer in float64 has 8.4 MB."""
@@ -341,7 +344,7 @@ def test_streaming_holds_a_few_layers(tmp_path):
     script.write_text(MEMORY)
     peaks = {}
     for run in ("stream", "stream-again", "memory"):
-        printed = launch(script, tmp_path / "dense", tmp_path / run, run.partition("-")[0], processes=1)
+        printed = fresh(script, tmp_path / "dense", tmp_path / run, run.partition("-")[0], processes=1)
         peaks[run] = float(printed.splitlines()[-1])
     peaks["stream"] = min(peaks["stream"], peaks["stream-again"])  # pages of files that stay mapped come on top
     assert peaks["stream"] < 4 * 8.4 + 2 * 20 + 20  # layers, shards, and what else the interpreter takes

@@ -68,6 +68,7 @@ def test_nothing_to_merge():
         merge(zoo.BY_BASE["BertModel"].build())
 
 
+@pytest.mark.slow
 def test_saved_merge_loads_where_the_package_is_never_imported(tmp_path):
     case = zoo.BY_BASE["BertForMaskedLM"]
     dense = merge(convert(case.build(), rank=6))

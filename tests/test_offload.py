@@ -14,7 +14,7 @@ from hf_reparam import LowRankLinear, TargetError, convert, merge
 from hf_reparam.compress import factoring
 from hf_reparam.files.folder import load
 from tests import zoo
-from tests.launch import launch
+from tests.launch import fresh
 
 CASES = [zoo.BY_BASE[name] for name in ("BertForMaskedLM", "GPT2LMHeadModel", "AlbertForMaskedLM")]
 
@@ -154,6 +154,7 @@ print(status("VmHWM") - before, status("VmRSS") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_in_place_needs_a_few_layers_more_than_the_model(tmp_path):
     """40 layers of 1024 x 1024 (168 MB) become pairs of rank 400 (131 MB); one layer in float64 has 8.4 MB."""
@@ -162,7 +163,7 @@ def test_in_place_needs_a_few_layers_more_than_the_model(tmp_path):
     given_back = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}  # glibc keeps no freed block: what is resident is in use
     peaks = {}
     for how in ("inplace", "copy"):
-        printed = launch(script, how, processes=1, settings=given_back)
+        printed = fresh(script, how, processes=1, settings=given_back)
         peaks[how], after = (float(x) for x in printed.split())
         assert after < 0
     assert peaks["inplace"] < 4 * 8.4

@@ -54,6 +54,7 @@ def test_frontier_is_sorted_by_size():
         plot.frontier({"a": {}})
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_error_says_what_to_install():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

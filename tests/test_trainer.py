@@ -125,6 +125,7 @@ trainer.accelerator.end_training()  # without it, gloo may abort a process that 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_same_model(tmp_path):
     """Every step sees all 32 examples, so the order in which samplers draw them does not matter."""
     script = tmp_path / "script.py"

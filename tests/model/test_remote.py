@@ -79,7 +79,7 @@ def made(base, form):
 
 @pytest.fixture(scope="module")
 def loaded_without(tmp_path_factory):
-    """By case, good or broken: its folder, as one process that cannot import the package left it, and what that said."""
+    """By case: the folder, as one process that cannot import the package left it, and what that process said."""
     root = tmp_path_factory.mktemp("remote")
     broken = {("BertModel", f"broken {number}"): change for number, (change, _) in enumerate(BROKEN)}
     folders = {case: root / "-".join(case).replace(" ", "-") for case in [*CASES, *broken]}
