@@ -36,7 +36,7 @@ def test_full_rank_is_dense_and_the_input_is_untouched(case):
     assert model.config.to_dict() == config
 
 
-@pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", zoo.DIFFERENT, ids=lambda c: c.id)
 def test_converted_model_is_still_its_base_class_and_smaller(case):
     model = case.build()
     small, report = convert(model, rank=6, return_report=True)
@@ -223,7 +223,7 @@ def test_summarize_a_converted_model():
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-@pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", zoo.DIFFERENT, ids=lambda c: c.id)
 def test_hidden_states_and_attentions_are_recorded(case, inplace):
     model, batch = case.build(attn_implementation="eager"), case.batch()
     dense = model(**batch, output_hidden_states=True, output_attentions=True)

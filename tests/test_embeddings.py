@@ -53,7 +53,9 @@ def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(
+    params=["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration", "MarianMTModel", "LlamaForCausalLM"]
+)
 def family(request):
     case = zoo.BY_BASE[request.param]
     return request.param, case.build(), case.batch()
@@ -63,7 +65,9 @@ def plan_of(base, model, rank=12, **more):
     return RankPlan({}, model.config.model_type, embeddings={NAMES[base]: rank, **more})
 
 
+@pytest.mark.parametrize("family", ["BertModel", "T5EncoderModel", "MarianMTModel", "OPTForCausalLM"], indirect=True)
 def test_it_survives_saving_and_merging(family, tmp_path):
+    """What the contract promises, of classes that are not in it."""
     base, model, batch = family
     before = copy.deepcopy(model.state_dict())
     small, report = convert(model, plan=plan_of(base, model), return_report=True)
@@ -98,19 +102,6 @@ def test_a_table_of_true_low_rank_loses_nothing(family):
         table = model.get_input_embeddings().weight
         table.copy_(torch.randn(len(table), 5) @ torch.randn(5, table.shape[1]) * 0.1)
     close(outputs(convert(model, plan=plan_of(base, model, 5)), batch), outputs(model, batch))
-
-
-def test_ties_hold_while_training(family):
-    base, model, batch = family
-    small = convert(model, plan=plan_of(base, model)).train()
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
-    out = next(v for v in small(**batch).values() if isinstance(v, torch.Tensor))
-    out.square().mean().backward()
-    optimizer.step()
-    members = [m for m in small.modules() if isinstance(m, Tables)]
-    assert members[0].table.weight.grad.any()
-    assert len({m.table.weight for m in members}) == 1
-    close(outputs(merge(small.eval()), batch), outputs(small, batch))
 
 
 def test_calibration_counts_tokens_and_squares(family):

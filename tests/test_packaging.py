@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache", ".conformance", ".census")
 USE = """
 import sys, torch, hf_reparam

@@ -178,6 +178,19 @@ INPUTS["eos"] = _eos
 
 ALL = BERT_HEADS + GPT2_HEADS + FAMILIES
 BY_BASE = {case.base: case for case in ALL}
+DIFFERENT = [
+    BY_BASE[base]
+    for base in (
+        "BertForMaskedLM",  # a tied head
+        "GPT2DoubleHeadsModel",  # Conv1D; no Auto class
+        "AlbertForMaskedLM",  # one layer in every place
+        "LlamaForCausalLM",  # an untied head
+        "T5ForConditionalGeneration",  # encoder and decoder, which share a table
+        "BartForConditionalGeneration",
+        "ViTForImageClassification",  # no tokens
+    )
+]
+"""One case of each kind that the package tells apart."""
 
 
 def outputs(model, batch):

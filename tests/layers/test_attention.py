@@ -36,8 +36,16 @@ def masks(batched, dtype):
     return (None, padding, -3 * padding.to(dtype)), (None, hidden, torch.randn(LENGTH, SOURCE, dtype=dtype), each)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("widths", [{}, {"kdim": 10}, {"vdim": 6}, {"kdim": 10, "vdim": 6}], ids=str)
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"kdim": 10}, torch.float64),
+        ({"vdim": 6}, torch.float64),
+        ({"kdim": 10, "vdim": 6}, torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_same_function(batch_first, bias, widths, dtype):

@@ -25,8 +25,7 @@ GENERATIVE = [
 ]
 
 
-@pytest.mark.parametrize("form", zoo.FORMS)
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("beams", "form"), [(1, "pair"), (3, "pivoted")])
 @pytest.mark.parametrize("base", GENERATIVE)
 def test_generate_with_cache(tmp_path, base, beams, form):
     case = zoo.BY_BASE[base]
@@ -117,8 +116,10 @@ def test_tokenizer_of_a_real_folder(tmp_path, minilm):
     assert AutoTokenizer.from_pretrained(tmp_path)(text) == AutoTokenizer.from_pretrained(minilm)(text)
 
 
-@pytest.mark.parametrize("form", zoo.FORMS)
-@pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize(
+    ("base", "form"),
+    [("BertForMaskedLM", "pair"), ("LlamaForCausalLM", "pivoted"), ("T5ForConditionalGeneration", "pair")],
+)
 def test_gradient_checkpointing(base, form):
     case = zoo.BY_BASE[base]
     small = convert(case.build(), rank=6, form=form).train()
@@ -138,8 +139,10 @@ def test_gradient_checkpointing(base, form):
         torch.testing.assert_close(saved[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", zoo.FORMS)
-@pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "form"), [("BertForMaskedLM", "pair"), ("BertForMaskedLM", "pivoted"), ("LlamaForCausalLM", "pair")]
+)
 def test_compile(base, form):
     case = zoo.BY_BASE[base]
     small = convert(case.build(), rank=6, form=form)
@@ -175,6 +178,7 @@ def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
     torch.testing.assert_close(zoo.outputs(merge(back), case.batch())[0], changed[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_int8_on_top_of_the_factors(minilm, form):

@@ -1,11 +1,8 @@
-"""Narrower heads with what others build on a model: adapters, pipelines, the Trainer, compilers, exporters."""
-
-import copy
+"""Narrower heads with what others build on a model: the Trainer, compilers, caches, composites."""
 
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_reparam import LowRankLinear, RankPlan, collect_moments, convert, merge, summarize
@@ -29,39 +26,19 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
-def test_adapters_train_and_merge(base):
-    small, batch = halved(base)
-    adapted = get_peft_model(copy.deepcopy(small), LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    changed = logits(adapted, batch)
-    assert not torch.allclose(changed, logits(small, batch), atol=1e-3)
-    labels = batch.get("decoder_input_ids", batch["input_ids"])
-    adapted(**batch, labels=labels).loss.backward()
-    trained = [p for n, p in adapted.named_parameters() if "lora_B" in n]
-    assert trained
-    assert all(parameter.grad is not None for parameter in trained)
-    merged = adapted.merge_and_unload()
-    torch.testing.assert_close(logits(merged, batch), changed, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits(merge(merged), batch), changed, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
-def test_the_trainer_saves_and_resumes(base, tmp_path):
-    small, _ = halved(base)
+def test_the_trainer_saves_and_resumes(tmp_path):
+    small, _ = halved("GPT2LMHeadModel")
     trains_and_resumes(small, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
-def test_it_compiles_and_exports(base):
+def test_it_compiles(base):
     small, batch = halved(base)
     expected = logits(small, batch)
     compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, batch), expected, atol=1e-6, rtol=0)
     torch._dynamo.reset()
-    small.config.use_cache = False
-    exported = torch.export.export(small, (), {"input_ids": batch["input_ids"]})
-    plain = exported.module()(input_ids=batch["input_ids"]).logits
-    torch.testing.assert_close(plain, logits(small, {"input_ids": batch["input_ids"]}), atol=1e-6, rtol=0)
 
 
 def test_a_fused_layer_is_three_and_one_again():
