@@ -76,14 +76,15 @@ def test_pages_with_code_are_found():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_pages_runs(page, tmp_path, shallow, monkeypatch):
+def test_the_code_of_pages_runs(page, tmp_path, minilm, shallow, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(shallow)
+    base = minilm if page == "docs/how-to/choose-a-size.md" else shallow  # its sizes and layers are those of the whole
+    tokenizer = AutoTokenizer.from_pretrained(base)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
-    scope = {"__name__": page, "BASE": shallow, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
+    scope = {"__name__": page, "BASE": base, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
     scope |= {"TEXTS": ["so good", "so bad"] * 40, "ACCURACY": lambda model: 1.0 - model.num_parameters() / 1e10}
     if page == "docs/big-models.md":
-        scope["model"] = AutoModel.from_pretrained(shallow)
+        scope["model"] = AutoModel.from_pretrained(base)
     for block in blocks("python", page):
         exec(compile(block, page, "exec"), scope)
     if page == "docs/big-models.md":

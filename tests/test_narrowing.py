@@ -85,6 +85,7 @@ def test_at_full_width_the_outputs_are_the_dense_ones(family):
     full_width(family, "fisher", "sdpa")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DIFFERENT, indirect=True)
 @pytest.mark.parametrize(("metric", "attention"), [("fisher", "eager"), ("svd", "sdpa"), ("activation", "eager")])
 def test_so_they_are_in_every_metric_and_kernel(family, metric, attention):
@@ -153,6 +154,7 @@ KIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KIN)
 def test_kin_of_these_families(name, tmp_path):
     """At full width the same outputs; half as wide saved, loaded and merged."""
@@ -191,6 +193,7 @@ def test_heads_are_compared_with_layers_in_the_fisher_metric_only(metric):
         make_plan(model, moments, **options, joint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DIFFERENT, indirect=True)
 def test_the_model_is_as_before(family):
     model, batch, moments = family
@@ -287,6 +290,7 @@ def test_the_output_bias_takes_the_mean_back():
     torch.testing.assert_close(small(narrow.float()), dense(mean.float()), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DIFFERENT, indirect=True)
 @pytest.mark.parametrize("keep", [0.3, 0.8])
 def test_the_budget_holds(family, keep):
@@ -432,6 +436,7 @@ def test_it_trains():
     close(logits(merge(small.eval()), data[0]), logits(small, data[0]))
 
 
+@pytest.mark.slow
 def test_refit_takes_the_moments_that_the_heads_were_made_with():
     model, data, moments = bert()
     small = convert(model, keep=0.3, min_rank=1, calibration=moments)
@@ -447,6 +452,7 @@ def test_refit_takes_the_moments_that_the_heads_were_made_with():
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_same_tensors(tmp_path):
     model, data, moments = bert()
     model.save_pretrained(tmp_path / "dense")

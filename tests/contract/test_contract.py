@@ -17,11 +17,20 @@ from hf_reparam.layers.heads import find_attentions
 from hf_reparam.model.inspection import count_parameters
 from tests.contract.forms import CASES, made
 
-EVERY = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-STREAMED = pytest.mark.parametrize("case", [c for c in CASES if not c.plain], ids=lambda c: c.id)
-EXPORTED = pytest.mark.parametrize(
-    "case", [c for c in CASES if c.family in ("BERT", "GPT-2", "plain")], ids=lambda c: c.id
-)
+QUICK = ("BERT", "plain")  # families that `make check` is content with
+
+
+def cases(wanted):
+    chosen = [case for case in CASES if wanted(case)]
+    slow = [() if case.family in QUICK else pytest.mark.slow for case in chosen]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, marks=m, id=c.id) for c, m in zip(chosen, slow, strict=True)]
+    )
+
+
+EVERY = cases(lambda case: True)
+STREAMED = cases(lambda case: not case.plain)
+EXPORTED = cases(lambda case: case.family in ("BERT", "GPT-2", "plain"))
 FRESH = """
 import pickle, sys, torch
 from pathlib import Path

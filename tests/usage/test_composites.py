@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -276,6 +277,15 @@ def state(model):
     ]
 
 
+@cache
+def planned(wrap):
+    """Moments of a model, a plan with embeddings and one with narrower heads."""
+    model = wrap(zoo.BY_BASE["BertForMaskedLM"].build())
+    moments = collect_moments(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
+    plan = hf_reparam.make_plan(model, keep=0.5, embeddings=True)
+    return moments, plan, hf_reparam.make_plan(model, moments, keep=0.45, joint=True)
+
+
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["itself", "in a wrapper"])
 @pytest.mark.parametrize("step", LATE)
 def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch):
@@ -289,9 +299,7 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch)
     inner = model[0] if isinstance(model, nn.Sequential) else model
     config = inner.config
     before, shown, outputs = state(model), config.to_dict(), zoo.outputs(inner, batch)
-    plan = hf_reparam.make_plan(model, keep=0.5, embeddings=True)
-    moments = collect_moments(model, [batch])
-    joint = hf_reparam.make_plan(model, moments, keep=0.45, joint=True)
+    moments, plan, joint = planned(wrap)
     monkeypatch.setattr(sys.modules["hf_reparam.model.retype"], step, fails)
     for chosen in (plan, joint) if step != "name_ties" else (plan,):
         with pytest.raises(LateError):
