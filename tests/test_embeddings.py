@@ -197,6 +197,7 @@ def test_it_generates_what_the_merged_model_does(base):
     assert torch.equal(small.generate(**inputs, **options), merge(small).generate(**inputs, **options))
 
 
+@pytest.mark.slow
 def test_the_trainer_saves_and_loads_it(tmp_path):
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
     small = convert(model, plan=plan_of("GPT2LMHeadModel", model))
@@ -233,6 +234,7 @@ def test_resizing_is_refused(family):
     assert dense.get_input_embeddings().weight.shape[0] == 120
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_same_tensors(tmp_path):
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, batch = case.build(), case.batch()
@@ -343,6 +345,7 @@ def test_padding_gets_no_gradient():
     assert small.table.weight.grad[3].any()
 
 
+@pytest.mark.slow
 def test_it_compiles():
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model = case.build()

@@ -73,7 +73,16 @@ def attentions(model, kind):
     return [m for m in model.modules() if isinstance(m, kind)]
 
 
-@pytest.mark.parametrize(("form", "inplace"), [("pair", False), ("pivoted", True)])
+@pytest.mark.parametrize(
+    ("made", "form", "inplace"),
+    [
+        ("encoder, norm first", "pivoted", True),
+        ("decoder", "pair", False),
+        ("textbook", "pivoted", False),
+        ("textbook, length first", "pair", True),
+    ],
+    indirect=["made"],
+)
 def test_attentions_are_converted_and_merged_back(made, form, inplace):
     model, batch = made
     keys, before = list(model.state_dict()), model(**batch)
@@ -116,6 +125,8 @@ def test_the_fused_path_reads_no_stale_weight():
     assert bool(torch.isfinite(padded).all())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["encoder", "decoder", "textbook, length first"], indirect=True)
 def test_calibration_and_budget(made):
     model, batch = made
     modules = list(model.modules())
@@ -165,6 +176,7 @@ def test_an_attention_by_itself_stays():
         convert(nn.MultiheadAttention(WIDTH, 4), rank=4)
 
 
+@pytest.mark.slow
 def test_it_learns():
     torch.manual_seed(0)
     model, batch = Textbook(), ids()
@@ -181,7 +193,7 @@ def test_it_learns():
     torch.testing.assert_close(merge(small)(**batch), small(**batch), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", zoo.FORMS)
+@pytest.mark.parametrize(("made", "form"), [("decoder", "pivoted"), ("textbook", "pair")], indirect=["made"])
 def test_save_and_load(made, form, tmp_path):
     model, batch = made
     small = convert(model, keep=0.5, form=form)
@@ -284,7 +296,9 @@ def test_heads_at_full_width_are_the_dense_ones(made):
     torch.testing.assert_close(full(**batch), model(**batch), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("made", "inplace"), [("decoder", True), ("textbook", False), ("textbook, length first", True)], indirect=["made"]
+)
 def test_narrower_heads_are_stored_and_merged_back(made, inplace, tmp_path):
     model, batch = made
     build = copy.deepcopy(model)
