@@ -91,6 +91,7 @@ def test_the_index_lists_every_tensor(tmp_path, bert):
     assert all(map(torch.equal, zoo.outputs(model, batch), zoo.outputs(direct, batch)))
 
 
+@pytest.mark.slow
 def test_by_size_with_moments(tmp_path, bert):
     model = load(bert)
     moments = hf_reparam.collect_moments(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
@@ -119,6 +120,7 @@ def gpt2(tmp_path):
     return source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_with_texts(tmp_path, gpt2, stream):
     tokenizer = load_tokenizer(gpt2)

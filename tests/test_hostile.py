@@ -20,6 +20,7 @@ from hf_reparam.files.folder import load
 from tests import zoo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", hostile.PARTS)
 def test_a_taste_of_the_attacks(attacked, part):
     assert attacked[part]["first_bad"] == []
@@ -61,7 +62,7 @@ BUSY = 5.0
 def attacked(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hostile, "LIMIT", BUSY)
-        return hostile.attack(tmp_path_factory.mktemp("attack"), configs=600, loads=200, files=100)
+        return hostile.attack(tmp_path_factory.mktemp("attack"), configs=400, loads=120, files=100)
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def brute(layers, budget):
     return min(total(layers, c, "errors") for c in choices if total(layers, c, "costs") <= budget)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(problems(), st.floats(0, 1))
 def test_budget_is_kept_and_used(layers, share):
@@ -67,6 +68,7 @@ def test_equals_brute_force_where_gains_fall(budget):
     assert total(layers, allocate(layers, budget), "errors") == pytest.approx(brute(layers, budget))
 
 
+@pytest.mark.slow
 def test_more_budget_never_hurts():
     generator = torch.Generator().manual_seed(0)
     drops = [torch.rand(9, generator=generator).sort(descending=True).values.tolist() for _ in range(4)]

@@ -107,6 +107,7 @@ def test_processor_is_found_by_the_family(tmp_path):
     assert mapping[type(transformers.AutoConfig.from_pretrained(tmp_path))] == mapping[transformers.ViTConfig]
 
 
+@pytest.mark.slow
 def test_tokenizer_of_a_real_folder(tmp_path, minilm):
     convert(transformers.AutoModel.from_pretrained(minilm), rank=16).save_pretrained(tmp_path)
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

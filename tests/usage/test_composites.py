@@ -116,6 +116,7 @@ def stages(model):
     yield convert(small, rank=2)
 
 
+@pytest.mark.slow
 @composites
 def test_parts_share_their_configuration(name):
     first, *others = map(held, stages(made(name)))
@@ -128,6 +129,7 @@ def test_parts_share_their_configuration(name):
     assert held(changed) == first
 
 
+@pytest.mark.slow
 @composites
 def test_what_is_set_on_a_part_has_an_effect_and_is_saved(name, tmp_path):
     case = COMPOSITES[name]
@@ -218,6 +220,7 @@ def test_merging_the_whole_with_a_low_rank_part(name, tmp_path):
     near(dense, model, COMPOSITES[name].batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 @put_back
 def test_converting_the_whole_with_a_low_rank_part(name, inplace, tmp_path):
@@ -252,6 +255,7 @@ def blip():
     return tf.BlipModel(tf.BlipConfig(text_config=text, vision_config=IMAGE, projection_dim=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [flava, blip])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_classes_that_know_no_embeddings(build, inplace, tmp_path):
@@ -286,6 +290,7 @@ def planned(wrap):
     return moments, plan, hf_reparam.make_plan(model, moments, keep=0.45, joint=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["itself", "in a wrapper"])
 @pytest.mark.parametrize("step", LATE)
 def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch):

@@ -521,6 +521,7 @@ def test_chats_fill_several_rows(gpt2):
     assert sum(row.split().count("<s>") for row in rows) == 2
 
 
+@pytest.mark.slow
 def test_convert_and_refit_read_long_texts(gpt2, tokenizer):
     lengths = []
     handle = gpt2.register_forward_pre_hook(lambda m, a, k: lengths.append(k["input_ids"].shape[1]), with_kwargs=True)
@@ -632,6 +633,7 @@ def test_texts_for_heads_and_parts_that_need_no_more(tokenizer):
     collect_moments(zoo.BY_BASE["T5EncoderModel"].build(), ["so good", "very bad"], tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["BartForConditionalGeneration", "MarianMTModel", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("length", [64, 9])
 def test_both_sides_of_one_length_also_the_full_one(base, length):
@@ -665,6 +667,7 @@ def plainly_refitted():
     return refitted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [{"return_dict": True}, {"flag": "faster"}, {"scale": torch.tensor(1.0)}, {"n": 3}])
 def test_refit_counts_examples_whatever_stands_first(first, plainly_refitted):
     assert refitted(**first).before == pytest.approx(plainly_refitted.before, rel=1e-5)

@@ -114,6 +114,7 @@ def test_a_broken_run_goes_on_and_gives_what_a_whole_one_gives(tmp_path, monkeyp
     assert all(map(torch.equal, zoo.outputs(small, CASE.batch()), zoo.outputs(expected, CASE.batch())))
 
 
+@pytest.mark.slow
 def test_data_given_again_are_the_same_data(tmp_path):
     batches = [CASE.batch()]
     for _ in range(2):
@@ -268,6 +269,7 @@ def changed_in_place(folder):
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cli", "python"])
 @pytest.mark.parametrize("change", ["nothing", "weights", "rank"])
 def test_a_run_after_a_broken_one_mixes_nothing(tmp_path, dense, monkeypatch, how, change):
@@ -385,6 +387,7 @@ def with_extra(model, folder, extra, binary=False):
 MTP = {"mtp.layers.0.up.weight": torch.ones(4, 4), "mtp.norm.weight": torch.ones(4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("build", [llama, qwen3_next])
@@ -509,6 +512,7 @@ def auto_map(folder):
     return json.loads((folder / "config.json").read_text()).get("auto_map")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_merged_folder_names_no_code_of_the_low_rank_one(tmp_path, dense, stream):
     hf_reparam.convert_checkpoint(dense, tmp_path / "small", rank=6, stream=stream, remote_code=True)

@@ -112,6 +112,7 @@ def test_new_heads_are_drawn_as_the_stock_class_draws_them(tmp_path, build, head
     assert derived.weight.std().item() == pytest.approx(stock.weight.std().item(), rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 0.05])
 def test_random_low_rank_layers_heed_the_initializer_factor(factor):
     vision = clip()
@@ -211,6 +212,7 @@ def _has(model, name):
 # heads whose layers are named as parts of the base model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Wav2Vec2", "WavLM", "Data2VecAudio"])
 def test_a_head_named_as_a_part_of_the_base_loads_in_every_class(tmp_path, family):
     more = {"conv_pos_kernel_size": 5} if family == "Data2VecAudio" else {}

@@ -51,6 +51,7 @@ def same(left, right):
 # a part of a converted whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "part", "where", "batch"),
     [
@@ -145,6 +146,7 @@ def names_in(folder):
     return {name for file in folder.glob("*.safetensors") for name in load_file(file)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build", [mixtral, llava, lambda: composite("CLIP"), lambda: tf.ViTForImageClassification(zoo.vit())]
 )
@@ -215,6 +217,7 @@ def test_averages_with_buffers_keep_the_order(average):
 # inner models saved alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "path"),
     [

@@ -33,6 +33,7 @@ BUILD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BUILD)
 def test_torchao_int8(base, options):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
@@ -54,6 +55,7 @@ def two_devices(monkeypatch):
     return [torch.device("cpu")] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 def test_data_parallel_replicas(base, options, two_devices):
     case = zoo.BY_BASE[base]
@@ -74,6 +76,7 @@ def test_data_parallel_wrapper(options):
     torch.testing.assert_close(nn.DataParallel(small)(**batch).logits, small(**batch).logits, **CLOSE)
 
 
+@pytest.mark.slow
 def test_traced(options):
     model = classifier()
     small = convert(model, **options).eval()
@@ -107,6 +110,7 @@ def test_scripted_and_symbolically_traced(options, tmp_path):
     torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x), **CLOSE)
 
 
+@pytest.mark.slow
 def test_new_models_of_derived_classes_initialise():
     """`_init_weights` of every family must pass the weights of low-rank layers over, and not fail on them."""
     for case in zoo.ALL:

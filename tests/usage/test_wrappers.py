@@ -86,6 +86,7 @@ def low_rank(model):
     return {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 @wrappers
 def test_a_model_in_a_wrapper_saves_and_loads(name, inplace, tmp_path):
