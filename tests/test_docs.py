@@ -57,13 +57,13 @@ def run_command(line, source, capsys):
 
 
 @pytest.mark.slow
-def test_shell_commands_run(tmp_path, narrow, monkeypatch, capsys):
+def test_shell_commands_run(tmp_path, shallow, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hf-reparam")]
     assert len(commands) == 3
     for command in commands:
-        run_command(command, narrow, capsys)
+        run_command(command, shallow, capsys)
 
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
@@ -76,14 +76,15 @@ def test_pages_with_code_are_found():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_pages_runs(page, tmp_path, narrow, monkeypatch):
+def test_the_code_of_pages_runs(page, tmp_path, narrow, shallow, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(narrow)
+    base = narrow if page == "docs/how-to/choose-a-size.md" else shallow  # of which it names the last layer
+    tokenizer = AutoTokenizer.from_pretrained(base)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
-    scope = {"__name__": page, "BASE": narrow, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
+    scope = {"__name__": page, "BASE": base, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
     scope |= {"TEXTS": ["so good", "so bad"] * 40, "ACCURACY": lambda model: 1.0 - model.num_parameters() / 1e10}
     if page == "docs/big-models.md":
-        scope["model"] = AutoModel.from_pretrained(narrow)
+        scope["model"] = AutoModel.from_pretrained(base)
     for block in blocks("python", page):
         exec(compile(block, page, "exec"), scope)
     if page == "docs/big-models.md":
@@ -108,12 +109,12 @@ COMMANDED = sorted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", COMMANDED)
-def test_the_commands_of_pages_run(page, tmp_path, narrow, monkeypatch, capsys):
+def test_the_commands_of_pages_run(page, tmp_path, shallow, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TEXTS.txt").write_text("so good\nso bad\n")
     lines = [line for block in blocks("bash", page) for line in block.splitlines()]
     for line in [line for line in lines if line.startswith("hf-reparam")]:
-        run_command(line, narrow, capsys)
+        run_command(line, shallow, capsys)
     launched = [line for line in lines if "-m hf_reparam" in line]
     assert len(launched) == (2 if page == "docs/big-models.md" else 0)
     for line in launched:  # what follows the launcher is the command line's

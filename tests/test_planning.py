@@ -153,6 +153,7 @@ def test_plan_is_json_and_convert_applies_it(bert):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("target_params", [13_000, 18_000, 20_000])
 def test_target_params_counts_the_whole_model(bert, target_params, form):
@@ -168,6 +169,7 @@ def test_target_params_above_the_model_is_nothing_to_do(bert):
     assert not any(isinstance(module, LowRankLinear) for module in small.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["svd", "activation", "fisher"])
 def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypatch):
     model, moments, _ = bert
@@ -215,6 +217,7 @@ def test_decompositions_have_one_metric(bert):
         convert(bert[0], keep=0.5, min_rank=1, calibration=found, metric="fisher")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [0.03, 0.1, 0.3])
 def test_tolerance_finds_the_smallest_size_that_holds_it(bert, tolerance):
     model, moments, data = bert

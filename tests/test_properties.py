@@ -235,6 +235,7 @@ def tied_groups(model):
     )
 
 
+@pytest.mark.slow
 @examples(40)
 @given(
     model=transformers_models(), rank=ranks(), form=forms, inplace=st.booleans(), shard=st.sampled_from(["2KB", "1GB"])

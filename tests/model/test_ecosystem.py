@@ -25,6 +25,7 @@ GENERATIVE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beams", "form"), [(1, "pair"), (3, "pivoted")])
 @pytest.mark.parametrize("base", GENERATIVE)
 def test_generate_with_cache(tmp_path, base, beams, form):

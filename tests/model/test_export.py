@@ -56,6 +56,7 @@ def test_torchao(base, form, kind):
     assert 0 < (after - before).abs().max() < 0.05 * before.abs().max()  # int8 steps are 1/127 of the largest weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "weight", "change"),
     [
@@ -91,6 +92,7 @@ def torchao_config():
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", ["query.up", "value.up"]])
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_lora_trains_saves_reloads_and_merges(tmp_path, form, targets):

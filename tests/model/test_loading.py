@@ -102,6 +102,7 @@ def test_other_stock_heads_fail_loudly_too(tmp_path, saved, stock):
         getattr(transformers, stock).from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "base", "form"),
     [
