@@ -110,6 +110,7 @@ def test_regression_multi_label_and_question_answering():
         assert float(loss(outputs, None)) > 0.5 * float(outputs.loss)
 
 
+@pytest.mark.slow
 def test_trainer_brings_the_student_nearer_and_the_hook_leaves(tmp_path):
     dense = CASE.build()
     dense.classifier.weight.data *= 50  # the logits of a model that is sure of something
@@ -135,6 +136,7 @@ def test_trainer_brings_the_student_nearer_and_the_hook_leaves(tmp_path):
     assert not small._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_changes_nothing(tmp_path):
     dense = CASE.build()
     rows = [{"input_ids": zoo._ids(1, 6, seed=i)[0], "labels": i % 3} for i in range(16)]

@@ -190,6 +190,7 @@ def test_entries_that_only_look_like_a_number_of_layers(saved):
     assert transformers.AutoConfig.from_pretrained(saved).num_labels == 7
 
 
+@pytest.mark.slow
 def test_a_million_layers(saved):
     spec = {"rank": 1, "form": "pair"}
     change(saved, "config.json", lambda d: d["reparam"].update(modules={f"layer.{i}.x": spec for i in range(10**6)}))

@@ -91,6 +91,7 @@ def test_without_data_it_is_plain_svd_with_equal_shares(bert):
     assert used <= 0.5 * total
 
 
+@pytest.mark.slow
 def test_more_budget_is_a_smaller_predicted_and_measured_loss(bert):
     model, moments, data = bert
     dense = [model(**b).logits.log_softmax(-1).detach() for b in data]
@@ -238,6 +239,7 @@ def test_tolerance_finds_the_smallest_size_that_holds_it(bert, tolerance):
     assert evaluate(convert(model, keep=kept - 2 / 128, min_rank=1, calibration=moments)) < -tolerance
 
 
+@pytest.mark.slow
 def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
     model, moments, _ = bert
     small = convert(model, min_rank=1, tolerance=0, evaluate=lambda m: 1.0, calibration=moments)
@@ -298,6 +300,7 @@ def test_calibration_data_may_be_given_directly(bert):
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base", ["BertForMaskedLM", "GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"]
 )
