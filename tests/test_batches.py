@@ -82,6 +82,7 @@ def test_a_dispatched_model(dispatched):
     assert_same(collect_moments(dispatched, [case.batch()]), collect_moments(case.build(), [case.batch()]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("size", [{"rank": 6}, {"keep": 0.5}])
 def test_a_dispatched_model_is_converted(dispatched, inplace, size):

@@ -33,6 +33,7 @@ def row_of(name="BertForMaskedLM"):
     return travel(getattr(transformers, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes_go_there_and_back(name):
     row = row_of(name)
@@ -194,6 +195,7 @@ def one(kind):
     return {"class": kind.__name__, "type": "", "ends": OUTPUTS, "why": ""}
 
 
+@pytest.mark.slow
 def test_classes_that_die_hang_or_raise_are_rows():
     found = [*run_all([Hangs], one, patience=1), *run_all([Dies, Works, Raises, Ends], one, limit=1)]
     rows = {row["class"]: row for row in found}

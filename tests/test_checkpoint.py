@@ -189,6 +189,7 @@ def change_the_file(bert):
     Path(f"{file}~").replace(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "between"),
     [

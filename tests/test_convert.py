@@ -222,6 +222,7 @@ def test_summarize_a_converted_model():
     assert {s.reason for s in report.skipped if s.name.endswith(".key")} == {"dense"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("case", zoo.DIFFERENT, ids=lambda c: c.id)
 def test_hidden_states_and_attentions_are_recorded(case, inplace):

@@ -328,6 +328,7 @@ def test_weights_can_be_asked_for_with_narrower_heads():
     assert weights.shape == (2, 5, 5)
 
 
+@pytest.mark.slow
 def test_a_budget_makes_heads_of_plain_models_narrower():
     model = Textbook().eval()
     with torch.no_grad():  # two of eight directions of every head are used

@@ -118,6 +118,7 @@ def test_padding_does_not_matter():
     assert reports[0].after == pytest.approx(reports[1].after, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["BertModel", "BertForSequenceClassification", "BertForQuestionAnswering"])
 def test_heads_and_no_head(base):
     dense, batches = sharp(base), data()

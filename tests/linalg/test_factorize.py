@@ -156,6 +156,7 @@ def test_weights_that_cannot_be_factored(weight, message):
         decompose(weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(400, 900), (900, 400)], ids=str)
 @pytest.mark.parametrize("rank", [1, 20, 80])
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ PIPELINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", PIPELINES)
 def test_pipelines(tmp_path, tokenizer, task, caplog):
     base, text = PIPELINES[task]

@@ -26,6 +26,7 @@ def logits(model, batch):
         return model(**batch).logits
 
 
+@pytest.mark.slow
 def test_the_trainer_saves_and_resumes(tmp_path):
     small, _ = halved("GPT2LMHeadModel")
     trains_and_resumes(small, tmp_path)

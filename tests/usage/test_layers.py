@@ -214,6 +214,7 @@ def test_low_rank_models_offloaded(tmp_path, make, offload):
     torch.testing.assert_close(small(**batch).logits, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gpt2, bert])
 def test_low_rank_embeddings_on_disk_run_and_merge(tmp_path, make):
     dense, small = make()

@@ -57,6 +57,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", HEADS)
 def test_labels_count_the_same_in_any_batch(base):
     model, examples = zoo.BY_BASE[base].build().double(), HEADS[base]()
@@ -157,6 +158,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_without_loss_logits_and_hidden_states(name):
     model, batch = MODELS[name]()

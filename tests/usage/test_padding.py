@@ -86,6 +86,7 @@ AUDIO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", AUDIO)
 def test_waves_of_several_lengths(base):
     model, examples = build(getattr(tf, base), AUDIO[base]()), waves(400, 230, 310)
@@ -177,6 +178,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(9, 6, 8), (10, 10)])
 @pytest.mark.parametrize("base", OTHERS)
 def test_texts_of_several_lengths(base, lengths):

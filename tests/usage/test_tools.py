@@ -98,6 +98,7 @@ class Net(nn.Module):
         return self.third(F.gelu(self.second(input=F.relu(self.first(x)))))
 
 
+@pytest.mark.slow
 def test_scripted_and_symbolically_traced(options, tmp_path):
     small, x = convert(Net(), **options), torch.randn(5, 3, 32)
     scripted = torch.jit.script(copy.deepcopy(small))

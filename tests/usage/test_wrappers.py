@@ -113,6 +113,7 @@ def near_equal(model, other):
     return all(map(torch.allclose, zoo.outputs(model, text()), zoo.outputs(other, text())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 @wrappers
 def test_a_model_in_a_wrapper_is_merged(name, inplace, tmp_path):
@@ -129,6 +130,7 @@ def test_a_model_in_a_wrapper_is_merged(name, inplace, tmp_path):
     assert near(again, small)
 
 
+@pytest.mark.slow
 @wrappers
 def test_converting_again(name, tmp_path):
     wrap, inner = WRAPPERS[name]
@@ -145,6 +147,7 @@ def batches():
 CALLED = [name for name in WRAPPERS if name not in ("value head", "policy", "published")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "joint"), [(name, name == "Sequential") for name in CALLED])
 def test_calibration_through_a_wrapper(name, joint):
     wrap, inner = WRAPPERS[name]
