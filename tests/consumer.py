@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hf_reparam
-from hf_reparam import ConversionReport, Decompositions, LayerSpec, Moments, RankPlan
+from hf_reparam import Calibration, Entry, RankPlan, Report
 
 
 def batches() -> Iterator[dict[str, torch.Tensor]]:
@@ -17,19 +17,20 @@ def batches() -> Iterator[dict[str, torch.Tensor]]:
 
 def work(model: nn.Sequential, out: Path) -> float:
     assert_type(hf_reparam.convert(model, rank=8), nn.Sequential)
-    small, report = hf_reparam.convert(model, keep=0.5, calibration=batches(), return_report=True)
+    small = hf_reparam.convert(model, keep=0.5, calibration=batches())
+    report = hf_reparam.report(small)
     assert_type(small, nn.Sequential)
-    assert_type(report, ConversionReport)
-    moments = hf_reparam.collect_moments(model, batches(), metric="activation")
-    assert_type(moments, Moments)
+    assert_type(report, Report)
+    moments = hf_reparam.calibrate(model, batches(), metric="activation")
+    assert_type(moments, Calibration)
     moments.save(out / "moments.safetensors")
-    made = hf_reparam.decompose(model, Moments.load(out / "moments.safetensors"))
+    made = hf_reparam.decompose(model, Calibration.load(out / "moments.safetensors"))
     assert_type(made, Decompositions)
-    plan = hf_reparam.make_plan(model, made, keep=0.5, form="pair")
+    plan = hf_reparam.make_plan(model, hf_reparam.LowRankConfig(keep=0.5, form="pair"), calibration=made)
     assert_type(plan, RankPlan)
-    edited = RankPlan({**plan.modules, "0": LayerSpec(rank=4)}, plan.base_model_type, plan.method)
-    assert_type(hf_reparam.summarize(hf_reparam.convert(model, plan=edited)), ConversionReport)
-    assert_type(hf_reparam.convert_checkpoint("a", out / "b", rank={"*.query": 8}), ConversionReport)
+    edited = RankPlan({**plan.modules, "0": Entry(rank=4)}, plan.base_model_type, plan.metric)
+    assert_type(hf_reparam.report(hf_reparam.convert(model, edited)), Report)
+    assert_type(hf_reparam.convert_folder("a", out / "b", rank={"*.query": 8}), Report)
     try:
         hf_reparam.merge(small, inplace=True)
     except hf_reparam.ReparamError as error:

@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_reparam import LowRankLinear, Moments, TargetError, collect_moments, convert, merge
+from hf_reparam import Calibration, calibrate, convert, merge
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 from tests.launch import launch
 from tests.test_calibration import assert_same
@@ -29,7 +31,7 @@ def model(tokenizer):
 def expected(model, tokenizer):
     labels = torch.arange(48) % 3
     batches = [dict(tokenizer(TEXTS[i : i + 8], padding=True, return_tensors="pt")) for i in range(0, 48, 8)]
-    return collect_moments(model, [{**b, "labels": labels[8 * i : 8 * i + 8]} for i, b in enumerate(batches)])
+    return calibrate(model, [{**b, "labels": labels[8 * i : 8 * i + 8]} for i, b in enumerate(batches)])
 
 
 @pytest.mark.parametrize("torch_format", [True, False])
@@ -39,14 +41,14 @@ def test_a_dataset_of_examples(model, tokenizer, expected, torch_format, padding
     data = datasets.Dataset.from_dict(rows)
     if torch_format:
         data = data.with_format("torch")
-    assert_same(collect_moments(model, data), expected)
+    assert_same(calibrate(model, data), expected)
 
 
 def test_a_dataset_of_texts(model, tokenizer, expected):
     data = datasets.Dataset.from_dict({"id": list("abcd" * 12), "text": TEXTS, "label": [i % 3 for i in range(48)]})
-    assert_same(collect_moments(model, data, tokenizer=tokenizer), expected)
+    assert_same(calibrate(model, data, tokenizer=tokenizer), expected)
     with pytest.raises(TargetError, match="need a tokenizer"):
-        collect_moments(model, data)
+        calibrate(model, data)
 
 
 def test_a_data_loader(model, tokenizer, expected):
@@ -54,13 +56,13 @@ def test_a_data_loader(model, tokenizer, expected):
     loader = torch.utils.data.DataLoader(
         rows, batch_size=5, collate_fn=lambda r: dict(tokenizer.pad(r, return_tensors="pt"))
     )
-    assert_same(collect_moments(model, loader), expected)
+    assert_same(calibrate(model, loader), expected)
 
 
 def test_images_one_by_one():
     case = zoo.BY_BASE["ViTForImageClassification"]
     model, images = case.build(), case.batch()["pixel_values"]
-    assert_same(collect_moments(model, [{"pixel_values": i} for i in images]), collect_moments(model, [case.batch()]))
+    assert_same(calibrate(model, [{"pixel_values": i} for i in images]), calibrate(model, [case.batch()]))
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def dispatched(tmp_path):
 
 def test_a_dispatched_model(dispatched):
     case = zoo.BY_BASE["LlamaForCausalLM"]
-    assert_same(collect_moments(dispatched, [case.batch()]), collect_moments(case.build(), [case.batch()]))
+    assert_same(calibrate(dispatched, [case.batch()]), calibrate(case.build(), [case.batch()]))
 
 
 @pytest.mark.slow
@@ -100,13 +102,13 @@ def test_a_dispatched_model_is_converted(dispatched, inplace, size):
 WORKER = """
 import sys, torch
 from accelerate import Accelerator
-from hf_reparam import collect_moments
+from hf_reparam import calibrate
 from tests import zoo
 accelerator = Accelerator(cpu=True)
 case = zoo.BY_BASE["BertForMaskedLM"]
 ids = torch.randint(3, 90, (12, 7), generator=torch.Generator().manual_seed(0))
 loader = accelerator.prepare(torch.utils.data.DataLoader([{"input_ids": row} for row in ids], batch_size=2))
-moments = collect_moments(case.build(), loader)
+moments = calibrate(case.build(), loader)
 moments.save(f"{sys.argv[1]}/{accelerator.process_index}")
 accelerator.end_training()  # without it, gloo may abort a process that ends
 """
@@ -117,6 +119,6 @@ def test_two_processes_share_the_data(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     launch(tmp_path / "worker.py", tmp_path)
     ids = torch.randint(3, 90, (12, 7), generator=torch.Generator().manual_seed(0))
-    alone = collect_moments(zoo.BY_BASE["BertForMaskedLM"].build(), [{"input_ids": ids}])
+    alone = calibrate(zoo.BY_BASE["BertForMaskedLM"].build(), [{"input_ids": ids}])
     for rank in range(2):
-        assert_same(Moments.load(tmp_path / str(rank)), alone)
+        assert_same(Calibration.load(tmp_path / str(rank)), alone)

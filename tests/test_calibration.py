@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from hf_reparam import Moments, TargetError, collect_moments, convert
+from hf_reparam import Calibration, LowRankConfig, calibrate, convert
+from hf_reparam.errors import TargetError
 from tests import zoo
 
 convert_module = importlib.import_module("hf_reparam.compress.convert")
@@ -34,7 +35,7 @@ def pad(batches, width, left=False):
     return {key: torch.cat([one(b[key]) for b in batches]) for key in batches[0]}
 
 
-def assert_same(a: Moments, b: Moments):
+def assert_same(a: Calibration, b: Calibration):
     assert a.layers.keys() == b.layers.keys()
     for name, layer in a.layers.items():
         other = b.layers[name]
@@ -54,15 +55,15 @@ def assert_same(a: Moments, b: Moments):
 def test_batching_padding_and_order_do_not_matter(base):
     case = zoo.BY_BASE[base]
     model, data = case.build().double(), rows(case)
-    one_by_one = collect_moments(model, data)
-    together = collect_moments(model, [pad(data[3:], 12), pad(data[:3], 9)])
+    one_by_one = calibrate(model, data)
+    together = calibrate(model, [pad(data[3:], 12), pad(data[:3], 9)])
     assert_same(one_by_one, together)
 
 
 def test_inputs_are_those_of_the_layer():
     net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False))
     x = torch.randn(7, 6)
-    moments = collect_moments(net, [{"input": x[:3]}, {"input": x[3:]}], metric="activation")
+    moments = calibrate(net, [{"input": x[:3]}, {"input": x[3:]}], metric="activation")
     hidden = net[0](x).detach().double()
     torch.testing.assert_close(moments.layers["1"].input_products, hidden.T @ hidden, **FLOAT32_SUMS)
     assert moments.layers["1"].gradient_products is None
@@ -71,7 +72,7 @@ def test_inputs_are_those_of_the_layer():
 def test_gradients_are_those_of_the_loss():
     net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     x = torch.randn(7, 6)
-    moments = collect_moments(net, [{"input": x}], loss_fn=lambda model, batch: model(**batch).square().sum() / 2)
+    moments = calibrate(net, [{"input": x}], loss_fn=lambda model, batch: model(**batch).square().sum() / 2)
     out = net(x).detach()
     torch.testing.assert_close(moments.layers["2"].gradient_products, (out.T @ out).double(), **FLOAT32_SUMS)
     hidden = net[0](x).detach().requires_grad_()
@@ -85,7 +86,7 @@ def test_labels_use_the_models_loss():
     case = zoo.BY_BASE["BertForSequenceClassification"]
     model = case.build()
     batch = {**case.batch(), "labels": torch.tensor([2, 0])}
-    layer = collect_moments(model, [batch], include="classifier").layers["classifier"]
+    layer = calibrate(model, [batch], target_modules="classifier").layers["classifier"]
     logits = model(**case.batch()).logits.detach()
     gradient = logits.softmax(-1) - nn.functional.one_hot(batch["labels"], 3)
     torch.testing.assert_close(layer.gradient_products, (gradient.T @ gradient).double(), **FLOAT32_SUMS)
@@ -98,7 +99,7 @@ def test_drawn_answers_of_a_multi_label_head_give_the_fisher_information():
         model.classifier.bias.copy_(torch.tensor([2.0, 0.0, -2.0]))
     ids = torch.randint(3, 90, (4000, 4), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part} for part in ids.split(500)]
-    layer = collect_moments(model, batches, include="classifier").layers["classifier"]
+    layer = calibrate(model, batches, target_modules="classifier").layers["classifier"]
     p = model(input_ids=ids[:100]).logits.sigmoid().mean(0).detach().double()
     torch.testing.assert_close(layer.gradient_products / 4000, torch.diag(p * (1 - p)), atol=0.02, rtol=0)
 
@@ -110,7 +111,7 @@ def test_drawn_labels_give_the_fisher_information():
         model.classifier.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
     ids = torch.randint(3, 90, (4000, 4), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": part} for part in ids.split(500)]
-    layer = collect_moments(model, batches, include="classifier").layers["classifier"]
+    layer = calibrate(model, batches, target_modules="classifier").layers["classifier"]
     p = model(input_ids=ids[:100]).logits.softmax(-1).mean(0).detach().double()
     expected = torch.diag(p) - torch.outer(p, p)
     torch.testing.assert_close(layer.gradient_products / 4000, expected, atol=0.02, rtol=0)
@@ -123,7 +124,7 @@ def test_encoder_and_decoder_masks_are_told_apart(same_length):
     batch = {**zoo._text(), "decoder_input_ids": zoo._ids(2, width, seed=2)}
     batch["decoder_attention_mask"] = torch.ones(2, width, dtype=torch.long)
     batch["decoder_attention_mask"][0, 3:] = 0
-    moments = collect_moments(model, [batch])
+    moments = calibrate(model, [batch])
     encoder, decoder = int(batch["attention_mask"].sum()), int(batch["decoder_attention_mask"].sum())
     for name, layer in moments.layers.items():
         own = name.startswith("decoder") and not name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
@@ -134,7 +135,7 @@ def test_seq2seq_labels_stand_for_the_decoder_mask():
     model = zoo.BY_BASE["T5ForConditionalGeneration"].build()
     labels = zoo._ids(2, 7, seed=2)
     labels[1, 4:] = -100
-    moments = collect_moments(model, [{**zoo._text(), "labels": labels}])
+    moments = calibrate(model, [{**zoo._text(), "labels": labels}])
     assert moments.layers["decoder.block.0.layer.0.SelfAttention.q"].tokens == 11
     assert moments.layers["encoder.block.0.layer.0.SelfAttention.q"].tokens == 12
 
@@ -157,7 +158,7 @@ def test_the_model_is_as_it_was(fails):
             raise OSError("the iterator broke")
 
     try:
-        collect_moments(model, data())
+        calibrate(model, data())
         assert not fails
     except OSError:
         assert fails
@@ -174,17 +175,17 @@ def test_texts_with_a_tokenizer(minilm):
     model = zoo.BY_BASE["BertModel"].build()
     model.resize_token_embeddings(len(tokenizer))
     texts = ["one", "two words", "three words here"] * 15
-    moments = collect_moments(model, texts, metric="activation", tokenizer=tokenizer)
+    moments = calibrate(model, texts, metric="activation", tokenizer=tokenizer)
     tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"])
     assert moments.layers["encoder.layer.0.output.dense"].tokens == tokens
     with pytest.raises(TargetError, match="need a tokenizer"):
-        collect_moments(model, texts)
+        calibrate(model, texts)
 
 
 @pytest.mark.parametrize("base", [c.base for c in zoo.ALL if not c.options or c.base != "LlamaForCausalLM"])
 def test_every_family(base):
     case = zoo.BY_BASE[base]
-    moments = collect_moments(case.build(), [case.batch()])
+    moments = calibrate(case.build(), [case.batch()])
     assert all(layer.tokens > 0 for name, layer in moments.layers.items())
     deep = [layer for name, layer in moments.layers.items() if "layer" in name or ".h." in name or "h." in name]
     assert all(float(layer.gradient_products.diagonal().sum()) > 0 for layer in deep)
@@ -205,7 +206,7 @@ def test_wrong_arguments(data, options, message):
             return {"y": super().forward(x) > 0}
 
     with pytest.raises(TargetError, match=message):
-        collect_moments(Net(nn.Linear(4, 4)), data, **options)
+        calibrate(Net(nn.Linear(4, 4)), data, **options)
 
 
 def net_and_data():
@@ -218,16 +219,16 @@ def net_and_data():
 def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
     """Layers of 8 x 16, 16 x 16 and 16 x 4 take 2,560, 4,096 and 2,176 bytes."""
     net, data = net_and_data()
-    whole = collect_moments(net, data, loss_fn=squares)
-    grouped = collect_moments(net, data, loss_fn=squares, folder=tmp_path / "moments", max_memory=max_memory)
+    whole = calibrate(net, data, loss_fn=squares)
+    grouped = calibrate(net, data, loss_fn=squares, folder=tmp_path / "moments", max_memory=max_memory)
     assert len(list((tmp_path / "moments").iterdir())) == files
     assert grouped.metric == whole.metric
     assert set(grouped.layers) == set(whole.layers)
     for name, layer in whole.layers.items():
         assert torch.equal(grouped.layers[name].input_products, layer.input_products)
         assert torch.equal(grouped.layers[name].gradient_products, layer.gradient_products)
-    sources = (whole, grouped, Moments.load(tmp_path / "moments"))
-    small = [convert(net, keep=0.5, min_rank=1, calibration=source) for source in sources]
+    sources = (whole, grouped, Calibration.load(tmp_path / "moments"))
+    small = [convert(net, LowRankConfig(keep=0.5, min_rank=1), calibration=source) for source in sources]
     for other in small[1:]:
         assert all(map(torch.equal, small[0].state_dict().values(), other.state_dict().values()))
 
@@ -235,8 +236,8 @@ def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
 def test_a_group_that_the_loss_does_not_depend_on(tmp_path):
     """The last hidden states know nothing of the pooler, which is in a group of its own."""
     case = zoo.BY_BASE["BertModel"]
-    whole = collect_moments(case.build(), [case.batch()], include="*")
-    grouped = collect_moments(case.build(), [case.batch()], folder=tmp_path, max_memory="27KB", include="*")
+    whole = calibrate(case.build(), [case.batch()], target_modules="*")
+    grouped = calibrate(case.build(), [case.batch()], folder=tmp_path, max_memory="27KB", target_modules="*")
     assert len(list(tmp_path.iterdir())) == len(whole.layers)
     assert not grouped.layers["pooler.dense"].has_gradient()
     assert_same(grouped, whole)
@@ -249,25 +250,25 @@ def squares(model, batch):
 def test_limits_that_cannot_be_kept(tmp_path):
     net, data = net_and_data()
     with pytest.raises(TargetError, match="needs folder="):
-        collect_moments(net, data, loss_fn=squares, max_memory="1MB")
+        calibrate(net, data, loss_fn=squares, max_memory="1MB")
     with pytest.raises(TargetError, match=r"0: its moments take 2,560 bytes, and max_memory allows 1,000"):
-        collect_moments(net, data, loss_fn=squares, folder=tmp_path, max_memory=1000)
+        calibrate(net, data, loss_fn=squares, folder=tmp_path, max_memory=1000)
     with pytest.raises(TargetError, match="takes 3 passes over the data: give a list, no iterator"):
-        collect_moments(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory=4096)
+        calibrate(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory=4096)
     assert list(tmp_path.iterdir()) == []
-    collect_moments(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory="1MB")
+    calibrate(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory="1MB")
 
 
 def test_convert_calibrates_within_memory(monkeypatch):
     net, data = net_and_data()
     seen = []
-    collect = convert_module.collect_moments
+    collect = convert_module.calibrate
 
     def watched(*args, **kwargs):
         seen.append((kwargs["folder"], kwargs["max_memory"]))
         return collect(*args, **kwargs)
 
-    monkeypatch.setattr(convert_module, "collect_moments", watched)
+    monkeypatch.setattr(convert_module, "calibrate", watched)
     options = {"keep": 0.5, "min_rank": 1, "metric": "activation", "allocation": "uniform"}
     expected = convert(net, calibration=data, **options)
     small = convert(net, calibration=data, max_memory="3KB", **options)

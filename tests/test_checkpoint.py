@@ -64,13 +64,15 @@ def hidden(folder):
 @pytest.mark.parametrize(("base", "form"), FAMILIES)
 def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
     source = saved(base, tmp_path / "dense")
-    hf_reparam.convert(load(source), rank=6, form=form).save_pretrained(tmp_path / "direct")
-    report = hf_reparam.convert_checkpoint(source, tmp_path / "out", rank=6, form=form, max_shard_size="20KB")
+    hf_reparam.convert(load(source), hf_reparam.LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path / "direct")
+    report = hf_reparam.convert_folder(
+        source, tmp_path / "out", hf_reparam.LowRankConfig(rank=6, form=form), max_shard_size="20KB"
+    )
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert report.factored_after < report.factored_before
     hf_reparam.merge(load(tmp_path / "out")).save_pretrained(tmp_path / "direct-merged")
-    hf_reparam.merge_checkpoint(tmp_path / "out", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged")
     assert_same_folder(tmp_path / "direct-merged", tmp_path / "merged")
     assert hidden(tmp_path) == []
 
@@ -78,12 +80,12 @@ def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
 def test_half_precision(tmp_path):
     source = saved("LlamaForCausalLM", tmp_path / "dense", torch.bfloat16)
     hf_reparam.convert(load(source), rank=6).save_pretrained(tmp_path / "direct")
-    hf_reparam.convert_checkpoint(source, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(source, tmp_path / "out", rank=6)
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
 
 def test_the_index_lists_every_tensor(tmp_path, bert):
-    hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6, max_shard_size="20KB")
+    hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, max_shard_size="20KB")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(tmp_path / "out").keys()
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
@@ -95,11 +97,12 @@ def test_the_index_lists_every_tensor(tmp_path, bert):
 @pytest.mark.slow
 def test_by_size_with_moments(tmp_path, bert):
     model = load(bert)
-    moments = hf_reparam.collect_moments(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
+    moments = hf_reparam.calibrate(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
     moments.save(tmp_path / "moments.safetensors")
-    direct, expected = hf_reparam.convert(model, keep=0.5, calibration=moments, return_report=True)
+    direct = hf_reparam.convert(model, keep=0.5, calibration=moments)
+    expected = hf_reparam.report(direct)
     direct.save_pretrained(tmp_path / "direct")
-    plan = hf_reparam.make_plan(model, moments, keep=0.5)
+    plan = hf_reparam.make_plan(model, calibration=moments, keep=0.5)
     for number, options in enumerate(
         [
             {"keep": 0.5, "moments": moments},
@@ -108,7 +111,7 @@ def test_by_size_with_moments(tmp_path, bert):
             {"keep": 0.5, "moments": moments, "stream": False},
         ]
     ):
-        report = hf_reparam.convert_checkpoint(bert, tmp_path / str(number), **options)
+        report = hf_reparam.convert_folder(bert, tmp_path / str(number), **options)
         assert_same_folder(tmp_path / "direct", tmp_path / str(number))
         assert report.to_dict() == expected.to_dict()
 
@@ -129,7 +132,7 @@ def test_with_texts(tmp_path, gpt2, stream):
     direct = hf_reparam.convert(load(gpt2), keep=0.5, calibration=lines, tokenizer=tokenizer)
     direct.save_pretrained(tmp_path / "direct")
     options = {"keep": 0.5, "texts": tmp_path / "texts.txt", "max_memory": "200KB", "stream": stream}
-    hf_reparam.convert_checkpoint(gpt2, tmp_path / "out", **options)
+    hf_reparam.convert_folder(gpt2, tmp_path / "out", **options)
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert hidden(tmp_path) == []
 
@@ -169,13 +172,14 @@ def test_a_broken_run_goes_on(tmp_path, bert, monkeypatch):
     with monkeypatch.context() as patch:
         breaking_after(5, patch)
         with pytest.raises(KeyboardInterrupt):
-            hf_reparam.convert_checkpoint(bert, out, rank=6)
+            hf_reparam.convert_folder(bert, out, rank=6)
     assert not out.exists()
     assert len(hidden(tmp_path)) == 1
     made = breaking_after(99, monkeypatch)
-    report = hf_reparam.convert_checkpoint(bert, out, rank=6)
+    report = hf_reparam.convert_folder(bert, out, rank=6)
     assert len(made) == len(report.layers) - 5
-    direct, expected = hf_reparam.convert(load(bert), rank=6, return_report=True)
+    direct = hf_reparam.convert(load(bert), rank=6)
+    expected = hf_reparam.report(direct)
     direct.save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", out)
     assert report.to_dict() == expected.to_dict()
@@ -203,9 +207,9 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
     with monkeypatch.context() as patch:
         breaking_after(5, patch)
         with pytest.raises(KeyboardInterrupt):
-            hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
     between(bert)
-    hf_reparam.convert_checkpoint(bert, tmp_path / "out", **options)
+    hf_reparam.convert_folder(bert, tmp_path / "out", **options)
     hf_reparam.convert(load(bert), **options).save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
@@ -242,11 +246,11 @@ def test_a_failure_while_saving_is_taken_up_again(tmp_path, bert, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
     (tmp_path / hidden(tmp_path)[0] / "new").mkdir()
     (tmp_path / hidden(tmp_path)[0] / "new" / "rubbish").touch()
     made = breaking_after(0, monkeypatch)
-    hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
     assert made == []
     assert not (tmp_path / "out" / "rubbish").exists()
 
@@ -259,14 +263,14 @@ def test_an_unfit_source_is_refused_before_the_long_work(tmp_path, bert, monkeyp
         shards[2].unlink()
         if damage is not None:
             shards[2].write_bytes(damage)
-        with pytest.raises(hf_reparam.CheckpointError):
-            hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+        with pytest.raises(hf_reparam.errors.CheckpointError):
+            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
     shards[2].write_bytes(whole)
     narrower = transformers.AutoConfig.from_pretrained(bert)
     narrower.intermediate_size = 40
     narrower.save_pretrained(bert)
-    with pytest.raises(hf_reparam.CheckpointError, match="mismatch"):
-        hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    with pytest.raises(hf_reparam.errors.CheckpointError, match="mismatch"):
+        hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
     assert made == []
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
@@ -279,33 +283,35 @@ def test_missing_weights_are_refused(tmp_path, bert):
     index.write_text(json.dumps(content))
     kept = {key: value for key, value in load_file(shard).items() if key != name}
     save_file(kept, shard, {"format": "pt"})
-    with pytest.raises(hf_reparam.CheckpointError, match=r"1 weights are missing.*layer\.0\.output\.dense\.weight"):
-        hf_reparam.convert_checkpoint(bert, tmp_path / "out", rank=6)
+    with pytest.raises(
+        hf_reparam.errors.CheckpointError, match=r"1 weights are missing.*layer\.0\.output\.dense\.weight"
+    ):
+        hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, hf_reparam.TargetError, "exactly one of rank, keep and plan"),
-        ({"rank": 6, "keep": 0.5}, hf_reparam.TargetError, "exactly one of rank, keep and plan"),
-        ({"rank": 600}, hf_reparam.RankError, "above min"),
-        ({"keep": 7}, hf_reparam.RankError, "keep must be in"),
-        ({"plan": hf_reparam.RankPlan(), "form": "pair"}, hf_reparam.TargetError, "a plan has forms of its own"),
-        ({"rank": 6, "solver": "quick"}, hf_reparam.TargetError, "solver must be one of"),
-        ({"rank": 6, "moments": "none.safetensors"}, hf_reparam.CheckpointError, "cannot be read"),
-        ({"rank": 6, "texts": "none.txt"}, hf_reparam.CheckpointError, "cannot be read as text"),
+        ({}, hf_reparam.errors.TargetError, "exactly one of rank, keep and plan"),
+        ({"rank": 6, "keep": 0.5}, hf_reparam.errors.TargetError, "exactly one of rank, keep and plan"),
+        ({"rank": 600}, hf_reparam.errors.RankError, "above min"),
+        ({"keep": 7}, hf_reparam.errors.RankError, "keep must be in"),
+        ({"plan": hf_reparam.RankPlan(), "form": "pair"}, hf_reparam.errors.TargetError, "a plan has forms of its own"),
+        ({"rank": 6, "solver": "quick"}, hf_reparam.errors.TargetError, "solver must be one of"),
+        ({"rank": 6, "moments": "none.safetensors"}, hf_reparam.errors.CheckpointError, "cannot be read"),
+        ({"rank": 6, "texts": "none.txt"}, hf_reparam.errors.CheckpointError, "cannot be read as text"),
     ],
 )
 def test_user_errors_leave_nothing(tmp_path, bert, options, error, message):
     with pytest.raises(error, match=message):
-        hf_reparam.convert_checkpoint(bert, tmp_path / "out", **options)
+        hf_reparam.convert_folder(bert, tmp_path / "out", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
 def test_nothing_to_merge(tmp_path, bert):
-    with pytest.raises(hf_reparam.TargetError, match="no low-rank layer"):
-        hf_reparam.merge_checkpoint(bert, tmp_path / "out")
+    with pytest.raises(hf_reparam.errors.TargetError, match="no low-rank layer"):
+        hf_reparam.merge_folder(bert, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
@@ -314,7 +320,7 @@ def test_older_formats_are_read(tmp_path):
     model.config.architectures = ["BertForMaskedLM"]
     model.config.save_pretrained(tmp_path / "dense")
     torch.save(model.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
-    hf_reparam.convert_checkpoint(tmp_path / "dense", tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=6)
     hf_reparam.convert(load(tmp_path / "dense"), rank=6).save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
@@ -328,9 +334,9 @@ def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
 
 source, out, how = sys.argv[1:]
-hf_reparam.convert_checkpoint(sys.argv[1] + "-tiny", out + "-tiny", rank=4, stream=how == "stream")
+hf_reparam.convert_folder(sys.argv[1] + "-tiny", out + "-tiny", rank=4, stream=how == "stream")
 before = status("VmRSS")
-hf_reparam.convert_checkpoint(source, out, rank=64, stream=how == "stream", max_shard_size="20MB")
+hf_reparam.convert_folder(source, out, rank=64, stream=how == "stream", max_shard_size="20MB")
 print(status("VmHWM") - before)
 """
 

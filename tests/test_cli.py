@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hf_reparam
 from hf_reparam import cli
-from hf_reparam.files import checkpoint
+from hf_reparam.files import convert as checkpoint
 from tests import zoo
 from tests.launch import launch
 
@@ -74,11 +74,13 @@ def test_calibrated_conversion(tmp_path, minilm, capsys):
     model = transformers.AutoModel.from_pretrained(minilm)
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     lines = [line for line in texts.read_text().splitlines() if line]
-    moments = hf_reparam.collect_moments(model, lines, tokenizer=tokenizer)
+    moments = hf_reparam.calibrate(model, lines, tokenizer=tokenizer)
     moments.save(tmp_path / "moments.safetensors")
     command = ["convert", minilm, tmp_path / "again", "--keep", 0.5, "--calibration", tmp_path / "moments.safetensors"]
     assert run(*command, "--quiet", "--exclude", "pooler.*") == 0
-    direct = hf_reparam.convert(model, keep=0.5, calibration=moments, exclude="pooler.*")
+    direct = hf_reparam.convert(
+        model, hf_reparam.LowRankConfig(keep=0.5, exclude_modules="pooler.*"), calibration=moments
+    )
     for name in ("0", "again"):
         loaded = transformers.AutoModel.from_pretrained(tmp_path / name)
         assert loaded.config.reparam == direct.config.reparam
@@ -235,7 +237,7 @@ def test_interrupt(tmp_path, dense, monkeypatch, capsys):
 def test_kill_leaves_no_out(tmp_path, dense):
     out = tmp_path / "o"
     code = (
-        "import sys, time, hf_reparam.files.checkpoint as c, hf_reparam.cli as cli\n"
+        "import sys, time, hf_reparam.files.convert as c, hf_reparam.cli as cli\n"
         "c.copy_companions = lambda *a: (print('here', flush=True), time.sleep(60))\n"
         "cli.main(sys.argv[1:])"
     )

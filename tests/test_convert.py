@@ -8,8 +8,10 @@ import transformers
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankLinear, RankError, TargetError, WeightError, convert, merge, summarize
-from hf_reparam.model.inspection import count_parameters
+from hf_reparam import LowRankConfig, convert, merge
+from hf_reparam.errors import RankError, TargetError, WeightError
+from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.model.checks import count_parameters
 from tests import zoo
 
 OUTPUT = 1e-5  # full rank against dense, float32
@@ -28,7 +30,7 @@ def unchanged(model, before):
 def test_full_rank_is_dense_and_the_input_is_untouched(case):
     model, batch = case.build(), case.batch()
     before, kind, config = snapshot(model), type(model), model.config.to_dict()
-    full = convert(model, rank=1.0, allow_larger=True)
+    full = convert(model, LowRankConfig(rank=1.0, allow_larger=True))
     for got, expected in zip(zoo.outputs(full, batch), zoo.outputs(model, batch), strict=True):
         torch.testing.assert_close(got, expected, atol=OUTPUT, rtol=OUTPUT)
     assert unchanged(model, before)
@@ -39,7 +41,8 @@ def test_full_rank_is_dense_and_the_input_is_untouched(case):
 @pytest.mark.parametrize("case", zoo.DIFFERENT, ids=lambda c: c.id)
 def test_converted_model_is_still_its_base_class_and_smaller(case):
     model = case.build()
-    small, report = convert(model, rank=6, return_report=True)
+    small = convert(model, rank=6)
+    report = hf_reparam.report(small)
     assert isinstance(small, type(model))
     assert type(small).__name__ == f"Reparam{case.base}"
     assert count_parameters(small) < count_parameters(model)
@@ -52,7 +55,8 @@ def test_converted_model_is_still_its_base_class_and_smaller(case):
 
 def test_the_error_in_the_report_is_measured():
     net = nn.Sequential(nn.Linear(40, 30).double())
-    small, report = convert(net, rank=7, return_report=True)
+    small = convert(net, rank=7)
+    report = hf_reparam.report(small)
     product = small[0].up.weight @ small[0].down.weight
     measured = ((net[0].weight - product).norm() / net[0].weight.norm()).item()
     assert report.layers[0].error == pytest.approx(measured, rel=1e-9)
@@ -60,7 +64,7 @@ def test_the_error_in_the_report_is_measured():
 
 def test_plain_module():
     net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
-    small = convert(net, rank=4, exclude="2")
+    small = convert(net, LowRankConfig(rank=4, exclude_modules="2"))
     assert [type(m) for m in small] == [LowRankLinear, nn.ReLU, nn.Linear]
     assert type(small) is nn.Sequential
     assert isinstance(convert(nn.Linear(32, 32), rank=4), LowRankLinear)
@@ -124,7 +128,8 @@ def test_dtype_mode_and_requires_grad_are_kept(dtype):
 
 def test_shared_layers_stay_shared():
     model = zoo.BY_BASE["AlbertForMaskedLM"].build()
-    small, report = convert(model, rank=4, return_report=True)
+    small = convert(model, rank=4)
+    report = hf_reparam.report(small)
     assert len({name for name in small.config.reparam["modules"] if "albert_layers" in name}) == 6
     assert report.parameters_after == count_parameters(small)
     shared = nn.Linear(32, 32)
@@ -142,7 +147,8 @@ def test_tied_weights_stay_tied(base):
 def test_again_at_a_lower_rank():
     model = zoo.BY_BASE["LlamaForCausalLM"].build()
     once = convert(model, rank=8)
-    twice, report = convert(once, rank=4, return_report=True)
+    twice = convert(once, rank=4)
+    report = hf_reparam.report(twice)
     assert {m.rank for m in twice.modules() if isinstance(m, LowRankLinear)} == {4}
     assert {spec["rank"] for spec in twice.config.reparam["modules"].values()} == {4}
     assert {m.rank for m in once.modules() if isinstance(m, LowRankLinear)} == {8}
@@ -180,9 +186,10 @@ def test_quantized_and_meta_models_are_refused():
 
 def test_patterns_over_whole_names():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    small, report = convert(
-        model, rank=4, include=["*.query", "re:.*\\.key"], exclude="*.layer.1.*", return_report=True
+    small = convert(
+        model, LowRankConfig(rank=4, target_modules=["*.query", "re:.*\\.key"], exclude_modules="*.layer.1.*")
     )
+    report = hf_reparam.report(small)
     assert sorted(small.config.reparam["modules"]) == [
         "encoder.layer.0.attention.self.key",
         "encoder.layer.0.attention.self.query",
@@ -192,12 +199,12 @@ def test_patterns_over_whole_names():
     assert reasons["bert.encoder.layer.0.output.dense"] == "not included"
     assert reasons["cls.predictions.decoder"] == "output embeddings"
     with pytest.raises(TargetError, match="include: 'query' matches none"):
-        convert(model, rank=4, include="query")
+        convert(model, LowRankConfig(rank=4, target_modules="query"))
 
 
 def test_experts_that_are_no_modules_are_reported():
     config = transformers.MixtralConfig(**zoo.LLAMA_LIKE, num_local_experts=4)
-    _, report = convert(transformers.MixtralForCausalLM(config), rank=4, return_report=True)
+    report = hf_reparam.report(convert(transformers.MixtralForCausalLM(config), rank=4))
     bare = [s for s in report.skipped if "bare parameter" in s.reason]
     assert sum(s.parameters for s in bare) == 2 * 4 * 3 * 32 * 48
     assert report.coverage < 0.5
@@ -206,15 +213,16 @@ def test_experts_that_are_no_modules_are_reported():
 def test_summarize_needs_no_weights():
     with torch.device("meta"):
         model = transformers.BertModel(zoo.bert())
-    report = summarize(model)
+    report = hf_reparam.report(model)
     assert {layer.rank for layer in report.layers} == {None}
     assert report.parameters_before == report.parameters_after == count_parameters(model)
 
 
 def test_summarize_a_converted_model():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    small, made = convert(model, rank={"*.query": 4}, return_report=True)
-    report = summarize(small)
+    small = convert(model, rank={"*.query": 4})
+    made = hf_reparam.report(small)
+    report = hf_reparam.report(small)
     assert [(x.name, x.rank, x.parameters_after) for x in report.layers] == [
         (x.name, x.rank, x.parameters_after) for x in made.layers
     ]
@@ -228,7 +236,7 @@ def test_summarize_a_converted_model():
 def test_hidden_states_and_attentions_are_recorded(case, inplace):
     model, batch = case.build(attn_implementation="eager"), case.batch()
     dense = model(**batch, output_hidden_states=True, output_attentions=True)
-    small = convert(model, rank=1.0, allow_larger=True, inplace=inplace)
+    small = convert(model, LowRankConfig(rank=1.0, allow_larger=True), inplace=inplace)
     out = small(**batch, output_hidden_states=True, output_attentions=True)
     assert list(out) == list(dense)
     for key in dense:

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from hf_reparam import TargetError, convert, distillation_loss
+from hf_reparam import LowRankConfig, convert, distillation_loss
+from hf_reparam.errors import TargetError
 from tests import zoo
 
 CASE = zoo.BY_BASE["BertForSequenceClassification"]
@@ -94,7 +95,7 @@ def test_regression_multi_label_and_question_answering():
         ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
     ):
         dense = BertForSequenceClassification(BertConfig(**zoo.BERT_LIKE, **options)).eval()
-        small = convert(dense, rank=4, include="*")
+        small = convert(dense, LowRankConfig(rank=4, target_modules="*"))
         with distillation_loss(dense, small, alpha=0.0) as loss:
             torch.testing.assert_close(loss(small(**batch), labels), small(**batch, labels=labels).loss)
         with distillation_loss(dense, small, alpha=1.0) as loss:
@@ -114,7 +115,7 @@ def test_regression_multi_label_and_question_answering():
 def test_trainer_brings_the_student_nearer_and_the_hook_leaves(tmp_path):
     dense = CASE.build()
     dense.classifier.weight.data *= 50  # the logits of a model that is sure of something
-    small = convert(dense, rank=4, include="*")
+    small = convert(dense, LowRankConfig(rank=4, target_modules="*"))
     rows = [{"input_ids": zoo._ids(1, 6, seed=i)[0], "labels": i % 3} for i in range(128)]
     probe = {"input_ids": zoo._ids(16, 6, seed=99)}
 

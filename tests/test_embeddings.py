@@ -11,22 +11,20 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import (
-    CheckpointError,
-    Moments,
-    PlanError,
+    Calibration,
+    LowRankConfig,
     RankPlan,
-    TargetError,
-    collect_moments,
+    calibrate,
     convert,
-    convert_checkpoint,
+    convert_folder,
     make_plan,
     merge,
-    merge_checkpoint,
-    summarize,
+    merge_folder,
 )
-from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead, Tables, low_rank_tables
-from hf_reparam.model.inspection import count_parameters
+from hf_reparam.errors import CheckpointError, PlanError, TargetError
+from hf_reparam.model.checks import count_parameters
 from hf_reparam.structures.table import table_groups
+from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead, Tables, low_rank_tables
 from tests import zoo
 
 NAMES = {
@@ -70,7 +68,8 @@ def test_it_survives_saving_and_merging(family, tmp_path):
     """What the contract promises, of classes that are not in it."""
     base, model, batch = family
     before = copy.deepcopy(model.state_dict())
-    small, report = convert(model, plan=plan_of(base, model), return_report=True)
+    small = convert(model, plan_of(base, model))
+    report = hf_reparam.report(small)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     members = [m for m in small.modules() if isinstance(m, Tables)]
     assert len(members) == MEMBERS.get(base, 1)
@@ -83,7 +82,7 @@ def test_it_survives_saving_and_merging(family, tmp_path):
     close(outputs(again, batch), expected, 1e-6)  # alignment of memory
     assert len({m.table.weight for m in again.modules() if isinstance(m, Tables)}) == 1
     assert count_parameters(again) == report.parameters_after < report.parameters_before == count_parameters(model)
-    stands = summarize(again)
+    stands = hf_reparam.report(again)
     assert (stands.parameters_before, stands.factored_after) == (report.parameters_before, report.factored_after)
     dense = merge(again)
     assert type(dense) is type(model)
@@ -101,12 +100,12 @@ def test_a_table_of_true_low_rank_loses_nothing(family):
     with torch.no_grad():
         table = model.get_input_embeddings().weight
         table.copy_(torch.randn(len(table), 5) @ torch.randn(5, table.shape[1]) * 0.1)
-    close(outputs(convert(model, plan=plan_of(base, model, 5)), batch), outputs(model, batch))
+    close(outputs(convert(model, plan_of(base, model, 5)), batch), outputs(model, batch))
 
 
 def test_calibration_counts_tokens_and_squares(family):
     base, model, batch = family
-    moments = collect_moments(model, [batch])
+    moments = calibrate(model, [batch])
     found = moments.tables[NAMES[base]]
     ids = [batch["input_ids"][batch["attention_mask"].bool()]]
     ids += [batch["decoder_input_ids"].flatten()] if "decoder_input_ids" in batch else []
@@ -121,15 +120,15 @@ def test_calibration_counts_tokens_and_squares(family):
 def test_moments_are_stored_and_merged(tmp_path):
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, batch = case.build(), case.batch()
-    moments = collect_moments(model, [batch])
+    moments = calibrate(model, [batch])
     moments.save(tmp_path / "moments.safetensors")
-    again = Moments.load(tmp_path / "moments.safetensors")
+    again = Calibration.load(tmp_path / "moments.safetensors")
     twice = again + again
     for key, value in vars(moments.tables["wte"]).items():
         assert torch.equal(getattr(again.tables["wte"], key), value)
         assert torch.equal(getattr(twice.tables["wte"], key), 2 * value)
     assert set(again.layers) == set(moments.layers)
-    stored = collect_moments(model, [batch], folder=tmp_path / "folder", max_memory="200KB")
+    stored = calibrate(model, [batch], folder=tmp_path / "folder", max_memory="200KB")
     torch.testing.assert_close(stored.tables["wte"].gradients, moments.tables["wte"].gradients)
 
 
@@ -139,33 +138,36 @@ def test_a_budget_counts_the_whole_model():
     with torch.no_grad():  # of rank 8, so that a budget finds it
         table = model.get_input_embeddings().weight
         table.copy_(torch.randn(len(table), 8) @ torch.randn(8, 32) * 0.01)
-    moments = collect_moments(model, [case.batch()])
-    plan = make_plan(model, moments, keep=0.5, min_rank=1, embeddings=True)
+    moments = calibrate(model, [case.batch()])
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, embeddings=True), calibration=moments)
     assert 6 <= plan.embeddings["embeddings.word_embeddings"] <= 10
     total = 99 * 32 + sum(x.input_sum.numel() * x.gradient_products.shape[0] for x in moments.layers.values())
-    small = convert(model, plan=plan, calibration=moments)
+    small = convert(model, plan, calibration=moments)
     assert count_parameters(model) - count_parameters(small) >= 0.5 * total
     target = count_parameters(model) - 6000
-    whole = convert(model, target_params=target, min_rank=1, calibration=moments, embeddings=True)
+    whole = convert(model, LowRankConfig(target_params=target, min_rank=1, embeddings=True), calibration=moments)
     assert target - 300 < count_parameters(whole) <= target
     assert whole.config.reparam["embeddings"]
-    assert "embeddings" not in convert(model, target_params=target, min_rank=1, calibration=moments).config.reparam
+    assert (
+        "embeddings"
+        not in convert(model, LowRankConfig(target_params=target, min_rank=1), calibration=moments).config.reparam
+    )
 
 
 def test_equal_shares_without_data():
     model = zoo.BY_BASE["BertModel"].build()
-    plan = make_plan(model, keep=0.5, min_rank=1, embeddings=True)
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, embeddings=True))
     assert plan.embeddings == {"embeddings.word_embeddings": int(0.5 * 99 * 32 / (99 + 32))}
-    assert make_plan(model, keep=1.0, embeddings=True).embeddings == {}
+    assert make_plan(model, LowRankConfig(keep=1.0, embeddings=True)).embeddings == {}
 
 
 def test_an_untied_head_has_factors_of_its_own(tmp_path):
     case = zoo.BY_BASE["LlamaForCausalLM"]
     model, batch = case.build(), case.batch()
-    moments = collect_moments(model, [batch])
+    moments = calibrate(model, [batch])
     assert not moments.tables["lm_head"].counts.any()
     assert moments.tables["lm_head"].tokens == 12
-    small = convert(model, plan=plan_of("LlamaForCausalLM", model, lm_head=9), calibration=moments)
+    small = convert(model, plan_of("LlamaForCausalLM", model, lm_head=9), calibration=moments)
     assert isinstance(small.lm_head, LowRankHead)
     assert small.lm_head.table.weight is not small.model.embed_tokens.table.weight
     small.save_pretrained(tmp_path)
@@ -178,7 +180,7 @@ def test_an_untied_head_has_factors_of_its_own(tmp_path):
 
 def test_heads_and_bases_load_each_other(tmp_path):
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    convert(model, plan=plan_of("BertForMaskedLM", model)).save_pretrained(tmp_path)
+    convert(model, plan_of("BertForMaskedLM", model)).save_pretrained(tmp_path)
     base = tf.AutoModel.from_pretrained(tmp_path)
     base.save_pretrained(tmp_path / "base")
     head = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
@@ -192,7 +194,7 @@ def test_heads_and_bases_load_each_other(tmp_path):
 def test_it_generates_what_the_merged_model_does(base):
     case = zoo.BY_BASE[base]
     model = case.build()
-    small = convert(model, plan=plan_of(base, model))
+    small = convert(model, plan_of(base, model))
     inputs, options = {"input_ids": case.batch()["input_ids"]}, {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(small.generate(**inputs, **options), merge(small).generate(**inputs, **options))
 
@@ -200,7 +202,7 @@ def test_it_generates_what_the_merged_model_does(base):
 @pytest.mark.slow
 def test_the_trainer_saves_and_loads_it(tmp_path):
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
-    small = convert(model, plan=plan_of("GPT2LMHeadModel", model))
+    small = convert(model, plan_of("GPT2LMHeadModel", model))
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 90, (16, 7))]
     options = {"max_steps": 3, "save_steps": 3, "report_to": [], "per_device_train_batch_size": 4, "use_cpu": True}
     tf.Trainer(small, tf.TrainingArguments(str(tmp_path), **options), train_dataset=rows).train()
@@ -212,7 +214,7 @@ def test_the_trainer_saves_and_loads_it(tmp_path):
 def test_adapters_leave_the_factors_alone():
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model = case.build()
-    small = convert(model, plan=plan_of("GPT2LMHeadModel", model))
+    small = convert(model, plan_of("GPT2LMHeadModel", model))
     adapted = get_peft_model(copy.deepcopy(small), LoraConfig(target_modules="all-linear", init_lora_weights=False))
     adapters = [name for name, _ in adapted.named_parameters() if "lora" in name]
     assert len(adapters) == 2 * 2 * 4  # A and B in two blocks of four layers
@@ -225,7 +227,7 @@ def test_adapters_leave_the_factors_alone():
 
 def test_resizing_is_refused(family):
     base, model, _ = family
-    small = convert(model, plan=plan_of(base, model))
+    small = convert(model, plan_of(base, model))
     assert small.resize_token_embeddings() is small.get_input_embeddings()
     with pytest.raises(TargetError, match="merge the model, resize"):
         small.resize_token_embeddings(120)
@@ -238,20 +240,22 @@ def test_resizing_is_refused(family):
 def test_streaming_gives_the_same_tensors(tmp_path):
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, batch = case.build(), case.batch()
-    moments = collect_moments(model, [batch])
+    moments = calibrate(model, [batch])
     model.save_pretrained(tmp_path / "dense")
-    memory = convert(model, keep=0.2, min_rank=1, calibration=moments, embeddings=True)
+    memory = convert(model, LowRankConfig(keep=0.2, min_rank=1, embeddings=True), calibration=moments)
     assert memory.config.reparam["embeddings"]
-    convert_checkpoint(tmp_path / "dense", tmp_path / "low", keep=0.2, min_rank=1, moments=moments, embeddings=True)
+    convert_folder(
+        tmp_path / "dense", tmp_path / "low", LowRankConfig(keep=0.2, min_rank=1, embeddings=True), calibration=moments
+    )
     streamed = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
     assert all(torch.equal(value, streamed.state_dict()[key]) for key, value in memory.state_dict().items())
-    merge_checkpoint(tmp_path / "low", tmp_path / "merged")
+    merge_folder(tmp_path / "low", tmp_path / "merged")
     close(outputs(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), batch), outputs(memory, batch))
 
 
 def test_drawn_at_random_it_has_the_familys_size():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    drawn = tf.AutoModelForMaskedLM.from_config(convert(model, plan=plan_of("BertForMaskedLM", model)).config)
+    drawn = tf.AutoModelForMaskedLM.from_config(convert(model, plan_of("BertForMaskedLM", model)).config)
     product = drawn.get_input_embeddings().weight + 0
     assert product.std().item() == pytest.approx(drawn.config.initializer_range, rel=0.3)
     assert drawn.cls.predictions.decoder.table.weight is drawn.bert.embeddings.word_embeddings.table.weight
@@ -259,7 +263,7 @@ def test_drawn_at_random_it_has_the_familys_size():
 
 def test_the_stock_class_refuses(tmp_path):
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    convert(model, plan=plan_of("BertForMaskedLM", model)).save_pretrained(tmp_path)
+    convert(model, plan_of("BertForMaskedLM", model)).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size"):
         tf.BertForMaskedLM.from_pretrained(tmp_path)
 
@@ -268,7 +272,7 @@ def test_missing_factors_are_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    convert(model, plan=plan_of("BertForMaskedLM", model)).save_pretrained(tmp_path)
+    convert(model, plan_of("BertForMaskedLM", model)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["bert.embeddings.word_embeddings.up.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -288,7 +292,7 @@ def test_missing_factors_are_an_error(tmp_path):
 )
 def test_tampered_ranks_are_refused(tmp_path, embeddings, message):
     model = zoo.BY_BASE["BertModel"].build()
-    convert(model, plan=plan_of("BertModel", model)).save_pretrained(tmp_path)
+    convert(model, plan_of("BertModel", model)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["reparam"]["embeddings"] = embeddings
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -299,19 +303,21 @@ def test_tampered_ranks_are_refused(tmp_path, embeddings, message):
 def test_what_cannot_be_of_low_rank_is_named(tmp_path):
     bart, vit = (zoo.BY_BASE[base].build() for base in ("BartForConditionalGeneration", "ViTForImageClassification"))
     with pytest.raises(TargetError, match="is a BartScaledWordEmbedding"):
-        make_plan(bart, keep=0.5, min_rank=1, embeddings=True)
+        make_plan(bart, LowRankConfig(keep=0.5, min_rank=1, embeddings=True))
     with pytest.raises(TargetError, match="is a ViTPatchEmbeddings"):
-        make_plan(vit, keep=0.5, min_rank=1, embeddings=True)
+        make_plan(vit, LowRankConfig(keep=0.5, min_rank=1, embeddings=True))
     with pytest.raises(TargetError, match="only those of Transformers models"):
-        make_plan(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), keep=0.5, min_rank=1, embeddings=True)
+        make_plan(
+            nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), LowRankConfig(keep=0.5, min_rank=1, embeddings=True)
+        )
     model = zoo.BY_BASE["BertModel"].build()
     with pytest.raises(TargetError, match="goes with keep"):
-        convert(model, rank=4, embeddings=True)
+        convert(model, LowRankConfig(rank=4, embeddings=True))
     with pytest.raises(PlanError, match="only those of Transformers models"):
-        convert(nn.Sequential(nn.Linear(4, 4)), plan=RankPlan(embeddings={"0": 2}))
-    small = convert(model, plan=plan_of("BertModel", model))
+        convert(nn.Sequential(nn.Linear(4, 4)), RankPlan(embeddings={"0": 2}))
+    small = convert(model, plan_of("BertModel", model))
     with pytest.raises(PlanError, match="of low rank already"):
-        convert(small, plan=plan_of("BertModel", model, 4))
+        convert(small, plan_of("BertModel", model, 4))
     with pytest.raises(CheckpointError, match="knows no embeddings of low rank"):
         small.save_pretrained(tmp_path, remote_code=True)
     lower = convert(small, rank=4)
@@ -322,7 +328,7 @@ def test_a_table_that_is_not_tied_as_the_configuration_says():
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with pytest.raises(TargetError, match="holds another tensor"):
-        convert(model, plan=plan_of("GPT2LMHeadModel", model))
+        convert(model, plan_of("GPT2LMHeadModel", model))
 
 
 def test_tables_of_a_model():
@@ -349,7 +355,7 @@ def test_padding_gets_no_gradient():
 def test_it_compiles():
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model = case.build()
-    small = convert(model, plan=plan_of("GPT2LMHeadModel", model))
+    small = convert(model, plan_of("GPT2LMHeadModel", model))
     compiled = torch.compile(small, backend="aot_eager")
     close(outputs(compiled, case.batch()), outputs(small, case.batch()))
     torch._dynamo.reset()
@@ -358,8 +364,8 @@ def test_it_compiles():
 def test_inplace_is_the_same():
     case = zoo.BY_BASE["T5ForConditionalGeneration"]
     model, batch = case.build(), case.batch()
-    copied = convert(model, plan=plan_of("T5ForConditionalGeneration", model))
-    inplace = convert(model, plan=plan_of("T5ForConditionalGeneration", model), inplace=True)
+    copied = convert(model, plan_of("T5ForConditionalGeneration", model))
+    inplace = convert(model, plan_of("T5ForConditionalGeneration", model), inplace=True)
     assert inplace is model
     assert all(torch.equal(value, inplace.state_dict()[key]) for key, value in copied.state_dict().items())
     merged = merge(inplace, inplace=True)
@@ -370,14 +376,14 @@ def test_inplace_is_the_same():
 
 def test_report_names_the_table():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    _, report = convert(model, plan=plan_of("BertForMaskedLM", model), return_report=True)
+    report = hf_reparam.report(convert(model, plan_of("BertForMaskedLM", model)))
     assert [(row.kind, row.in_features, row.out_features, row.rank) for row in report.layers] == [
         ("Embedding", 99, 32, 12)
     ]
     assert report.factored_before == 99 * 32
     assert report.factored_after == 12 * (99 + 32)
     assert not any("word_embeddings" in item.name or "decoder" in item.name for item in report.skipped)
-    assert hf_reparam.model_card(convert(model, plan=plan_of("BertForMaskedLM", model)))
+    assert hf_reparam.model_card(convert(model, plan_of("BertForMaskedLM", model)))
 
 
 def test_a_head_gets_a_bias_of_its_own():

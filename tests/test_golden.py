@@ -9,7 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from hf_reparam import PlanError, merge
+from hf_reparam import merge
+from hf_reparam.errors import PlanError
 from hf_reparam.plan import FORMAT_VERSION
 from tests import zoo
 from tests.golden.make import BASES, FORMS, commit, make

@@ -11,7 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_reparam
-from hf_reparam import LowRankLinear, TargetError, convert, merge
+from hf_reparam import LowRankConfig, convert, merge
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 PRODUCT = 1e-6  # relative error of a merged weight, float32: one rounding is 6e-8
@@ -21,7 +23,7 @@ PRODUCT = 1e-6  # relative error of a merged weight, float32: one rounding is 6e
 @pytest.mark.parametrize("case", zoo.DIFFERENT, ids=lambda c: c.id)
 def test_merge_undoes_convert(case, form):
     model, batch = case.build(), case.batch()
-    small = convert(model, rank=6, form=form)
+    small = convert(model, LowRankConfig(rank=6, form=form))
     dense = merge(small)
     assert type(dense) is type(model)
     assert type(dense.config) is type(model.config)
@@ -44,7 +46,7 @@ def test_merge_undoes_convert(case, form):
 
 def test_merge_of_full_rank_is_the_original():
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
-    dense = merge(convert(model, rank=1.0, allow_larger=True))
+    dense = merge(convert(model, LowRankConfig(rank=1.0, allow_larger=True)))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(dense.state_dict()[name], value, atol=1e-6, rtol=1e-5)
 
@@ -135,4 +137,4 @@ def test_merge_after_training():
     torch.testing.assert_close(
         zoo.outputs(merge(small), case.batch())[0], zoo.outputs(small, case.batch())[0], atol=1e-5, rtol=1e-5
     )
-    assert hf_reparam.summarize(small).layers
+    assert hf_reparam.report(small).layers

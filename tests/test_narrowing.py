@@ -7,32 +7,28 @@ import json
 import pytest
 import torch
 import transformers as tf
+from hf_reparam.compress.decomposition import as_decompositions
+from hf_reparam.compress.narrowing import NarrowHeads, attentions_by_name, narrowed
 from torch import nn
 
 import hf_reparam
 from hf_reparam import (
-    AttentionType,
-    CheckpointError,
-    LayerSpec,
-    LowRankLinear,
-    PlanError,
+    Entry,
+    LowRankConfig,
     RankPlan,
-    TargetError,
-    WeightError,
-    collect_moments,
+    calibrate,
     convert,
-    convert_checkpoint,
+    convert_folder,
     make_plan,
     merge,
     refit,
-    register_attention,
-    summarize,
 )
-from hf_reparam.calibrate.collect import layer_name
-from hf_reparam.compress.decomposition import as_decompositions
-from hf_reparam.compress.narrowing import NarrowHeads, attentions_by_name, narrowed
-from hf_reparam.structures.heads.attention import ROLES, find_attentions
+from hf_reparam.errors import CheckpointError, PlanError, TargetError, WeightError
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.linalg import map_rows
+from hf_reparam.model.host import layer_name
+from hf_reparam.structures.heads import AttentionType, register_attention
+from hf_reparam.structures.heads.attention import ROLES, find_attentions
 from tests import zoo
 
 FAMILIES = [
@@ -72,7 +68,7 @@ def family(request):
     with torch.no_grad():  # attention that matters: fresh weights of most families are so small that it hardly does
         for layer in {a.layer(role) for a in find_attentions(model) for role in ROLES}:
             layer.weight *= 0.15 / layer.weight.std()
-    return model, batch, collect_moments(model, [batch])
+    return model, batch, calibrate(model, [batch])
 
 
 def test_every_attention_is_found(family):
@@ -97,7 +93,7 @@ def full_width(family, metric, attention):
     model = copy.deepcopy(model)
     model.set_attn_implementation(attention)
     plan = RankPlan({}, model.config.model_type, metric, head_widths=widths_of(model))
-    full = convert(model, plan=plan, calibration=None if metric == "svd" else moments)
+    full = convert(model, plan, calibration=None if metric == "svd" else moments)
     assert any(not torch.equal(a, b) for a, b in zip(full.parameters(), model.parameters(), strict=False))
     close(logits(full, batch), logits(model, batch))
 
@@ -112,8 +108,9 @@ def test_saved_loaded_merged(family, tmp_path):
     model, batch, moments = family
     widths = widths_of(model, 4)
     paths = {layer_name(model, a.path("output", split=True)) for a in find_attentions(model)}
-    plan = RankPlan({path: LayerSpec(3, "pivoted") for path in paths}, model.config.model_type, "fisher", None, widths)
-    small, report = convert(model, plan=plan, calibration=moments, return_report=True)
+    plan = RankPlan({path: Entry(3, "pivoted") for path in paths}, model.config.model_type, "fisher", None, widths)
+    small = convert(model, plan, calibration=moments)
+    report = hf_reparam.report(small)
     expected = logits(small, batch)
     assert not torch.allclose(expected, logits(model, batch), atol=1e-4)
     small.save_pretrained(tmp_path)
@@ -133,7 +130,7 @@ def test_saved_loaded_merged(family, tmp_path):
     layers = {a.layer(role): a.shape(role, 8) for a in find_attentions(again) for role in ROLES}
     biases = sum(shape[1] for layer, shape in layers.items() if layer.bias is not None)
     assert report.factored_before == sum(n_in * n_out for n_in, n_out in layers.values()) + biases
-    stands = summarize(again)
+    stands = hf_reparam.report(again)
     assert (stands.factored_before, stands.factored_after) == (report.factored_before, report.factored_after)
     assert [(h.width_before, h.width_after) for h in stands.heads] == [(8, 4)] * len(widths)
 
@@ -175,9 +172,9 @@ def test_kin_of_these_families(name, tmp_path):
 
     widths = widths_of(model)
     assert len(widths) == (6 if model.config.is_encoder_decoder else 2)
-    moments = collect_moments(model, [batch], loss_fn=lambda m, b: m(**b).last_hidden_state[..., :9].square().sum())
-    close(last(convert(model, plan=RankPlan({}, None, "fisher", head_widths=widths), calibration=moments)), last(model))
-    half = convert(model, plan=RankPlan({}, None, "fisher", head_widths=dict.fromkeys(widths, 4)), calibration=moments)
+    moments = calibrate(model, [batch], loss_fn=lambda m, b: m(**b).last_hidden_state[..., :9].square().sum())
+    close(last(convert(model, RankPlan({}, None, "fisher", head_widths=widths), calibration=moments)), last(model))
+    half = convert(model, RankPlan({}, None, "fisher", head_widths=dict.fromkeys(widths, 4)), calibration=moments)
     assert not torch.allclose(last(half), last(model), atol=1e-3)
     half.save_pretrained(tmp_path)
     assert torch.equal(last(type(half).from_pretrained(tmp_path)), last(half))
@@ -200,12 +197,12 @@ def test_the_model_is_as_before(family):
     before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
     widths = {a.name: a.width for a in find_attentions(model)}
     expected = logits(model, batch)
-    small = convert(model, keep=0.4, min_rank=1, calibration=moments)
+    small = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
     assert list(model.modules()) == modules
     assert {a.name: a.width for a in find_attentions(model)} == widths
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(logits(model, batch), expected)
-    inplace = convert(copy.deepcopy(model), keep=0.4, min_rank=1, calibration=moments, inplace=True)
+    inplace = convert(copy.deepcopy(model), LowRankConfig(keep=0.4, min_rank=1), calibration=moments, inplace=True)
     assert all(torch.equal(value, inplace.state_dict()[key]) for key, value in small.state_dict().items())
 
 
@@ -216,7 +213,7 @@ def test_moments_of_narrower_layers_are_those_that_would_be_collected(family):
     source = as_decompositions(moments, "fisher")
     with narrowed(model, widths_of(model), source, keep=False) as (narrow, errors):
         assert max(errors.values()) < 1e-6  # at full width nothing is lost
-        seen = collect_moments(model, [batch])
+        seen = calibrate(model, [batch])
         for a in find_attentions(model):
             for role in ROLES:
                 name = layer_name(model, a.path(role, split=True))
@@ -237,7 +234,7 @@ def oblique():
                 bases = torch.randn(4, 8, 4)
                 linear.weight.copy_((bases @ torch.randn(4, 4, 32) * 0.1).flatten(0, 1))
                 linear.bias.copy_((bases @ torch.randn(4, 4, 1) * 0.1).flatten())
-    return model, data, collect_moments(model, data)
+    return model, data, calibrate(model, data)
 
 
 def test_heads_that_use_half_of_their_width_lose_nothing():
@@ -245,12 +242,12 @@ def test_heads_that_use_half_of_their_width_lose_nothing():
     model, data, moments = oblique()
     plan = RankPlan({}, "bert", "fisher", head_widths=widths_of(model, 4))
     torch.testing.assert_close(
-        logits(convert(model, plan=plan, calibration=moments), data[0]), logits(model, data[0]), atol=3e-4, rtol=0
+        logits(convert(model, plan, calibration=moments), data[0]), logits(model, data[0]), atol=3e-4, rtol=0
     )  # shrinkage leaves P a thousandth off
     source = as_decompositions(moments, "fisher")
     with narrowed(model, plan.head_widths, source, keep=False) as (narrow, errors):
         assert max(errors.values()) < 3e-3  # shrinkage
-        seen = collect_moments(model, data)
+        seen = calibrate(model, data)
         for name in (n for n in seen.layers if ".attention." in n):
             computed, collected = narrow.moments.layers[name], seen.layers[name]
             for key in ("input_products", "gradient_products"):
@@ -273,7 +270,7 @@ def test_the_mean_of_keys_does_not_count():
     for shift in (0.0, 3.0):
         with torch.no_grad():
             model.bert.encoder.layer[0].attention.self.key.bias += shift
-        source = as_decompositions(collect_moments(model, data), "fisher")
+        source = as_decompositions(calibrate(model, data), "fisher")
         found.append(NarrowHeads(model, attentions_by_name(model)["encoder.layer.0.attention"], source).prepare()[0])
     torch.testing.assert_close(found[0].keys, found[1].keys, atol=1e-6, rtol=1e-4)
 
@@ -295,7 +292,7 @@ def test_the_output_bias_takes_the_mean_back():
 @pytest.mark.parametrize("keep", [0.3, 0.8])
 def test_the_budget_holds(family, keep):
     model, _, moments = family
-    _, report = convert(model, keep=keep, min_rank=1, calibration=moments, return_report=True)
+    report = hf_reparam.report(convert(model, LowRankConfig(keep=keep, min_rank=1), calibration=moments))
     biases = sum(t.bias_parameters for t in hf_reparam.layers.find_targets(model).selected)
     targeted = moments.layers.keys()
     total = sum(layer.input_sum.numel() * layer.gradient_products.shape[0] for layer in moments.layers.values())
@@ -309,7 +306,7 @@ def test_generation_reads_a_smaller_cache(base):
     case = zoo.BY_BASE[base]
     model = case.build()
     model.generation_config.eos_token_id = None
-    half = convert(model, plan=RankPlan({}, model.config.model_type, head_widths=widths_of(model, 4)))
+    half = convert(model, RankPlan({}, model.config.model_type, head_widths=widths_of(model, 4)))
     batch = {k: v for k, v in case.batch().items() if k in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     kept = half.generate(**batch, use_cache=True, **options)
@@ -334,7 +331,7 @@ def bert():
     case = zoo.BY_BASE["BertForMaskedLM"]
     model = case.build()
     data = [{"input_ids": torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(i))} for i in range(6)]
-    return model, data, collect_moments(model, data)
+    return model, data, calibrate(model, data)
 
 
 def test_widths_are_chosen_where_they_are_predicted_to_be_better():
@@ -344,13 +341,18 @@ def test_widths_are_chosen_where_they_are_predicted_to_be_better():
             for linear in (layer.attention.self.query, layer.attention.self.value):
                 linear.weight.view(4, 8, 32)[:, 2:] *= 1e-4
                 linear.bias.view(4, 8)[:, 2:] *= 1e-4
-    moments = collect_moments(model, bert()[1])
-    joint, separate = (make_plan(model, moments, keep=0.4, min_rank=1, joint=joint) for joint in (True, False))
+    moments = calibrate(model, bert()[1])
+    joint, separate = (
+        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, heads=joint), calibration=moments)
+        for joint in (True, False)
+    )
     assert {w <= 4 for w in joint.head_widths.values()} == {True}
     assert separate.head_widths == {}
-    assert make_plan(model, moments, keep=0.4, min_rank=1) == joint
-    assert make_plan(model, moments, keep=1.0).head_widths == {}
-    assert set(make_plan(model, moments, keep=0.4, min_rank=1, multiple_of=4).head_widths.values()) == {4}
+    assert make_plan(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments) == joint
+    assert make_plan(model, calibration=moments, keep=1.0).head_widths == {}
+    assert set(
+        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, multiple_of=4), calibration=moments).head_widths.values()
+    ) == {4}
     low = [spec for name, spec in joint.modules.items() if ".attention." in name]
     assert low
     assert all(spec.rank < 32 for spec in low)
@@ -358,15 +360,20 @@ def test_widths_are_chosen_where_they_are_predicted_to_be_better():
 
 def test_equal_shares_know_no_widths():
     model, _, moments = bert()
-    assert make_plan(model, moments, keep=0.4, min_rank=1, allocation="uniform").head_widths == {}
-    assert make_plan(model, keep=0.4, min_rank=1).head_widths == {}
+    assert (
+        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, allocation="uniform"), calibration=moments).head_widths
+        == {}
+    )
+    assert make_plan(model, LowRankConfig(keep=0.4, min_rank=1)).head_widths == {}
     with pytest.raises(TargetError, match="joint=True needs the global allocation"):
-        make_plan(model, moments, keep=0.4, min_rank=1, allocation="uniform", joint=True)
+        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, allocation="uniform", heads=True), calibration=moments)
 
 
 def test_an_excluded_projection_keeps_its_heads():
     model, _, moments = bert()
-    plan = make_plan(model, moments, keep=0.3, min_rank=1, exclude="*layer.0.attention.self.key")
+    plan = make_plan(
+        model, LowRankConfig(keep=0.3, min_rank=1, exclude_modules="*layer.0.attention.self.key"), calibration=moments
+    )
     assert "encoder.layer.0.attention" not in plan.head_widths
     assert "encoder.layer.1.attention" in plan.head_widths
 
@@ -374,15 +381,15 @@ def test_an_excluded_projection_keeps_its_heads():
 def test_a_projection_that_is_used_elsewhere_keeps_its_shape():
     model, _, moments = bert()
     model.elsewhere = model.bert.encoder.layer[0].attention.self.query
-    plan = make_plan(model, moments, keep=0.3, min_rank=1)
+    plan = make_plan(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
     assert set(plan.head_widths) == {"encoder.layer.1.attention"}
 
 
 def test_fused_layers_are_excluded_by_their_name():
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, data = case.build(), [case.batch()]
-    moments = collect_moments(model, data)
-    small = convert(model, keep=0.4, min_rank=1, calibration=moments, include=["*attn*"])
+    moments = calibrate(model, data)
+    small = convert(model, LowRankConfig(keep=0.4, min_rank=1, target_modules=["*attn*"]), calibration=moments)
     names = {n for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
     assert any(name.endswith("c_attn.query") for name in names)
     assert not any("mlp" in name for name in names)
@@ -398,7 +405,7 @@ def test_a_failure_leaves_the_model_alone(monkeypatch):
     monkeypatch.setattr(importlib.import_module("hf_reparam.compress.convert"), "factor_layers", fails)
     for inplace in (True, False):
         with pytest.raises(WeightError, match="on purpose"):
-            convert(model, keep=0.3, min_rank=1, calibration=moments, inplace=inplace)
+            convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments, inplace=inplace)
         assert list(model.modules()) == before
         assert torch.equal(logits(model, data[0]), expected)
 
@@ -414,15 +421,15 @@ def test_numbers_that_are_not_finite_are_named():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_stays(dtype):
     model = bert()[0].to(dtype)
-    small = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4)))
+    small = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4)))
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert merge(small).dtype == dtype
 
 
 def test_it_trains():
     model, data, moments = bert()
-    small = convert(model, keep=0.4, min_rank=1, calibration=moments).train()
-    assert summarize(small).heads
+    small = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments).train()
+    assert hf_reparam.report(small).heads
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-3)
     batch = {**data[0], "labels": data[0]["input_ids"]}
     losses = []
@@ -439,15 +446,15 @@ def test_it_trains():
 @pytest.mark.slow
 def test_refit_takes_the_moments_that_the_heads_were_made_with():
     model, data, moments = bert()
-    small = convert(model, keep=0.3, min_rank=1, calibration=moments)
-    assert summarize(small).heads
+    small = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
+    assert hf_reparam.report(small).heads
     with pytest.raises(TargetError, match="give the moments="):
         refit(small, model, data)
     before = list(model.modules())
-    report = refit(small, model, data, moments=moments)
+    report = refit(small, model, data, calibration=moments)
     assert report.after < report.before
     assert list(model.modules()) == before
-    again = convert(model, keep=0.3, min_rank=1, calibration=data, refit=True)
+    again = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=data)
     for key, value in small.state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-4, rtol=1e-4)
 
@@ -456,25 +463,27 @@ def test_refit_takes_the_moments_that_the_heads_were_made_with():
 def test_streaming_gives_the_same_tensors(tmp_path):
     model, data, moments = bert()
     model.save_pretrained(tmp_path / "dense")
-    memory = convert(model, keep=0.3, min_rank=1, calibration=moments)
-    report = convert_checkpoint(tmp_path / "dense", tmp_path / "low", keep=0.3, min_rank=1, moments=moments)
+    memory = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
+    report = convert_folder(
+        tmp_path / "dense", tmp_path / "low", LowRankConfig(keep=0.3, min_rank=1), calibration=moments
+    )
     assert len(report.heads) == 2
     streamed = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "low")
     assert streamed.config.reparam["head_widths"] == memory.config.reparam["head_widths"]
     assert all(torch.equal(value, streamed.state_dict()[key]) for key, value in memory.state_dict().items())
-    hf_reparam.merge_checkpoint(tmp_path / "low", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "low", tmp_path / "merged")
     merged = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
     assert type(merged) is tf.BertForMaskedLM
     close(logits(merged, data[0]), logits(memory, data[0]))
-    separate = convert_checkpoint(
-        tmp_path / "dense", tmp_path / "separate", keep=0.3, min_rank=1, moments=moments, joint=False
+    separate = convert_folder(
+        tmp_path / "dense", tmp_path / "separate", LowRankConfig(keep=0.3, min_rank=1), calibration=moments
     )
     assert separate.heads == ()
 
 
 def test_another_head_loads_the_base(tmp_path):
     model, data, moments = bert()
-    small = convert(model, keep=0.3, min_rank=1, calibration=moments)
+    small = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
     small.save_pretrained(tmp_path)
     base = tf.AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -485,7 +494,7 @@ def test_another_head_loads_the_base(tmp_path):
 def test_the_stock_class_refuses(tmp_path):
     """Narrower heads alone, without any factor: the shapes are others."""
     model, _, _ = bert()
-    convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size"):
         tf.BertForMaskedLM.from_pretrained(tmp_path)
 
@@ -504,7 +513,7 @@ def test_the_stock_class_refuses(tmp_path):
 )
 def test_tampered_widths_are_refused(tmp_path, change, message):
     model, _, _ = bert()
-    convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["reparam"]["head_widths"] = change(config["reparam"]["head_widths"])
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -514,7 +523,7 @@ def test_tampered_widths_are_refused(tmp_path, change, message):
 
 def test_another_width_in_the_file_is_refused(tmp_path):
     model, _, _ = bert()
-    convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["reparam"]["head_widths"]["encoder.layer.0.attention"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -524,7 +533,7 @@ def test_another_width_in_the_file_is_refused(tmp_path):
 
 def test_a_model_drawn_at_random_has_layers_of_the_familys_size():
     model, _, _ = bert()
-    config = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
+    config = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
     drawn = tf.AutoModelForMaskedLM.from_config(config)
     for a in find_attentions(drawn):
         assert a.width == 4
@@ -543,7 +552,7 @@ class Unfinished(tf.BertPreTrainedModel):
 
 def test_a_class_without_post_init_has_numbers_too():
     model = Unfinished(zoo.bert())
-    config = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
+    config = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
     drawn = hf_reparam.model.classes.model_class(Unfinished)(config)
     for a in find_attentions(drawn):
         for role in ROLES:
@@ -552,20 +561,20 @@ def test_a_class_without_post_init_has_numbers_too():
 
 
 def test_a_plan_of_format_1_has_no_widths():
-    plan = RankPlan({"a": LayerSpec(2)}, head_widths={"b": 4})
+    plan = RankPlan({"a": Entry(2)}, head_widths={"b": 4})
     data = plan.to_dict()
     assert data["format_version"] == 2
     assert RankPlan.from_dict(data) == plan
-    assert RankPlan({"a": LayerSpec(2)}).to_dict()["format_version"] == 1
+    assert RankPlan({"a": Entry(2)}).to_dict()["format_version"] == 1
     with pytest.raises(PlanError, match="format version 2"):
         RankPlan.from_dict({**data, "format_version": 1})
 
 
 def test_a_converted_model_makes_no_plan():
     model, _, moments = bert()
-    half = convert(model, plan=RankPlan({}, "bert", head_widths=widths_of(model, 4)))
+    half = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4)))
     with pytest.raises(TargetError, match="converted already"):
-        make_plan(half, moments, keep=0.3, min_rank=1)
+        make_plan(half, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
     lower = convert(half, rank=4)  # but its layers can be factored
     assert lower.config.reparam["head_widths"] == half.config.reparam["head_widths"]
 
@@ -573,16 +582,19 @@ def test_a_converted_model_makes_no_plan():
 def test_unknown_attentions_are_named():
     model, _, _ = bert()
     with pytest.raises(PlanError, match="no attention of which this is known"):
-        convert(model, plan=RankPlan({}, "bert", head_widths={"encoder.layer.0": 4}))
+        convert(model, RankPlan({}, "bert", head_widths={"encoder.layer.0": 4}))
     with pytest.raises(PlanError, match="above the 8"):
-        convert(model, plan=RankPlan({}, "bert", head_widths={"encoder.layer.0.attention": 9}))
+        convert(model, RankPlan({}, "bert", head_widths={"encoder.layer.0.attention": 9}))
 
 
 def test_rotary_attention_is_no_candidate():
     case = zoo.BY_BASE["LlamaForCausalLM"]
     model = case.build()
     assert find_attentions(model) == []
-    assert make_plan(model, collect_moments(model, [case.batch()]), keep=0.3, min_rank=1).head_widths == {}
+    assert (
+        make_plan(model, LowRankConfig(keep=0.3, min_rank=1), calibration=calibrate(model, [case.batch()])).head_widths
+        == {}
+    )
 
 
 class OwnAttention(nn.Module):
@@ -601,8 +613,8 @@ def test_a_registered_attention_of_a_plain_model(tmp_path):
     register_attention(OwnAttention, AttentionType("q", "k", "v", "o", size="inner"))
     net = nn.Sequential(OwnAttention(), nn.Linear(16, 16))
     x = torch.randn(2, 5, 16)
-    for name, layers in (("dense", {}), ("net", {"0.o": LayerSpec(3)})):
-        small = convert(net, plan=RankPlan(layers, head_widths={"0": 4}))
+    for name, layers in (("dense", {}), ("net", {"0.o": Entry(3)})):
+        small = convert(net, RankPlan(layers, head_widths={"0": 4}))
         hf_reparam.save(small, tmp_path / name)
         again = hf_reparam.load(nn.Sequential(OwnAttention(), nn.Linear(16, 16)), tmp_path / name)
         assert torch.equal(again(x), small(x))

@@ -10,9 +10,11 @@ import transformers
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankLinear, TargetError, convert, merge
+from hf_reparam import LowRankConfig, convert, merge
 from hf_reparam.compress import factoring
+from hf_reparam.errors import TargetError
 from hf_reparam.files.folder import load
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 from tests.launch import fresh
 
@@ -37,8 +39,8 @@ def tensors(model):
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_new_layers_stay_in_a_folder(tmp_path, case, form):
-    model, expected = case.build(), convert(case.build(), rank=6, form=form)
-    small = convert(model, rank=6, form=form, offload_folder=tmp_path / "layers")
+    model, expected = case.build(), convert(case.build(), LowRankConfig(rank=6, form=form))
+    small = convert(model, LowRankConfig(rank=6, form=form), workdir=tmp_path / "layers")
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLinear)}
     factors = [t for m in low.values() for key, t in m.state_dict().items() if key != "order"]  # pivots stay in memory
     assert all(t.is_meta for t in factors)
@@ -48,7 +50,7 @@ def test_new_layers_stay_in_a_folder(tmp_path, case, form):
     small.save_pretrained(tmp_path / "saved")
     again = type(small).from_pretrained(tmp_path / "saved")
     assert all(map(torch.equal, tensors(again), tensors(expected)))
-    dense = merge(small, offload_folder=tmp_path / "merged")
+    dense = merge(small, workdir=tmp_path / "merged")
     assert all(map(torch.equal, zoo.outputs(dense, case.batch()), zoo.outputs(merge(expected), case.batch())))
     assert all(map(torch.equal, tensors(merge(small)), tensors(merge(expected))))
 
@@ -56,8 +58,8 @@ def test_new_layers_stay_in_a_folder(tmp_path, case, form):
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_a_plain_module(tmp_path, form):
     net, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16, bias=False)), torch.randn(5, 16)
-    expected = convert(net, rank=4, form=form)
-    small = convert(net, rank=4, form=form, offload_folder=tmp_path)
+    expected = convert(net, LowRankConfig(rank=4, form=form))
+    small = convert(net, LowRankConfig(rank=4, form=form), workdir=tmp_path)
     assert torch.equal(small(x), expected(x))
     assert torch.equal(merge(small)(x), merge(expected)(x))
     assert net[0].weight.shape == (16, 16)
@@ -65,9 +67,11 @@ def test_a_plain_module(tmp_path, form):
 
 def test_layers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     case = zoo.BY_BASE["BertForMaskedLM"]
-    first, report = convert(case.build(), rank=6, offload_folder=tmp_path, return_report=True)
+    first = convert(case.build(), rank=6, workdir=tmp_path)
+    report = hf_reparam.report(first)
     monkeypatch.setattr("hf_reparam.compress.factoring.factor", lambda *args, **kwargs: 1 / 0)
-    again, same = convert(case.build(), rank=6, offload_folder=tmp_path, return_report=True)
+    again = convert(case.build(), rank=6, workdir=tmp_path)
+    same = hf_reparam.report(again)
     assert all(map(torch.equal, zoo.outputs(again, case.batch()), zoo.outputs(first, case.batch())))
     assert same.to_dict() == report.to_dict()
     assert all(0 < layer.error < 1 for layer in same.layers)
@@ -78,9 +82,9 @@ def test_layers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
 def test_in_place_gives_what_a_copy_gives(form, frozen, temporary):
     case = zoo.BY_BASE["T5ForConditionalGeneration"]
     model = case.build().train().requires_grad_(not frozen)
-    expected = convert(model, rank=6, form=form)
+    expected = convert(model, LowRankConfig(rank=6, form=form))
     assert temporary == []
-    convert(model, rank=6, form=form, inplace=True)
+    convert(model, LowRankConfig(rank=6, form=form), inplace=True)
     assert len(temporary) == 1
     assert not Path(temporary[0].name).exists()
     state, other = model.state_dict(), expected.state_dict()
@@ -118,7 +122,7 @@ def test_failure_leaves_neither_folders_nor_changes(temporary, monkeypatch):
 
 def test_refit_holds_layers_in_memory(tmp_path):
     with pytest.raises(TargetError, match="leave offload_folder out"):
-        convert(nn.Linear(8, 8), rank=2, calibration=[], refit=True, offload_folder=tmp_path)
+        convert(nn.Linear(8, 8), rank=2, calibration=[], workdir=tmp_path)
 
 
 @pytest.mark.parametrize("base", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "BartForConditionalGeneration"])
@@ -126,10 +130,10 @@ def test_calibrating_on_disk_keeps_ties_and_counts(tmp_path, base):
     case = zoo.BY_BASE[base]
     case.build().save_pretrained(tmp_path / "dense")
     model, in_memory = load(tmp_path / "dense", offload_folder=tmp_path / "scratch"), load(tmp_path / "dense")
-    assert hf_reparam.summarize(model).to_dict() == hf_reparam.summarize(in_memory).to_dict()
-    moments = hf_reparam.collect_moments(model, [case.batch()])
-    assert hf_reparam.summarize(model).to_dict() == hf_reparam.summarize(in_memory).to_dict()
-    small = convert(model, keep=0.5, calibration=moments, inplace=True, offload_folder=tmp_path / "layers")
+    assert hf_reparam.report(model).to_dict() == hf_reparam.report(in_memory).to_dict()
+    moments = hf_reparam.calibrate(model, [case.batch()])
+    assert hf_reparam.report(model).to_dict() == hf_reparam.report(in_memory).to_dict()
+    small = convert(model, keep=0.5, calibration=moments, inplace=True, workdir=tmp_path / "layers")
     expected = convert(in_memory, keep=0.5, calibration=moments)
     small.save_pretrained(tmp_path / "streamed")
     expected.save_pretrained(tmp_path / "direct")
@@ -173,10 +177,10 @@ def test_in_place_needs_a_few_layers_more_than_the_model(tmp_path):
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_layers_that_waited_in_a_folder_are_like_others(form):
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    small = hf_reparam.convert(model, rank=6, form=form, inplace=True)
-    copied = hf_reparam.convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6, form=form)
-    assert hf_reparam.summarize(small) == hf_reparam.summarize(copied)
+    small = hf_reparam.convert(model, hf_reparam.LowRankConfig(rank=6, form=form), inplace=True)
+    copied = hf_reparam.convert(zoo.BY_BASE["BertForMaskedLM"].build(), hf_reparam.LowRankConfig(rank=6, form=form))
+    assert hf_reparam.report(small) == hf_reparam.report(copied)
     for mine, theirs in zip(small.modules(), copied.modules(), strict=True):
         assert vars(mine).keys() == vars(theirs).keys()
-    again = hf_reparam.convert(small, rank=2, include="*.intermediate.dense")
+    again = hf_reparam.convert(small, hf_reparam.LowRankConfig(rank=2, target_modules="*.intermediate.dense"))
     assert again.bert.encoder.layer[0].intermediate.dense.rank == 2

@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_reparam
-from hf_reparam import CheckpointError, LowRankLinear, PlanError, RankPlan, TargetError, collect_moments, convert, merge
-from hf_reparam.structures.multihead import SplitMultiheadAttention
+from hf_reparam import LowRankConfig, RankPlan, calibrate, convert, merge
+from hf_reparam.errors import CheckpointError, PlanError, TargetError
+from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.model.checks import split_projections
 from hf_reparam.structures.heads.attention import find_attentions
-from hf_reparam.model.inspection import split_projections
+from hf_reparam.structures.multihead import SplitMultiheadAttention
 from tests import zoo
 
 WIDTH = 32
@@ -88,7 +90,8 @@ def test_attentions_are_converted_and_merged_back(made, form, inplace):
     keys, before = list(model.state_dict()), model(**batch)
     dense = copy.deepcopy(model)
     wholes = attentions(model, nn.MultiheadAttention)
-    small, report = convert(model, rank=6, form=form, inplace=inplace, return_report=True)
+    small = convert(model, LowRankConfig(rank=6, form=form), inplace=inplace)
+    report = hf_reparam.report(small)
     assert (small is model) == inplace
     parts = attentions(small, SplitMultiheadAttention)
     assert len(parts) == len(wholes) > 1
@@ -104,7 +107,7 @@ def test_attentions_are_converted_and_merged_back(made, form, inplace):
     assert list(back.state_dict()) == keys
     assert len(attentions(back, nn.MultiheadAttention)) == len(wholes)
     torch.testing.assert_close(back(**batch), after, atol=2e-5, rtol=0)
-    full = convert(dense, rank=1.0, form="pair", allow_larger=True)
+    full = convert(dense, LowRankConfig(rank=1.0, form="pair", allow_larger=True))
     torch.testing.assert_close(full(**batch), before, atol=2e-5, rtol=0)
 
 
@@ -130,16 +133,17 @@ def test_the_fused_path_reads_no_stale_weight():
 def test_calibration_and_budget(made):
     model, batch = made
     modules = list(model.modules())
-    moments = collect_moments(model, [batch], loss_fn=lambda m, b: m(**b).square().sum())
+    moments = calibrate(model, [batch], loss_fn=lambda m, b: m(**b).square().sum())
     assert list(map(id, model.modules())) == list(map(id, modules))  # the split form was for the time being
     assert any(name.endswith("self_attn.v_proj") for name in moments.layers)
-    plan = hf_reparam.make_plan(model, moments, keep=0.5)
-    small, report = convert(model, plan=plan, calibration=moments, return_report=True)
+    plan = hf_reparam.make_plan(model, calibration=moments, keep=0.5)
+    small = convert(model, plan, calibration=moments)
+    report = hf_reparam.report(small)
     assert any("self_attn" in row.name for row in report.layers)
     assert list(map(id, model.modules())) == list(map(id, modules))
-    listed = {row.name for row in hf_reparam.summarize(model).layers}
-    assert {row.name for row in hf_reparam.summarize(small).layers} <= listed
-    fitted = hf_reparam.refit(small, model, [batch] * 5, moments=moments)
+    listed = {row.name for row in hf_reparam.report(model).layers}
+    assert {row.name for row in hf_reparam.report(small).layers} <= listed
+    fitted = hf_reparam.refit(small, model, [batch] * 5, calibration=moments)
     assert fitted.after <= fitted.before
 
 
@@ -162,7 +166,7 @@ def test_an_attention_that_stays_says_why():
             self.attention = nn.MultiheadAttention(WIDTH, 4, add_bias_kv=True)
             self.fc = nn.Linear(WIDTH, WIDTH)
 
-    _, report = convert(Net(), rank=4, return_report=True)
+    report = hf_reparam.report(convert(Net(), rank=4))
     reasons = {row.name: row.reason for row in report.skipped}
     assert reasons["attention.in_proj_weight"] == (
         "inside nn.MultiheadAttention: add_bias_kv adds a key and a value that no projection makes"
@@ -196,7 +200,7 @@ def test_it_learns():
 @pytest.mark.parametrize(("made", "form"), [("decoder", "pivoted"), ("textbook", "pair")], indirect=["made"])
 def test_save_and_load(made, form, tmp_path):
     model, batch = made
-    small = convert(model, keep=0.5, form=form)
+    small = convert(model, LowRankConfig(keep=0.5, form=form))
     hf_reparam.save(small, tmp_path / "small")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["model.safetensors", "plan.json", "small"]
     fresh = copy.deepcopy(model)
@@ -292,7 +296,7 @@ def narrow_plan(model, width, **layers):
 
 def test_heads_at_full_width_are_the_dense_ones(made):
     model, batch = made
-    full = convert(model, plan=narrow_plan(model, 8))
+    full = convert(model, narrow_plan(model, 8))
     torch.testing.assert_close(full(**batch), model(**batch), atol=1e-5, rtol=0)
 
 
@@ -303,10 +307,11 @@ def test_narrower_heads_are_stored_and_merged_back(made, inplace, tmp_path):
     model, batch = made
     build = copy.deepcopy(model)
     keys, wholes = list(model.state_dict()), attentions(model, nn.MultiheadAttention)
-    small, report = convert(model, plan=narrow_plan(model, 4), inplace=inplace, return_report=True)
+    small = convert(model, narrow_plan(model, 4), inplace=inplace)
+    report = hf_reparam.report(small)
     assert len(report.heads) == len(wholes) == len(attentions(small, SplitMultiheadAttention))
     assert attentions(model, nn.MultiheadAttention) == ([] if inplace else wholes)
-    low = convert(small, rank=3, include="*out_proj")
+    low = convert(small, LowRankConfig(rank=3, target_modules="*out_proj"))
     expected = low(**batch)
     assert not torch.allclose(expected, build(**batch), atol=1e-3)
     hf_reparam.save(low, tmp_path / "low")
@@ -320,7 +325,7 @@ def test_narrower_heads_are_stored_and_merged_back(made, inplace, tmp_path):
 
 def test_weights_can_be_asked_for_with_narrower_heads():
     net = nn.ModuleList([nn.MultiheadAttention(WIDTH, 4, batch_first=True)]).eval()
-    small = convert(net, plan=narrow_plan(net, 3))
+    small = convert(net, narrow_plan(net, 3))
     x = torch.randn(2, 5, WIDTH)
     plain, _ = small[0](x, x, x, need_weights=False)
     out, weights = small[0](x, x, x, need_weights=True)
@@ -340,10 +345,11 @@ def test_a_budget_makes_heads_of_plain_models_narrower():
     def loss(net, batch):
         return nn.functional.cross_entropy(net(**batch).flatten(0, 1), batch["tgt"].flatten(), reduction="sum")
 
-    moments = collect_moments(model, data, loss_fn=loss)
-    small, report = convert(model, keep=0.4, min_rank=1, calibration=moments, return_report=True)
+    moments = calibrate(model, data, loss_fn=loss)
+    small = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
+    report = hf_reparam.report(small)
     assert report.heads
     assert all(heads.width_after < 8 for heads in report.heads)
-    separate = convert(model, keep=0.4, min_rank=1, calibration=moments, joint=False)
+    separate = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
     lost = {name: (net(**data[0]) - model(**data[0])).norm() for name, net in (("joint", small), ("apart", separate))}
     assert lost["joint"] < lost["apart"]

@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 
-from hf_reparam import ConversionRecord, LayerSpec, PlanError, RankPlan
+from hf_reparam import Entry, RankPlan
+from hf_reparam.errors import PlanError
+from hf_reparam.record import ConversionRecord
 
 GOOD = {
     "format_version": 1,
@@ -36,9 +38,9 @@ def test_round_trip_through_json():
 def test_frozen():
     plan = RankPlan.from_dict(GOOD)
     with pytest.raises(TypeError, match="does not support item assignment"):
-        plan.modules["x"] = LayerSpec(1)
+        plan.modules["x"] = Entry(1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.method = "x"
+        plan.metric = "x"
 
 
 @pytest.mark.parametrize(
@@ -109,13 +111,13 @@ def test_messages_stay_short(data):
     ],
 )
 def test_records_from_disk_are_not_believed(record):
-    data = RankPlan({"fc": LayerSpec(3)}, base_model_type="bert").to_dict()
+    data = RankPlan({"fc": Entry(3)}, base_model_type="bert").to_dict()
     with pytest.raises(PlanError, match=r"reparam\.record"):
         RankPlan.from_dict({**data, "record": record})
 
 
 def test_a_record_is_no_part_of_the_decision():
-    plan = RankPlan({"fc": LayerSpec(3)}, record=ConversionRecord("me/bert", 10, 1, {"fc": 0.5}))
-    assert plan == RankPlan({"fc": LayerSpec(3)})
+    plan = RankPlan({"fc": Entry(3)}, record=ConversionRecord("me/bert", 10, 1, {"fc": 0.5}))
+    assert plan == RankPlan({"fc": Entry(3)})
     assert RankPlan.from_dict(plan.to_dict()).record == plan.record
     assert pickle.loads(pickle.dumps(plan)).record == plan.record

@@ -6,25 +6,15 @@ import math
 
 import pytest
 import torch
+from hf_reparam.compress.decomposition import as_decompositions
 from torch import nn
 
-from hf_reparam import (
-    LayerSpec,
-    LowRankLinear,
-    PlanError,
-    RankError,
-    RankPlan,
-    TargetError,
-    WeightError,
-    collect_moments,
-    convert,
-    decompose,
-    make_plan,
-    merge,
-)
-from hf_reparam.compress.decomposition import as_decompositions
+import hf_reparam
+from hf_reparam import Entry, LowRankConfig, RankPlan, calibrate, convert, make_plan, merge, search_plan
+from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
 from hf_reparam.layers import find_targets
 from hf_reparam.layers.dense import dense_matrix
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 
@@ -37,7 +27,7 @@ def bert():
             layer.intermediate.dense.weight *= 1 + 3 * i
             layer.attention.self.query.weight[8:] *= 0.05
     data = [{"input_ids": torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(i))} for i in range(12)]
-    return model, collect_moments(model, data, include="*"), data
+    return model, calibrate(model, data, target_modules="*"), data
 
 
 def size(spec, weight):
@@ -49,7 +39,7 @@ def size(spec, weight):
 
 def weights(model, plan):
     """Weights that the targeted layers hold under a plan, and dense."""
-    low = convert(model, plan=plan) if plan.method == "svd" else None
+    low = convert(model, plan) if plan.metric == "svd" else None
     total = used = 0
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Linear):
@@ -72,7 +62,7 @@ def narrow(name, weight, widths):
 @pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.8, 0.95])
 def test_budget_is_kept_and_nearly_used(bert, keep, allocation, form):
     model, moments, _ = bert
-    plan = make_plan(model, moments, keep=keep, min_rank=1, allocation=allocation, form=form)
+    plan = make_plan(model, LowRankConfig(keep=keep, min_rank=1, allocation=allocation, form=form), calibration=moments)
     assert {spec.form for spec in plan.modules.values()} == {form}
     used, total = weights(model, plan)
     assert used <= keep * total
@@ -82,8 +72,8 @@ def test_budget_is_kept_and_nearly_used(bert, keep, allocation, form):
 
 def test_without_data_it_is_plain_svd_with_equal_shares(bert):
     model = bert[0]
-    plan = make_plan(model, keep=0.5, min_rank=1, form="pair")
-    assert plan.method == "svd"
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, form="pair"))
+    assert plan.metric == "svd"
     assert {
         name.rpartition(".")[2]: spec.rank for name, spec in plan.modules.items() if "self" in name
     } == dict.fromkeys(("query", "key", "value"), 8)
@@ -100,7 +90,10 @@ def test_more_budget_is_a_smaller_predicted_and_measured_loss(bert):
         pairs = zip(data, dense, strict=True)
         return sum(float((d.exp() * (d - small(**b).logits.log_softmax(-1))).sum().detach()) for b, d in pairs)
 
-    losses = [divergence(convert(model, keep=keep, min_rank=1, calibration=moments)) for keep in (0.2, 0.4, 0.6, 0.8)]
+    losses = [
+        divergence(convert(model, LowRankConfig(keep=keep, min_rank=1), calibration=moments))
+        for keep in (0.2, 0.4, 0.6, 0.8)
+    ]
     assert losses == sorted(losses, reverse=True)
 
 
@@ -122,14 +115,14 @@ def test_fisher_and_global_beat_what_they_refine(bert):
 
 def test_multiple_of(bert):
     model, moments, _ = bert
-    plan = make_plan(model, moments, keep=0.5, min_rank=1, multiple_of=4)
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, multiple_of=4), calibration=moments)
     assert {spec.rank % 4 for spec in plan.modules.values()} == {0}
     used, total = weights(model, plan)
     assert used <= 0.5 * total
 
 
 def test_keep_everything_leaves_everything_dense(bert):
-    assert make_plan(bert[0], bert[1], keep=1.0).modules == {}
+    assert make_plan(bert[0], calibration=bert[1], keep=1.0).modules == {}
     assert make_plan(bert[0], keep=1.0).modules == {}
 
 
@@ -139,12 +132,13 @@ def without_record(reparam):
 
 def test_plan_is_json_and_convert_applies_it(bert):
     model, moments, _ = bert
-    plan = make_plan(model, moments, keep=0.5, min_rank=1)
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
     again = RankPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
-    small, report = convert(model, plan=again, calibration=moments, return_report=True)
+    small = convert(model, again, calibration=moments)
+    report = hf_reparam.report(small)
     assert without_record(small.config.reparam) == plan.to_dict()
-    assert report.method == "fisher"
-    direct = convert(model, keep=0.5, min_rank=1, calibration=moments)
+    assert report.metric == "fisher"
+    direct = convert(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
     for a, b in zip(small.state_dict().values(), direct.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert {s.reason for s in report.skipped if s.kind == "Linear"} <= {
@@ -159,7 +153,7 @@ def test_plan_is_json_and_convert_applies_it(bert):
 @pytest.mark.parametrize("target_params", [13_000, 18_000, 20_000])
 def test_target_params_counts_the_whole_model(bert, target_params, form):
     model, moments, _ = bert
-    small = convert(model, target_params=target_params, min_rank=1, calibration=moments, form=form)
+    small = convert(model, LowRankConfig(target_params=target_params, min_rank=1, form=form), calibration=moments)
     narrower = 3 * 32 * len(small.config.reparam.get("head_widths", ()))  # biases that are saved are not spent again
     assert target_params - 80 - narrower < small.num_parameters() <= target_params
 
@@ -175,17 +169,20 @@ def test_target_params_above_the_model_is_nothing_to_do(bert):
 def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypatch):
     model, moments, _ = bert
     found = decompose(model, moments, metric=metric)
-    plans = [make_plan(model, moments, keep=keep, min_rank=1, metric=metric, joint=False) for keep in (0.3, 0.6)]
-    models = [convert(model, plan=plan, calibration=moments) for plan in plans]
+    plans = [
+        make_plan(model, LowRankConfig(keep=keep, min_rank=1, metric=metric), calibration=moments)
+        for keep in (0.3, 0.6)
+    ]
+    models = [convert(model, plan, calibration=moments) for plan in plans]
 
     def forbidden(*args, **kwargs):
         raise AssertionError("decomposed again")
 
     for name in ("decompose_weight", "spectrum"):
         monkeypatch.setattr(f"hf_reparam.compress.decomposition.{name}", forbidden)
-    assert [make_plan(model, found, keep=keep, min_rank=1, joint=False) for keep in (0.3, 0.6)] == plans
+    assert [make_plan(model, LowRankConfig(keep=keep, min_rank=1), calibration=found) for keep in (0.3, 0.6)] == plans
     for plan, expected in zip(plans, models, strict=True):
-        small = convert(model, plan=plan, calibration=found)
+        small = convert(model, plan, calibration=found)
         for key, value in expected.base_model.state_dict().items():
             if not value.numel():  # a marker
                 continue
@@ -197,7 +194,7 @@ def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypat
             if isinstance(layer, LowRankLinear):
                 torch.testing.assert_close(dense_matrix(small.get_submodule(name)), dense_matrix(layer))
     with pytest.raises(AssertionError, match="decomposed again"):
-        make_plan(model, moments, keep=0.5, min_rank=1, allocation="global")
+        make_plan(model, LowRankConfig(keep=0.5, min_rank=1, allocation="global"), calibration=moments)
 
 
 def test_a_layers_losses_count_its_tokens(bert):
@@ -215,7 +212,7 @@ def test_a_layers_losses_count_its_tokens(bert):
 def test_decompositions_have_one_metric(bert):
     found = decompose(bert[0], bert[1], metric="activation")
     with pytest.raises(TargetError, match="made in the activation metric, not in fisher"):
-        convert(bert[0], keep=0.5, min_rank=1, calibration=found, metric="fisher")
+        convert(bert[0], LowRankConfig(keep=0.5, min_rank=1, metric="fisher"), calibration=found)
 
 
 @pytest.mark.slow
@@ -231,22 +228,30 @@ def test_tolerance_finds_the_smallest_size_that_holds_it(bert, tolerance):
         pairs = [(candidate(**b).logits, model(**b).logits) for b in data[:2]]
         return -sum(float((a - b).norm() / b.norm()) for a, b in pairs) * 10
 
-    small = convert(model, min_rank=1, tolerance=tolerance, evaluate=evaluate, calibration=moments)
+    small = convert(
+        model,
+        search_plan(model, evaluate, tolerance, calibration=moments, config=LowRankConfig(min_rank=1)),
+        calibration=moments,
+    )
     assert len(evaluated) == 8
     assert evaluate(small) >= -tolerance
     used, total = weights(model, RankPlan.from_dict(small.config.reparam))
     kept = used / total
-    assert evaluate(convert(model, keep=kept - 2 / 128, min_rank=1, calibration=moments)) < -tolerance
+    assert evaluate(convert(model, LowRankConfig(keep=kept - 2 / 128, min_rank=1), calibration=moments)) < -tolerance
 
 
 @pytest.mark.slow
 def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
     model, moments, _ = bert
-    small = convert(model, min_rank=1, tolerance=0, evaluate=lambda m: 1.0, calibration=moments)
+    small = convert(
+        model,
+        search_plan(model, lambda m: 1.0, 0, calibration=moments, config=LowRankConfig(min_rank=1)),
+        calibration=moments,
+    )
     plans = []
     for step in range(1, 16):
         with contextlib.suppress(RankError):
-            plans.append(make_plan(model, moments, keep=step / 128, min_rank=1))
+            plans.append(make_plan(model, LowRankConfig(keep=step / 128, min_rank=1), calibration=moments))
     assert 1 < len(plans) < 15
     assert without_record(small.config.reparam) == plans[0].to_dict()
 
@@ -254,20 +259,20 @@ def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
 def test_tolerance_that_no_size_holds(bert):
     scores = iter([1.0] + [0.0] * 7)
     with pytest.raises(RankError, match="no size has a score of 0.99 or above; the best had 0:"):
-        convert(bert[0], tolerance=0.01, evaluate=lambda m: next(scores))
+        convert(bert[0], search_plan(bert[0], lambda m: next(scores), 0.01))
     for wrong in ({"tolerance": 0.1}, {"keep": 0.5, "evaluate": len}):
         with pytest.raises(TargetError, match="belong together"):
             convert(bert[0], **wrong)
     for wrong in (-1, math.nan, "1"):
         with pytest.raises(RankError, match="tolerance must be a number"):
-            convert(bert[0], tolerance=wrong, evaluate=len)
+            convert(bert[0], search_plan(bert[0], len, wrong))
 
 
 def test_pivots_need_more_inputs_than_the_rank(bert):
     model = bert[0]
-    plan = RankPlan({"encoder.layer.0.attention.self.query": LayerSpec(32, "pivoted")}, "bert")
+    plan = RankPlan({"encoder.layer.0.attention.self.query": Entry(32, "pivoted")}, "bert")
     with pytest.raises(PlanError, match="rank 32, above the 31 it can have"):
-        convert(model, plan=plan)
+        convert(model, plan)
     config = convert(model, rank=4).config
     config.reparam = plan.to_dict()
     with pytest.raises(PlanError, match=r"rank 32, above min\(in - 1, out\) = 31"):
@@ -276,7 +281,7 @@ def test_pivots_need_more_inputs_than_the_rank(bert):
 
 def test_default_forms(bert):
     model, moments, _ = bert
-    plan = make_plan(model, moments, keep=0.5, min_rank=1, form="pair")
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, form="pair"), calibration=moments)
     for options, form in (
         ({"rank": 4}, "pair"),
         ({"keep": 0.5}, "pivoted"),
@@ -294,8 +299,8 @@ def test_default_forms(bert):
 def test_calibration_data_may_be_given_directly(bert):
     model, moments, data = bert
     a, b = (
-        convert(model, keep=0.5, min_rank=1, calibration=data),
-        convert(model, keep=0.5, min_rank=1, calibration=moments),
+        convert(model, LowRankConfig(keep=0.5, min_rank=1), calibration=data),
+        convert(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments),
     )
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -309,7 +314,7 @@ def test_calibrated_models_save_load_and_merge(tmp_path, base):
 
     case = zoo.BY_BASE[base]
     model = case.build()
-    small = convert(model, keep=0.5, min_rank=1, calibration=[case.batch()])
+    small = convert(model, LowRankConfig(keep=0.5, min_rank=1), calibration=[case.batch()])
     small.save_pretrained(tmp_path)
     loaded = getattr(transformers, case.auto).from_pretrained(tmp_path)
     assert loaded.config.reparam["method"] == "fisher"
@@ -326,7 +331,7 @@ def test_bias_makes_the_mean_exact():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 24).double())
     x = torch.randn(300, 24).double() + 2
-    small = convert(net, rank=4, calibration=[{"input": x}], metric="activation")
+    small = convert(net, LowRankConfig(rank=4, metric="activation"), calibration=[{"input": x}])
     assert isinstance(small[0], LowRankLinear)
     torch.testing.assert_close(small(x).mean(0), net(x).mean(0), atol=1e-5, rtol=1e-5)
     plain = convert(net, rank=4)
@@ -345,9 +350,9 @@ def test_a_layer_without_gradient_keeps_its_share(bert):
 
     data = [{"x": torch.randn(50, 32)}]
     net = Net()
-    moments = collect_moments(net, data, loss_fn=lambda m, b: m(**b).square().sum())
+    moments = calibrate(net, data, loss_fn=lambda m, b: m(**b).square().sum())
     for form, rank in (("pair", 8), ("pivoted", 9)):  # 9 (64 - 9) = 495 of 512
-        plan = make_plan(net, moments, keep=0.5, min_rank=1, form=form)
+        plan = make_plan(net, LowRankConfig(keep=0.5, min_rank=1, form=form), calibration=moments)
         assert plan.modules["idle"].rank == plan.modules["used"].rank == rank
 
 
@@ -357,7 +362,9 @@ def test_a_layer_without_gradient_keeps_its_share(bert):
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
 def test_narrow_heads_never_grow_and_the_budget_holds(keep, multiple_of, allocation, form):
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2), nn.Linear(2, 64))
-    plan = make_plan(net, keep=keep, min_rank=1, multiple_of=multiple_of, allocation=allocation, form=form)
+    plan = make_plan(
+        net, LowRankConfig(keep=keep, min_rank=1, multiple_of=multiple_of, allocation=allocation, form=form)
+    )
     used = 0
     for name, module in net.named_children():
         dense, low = module.weight.numel(), size(plan.modules.get(name), module.weight)
@@ -368,13 +375,13 @@ def test_narrow_heads_never_grow_and_the_budget_holds(keep, multiple_of, allocat
 
 def test_uniform_below_the_smallest_size():
     with pytest.raises(RankError, match="below the smallest size"):
-        make_plan(nn.Sequential(nn.Linear(8, 8)), keep=0.1, min_rank=1)
+        make_plan(nn.Sequential(nn.Linear(8, 8)), LowRankConfig(keep=0.1, min_rank=1))
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.1, True, "0.5", math.nan])
 def test_keep_out_of_range(bert, keep):
     with pytest.raises(RankError, match=r"keep must be in \(0, 1\]"):
-        make_plan(bert[0], keep=keep, min_rank=1)
+        make_plan(bert[0], LowRankConfig(keep=keep, min_rank=1))
 
 
 @pytest.mark.parametrize(
@@ -411,18 +418,18 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
         with pytest.raises((RankError, TargetError)):
             convert(model, calibration=touched(), **wrong)
     with pytest.raises(TargetError, match="needs calibration data"):
-        convert(model, keep=0.5, min_rank=1, metric="fisher")
-    plan = make_plan(model, moments, keep=0.5, min_rank=1)
+        convert(model, LowRankConfig(keep=0.5, min_rank=1, metric="fisher"))
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
     with pytest.raises(TargetError, match="needs calibration data"):
-        convert(model, plan=plan)
+        convert(model, plan)
     other = zoo.BY_BASE["GPT2LMHeadModel"]
     with pytest.raises(PlanError, match="no attention of which this is known"):
-        convert(other.build(), plan=plan, calibration=[other.batch()])
-    separate = make_plan(model, moments, keep=0.5, min_rank=1, joint=False)
+        convert(other.build(), plan, calibration=[other.batch()])
+    separate = make_plan(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
     with pytest.raises(PlanError, match="cannot be converted here"):
-        convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), plan=separate, calibration=moments)
+        convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), separate, calibration=moments)
     with pytest.raises(TargetError, match="make plans from the dense model"):
-        make_plan(convert(model, rank=4), keep=0.5, min_rank=1)
-    inputs = collect_moments(model, [{"input_ids": zoo._ids()}], metric="activation")
+        make_plan(convert(model, rank=4), LowRankConfig(keep=0.5, min_rank=1))
+    inputs = calibrate(model, [{"input_ids": zoo._ids()}], metric="activation")
     with pytest.raises(WeightError, match="needs gradients"):
-        convert(model, rank=4, calibration=inputs, metric="fisher")
+        convert(model, LowRankConfig(rank=4, metric="fisher"), calibration=inputs)

@@ -6,12 +6,13 @@ import sys
 import pytest
 from torch import nn
 
-from hf_reparam import LayerSpec, PlanError, RankPlan, TargetError, decompose, make_plan, plot
+from hf_reparam import Entry, RankPlan, make_plan, plot
+from hf_reparam.errors import PlanError, TargetError
 
 
 def test_spectrum_draws_what_a_rank_leaves_out():
     layers = decompose(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
-    plan = RankPlan({"0": LayerSpec(3)})
+    plan = RankPlan({"0": Entry(3)})
     ax = plot.spectrum(layers, plan=plan)
     for name, line in zip(("0", "1"), ax.lines, strict=True):
         drawn = line.get_ydata()
@@ -26,7 +27,7 @@ def test_spectrum_draws_what_a_rank_leaves_out():
 
 
 def test_ranks_puts_every_rank_in_its_place():
-    specs = {"h.0.a": LayerSpec(2), "h.1.a": LayerSpec(3), "h.10.b": LayerSpec(5), "pooler.dense": LayerSpec(7)}
+    specs = {"h.0.a": Entry(2), "h.1.a": Entry(3), "h.10.b": Entry(5), "pooler.dense": Entry(7)}
     ax = plot.ranks(RankPlan(specs))
     rows = [label.get_text() for label in ax.get_yticklabels()]
     columns = [label.get_text() for label in ax.get_xticklabels()]

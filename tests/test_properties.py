@@ -11,13 +11,15 @@ from collections import Counter
 import pytest
 import torch
 import transformers as tf
+from hf_reparam.layers.targets import find_targets
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankLinear, RankError, RankPlan, TargetError, convert, make_plan, merge
-from hf_reparam.layers.targets import find_targets
+from hf_reparam import LowRankConfig, RankPlan, convert, make_plan, merge
+from hf_reparam.errors import RankError, TargetError
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.linalg.moments import METRICS
 from hf_reparam.model.config import plan_of
 from tests import zoo
@@ -120,7 +122,8 @@ def test_any_chain_of_layers(model, rank, form, larger):
     model.eval()
     before, dense = model(x), {k: v.clone() for k, v in model.state_dict().items()}
     try:
-        small, report = convert(model, rank=rank, form=form, allow_larger=larger, return_report=True)
+        small = convert(model, LowRankConfig(rank=rank, form=form, allow_larger=larger))
+        report = hf_reparam.report(small)
     except (RankError, TargetError) as error:  # it changes nothing
         refused(error)
         assert all(torch.equal(v, dense[k]) for k, v in model.state_dict().items())
@@ -161,9 +164,10 @@ def test_the_budget_is_kept(model, keep, form, multiple_of, min_rank, metric, sh
     options["min_rank"] = min_rank
     try:
         if metric != "svd":
-            moments = hf_reparam.collect_moments(model, [{"x": inputs}], metric=metric, loss_fn=loss)
+            moments = hf_reparam.calibrate(model, [{"x": inputs}], metric=metric, loss_fn=loss)
         plan = make_plan(model, moments, keep=keep, **options)
-        small, report = convert(model, plan=plan, calibration=moments, return_report=True)
+        small = convert(model, plan, calibration=moments)
+        report = hf_reparam.report(small)
     except (RankError, TargetError) as error:
         refused(error)
         return
@@ -246,7 +250,8 @@ def test_any_transformer(model, rank, form, inplace, shard):
     ties = [g for g in tied_groups(model) if not any("layer" in n for n in g)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        small, report = convert(model, rank=rank, form=form, inplace=inplace, return_report=True)
+        small = convert(model, LowRankConfig(rank=rank, form=form), inplace=inplace)
+        report = hf_reparam.report(small)
     except (RankError, TargetError) as error:
         refused(error)
         assert type(model) is stock

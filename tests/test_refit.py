@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reparam import LowRankLinear, TargetError, collect_moments, convert, make_plan, refit
+import hf_reparam
+from hf_reparam import LowRankConfig, calibrate, convert, make_plan, refit
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 
@@ -45,15 +48,15 @@ def distance(model, dense, batches):
 )
 def test_predictions_come_nearer_on_unseen_data(base, form):
     dense, batches = sharp(base), data(20)
-    moments = collect_moments(dense, batches)
-    plan = make_plan(dense, moments, keep=0.5, form=form)
-    small = convert(dense, plan=plan, calibration=moments)
+    moments = calibrate(dense, batches)
+    plan = make_plan(dense, LowRankConfig(keep=0.5, form=form), calibration=moments)
+    small = convert(dense, plan, calibration=moments)
     before = distance(small, dense, data(5, seed=1))
-    report = refit(small, dense, batches, moments=moments)
+    report = refit(small, dense, batches, calibration=moments)
     assert distance(small, dense, data(5, seed=1)) < before
     assert 0 < len(report.layers) <= report.of == len(plan.modules)
     assert report.after < report.before
-    assert {n: m.spec for n, m in small.base_model.named_modules() if isinstance(m, LowRankLinear)} == {
+    assert {n: m.entry for n, m in small.base_model.named_modules() if isinstance(m, LowRankLinear)} == {
         n: s for n, s in plan.modules.items() if not n.startswith("cls")
     }
 
@@ -62,23 +65,24 @@ def test_predictions_come_nearer_on_unseen_data(base, form):
 def test_convert_refits_and_says_so():
     dense, batches = sharp("BertForMaskedLM"), data()
     original = copy.deepcopy(dense.state_dict())
-    small, report = convert(dense, keep=0.5, calibration=iter(batches), refit=True, return_report=True)
+    small = convert(dense, keep=0.5, calibration=iter(batches))
+    report = hf_reparam.report(small)
     by_hand = convert(dense, keep=0.5, calibration=batches)
-    assert refit(by_hand, dense, batches, moments=collect_moments(dense, batches)) == report.refit
+    assert refit(by_hand, dense, batches, calibration=calibrate(dense, batches)) == report.refit
     assert all(torch.equal(v, by_hand.state_dict()[k]) for k, v in small.state_dict().items())
     assert "refit:" in str(report)
     assert f"{len(report.refit.layers)} of {report.refit.of} layers" in report.to_markdown()
     assert report.to_dict()["refit"]["after"] == report.refit.after
     assert all(torch.equal(v, original[k]) for k, v in dense.state_dict().items())
     assert not any(m._forward_pre_hooks for m in [*dense.modules(), *small.modules()])
-    inplace = convert(dense, keep=0.5, calibration=batches, refit=True, inplace=True)
+    inplace = convert(dense, keep=0.5, calibration=batches, inplace=True)
     assert inplace is dense
     assert all(torch.equal(v, inplace.state_dict()[k]) for k, v in small.state_dict().items())
 
 
 def test_a_fit_that_does_not_help_is_not_kept(monkeypatch):
     dense, batches = sharp("BertForMaskedLM"), data()
-    small = convert(dense, keep=0.5, calibration=batches, joint=False)
+    small = convert(dense, keep=0.5, calibration=batches)
     before = copy.deepcopy(small.state_dict())
 
     def harmful(layer, *_):
@@ -95,7 +99,7 @@ def test_least_squares_is_solved():
     """One layer behind a perturbed one, full rank: the solution is that of ordinary least squares."""
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6, bias=False)).double()
-    small = convert(dense, rank={"0": 2, "2": 6}, allow_larger=True)
+    small = convert(dense, LowRankConfig(rank={"0": 2, "2": 6}, allow_larger=True))
     batches = [{"input": torch.randn(4000, 6).double()} for _ in range(5)]
     x = torch.cat([b["input"] for b in batches[1:]])  # the first batch is held out
     refit(small, dense, batches)
@@ -111,9 +115,9 @@ def test_padding_does_not_matter():
     dense = sharp("BertForMaskedLM").double()
     batches = [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in data()]
     padded = [{k: nn.functional.pad(v, (0, 40)) for k, v in b.items()} for b in batches]
-    moments = collect_moments(dense, batches)
+    moments = calibrate(dense, batches)
     models = [convert(dense, keep=0.5, calibration=moments) for _ in range(2)]
-    reports = [refit(m, dense, b, moments=moments) for m, b in zip(models, (batches, padded), strict=True)]
+    reports = [refit(m, dense, b, calibration=moments) for m, b in zip(models, (batches, padded), strict=True)]
     assert reports[0].layers == reports[1].layers != ()
     assert reports[0].after == pytest.approx(reports[1].after, rel=1e-6)
 
@@ -122,26 +126,28 @@ def test_padding_does_not_matter():
 @pytest.mark.parametrize("base", ["BertModel", "BertForSequenceClassification", "BertForQuestionAnswering"])
 def test_heads_and_no_head(base):
     dense, batches = sharp(base), data()
-    small, report = convert(dense, keep=0.4, min_rank=1, calibration=batches, refit=True, return_report=True)
+    small = convert(dense, LowRankConfig(keep=0.4, min_rank=1), calibration=batches)
+    report = hf_reparam.report(small)
     assert report.refit.after < report.refit.before
     assert type(small).__name__ == f"Reparam{base}"
 
 
 def test_shared_layers_keep_their_factors():
-    small, report = convert(sharp("AlbertForMaskedLM"), rank=4, calibration=data(), refit=True, return_report=True)
+    small = convert(sharp("AlbertForMaskedLM"), rank=4, calibration=data())
+    report = hf_reparam.report(small)
     assert not any("albert_layers" in name for name in report.refit.layers)
     assert isinstance(small, nn.Module)
 
 
 def test_wrong_arguments():
     dense, batches = sharp("BertForMaskedLM"), data(1)
-    moments = collect_moments(dense, batches)
+    moments = calibrate(dense, batches)
     with pytest.raises(TargetError, match="refit=True needs the calibration data itself"):
-        convert(dense, keep=0.5, calibration=moments, refit=True)
+        convert(dense, keep=0.5, calibration=moments)
     with pytest.raises(TargetError, match="refit=True needs the calibration data itself"):
-        convert(dense, keep=0.5, refit=True)
+        convert(dense, keep=0.5)
     with pytest.raises(TargetError, match="1 were given: give at least two"):
-        convert(dense, keep=0.5, calibration=batches, refit=True)
+        convert(dense, keep=0.5, calibration=batches)
     with pytest.raises(TargetError, match="no low-rank layer"):
         refit(dense, dense, batches)
     with pytest.raises(TargetError, match="the dense model has no Linear of this shape by that name"):

@@ -2,7 +2,8 @@
 
 import json
 
-from hf_reparam import ConversionReport, LayerReport, SkippedReport
+from hf_reparam import Report
+from hf_reparam.report import LayerReport, SkippedReport
 
 
 def report(rank=4):
@@ -11,13 +12,13 @@ def report(rank=4):
         for i, e in enumerate((0.1, 0.3))
     )
     skipped = (SkippedReport("layer.0.head", "Linear", 34, "tied"), SkippedReport("layer.1.head", "Linear", 34, "tied"))
-    return ConversionReport("Net", "svd", layers, skipped, 1000, 744)
+    return Report("Net", "svd", layers, skipped, 1000, 744)
 
 
 def test_sums_have_their_denominators():
     r = report()
     assert (r.factored_before, r.factored_after, r.coverage) == (544, 288, 0.544)
-    assert ConversionReport("Net", "svd", (), (), 0, 0).coverage == 0.0
+    assert Report("Net", "svd", (), (), 0, 0).coverage == 0.0
 
 
 def test_table_folds_repeated_layers():

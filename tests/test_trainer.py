@@ -7,7 +7,8 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_reparam import LowRankLinear, convert, merge
+from hf_reparam import LowRankConfig, convert, merge
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 from tests.launch import launch
 
@@ -31,7 +32,7 @@ def data(minilm):
 def classifier(request, minilm):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
-    return convert(model, rank=128, form=request.param)
+    return convert(model, LowRankConfig(rank=128, form=request.param))
 
 
 def arguments(folder, **options):

@@ -11,7 +11,7 @@ CONSUMER = Path(__file__).parent / "consumer.py"
 CACHE = Path(__file__).parents[1] / ".mypy_cache" / "consumer"
 WRONG = {
     "rank": ("rank=8)", 'rank="8")'),
-    "assert-type": ("assert_type(report, ConversionReport)", "assert_type(report, int)"),
+    "assert-type": ("assert_type(report, Report)", "assert_type(report, int)"),
     "no_such_field": ("report.layers", "report.no_such_field"),
 }
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LayerSpec, RankPlan
-from hf_reparam.calibrate.collect import layer_name
-from hf_reparam.layers.heads import ROLES, find_attentions
-from hf_reparam.model.inspection import split_projections
-from hf_reparam.model.tables import table_groups
+from hf_reparam import Entry, RankPlan
+from hf_reparam.model.checks import split_projections
+from hf_reparam.model.host import layer_name
+from hf_reparam.structures.heads.attention import ROLES, find_attentions
+from hf_reparam.structures.table import table_groups
 from tests import zoo
 
 RANK = 6
@@ -90,7 +90,7 @@ class Case:
         return zoo.BY_BASE[FAMILIES[self.family]].batch()
 
     def options(self, model) -> dict[str, Any]:
-        """What `convert` and `convert_checkpoint` are told."""
+        """What `convert` and `convert_folder` are told."""
         if self.form in zoo.FORMS:
             return {"rank": RANK, "form": self.form}
         if self.form == "multihead":
@@ -101,14 +101,14 @@ class Case:
         with split_projections(model):
             attentions = find_attentions(model)
             widths = {layer_name(model, a.name): 4 for a in attentions}
-            outputs = {layer_name(model, a.path("output", split=True)): LayerSpec(3, "pivoted") for a in attentions}
+            outputs = {layer_name(model, a.path("output", split=True)): Entry(3, "pivoted") for a in attentions}
         return {"plan": RankPlan(outputs, kind, head_widths=widths)}
 
     def convert(self, model, **more):
         return hf_reparam.convert(model, **self.options(model), **more)
 
     def stream(self, source, out):
-        return hf_reparam.convert_checkpoint(source, out, **self.options(self.build()))
+        return hf_reparam.convert_folder(source, out, **self.options(self.build()))
 
     def save(self, small, folder) -> None:
         (hf_reparam.save if self.plain else type(small).save_pretrained)(small, folder)
@@ -135,7 +135,7 @@ class Made:
 
     dense: nn.Module
     small: nn.Module
-    report: hf_reparam.ConversionReport
+    report: hf_reparam.Report
 
 
 @cache

@@ -11,10 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_reparam import LowRankLinear, merge, summarize
-from hf_reparam.layers.embedding import Tables
-from hf_reparam.layers.heads import find_attentions
-from hf_reparam.model.inspection import count_parameters
+import hf_reparam
+from hf_reparam import merge
+from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.model.checks import count_parameters
+from hf_reparam.structures.heads.attention import find_attentions
+from hf_reparam.structures.table.modules import Tables
 from tests.contract.forms import CASES, made
 
 QUICK = ("BERT", "plain")  # families that `make check` is content with
@@ -182,7 +184,7 @@ def test_the_report_is_the_live_model(case):
     assert report.parameters_after == count_parameters(small) == sum(p.numel() for p in small.parameters())
     assert report.parameters_after < report.parameters_before
     assert report.parameters_before - report.parameters_after == report.factored_before - report.factored_after
-    stands = summarize(small)
+    stands = hf_reparam.report(small)
     ranks = [{row.name: (row.rank, row.form) for row in rows.layers if row.rank} for rows in (stands, report)]
     assert ranks[0] == ranks[1]
     low = {name for name, module in small.named_modules() if isinstance(module, LowRankLinear)}

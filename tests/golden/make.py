@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 import transformers
+from hf_reparam.compress.narrowing import attentions_by_name
+from hf_reparam.layers.targets import find_targets
 from safetensors.torch import save_file
 
 import hf_reparam
-from hf_reparam import LayerSpec, RankPlan
-from hf_reparam.calibrate.collect import layer_name
-from hf_reparam.compress.narrowing import attentions_by_name
-from hf_reparam.layers.targets import find_targets
-from hf_reparam.model.inspection import protected_layers
-from hf_reparam.structures.table import table_groups
+from hf_reparam import Entry, RankPlan
+from hf_reparam.model.checks import protected_layers
+from hf_reparam.model.host import layer_name
 from hf_reparam.plan import FORMAT_VERSION, FORMS
+from hf_reparam.structures.table import table_groups
 from tests import zoo
 
 HERE = Path(__file__).parent
@@ -46,10 +46,10 @@ def converted(model: Any, form: str) -> Any:
     widths = dict.fromkeys(attentions_by_name(model), 4)  # of 8: format 2 knows narrower heads
     ranks = {layer_name(model, group.path): 12 for group in table_groups(model)}  # of 32, and embeddings
     plan = RankPlan({}, model.config.model_type, head_widths=widths, embeddings=ranks)
-    narrow = hf_reparam.convert(model, plan=plan)
+    narrow = hf_reparam.convert(model, plan)
     found = find_targets(narrow, protected=protected_layers(narrow)).selected
-    specs = {layer_name(narrow, target.name): LayerSpec(6, form) for target in found}
-    return hf_reparam.convert(narrow, plan=RankPlan(specs, model.config.model_type))
+    specs = {layer_name(narrow, target.name): Entry(6, form) for target in found}
+    return hf_reparam.convert(narrow, RankPlan(specs, model.config.model_type))
 
 
 def make(folder: Path, made_from: str) -> None:

@@ -6,10 +6,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_reparam
-from hf_reparam import TargetError, WeightError, register_dense
+from hf_reparam import register_dense
+from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.layers import dense
 from hf_reparam.layers.surgery import low_rank_like
-from hf_reparam.plan import LayerSpec
+from hf_reparam.plan import Entry
 
 
 class Scaled(nn.Linear):
@@ -44,7 +45,7 @@ def test_matrix_is_out_by_in(kind):
 def test_build_gives_the_layer_back(kind, dtype):
     original = layers()[kind].to(dtype).eval()
     original.get_parameter("weight").requires_grad_(False)
-    low = low_rank_like(original, LayerSpec(4))
+    low = low_rank_like(original, Entry(4))
     with torch.no_grad():
         low.up.weight.copy_(torch.eye(4))
         low.down.weight.copy_(dense.dense_matrix(original))
@@ -68,7 +69,7 @@ def test_a_users_type(registry):
     register_dense(
         Scaled, matrix=lambda m: m.weight.T, build=lambda i, o, b, device, dtype: Scaled(i, o, b).to(device, dtype)
     )
-    back = hf_reparam.merge(hf_reparam.convert(net, rank=32, allow_larger=True))
+    back = hf_reparam.merge(hf_reparam.convert(net, hf_reparam.LowRankConfig(rank=32, allow_larger=True)))
     assert type(back[0]) is Scaled
     torch.testing.assert_close(back[0].weight, net[0].weight, atol=1e-6, rtol=1e-5)
 
@@ -79,9 +80,9 @@ def test_register_wants_a_module_class():
 
 
 def test_wrapped_or_absent_factors_cannot_be_merged():
-    low = low_rank_like(nn.Linear(6, 4), LayerSpec(2))
+    low = low_rank_like(nn.Linear(6, 4), Entry(2))
     low.up = nn.Sequential(low.up)
     with pytest.raises(WeightError, match="not plain Linears"):
         dense.dense_matrix(low)
     with pytest.raises(WeightError, match="meta device"):
-        dense.build_dense(low_rank_like(nn.Linear(6, 4, device="meta"), LayerSpec(2)))
+        dense.build_dense(low_rank_like(nn.Linear(6, 4, device="meta"), Entry(2)))

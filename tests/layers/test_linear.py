@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reparam import LowRankLinear
-from hf_reparam.layers.linear import PivotedLinear
+from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 
 
 @pytest.fixture(params=["pair", "pivoted"])

@@ -8,7 +8,7 @@ from torch import nn
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers import find_targets, ranks
 from hf_reparam.layers.surgery import low_rank_like
-from hf_reparam.plan import LayerSpec
+from hf_reparam.plan import Entry
 
 
 def targets(**layers):
@@ -97,7 +97,7 @@ def test_nothing_to_do():
 
 
 def test_low_rank_layers_go_down_only():
-    low = targets(a=low_rank_like(nn.Linear(64, 64), LayerSpec(16)), b=nn.Linear(64, 64))
+    low = targets(a=low_rank_like(nn.Linear(64, 64), Entry(16)), b=nn.Linear(64, 64))
     assert choose_ranks(low, 8)[0] == {"a": 8, "b": 8}
     chosen, skipped = choose_ranks(low, 16)
     assert chosen == {"b": 16}
@@ -108,17 +108,17 @@ def test_low_rank_layers_go_down_only():
 
 def test_pivoted_form_pays_up_to_full_rank():
     specs, skipped = ranks.choose_ranks(targets(**NET), {"big": 63, "wide": 16, "head": 2}, form="pivoted")
-    assert specs == {"big": LayerSpec(63, "pivoted"), "head": LayerSpec(2, "pivoted")}
+    assert specs == {"big": Entry(63, "pivoted"), "head": Entry(2, "pivoted")}
     assert skipped[0].reason == "a pivoted form of rank 16 would not be smaller: 64 x 16 pays below 16"
 
 
 def test_pivots_need_inputs_beside_them():
     layers = targets(tall=nn.Linear(8, 64), wide=nn.Linear(64, 8))
     specs, skipped = ranks.choose_ranks(layers, 8, form="pivoted", allow_larger=True)
-    assert specs == {"wide": LayerSpec(8, "pivoted")}
+    assert specs == {"wide": Entry(8, "pivoted")}
     assert skipped[0].reason == "in pivoted form its rank must be below its 8 inputs"
 
 
 def test_a_pair_can_become_pivoted_at_its_own_rank():
-    low = targets(a=low_rank_like(nn.Linear(64, 64), LayerSpec(16)))
-    assert ranks.choose_ranks(low, 16, form="pivoted")[0] == {"a": LayerSpec(16, "pivoted")}
+    low = targets(a=low_rank_like(nn.Linear(64, 64), Entry(16)))
+    assert ranks.choose_ranks(low, 16, form="pivoted")[0] == {"a": Entry(16, "pivoted")}

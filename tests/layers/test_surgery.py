@@ -9,7 +9,7 @@ from hf_reparam.errors import TargetError
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.surgery import factor, low_rank_like, replace_modules
 from hf_reparam.linalg import decompose
-from hf_reparam.plan import LayerSpec
+from hf_reparam.plan import Entry
 
 FORMS = ["pair", "pivoted"]
 
@@ -21,7 +21,7 @@ def test_factor_keeps_dtype_bias_gradients_and_mode(dtype, build, form):
     dense = build(12, 8).to(dtype).eval()
     dense.weight.requires_grad_(False)
     before = {k: v.clone() for k, v in dense.state_dict().items()}
-    low = factor(dense, LayerSpec(4, form), decompose(dense_matrix(dense)))
+    low = factor(dense, Entry(4, form), decompose(dense_matrix(dense)))
     assert low.dense_type is type(dense)
     assert not low.training
     assert {p.dtype for p in low.parameters()} == {dtype}
@@ -33,20 +33,20 @@ def test_factor_keeps_dtype_bias_gradients_and_mode(dtype, build, form):
         assert low.bias.requires_grad
         assert low.bias is not dense.bias
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
-    assert low.spec == LayerSpec(4, form)
+    assert low.entry == Entry(4, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_factor_at_full_rank_is_the_layer(form):
     dense, x = nn.Linear(12, 8).double(), torch.randn(5, 12).double()
-    low = factor(dense, LayerSpec(8, form), decompose(dense.weight))
+    low = factor(dense, Entry(8, form), decompose(dense.weight))
     torch.testing.assert_close(low(x), dense(x), atol=1e-12, rtol=1e-12)
 
 
 def test_the_mean_goes_into_the_bias():
     dense, mean = nn.Linear(12, 8).double(), torch.randn(12).double()
     for form in FORMS:
-        low = factor(dense, LayerSpec(2, form), decompose(dense.weight), mean=mean)
+        low = factor(dense, Entry(2, form), decompose(dense.weight), mean=mean)
         torch.testing.assert_close(low(mean), dense(mean), atol=1e-12, rtol=1e-12)
 
 
@@ -55,7 +55,7 @@ def test_the_mean_goes_into_the_bias():
 def test_pivoted_is_the_same_function_in_fewer_numbers(shape, rank):
     dense, x = nn.Linear(*shape), torch.randn(3, 4, shape[0])
     found = decompose(dense.weight)
-    pair, pivoted = (factor(dense, LayerSpec(rank, form), found) for form in FORMS)
+    pair, pivoted = (factor(dense, Entry(rank, form), found) for form in FORMS)
     torch.testing.assert_close(pivoted(x), pair(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(pivoted.weight + 0, pair.weight + 0, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(dense_matrix(pivoted), dense_matrix(pair), atol=1e-6, rtol=1e-5)
@@ -66,7 +66,7 @@ def test_pivoted_is_the_same_function_in_fewer_numbers(shape, rank):
 
 
 def test_low_rank_like_on_meta_allocates_nothing():
-    low = low_rank_like(nn.Linear(1 << 20, 1 << 20, device="meta"), LayerSpec(1 << 10))
+    low = low_rank_like(nn.Linear(1 << 20, 1 << 20, device="meta"), Entry(1 << 10))
     assert low.up.weight.is_meta
     assert low.down.weight.is_meta
 

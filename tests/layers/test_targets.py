@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from hf_reparam.errors import TargetError
 from hf_reparam.layers import find_targets
 from hf_reparam.layers.surgery import low_rank_like
-from hf_reparam.plan import LayerSpec
+from hf_reparam.plan import Entry
 
 
 class Experts(nn.Module):
@@ -104,8 +104,8 @@ def test_shared_module_is_one_target_with_all_its_names():
 
 
 def test_low_rank_layers_are_targets_and_their_factors_are_not():
-    found = find_targets(nn.Sequential(low_rank_like(nn.Linear(8, 8), LayerSpec(2)), nn.Linear(8, 8)))
-    assert [(t.name, t.spec and t.spec.rank, t.parameters, t.dense_parameters) for t in found.selected] == [
+    found = find_targets(nn.Sequential(low_rank_like(nn.Linear(8, 8), Entry(2)), nn.Linear(8, 8)))
+    assert [(t.name, t.entry and t.entry.rank, t.parameters, t.dense_parameters) for t in found.selected] == [
         ("0", 2, 40, 72),
         ("1", None, 72, 72),
     ]

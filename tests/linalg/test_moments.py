@@ -1,11 +1,11 @@
-"""Moments are sums: any split of the data gives the same, and they survive a file."""
+"""Calibration are sums: any split of the data gives the same, and they survive a file."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from hf_reparam.errors import CheckpointError, WeightError
-from hf_reparam.linalg import LayerMoments, Moments
+from hf_reparam.linalg import Calibration, LayerMoments
 from hf_reparam.linalg import moments as moments_module
 
 
@@ -28,8 +28,8 @@ def test_sums():
 
 def test_halves_merged_are_the_whole():
     x, g = torch.randn(40, 4).double(), torch.randn(40, 3).double()
-    whole = Moments("fisher", {"a": layer(x, g)})
-    halves = Moments("fisher", {"a": layer(x[:15], g[:15])}) + Moments("fisher", {"a": layer(x[15:], g[15:])})
+    whole = Calibration("fisher", {"a": layer(x, g)})
+    halves = Calibration("fisher", {"a": layer(x[:15], g[:15])}) + Calibration("fisher", {"a": layer(x[15:], g[15:])})
     assert halves.layers["a"].tokens == 40
     torch.testing.assert_close(halves.layers["a"].input_products, whole.layers["a"].input_products)
     torch.testing.assert_close(halves.layers["a"].gradient_products, whole.layers["a"].gradient_products)
@@ -57,7 +57,7 @@ def test_what_cannot_be_done():
     with pytest.raises(WeightError, match="cannot be merged"):
         layer(x) + layer(x, g)
     with pytest.raises(WeightError, match="cannot be merged"):
-        Moments("fisher", {"a": layer(x, g)}) + Moments("fisher", {"b": layer(x, g)})
+        Calibration("fisher", {"a": layer(x, g)}) + Calibration("fisher", {"b": layer(x, g)})
     with pytest.raises(WeightError, match="inputs of this layer are not finite"):
         layer(x * torch.nan).metric("activation", centred=True)
     with pytest.raises(WeightError, match="gradients of this layer are not finite"):
@@ -66,9 +66,9 @@ def test_what_cannot_be_done():
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_file(tmp_path, gradients):
-    moments = Moments("fisher", {"a.b": layer(torch.randn(5, 4), torch.randn(5, 3) if gradients else None)})
+    moments = Calibration("fisher", {"a.b": layer(torch.randn(5, 4), torch.randn(5, 3) if gradients else None)})
     moments.save(tmp_path / "m.safetensors")
-    loaded = Moments.load(tmp_path / "m.safetensors")
+    loaded = Calibration.load(tmp_path / "m.safetensors")
     assert loaded.metric == "fisher"
     assert loaded.layers.keys() == moments.layers.keys()
     for key in ("tokens", "input_sum", "input_products", "gradient_products"):
@@ -78,20 +78,22 @@ def test_file(tmp_path, gradients):
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Moments.load(tmp_path / "none.safetensors")
+        Calibration.load(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("no")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Moments.load(tmp_path / "text.safetensors")
+        Calibration.load(tmp_path / "text.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="holds no moments"):
-        Moments.load(tmp_path / "other.safetensors")
+        Calibration.load(tmp_path / "other.safetensors")
 
 
 def test_layers_are_read_when_they_are_asked_for(tmp_path):
     for number, name in enumerate(("a", "b")):
-        Moments("activation", {name: layer(torch.full((5, 4), 1.0 + number))}).save(tmp_path / f"{number}.safetensors")
+        Calibration("activation", {name: layer(torch.full((5, 4), 1.0 + number))}).save(
+            tmp_path / f"{number}.safetensors"
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
-    moments = Moments.load(tmp_path)
+    moments = Calibration.load(tmp_path)
     assert list(moments.layers) == ["a", "b"]
     assert len(moments.layers) == 2
     assert moments.layers["b"].input_sum.tolist() == [10.0] * 4
@@ -104,26 +106,26 @@ def test_layers_are_read_when_they_are_asked_for(tmp_path):
 
 def test_folders_that_hold_no_moments(tmp_path):
     with pytest.raises(CheckpointError, match="no .safetensors file in it"):
-        Moments.load(tmp_path)
-    Moments("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "a.safetensors")
-    Moments("fisher", {"b": layer(torch.ones(5, 4), torch.ones(5, 3))}).save(tmp_path / "b.safetensors")
+        Calibration.load(tmp_path)
+    Calibration("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "a.safetensors")
+    Calibration("fisher", {"b": layer(torch.ones(5, 4), torch.ones(5, 3))}).save(tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match="several metrics"):
-        Moments.load(tmp_path)
+        Calibration.load(tmp_path)
 
 
 def test_an_older_file_stays_when_a_new_one_cannot_be_written(tmp_path, monkeypatch):
-    one = Moments("activation", {"a": layer(torch.ones(5, 4))})
+    one = Calibration("activation", {"a": layer(torch.ones(5, 4))})
     one.save(tmp_path / "m.safetensors")
     monkeypatch.setattr(moments_module, "save_file", lambda tensors, path, metadata: (open(path, "w").close(), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         (one + one).save(tmp_path / "m.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-    assert Moments.load(tmp_path / "m.safetensors").layers["a"].tokens == 5
+    assert Calibration.load(tmp_path / "m.safetensors").layers["a"].tokens == 5
 
 
 def test_saved_over_itself(tmp_path):
-    Moments("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "m.safetensors")
-    stored = Moments.load(tmp_path / "m.safetensors")
+    Calibration("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "m.safetensors")
+    stored = Calibration.load(tmp_path / "m.safetensors")
     (stored + stored).save(tmp_path / "m.safetensors")
     assert stored.layers["a"].tokens == 10
     assert stored.layers["a"].input_products[0].tolist() == [10.0] * 4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_reparam import RankError, WeightError
+from hf_reparam.errors import RankError, WeightError
 from hf_reparam.linalg import TableMoments, decompose_table
 
 TOKENS, WIDTH = 40, 6

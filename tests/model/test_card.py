@@ -7,7 +7,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModelForSequenceClassification
 
 import hf_reparam
-from hf_reparam import TargetError, convert, model_card
+from hf_reparam import LowRankConfig, convert, model_card
+from hf_reparam.errors import TargetError
 from tests import zoo
 
 CASE = zoo.BY_BASE["BertForSequenceClassification"]
@@ -49,7 +50,8 @@ def hub(monkeypatch, tmp_path):
 
 def test_card_says_what_was_done(dense, hub):
     texts = [CASE.batch()]
-    small, report = convert(dense, keep=0.5, min_rank=1, include="*", calibration=texts, return_report=True)
+    small = convert(dense, LowRankConfig(keep=0.5, min_rank=1, target_modules="*"), calibration=texts)
+    report = hf_reparam.report(small)
     card = model_card(small)
     data = card.data.to_dict()
     assert data["base_model"] == "google-bert/bert-tiny"
@@ -74,7 +76,8 @@ def test_card_says_what_was_done(dense, hub):
 
 def test_record_survives_saving_refitting_and_a_second_conversion(tmp_path, dense):
     data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
-    small, report = convert(dense, keep=0.6, calibration=data, refit=True, return_report=True)
+    small = convert(dense, keep=0.6, calibration=data)
+    report = hf_reparam.report(small)
     small.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     record = hf_reparam.RankPlan.from_dict(loaded.config.reparam).record
@@ -84,7 +87,7 @@ def test_record_survives_saving_refitting_and_a_second_conversion(tmp_path, dens
     rows = [*report.layers, *report.heads]
     measured = {x.name.removeprefix("bert."): x.error for x in rows if x.error is not None}
     assert record.errors == pytest.approx(measured, rel=1e-3)
-    again = convert(loaded, rank=2, include="*.intermediate.dense")
+    again = convert(loaded, LowRankConfig(rank=2, target_modules="*.intermediate.dense"))
     second = hf_reparam.RankPlan.from_dict(again.config.reparam).record
     assert second.base_model == record.base_model
     changed = {name for name in record.errors if second.errors[name] != record.errors[name]}
@@ -107,7 +110,7 @@ def test_a_folder_that_is_named_like_a_hub_id_is_none(tmp_path, dense, monkeypat
 
 def test_a_later_refit_is_remembered(dense):
     data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
-    small = convert(dense, rank=4, include="*")
+    small = convert(dense, LowRankConfig(rank=4, target_modules="*"))
     assert small.config.reparam["record"]["refitted_layers"] == 0
     report = hf_reparam.refit(small, dense, data)
     assert small.config.reparam["record"]["refitted_layers"] == len(report.layers) > 0
@@ -171,7 +174,7 @@ def test_saving_can_push_what_it_has_written(tmp_path, dense, hub):
 def test_tied_weights_on_disk_are_counted_once(tmp_path, base):
     dense = zoo.BY_BASE[base].build()
     dense.save_pretrained(tmp_path / "dense")
-    report = hf_reparam.convert_checkpoint(tmp_path / "dense", tmp_path / "small", rank=4)
+    report = hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "small", rank=4)
     text = (tmp_path / "small" / "README.md").read_text()
     assert f"{report.parameters_before:,} dense, {report.parameters_after:,} here" in text
     assert report.parameters_before == dense.num_parameters()

@@ -10,7 +10,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import hf_reparam
-from hf_reparam import CheckpointError, PlanError, convert
+from hf_reparam import convert
+from hf_reparam.errors import CheckpointError, PlanError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 
@@ -63,7 +65,7 @@ def test_from_config_builds_the_same_skeleton_with_random_weights():
 
 def test_a_derived_config_without_a_plan_is_the_dense_model():
     model = hf_reparam.ReparamBertModel(hf_reparam.ReparamBertConfig(**zoo.BERT_LIKE))
-    assert not any(isinstance(m, hf_reparam.LowRankLinear) for m in model.modules())
+    assert not any(isinstance(m, LowRankLinear) for m in model.modules())
 
 
 def test_deepcopy_and_pickle():
@@ -116,9 +118,9 @@ def test_a_users_own_model_class():
     AutoConfig.register("my-net", MyConfig, exist_ok=True)
     small = convert(MyModel(MyConfig()), rank=4)
     assert type(small).__name__ == "ReparamMyModel"
-    assert isinstance(small.fc, hf_reparam.LowRankLinear)
+    assert isinstance(small.fc, LowRankLinear)
     again = type(small)(small.config)
-    assert isinstance(again.fc, hf_reparam.LowRankLinear)
+    assert isinstance(again.fc, LowRankLinear)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 
 import hf_reparam
 from benchmarks.demo import embed, load_batch
-from hf_reparam import LowRankLinear, convert, merge
+from hf_reparam import LowRankConfig, convert, merge
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 GENERATIVE = [
@@ -30,7 +31,7 @@ GENERATIVE = [
 @pytest.mark.parametrize("base", GENERATIVE)
 def test_generate_with_cache(tmp_path, base, beams, form):
     case = zoo.BY_BASE[base]
-    convert(case.build(), rank=6, form=form).save_pretrained(tmp_path)
+    convert(case.build(), LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path)
     small = getattr(transformers, case.auto).from_pretrained(tmp_path)
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
     cached, uncached = (small.generate(**zoo._text(), **options, use_cache=use) for use in (True, False))
@@ -125,7 +126,7 @@ def test_tokenizer_of_a_real_folder(tmp_path, minilm):
 )
 def test_gradient_checkpointing(base, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=6, form=form).train()
+    small = convert(case.build(), LowRankConfig(rank=6, form=form)).train()
     batch = {**case.batch(), "labels": zoo._ids(2, 5 if "decoder_input_ids" in case.batch() else 7)}
 
     def gradients():
@@ -148,7 +149,7 @@ def test_gradient_checkpointing(base, form):
 )
 def test_compile(base, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=6, form=form)
+    small = convert(case.build(), LowRankConfig(rank=6, form=form))
     expected = zoo.outputs(small, case.batch())
     compiled = torch.compile(small, backend="aot_eager")
     for a, b in zip(zoo.outputs(compiled, case.batch()), expected, strict=True):
@@ -169,12 +170,12 @@ def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
     import peft
 
     case = zoo.BY_BASE["LlamaForCausalLM"]
-    small = convert(case.build(), rank=6, form=form)
+    small = convert(case.build(), LowRankConfig(rank=6, form=form))
     reference = zoo.outputs(small, case.batch())
     adapted = peft.get_peft_model(small, peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
     changed = zoo.outputs(adapted, case.batch())
     assert not torch.allclose(changed[0], reference[0], atol=1e-3)
-    with pytest.raises(hf_reparam.WeightError, match="not plain Linears: merge or unload the adapter"):
+    with pytest.raises(hf_reparam.errors.WeightError, match="not plain Linears: merge or unload the adapter"):
         merge(adapted)
     back = adapted.merge_and_unload()
     assert {type(m.up) for m in back.modules() if isinstance(m, LowRankLinear)} == {torch.nn.Linear}
@@ -185,7 +186,9 @@ def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_int8_on_top_of_the_factors(minilm, form):
-    small = convert(transformers.AutoModel.from_pretrained(minilm).eval(), rank=200, form=form, allow_larger=True)
+    small = convert(
+        transformers.AutoModel.from_pretrained(minilm).eval(), LowRankConfig(rank=200, form=form, allow_larger=True)
+    )
     quantizer = torch.ao.quantization
     int8 = quantizer.quantize_dynamic(small, {torch.nn.Linear: quantizer.per_channel_dynamic_qconfig})
     layer = int8.encoder.layer[0].output.dense

@@ -11,7 +11,8 @@ from transformers import (
     TorchAoConfig,
 )
 
-from hf_reparam import WeightError, convert, merge
+from hf_reparam import LowRankConfig, convert, merge
+from hf_reparam.errors import WeightError
 from tests import zoo
 
 BASES = ["BertForSequenceClassification", "GPT2LMHeadModel"]
@@ -24,7 +25,7 @@ def test_onnx(tmp_path, base, form):
     import onnxruntime
 
     case = zoo.BY_BASE[base]
-    model = convert(case.build(use_cache=False), rank=6, form=form)
+    model = convert(case.build(use_cache=False), LowRankConfig(rank=6, form=form))
     path, batch = tmp_path / "model.onnx", case.batch()
     torch.onnx.export(model, (), path, kwargs=batch, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path)
@@ -48,7 +49,7 @@ def test_torchao(base, form, kind):
     from torchao import quantization
 
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=8, form=form)
+    small = convert(case.build(), LowRankConfig(rank=8, form=form))
     before = zoo.outputs(small, case.batch())[0]
     quantization.quantize_(small, getattr(quantization, kind)())
     assert stored(small) == "Int8Tensor"
@@ -71,7 +72,7 @@ def test_quantized_while_loading(tmp_path, form, config, weight, change):
     case = zoo.BY_BASE["BertForSequenceClassification"]
     # on CPUs with AVX-512 bf16 four bits, 16 levels, need inputs in multiples of 64 and outputs in multiples of 32
     wide = BertConfig(**{**zoo.BERT_LIKE, "hidden_size": 256, "intermediate_size": 512})
-    small = convert(BertForSequenceClassification(wide).eval(), rank=64, form=form)
+    small = convert(BertForSequenceClassification(wide).eval(), LowRankConfig(rank=64, form=form))
     small.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, quantization_config=config(), device_map="cpu"
@@ -99,7 +100,7 @@ def test_lora_trains_saves_reloads_and_merges(tmp_path, form, targets):
     import peft
 
     case = zoo.BY_BASE["BertForSequenceClassification"]
-    small = convert(case.build(), rank=6, form=form)
+    small = convert(case.build(), LowRankConfig(rank=6, form=form))
     small.save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(small, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False))
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)

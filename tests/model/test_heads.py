@@ -3,10 +3,12 @@
 import pytest
 import torch
 import transformers as tf
+from hf_reparam.compress.narrowing import attentions_by_name
 from torch import nn
 
-from hf_reparam import LowRankLinear, RankPlan, collect_moments, convert, merge, summarize
-from hf_reparam.compress.narrowing import attentions_by_name
+import hf_reparam
+from hf_reparam import LowRankConfig, RankPlan, calibrate, convert, merge
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.structures.heads.attention import FusedProjections
 from tests import zoo
 from tests.resume import trains_and_resumes
@@ -17,8 +19,8 @@ def halved(base):
     case = zoo.BY_BASE[base]
     model = case.build()
     widths = dict.fromkeys(attentions_by_name(model), 4)
-    half = convert(model, plan=RankPlan({}, model.config.model_type, head_widths=widths))
-    return convert(half, rank=6, form="pivoted"), case.batch()
+    half = convert(model, RankPlan({}, model.config.model_type, head_widths=widths))
+    return convert(half, LowRankConfig(rank=6, form="pivoted")), case.batch()
 
 
 def logits(model, batch):
@@ -75,14 +77,14 @@ def test_cross_attention_of_bert_is_narrowed():
     names = attentions_by_name(model)
     assert len(names) == 4
     plan = RankPlan({}, "bert", "fisher", head_widths=dict.fromkeys(names, 8))
-    full = convert(model, plan=plan, calibration=collect_moments(model, [batch]))
+    full = convert(model, plan, calibration=calibrate(model, [batch]))
     torch.testing.assert_close(logits(full, batch), logits(model, batch), atol=1e-5, rtol=0)
 
 
 def test_the_report_says_how_wide():
     small, _ = halved("BertForMaskedLM")
-    assert "heads:            8 -> 4 wide, in 2 attentions" in str(summarize(small))
-    assert summarize(small).to_dict()["heads"][0]["width_after"] == 4
+    assert "heads:            8 -> 4 wide, in 2 attentions" in str(hf_reparam.report(small))
+    assert hf_reparam.report(small).to_dict()["heads"][0]["width_after"] == 4
 
 
 def test_fused_projections_keep_their_order():

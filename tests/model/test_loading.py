@@ -12,7 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import hf_reparam
-from hf_reparam import CheckpointError, convert
+from hf_reparam import LowRankConfig, convert
+from hf_reparam.errors import CheckpointError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 RANK = 6
@@ -48,7 +50,7 @@ def saved_cases(tmp_path_factory):
     """A folder of every case, by form and case."""
     folder = tmp_path_factory.mktemp("fresh")
     for form, case in FORMS_OF_CASES:
-        convert(case.build(), rank=RANK, form=form).save_pretrained(folder / form / case.id)
+        convert(case.build(), LowRankConfig(rank=RANK, form=form)).save_pretrained(folder / form / case.id)
     return folder
 
 
@@ -65,7 +67,7 @@ def fresh(saved_cases):
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "case"), FORMS_OF_CASES, ids=lambda value: getattr(value, "id", value))
 def test_fresh_process_is_bit_equal(fresh, form, case):
-    small = convert(case.build(), rank=RANK, form=form)
+    small = convert(case.build(), LowRankConfig(rank=RANK, form=form))
     result = fresh[form, case]
     base = type(case.build().config)
     assert result["classes"] == [f"Reparam{base.__name__}", f"Reparam{case.base}", base.model_type]
@@ -115,7 +117,7 @@ def test_other_stock_heads_fail_loudly_too(tmp_path, saved, stock):
     ],
 )
 def test_head_to_headless_and_back(tmp_path, head, base, form):
-    small = convert(zoo.BY_BASE[head].build(), rank=RANK, form=form)
+    small = convert(zoo.BY_BASE[head].build(), LowRankConfig(rank=RANK, form=form))
     small.save_pretrained(tmp_path / "head")
     headless = getattr(hf_reparam, f"Reparam{base}").from_pretrained(tmp_path / "head")
     headless.save_pretrained(tmp_path / "base")
@@ -142,11 +144,13 @@ def test_half_of_a_base_model_leaves_the_other_half_new_as_dense(tmp_path):
 
 
 def test_another_head_gets_the_plan_of_the_base(tmp_path):
-    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK, include="*").save_pretrained(tmp_path)
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(rank=RANK, target_modules="*")).save_pretrained(
+        tmp_path
+    )
     model = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=4)
     assert type(model).__name__ == "ReparamBertForTokenClassification"
     assert model.classifier.out_features == 4
-    assert isinstance(model.bert.encoder.layer[0].output.dense, hf_reparam.LowRankLinear)
+    assert isinstance(model.bert.encoder.layer[0].output.dense, LowRankLinear)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,7 @@ def test_another_head_gets_the_plan_of_the_base(tmp_path):
 )
 def test_shards(tmp_path, base, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=RANK, form=form)
+    small = convert(case.build(), LowRankConfig(rank=RANK, form=form))
     small.save_pretrained(tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -175,7 +179,7 @@ def test_shards(tmp_path, base, form):
 )
 def test_half_precision(tmp_path, base, dtype, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build().to(dtype), rank=RANK, form=form)
+    small = convert(case.build().to(dtype), LowRankConfig(rank=RANK, form=form))
     small.save_pretrained(tmp_path)
     auto = getattr(transformers, case.auto)
     for loaded in (auto.from_pretrained(tmp_path), auto.from_pretrained(tmp_path, dtype=dtype)):
@@ -189,7 +193,7 @@ def test_half_precision(tmp_path, base, dtype, form):
 @pytest.mark.parametrize("where", ["cpu", "auto", "disk"])
 def test_device_map(tmp_path, where, form):
     case = zoo.BY_BASE["LlamaForCausalLM"]
-    small = convert(case.build(), rank=RANK, form=form)
+    small = convert(case.build(), LowRankConfig(rank=RANK, form=form))
     small.save_pretrained(tmp_path / "model")
     device_map = where
     if where == "disk":
@@ -210,7 +214,9 @@ def rewrite(folder, change):
 
 @pytest.fixture
 def saved(tmp_path):
-    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK, include="*").save_pretrained(tmp_path)
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(rank=RANK, target_modules="*")).save_pretrained(
+        tmp_path
+    )
     return tmp_path
 
 
@@ -227,7 +233,7 @@ def test_missing_factor_is_an_error(saved):
 
 @pytest.fixture
 def saved_pivoted(tmp_path):
-    convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK, form="pivoted").save_pretrained(tmp_path)
+    convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(rank=RANK, form="pivoted")).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -276,7 +282,7 @@ def test_another_head_under_the_same_name(saved):
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 def test_init_weights_leaves_weights_alone(base, form):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), rank=RANK, form=form)
+    small = convert(case.build(), LowRankConfig(rank=RANK, form=form))
     for model in (small, hf_reparam.merge(small)):
         before = {key: value.clone() for key, value in model.state_dict().items()}
         model.init_weights()
@@ -288,10 +294,10 @@ def test_init_weights_leaves_weights_alone(base, form):
 def test_a_model_drawn_at_random(base, form):
     """Products as large as the weights that the stock class draws, up to chance; pivots that are a permutation."""
     case = zoo.BY_BASE[base]
-    small, dense = convert(case.build(), rank=RANK, form=form), case.build()
+    small, dense = convert(case.build(), LowRankConfig(rank=RANK, form=form)), case.build()
     fresh = type(small)(small.config)
     for name, layer in fresh.named_modules():
-        if isinstance(layer, hf_reparam.LowRankLinear):
+        if isinstance(layer, LowRankLinear):
             expected = dense.get_submodule(name).weight.std().item()
             assert layer.weight.detach().add(0).std() == pytest.approx(expected, rel=0.5)
             assert not torch.equal(layer.up.weight, small.get_submodule(name).up.weight)

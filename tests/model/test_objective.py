@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, QuestionAnsweringModelOutput
 
-from hf_reparam import TargetError
 from hf_reparam.calibrate.objective import divergence
+from hf_reparam.errors import TargetError
 
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
 

@@ -3,7 +3,9 @@
 import pytest
 from torch import nn
 
-from hf_reparam import LowRankLinear, PlanError, convert
+from hf_reparam import LowRankConfig, convert
+from hf_reparam.errors import PlanError
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.parallel import factor_rules, supported
 from tests import zoo
 from tests.launch import launch
@@ -77,7 +79,9 @@ def sharded_in_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     model = zoo.BY_BASE["LlamaForCausalLM"].build()
     for form in zoo.FORMS:
-        convert(model, rank=6, form=form, exclude="*layers.1.self_attn.q_proj").save_pretrained(folder / form)
+        convert(model, LowRankConfig(rank=6, form=form, exclude_modules="*layers.1.self_attn.q_proj")).save_pretrained(
+            folder / form
+        )
     (folder / "script.py").write_text(SCRIPT)
     printed = launch(folder / "script.py", folder, *(["tensor"] if supported() else []), "fully_shard")
     return {tuple(line.split()[:2]): set(line.split()[2:]) for line in printed.splitlines()}
@@ -98,7 +102,7 @@ def test_two_processes_are_one(sharded_in_two, mode, form):
 
 
 def low(form):
-    return convert(nn.Sequential(nn.Linear(16, 8)), rank=2, form=form)[0]
+    return convert(nn.Sequential(nn.Linear(16, 8)), LowRankConfig(rank=2, form=form))[0]
 
 
 @pytest.mark.parametrize("form", zoo.FORMS)

@@ -9,8 +9,10 @@ import torch
 import transformers
 
 import hf_reparam
-from hf_reparam import AttentionType, CheckpointError, RankPlan, convert, register_attention
-from hf_reparam.calibrate.collect import layer_name
+from hf_reparam import LowRankConfig, RankPlan, convert
+from hf_reparam.errors import CheckpointError
+from hf_reparam.model.host import layer_name
+from hf_reparam.structures.heads import AttentionType, register_attention
 from hf_reparam.structures.heads.attention import find_attentions
 from tests import zoo
 
@@ -55,8 +57,8 @@ def narrow(model):
     """Heads half as wide, and low-rank layers in them: of GPT-2 three in the place of a fused one."""
     widths = {layer_name(model, a.name): 4 for a in find_attentions(model)}
     assert widths
-    half = convert(model, plan=RankPlan({}, model.config.model_type, head_widths=widths))
-    return convert(half, rank=6, form="pivoted")
+    half = convert(model, RankPlan({}, model.config.model_type, head_widths=widths))
+    return convert(half, LowRankConfig(rank=6, form="pivoted"))
 
 
 CASES += [(base, "heads") for base in ("BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration")]
@@ -74,7 +76,7 @@ BROKEN = [
 
 def made(base, form):
     model = zoo.BY_BASE[base].build()
-    return narrow(model) if form == "heads" else convert(model, rank=6, form=form)
+    return narrow(model) if form == "heads" else convert(model, LowRankConfig(rank=6, form=form))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,7 @@ def test_a_folder_that_does_not_fit_fails_loudly(loaded_without, number, message
 def test_dense_types_of_ones_own_are_refused(tmp_path, own_linear):
     model = zoo.BY_BASE["BertModel"].build()
     model.pooler.dense = own_linear(32, 32)
-    small = convert(model, rank=6, include="pooler.dense")
+    small = convert(model, LowRankConfig(rank=6, target_modules="pooler.dense"))
     with pytest.raises(CheckpointError, match=r"pooler\.dense stands for a OwnLinear"):
         small.save_pretrained(tmp_path, remote_code=True)
 
@@ -172,7 +174,7 @@ def test_attentions_of_ones_own_are_refused(tmp_path):
     model = zoo.BY_BASE["BartForConditionalGeneration"].build()
     model.model.encoder.layers[0].self_attn.__class__ = Own
     widths = {"encoder.layers.0.self_attn": 4}
-    small = convert(model, plan=RankPlan({}, "bart", head_widths=widths))
+    small = convert(model, RankPlan({}, "bart", head_widths=widths))
     with pytest.raises(CheckpointError, match="is a Own with narrower heads"):
         small.save_pretrained(tmp_path, remote_code=True)
 

@@ -10,7 +10,9 @@ import transformers as tf
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankLinear, TargetError, collect_moments, convert, merge
+from hf_reparam import LowRankConfig, calibrate, convert, merge
+from hf_reparam.errors import TargetError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 PART = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -283,11 +285,15 @@ def state(model):
 
 @cache
 def planned(wrap):
-    """Moments of a model, a plan with embeddings and one with narrower heads."""
+    """Calibration of a model, a plan with embeddings and one with narrower heads."""
     model = wrap(zoo.BY_BASE["BertForMaskedLM"].build())
-    moments = collect_moments(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
-    plan = hf_reparam.make_plan(model, keep=0.5, embeddings=True)
-    return moments, plan, hf_reparam.make_plan(model, moments, keep=0.45, joint=True)
+    moments = calibrate(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
+    plan = hf_reparam.make_plan(model, hf_reparam.LowRankConfig(keep=0.5, embeddings=True))
+    return (
+        moments,
+        plan,
+        hf_reparam.make_plan(model, hf_reparam.LowRankConfig(keep=0.45, heads=True), calibration=moments),
+    )
 
 
 @pytest.mark.slow
@@ -308,7 +314,7 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch)
     monkeypatch.setattr(sys.modules["hf_reparam.model.retype"], step, fails)
     for chosen in (plan, joint) if step != "name_ties" else (plan,):
         with pytest.raises(LateError):
-            convert(model, plan=chosen, calibration=moments, inplace=True)
+            convert(model, chosen, calibration=moments, inplace=True)
         assert state(model) == before
         assert inner.config is config
         assert config.to_dict() == shown
@@ -320,7 +326,7 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
     def fails(*args, **kwargs):
         raise LateError
 
-    small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), keep=0.5, embeddings=True)
+    small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(keep=0.5, embeddings=True))
     before = state(small)
     monkeypatch.setattr(sys.modules["hf_reparam.model.retype"], step, fails)
     with pytest.raises(LateError):
@@ -331,10 +337,10 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
 def test_low_rank_embeddings_that_the_whole_cannot_store(tmp_path):
     """A table that is neither the whole's input nor its output has no place in the whole's plan."""
     decoder = tf.GPT2LMHeadModel(zoo.gpt2(add_cross_attention=True, tie_word_embeddings=False))
-    low = convert(decoder, keep=0.5, embeddings=True)
+    low = convert(decoder, LowRankConfig(keep=0.5, embeddings=True))
     model = tf.EncoderDecoderModel(encoder=tf.BertModel(zoo.bert()), decoder=low).eval()
     with pytest.raises(TargetError, match=r"decoder.transformer.wte is of low rank.*merge this part first"):
-        convert(nn.Sequential(model), rank=4, include="*encoder.*")
+        convert(nn.Sequential(model), LowRankConfig(rank=4, target_modules="*encoder.*"))
     dense = merge(model)
     convert(dense, rank=4).save_pretrained(tmp_path)
     assert type(dense.decoder) is tf.GPT2LMHeadModel

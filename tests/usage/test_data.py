@@ -13,10 +13,12 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_reparam import TargetError, collect_moments, convert, convert_checkpoint, refit
+import hf_reparam
+from hf_reparam import calibrate, convert, convert_folder, refit
 from hf_reparam.calibrate.batches import prepare
 from hf_reparam.calibrate.inputs import positions
 from hf_reparam.cli import main
+from hf_reparam.errors import TargetError
 from tests import zoo
 from tests.test_calibration import assert_same
 
@@ -99,7 +101,7 @@ def gpt2():
     [
         ("so good", r"got a str, 'so good': for one text write \[text\]"),
         ("texts.txt", r"Path\(file\)\.read_text\(\)\.splitlines\(\)"),
-        (pathlib.Path("texts.txt"), r"Path, 'texts.txt'.*Moments\.load\(file\)"),
+        (pathlib.Path("texts.txt"), r"Path, 'texts.txt'.*Calibration\.load\(file\)"),
         (b"so good", "got a bytes"),
         ({"input_ids": [[5, 6]], "attention_mask": [[1, 1]]}, r"for one batch write \[batch\]"),
         (tf.BatchEncoding({"input_ids": torch.ones(1, 2)}), r"BatchEncoding of \['input_ids'\].*\[batch\]"),
@@ -115,17 +117,17 @@ def gpt2():
     ],
 )
 def test_data_that_is_no_list_is_refused(bert, tokenizer, data, instead):
-    for use in (collect_moments, lambda *a, **k: convert(a[0], keep=0.5, calibration=a[1], **k)):
+    for use in (calibrate, lambda *a, **k: convert(a[0], keep=0.5, calibration=a[1], **k)):
         with pytest.raises(TargetError, match=instead):
             use(bert, data, tokenizer=tokenizer)
     with pytest.raises(TargetError, match=instead):
-        convert(bert, keep=0.5, calibration=data, tokenizer=tokenizer, refit=True)
+        convert(bert, keep=0.5, calibration=data, tokenizer=tokenizer)
 
 
 def test_tables_of_pandas(bert, tokenizer):
     frame = pandas.DataFrame({"text": ["so good", "bad"], "note": [1, 2]})
     with pytest.raises(TargetError, match=r"DataFrame: write data.to_dict\('records'\)"):
-        collect_moments(bert, frame, tokenizer=tokenizer)
+        calibrate(bert, frame, tokenizer=tokenizer)
     assert sorted(seen(bert, frame["text"], tokenizer)) == ["<s> bad </s>", "<s> so good </s>"]
     assert sorted(seen(bert, frame.to_dict("records"), tokenizer)) == ["<s> bad </s>", "<s> so good </s>"]
 
@@ -145,7 +147,7 @@ def test_tables_of_pandas(bert, tokenizer):
 )
 def test_an_item_that_is_neither_text_nor_dict_is_named(bert, tokenizer, item, named):
     with pytest.raises(TargetError, match=f"a calibration batch is a dict.*got a .*{named}"):
-        collect_moments(bert, [item], tokenizer=tokenizer)
+        calibrate(bert, [item], tokenizer=tokenizer)
 
 
 class ByIndex(torch.utils.data.Dataset):
@@ -228,7 +230,7 @@ def test_columns_of_texts(bert, tokenizer, row, text):
 )
 def test_rows_without_one_text_are_refused_with_their_columns(bert, tokenizer, row):
     with pytest.raises(TargetError, match="columns") as error:
-        collect_moments(bert, [row], tokenizer=tokenizer)
+        calibrate(bert, [row], tokenizer=tokenizer)
     assert str(list(row)) in str(error.value)
     assert "for row in data" in str(error.value)
 
@@ -236,7 +238,7 @@ def test_rows_without_one_text_are_refused_with_their_columns(bert, tokenizer, r
 def test_translations_are_refused(tokenizer):
     model = zoo.BY_BASE["MarianMTModel"].build()
     with pytest.raises(TargetError, match=r"'translation'.*tokenizer\(source, text_target=target\)"):
-        collect_moments(model, [{"id": "0", "translation": {"en": "so good", "de": "gut"}}], tokenizer=tokenizer)
+        calibrate(model, [{"id": "0", "translation": {"en": "so good", "de": "gut"}}], tokenizer=tokenizer)
 
 
 def test_chats(gpt2):
@@ -245,28 +247,28 @@ def test_chats(gpt2):
     made = make_tokenizer(bos_token="<s>", chat_template=template)
     assert seen(gpt2, chats, made) == ["<s> so </s> <s> good </s>"]
     with pytest.raises(TargetError, match="chats, and the tokenizer has no chat_template"):
-        collect_moments(gpt2, chats, tokenizer=make_tokenizer())
+        calibrate(gpt2, chats, tokenizer=make_tokenizer())
 
 
 def test_labels_by_every_name_in_rows_and_batches(classifier):
     ids, labels = zoo._ids(4), torch.tensor([0, 2, 1, 1])
-    expected = collect_moments(classifier, [{"input_ids": ids, "labels": labels}])
-    drawn = collect_moments(classifier, [{"input_ids": ids}])
+    expected = calibrate(classifier, [{"input_ids": ids, "labels": labels}])
+    drawn = calibrate(classifier, [{"input_ids": ids}])
     name = "encoder.layer.0.output.dense"
     assert not torch.allclose(expected.layers[name].gradient_products, drawn.layers[name].gradient_products)
     for key in ("label", "label_ids", "labels"):
         batch = {"idx": torch.arange(4), key: labels, "input_ids": ids, "text": ["a", "b", "c", "d"]}
         rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
-        assert_same(collect_moments(classifier, [batch]), expected)
-        assert_same(collect_moments(classifier, rows), expected)
-        assert_same(collect_moments(classifier, torch.utils.data.DataLoader(rows, batch_size=2)), expected)
+        assert_same(calibrate(classifier, [batch]), expected)
+        assert_same(calibrate(classifier, rows), expected)
+        assert_same(calibrate(classifier, torch.utils.data.DataLoader(rows, batch_size=2)), expected)
 
 
 def test_columns_that_the_model_does_not_take_change_nothing():
     model, ids = zoo.BY_BASE["DistilBertForSequenceClassification"].build(), zoo._ids(4)
-    expected = collect_moments(model, [{"input_ids": ids}])
+    expected = calibrate(model, [{"input_ids": ids}])
     batch = {"idx": torch.arange(4), "input_ids": ids, "token_type_ids": torch.zeros_like(ids), "name": list("abcd")}
-    assert_same(collect_moments(model, [batch]), expected)
+    assert_same(calibrate(model, [batch]), expected)
 
 
 class Open(nn.Module):
@@ -284,7 +286,7 @@ class Open(nn.Module):
 
 def test_a_forward_that_takes_any_name_gets_all_of_them():
     model = Open()
-    collect_moments(model, [{"x": torch.ones(3, 4), "scale": torch.full((3, 1), 2.0), "flag": True, "mode": "fast"}])
+    calibrate(model, [{"x": torch.ones(3, 4), "scale": torch.full((3, 1), 2.0), "flag": True, "mode": "fast"}])
     assert sorted(model.calls[0]) == ["flag", "mode", "scale", "x"]
 
 
@@ -301,8 +303,8 @@ class Wrapper(nn.Module):
 
 def test_a_wrapper_takes_what_its_model_takes(classifier, tokenizer):
     rows = [{"text": "so good", "label": 1, "note": "bad"}, {"text": "very bad", "label": 0, "note": "so"}]
-    expected = collect_moments(classifier, rows, tokenizer=tokenizer)
-    found = collect_moments(Wrapper(classifier), rows, tokenizer=tokenizer)
+    expected = calibrate(classifier, rows, tokenizer=tokenizer)
+    found = calibrate(Wrapper(classifier), rows, tokenizer=tokenizer)
     assert torch.equal(
         found.layers["model.encoder.layer.0.output.dense"].gradient_products,
         expected.layers["encoder.layer.0.output.dense"].gradient_products,
@@ -312,11 +314,11 @@ def test_a_wrapper_takes_what_its_model_takes(classifier, tokenizer):
 def test_nothing_that_the_model_takes(tokenizer):
     vit = zoo.BY_BASE["ViTForImageClassification"].build()
     with pytest.raises(TargetError, match=r"takes none of \['text'\].*pixel_values"):
-        collect_moments(vit, ["so good"], tokenizer=tokenizer)
+        calibrate(vit, ["so good"], tokenizer=tokenizer)
     with pytest.raises(TargetError, match=r"columns \['labels', 'image'\]"):
-        collect_moments(vit, [{"labels": torch.tensor([3]), "image": torch.ones(1, 3, 16, 16)}])
+        calibrate(vit, [{"labels": torch.tensor([3]), "image": torch.ones(1, 3, 16, 16)}])
     with pytest.raises(TargetError, match=r"columns \['image', 'label'\]"):
-        collect_moments(vit, [{"image": object(), "label": 3}])
+        calibrate(vit, [{"image": object(), "label": 3}])
 
 
 # Values
@@ -325,22 +327,22 @@ def test_nothing_that_the_model_takes(tokenizer):
 @pytest.mark.parametrize("as_", [torch.Tensor.tolist, torch.Tensor.numpy, lambda t: t.numpy().astype(np.int32)])
 def test_numbers_that_are_no_tensors(classifier, as_):
     batch = {**zoo.BY_BASE["BertForSequenceClassification"].batch(), "labels": torch.tensor([1, 2])}
-    expected = collect_moments(classifier, [batch])
-    assert_same(collect_moments(classifier, [{k: as_(v) for k, v in batch.items()}]), expected)
+    expected = calibrate(classifier, [batch])
+    assert_same(calibrate(classifier, [{k: as_(v) for k, v in batch.items()}]), expected)
     rows = [{k: as_(v[i]) for k, v in batch.items()} for i in range(2)]
-    assert_same(collect_moments(classifier, rows), expected)
+    assert_same(calibrate(classifier, rows), expected)
 
 
 def test_floats_take_the_dtype_of_the_model():
     vit = zoo.BY_BASE["ViTForImageClassification"].build()
     images = zoo.BY_BASE["ViTForImageClassification"].batch()["pixel_values"]
-    expected = collect_moments(vit, [{"pixel_values": images}])
-    assert_same(collect_moments(vit, [{"pixel_values": images.double().numpy()}]), expected)
+    expected = calibrate(vit, [{"pixel_values": images}])
+    assert_same(calibrate(vit, [{"pixel_values": images.double().numpy()}]), expected)
 
 
 def test_rows_of_different_lengths_in_one_batch_are_refused(bert, tokenizer):
     with pytest.raises(TargetError, match=r"'input_ids'.*padding=True"):
-        collect_moments(bert, [dict(tokenizer(["so", "so good"]))])
+        calibrate(bert, [dict(tokenizer(["so", "so good"]))])
 
 
 @pytest.mark.parametrize("key", ["label", "labels"])
@@ -351,16 +353,16 @@ def test_labels_that_are_texts_are_refused(classifier, tokenizer, key):
         [{"input_ids": torch.tensor([[5, 6]]), key: ["positive"]}],
     ):
         with pytest.raises(TargetError, match=rf"'{key}' is a text, 'positive'.*label2id"):
-            collect_moments(classifier, data, tokenizer=tokenizer)
+            calibrate(classifier, data, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("base", ["GPT2LMHeadModel", "BertForMaskedLM"])
 def test_a_language_model_does_not_take_the_class_of_a_text_for_tokens(tokenizer, base):
     model, rows = zoo.BY_BASE[base].build(), [{"text": "so good", "label": 1}, {"text": "very bad", "label": 0}]
-    expected = collect_moments(model, [row["text"] for row in rows], tokenizer=tokenizer)
-    assert_same(collect_moments(model, rows, tokenizer=tokenizer), expected)
+    expected = calibrate(model, [row["text"] for row in rows], tokenizer=tokenizer)
+    assert_same(calibrate(model, rows, tokenizer=tokenizer), expected)
     batch = {**tokenizer([r["text"] for r in rows], return_tensors="pt"), "label": torch.tensor([1, 0])}
-    assert_same(collect_moments(model, [batch]), expected)
+    assert_same(calibrate(model, [batch]), expected)
 
 
 # Tokenizers
@@ -369,7 +371,7 @@ def test_a_language_model_does_not_take_the_class_of_a_text_for_tokens(tokenizer
 def test_what_is_no_tokenizer_is_refused(bert):
     for wrong in ("bert-base-uncased", str.split, make_tokenizer()._tokenizer, tf.ViTImageProcessor()):
         with pytest.raises(TargetError, match="tokenizer= must be a tokenizer of Transformers, got"):
-            collect_moments(bert, ["so good"], tokenizer=wrong)
+            calibrate(bert, ["so good"], tokenizer=wrong)
 
 
 def test_a_processor_has_a_tokenizer(bert, tokenizer):
@@ -385,13 +387,13 @@ def test_tokenized_rows_need_no_tokenizer_and_do_not_mind_one(bert, tokenizer):
 @pytest.mark.parametrize("eos", ["</s>", None])
 def test_without_a_padding_token(gpt2, eos):
     texts = ["so good", "very", "what is the gold"]
-    expected = collect_moments(gpt2, texts, tokenizer=make_tokenizer())
+    expected = calibrate(gpt2, texts, tokenizer=make_tokenizer())
     bare = make_tokenizer(pad_token=None, eos_token=eos)
     before = bare.backend_tokenizer.to_str()
     config = gpt2.config.pad_token_id
     try:
         gpt2.config.pad_token_id = None
-        assert_same(collect_moments(gpt2, texts, tokenizer=bare), expected)
+        assert_same(calibrate(gpt2, texts, tokenizer=bare), expected)
     finally:
         gpt2.config.pad_token_id = config
     assert bare.pad_token is None
@@ -401,10 +403,10 @@ def test_without_a_padding_token(gpt2, eos):
 def test_a_classifier_without_a_padding_token():
     """It finds the last token by the padding token, and takes no batches of several rows without one."""
     model = zoo.BY_BASE["GPT2ForSequenceClassification"].build()
-    expected = collect_moments(model, ["so good", "very bad", "what"], tokenizer=make_tokenizer(special=False))
+    expected = calibrate(model, ["so good", "very bad", "what"], tokenizer=make_tokenizer(special=False))
     model.config.pad_token_id = None
     bare = make_tokenizer(special=False, pad_token=None)
-    assert_same(collect_moments(model, ["so good", "very bad", "what"], tokenizer=bare), expected)
+    assert_same(calibrate(model, ["so good", "very bad", "what"], tokenizer=bare), expected)
 
 
 def test_a_model_without_a_padding_mask_gets_no_padding():
@@ -412,8 +414,8 @@ def test_a_model_without_a_padding_mask_gets_no_padding():
     model = tf.FNetModel(config).eval()
     texts = ["so good", "very", "what is the gold"]
     made = make_tokenizer()
-    expected = collect_moments(model, [{"input_ids": made(text, return_tensors="pt")["input_ids"]} for text in texts])
-    assert_same(collect_moments(model, texts, tokenizer=made), expected)
+    expected = calibrate(model, [{"input_ids": made(text, return_tensors="pt")["input_ids"]} for text in texts])
+    assert_same(calibrate(model, texts, tokenizer=made), expected)
 
 
 class Plain(nn.Module):
@@ -427,7 +429,7 @@ class Plain(nn.Module):
 
 def test_a_padding_mask_that_the_model_does_not_take_still_tells_padding():
     batch = zoo.BY_BASE["BertModel"].batch()
-    moments = collect_moments(Plain(), [batch])
+    moments = calibrate(Plain(), [batch])
     assert moments.layers["dense"].tokens == int(batch["attention_mask"].sum()) < batch["input_ids"].numel()
 
 
@@ -438,10 +440,10 @@ def test_a_padding_mask_that_the_model_does_not_take_still_tells_padding():
 def test_empty_texts_are_passed_over(gpt2, special):
     made = make_tokenizer(special=special)
     texts = ["", "so good", "  \n"] * 20
-    expected = collect_moments(gpt2, ["so good"] * 20, tokenizer=made)
-    assert_same(collect_moments(gpt2, texts, tokenizer=made), expected)
-    assert_same(collect_moments(gpt2, [{"text": text} for text in texts], tokenizer=made), expected)
-    assert_same(collect_moments(gpt2, [{"text": texts}, {"text": None}], tokenizer=made), expected)
+    expected = calibrate(gpt2, ["so good"] * 20, tokenizer=made)
+    assert_same(calibrate(gpt2, texts, tokenizer=made), expected)
+    assert_same(calibrate(gpt2, [{"text": text} for text in texts], tokenizer=made), expected)
+    assert_same(calibrate(gpt2, [{"text": texts}, {"text": None}], tokenizer=made), expected)
 
 
 @pytest.mark.parametrize(
@@ -450,13 +452,13 @@ def test_empty_texts_are_passed_over(gpt2, special):
 )
 def test_nothing_but_empty_texts(gpt2, tokenizer, data):
     with pytest.raises(TargetError, match="the calibration data is empty"):
-        collect_moments(gpt2, data, tokenizer=tokenizer)
+        calibrate(gpt2, data, tokenizer=tokenizer)
 
 
 def test_rows_and_batches_without_columns_are_passed_over(gpt2):
-    expected = collect_moments(gpt2, [{"input_ids": torch.tensor([[5, 6]])}])
+    expected = calibrate(gpt2, [{"input_ids": torch.tensor([[5, 6]])}])
     data = [{"input_ids": torch.ones(3, 0).long()}, {"input_ids": []}, {"input_ids": [5, 6]}]
-    assert_same(collect_moments(gpt2, data), expected)
+    assert_same(calibrate(gpt2, data), expected)
 
 
 # Long texts
@@ -484,7 +486,7 @@ def test_the_default_is_what_the_model_can_take(tokenizer):
         rows = seen(model, [LONG], tokenizer)
         assert max(len(row.split()) for row in rows) == 64
         assert sorted(words(rows)) == sorted(LONG.split())
-        collect_moments(model, [LONG], tokenizer=tokenizer, metric="activation")
+        calibrate(model, [LONG], tokenizer=tokenizer, metric="activation")
     short = make_tokenizer(model_max_length=30)
     assert max(len(row.split()) for row in seen(zoo.BY_BASE["BertModel"].build(), [LONG], short)) == 30
     t5 = zoo.BY_BASE["T5EncoderModel"].build()  # relative positions
@@ -506,7 +508,7 @@ def test_tables_of_positions_that_start_late(tokenizer):
 def test_a_length_out_of_range_is_refused(bert, tokenizer):
     for wrong in (0, 2, 65, 20.0, "20"):
         with pytest.raises(TargetError, match=r"max_length must be an integer from 3 .* to 64"):
-            collect_moments(bert, ["so good"], tokenizer=tokenizer, max_length=wrong)
+            calibrate(bert, ["so good"], tokenizer=tokenizer, max_length=wrong)
 
 
 def test_pairs_and_labelled_texts_are_cut(classifier, tokenizer):
@@ -527,13 +529,13 @@ def test_convert_and_refit_read_long_texts(gpt2, tokenizer):
     handle = gpt2.register_forward_pre_hook(lambda m, a, k: lengths.append(k["input_ids"].shape[1]), with_kwargs=True)
     try:
         texts = [LONG, LONG.replace("so", "bad")]
-        small = convert(gpt2, rank=4, calibration=texts, tokenizer=tokenizer, max_length=20)
+        small = convert(gpt2, rank=4, calibration=calibrate(gpt2, texts, tokenizer=tokenizer, max_length=20))
         assert max(lengths) == 20
         lengths.clear()
         refit(small, gpt2, texts * 20, tokenizer=tokenizer, max_length=20)
         assert max(lengths) == 20
         lengths.clear()
-        convert(gpt2, rank=4, calibration=texts * 20, tokenizer=tokenizer, max_length=20, refit=True)
+        convert(gpt2, rank=4, calibration=calibrate(gpt2, texts * 20, tokenizer=tokenizer, max_length=20))
         assert max(lengths) == 20
     finally:
         handle.remove()
@@ -557,28 +559,27 @@ def test_max_samples_counts_texts_rows_and_rows_of_batches(gpt2, tokenizer):
         ({"input_ids": row.tolist()} for row in ids),
         torch.utils.data.DataLoader([{"input_ids": row} for row in ids], batch_size=4),
     ):
-        assert collect_moments(gpt2, data, max_samples=5).layers[name].tokens == 5 * 4
-    assert collect_moments(gpt2, endless(), tokenizer=tokenizer, max_samples=5).layers[name].tokens == 5 * 4
+        assert calibrate(gpt2, data, max_samples=5).layers[name].tokens == 5 * 4
+    assert calibrate(gpt2, endless(), tokenizer=tokenizer, max_samples=5).layers[name].tokens == 5 * 4
     texts = ["", "so good"] * 9
-    assert collect_moments(gpt2, texts, tokenizer=tokenizer, max_samples=5).layers[name].tokens == 5 * 4
+    assert calibrate(gpt2, texts, tokenizer=tokenizer, max_samples=5).layers[name].tokens == 5 * 4
     rows = [{"text": text} for text in texts]
-    assert collect_moments(gpt2, rows, tokenizer=tokenizer, max_samples=5).layers[name].tokens == 5 * 4
+    assert calibrate(gpt2, rows, tokenizer=tokenizer, max_samples=5).layers[name].tokens == 5 * 4
     assert len(seen(gpt2, [LONG, LONG], tokenizer, max_length=50, max_samples=1)) == 4
     for wrong in (0, -1, 2.0):
         with pytest.raises(TargetError, match="max_samples must be an integer of at least 1"):
-            collect_moments(gpt2, texts, tokenizer=tokenizer, max_samples=wrong)
+            calibrate(gpt2, texts, tokenizer=tokenizer, max_samples=wrong)
 
 
 def test_convert_uses_max_samples_also_to_refit(gpt2, tokenizer):
-    small, report = convert(
-        gpt2, rank=4, calibration=endless(), tokenizer=tokenizer, max_samples=70, refit=True, return_report=True
-    )
+    small = convert(gpt2, rank=4, calibration=calibrate(gpt2, endless(), tokenizer=tokenizer, max_samples=70))
+    report = hf_reparam.report(small)
     assert report.refit is not None
     assert small.config.reparam["record"]["calibration_tokens"] == 70 * 4
     with pytest.raises(TargetError, match="say how calibration data is read"):
-        convert(gpt2, rank=4, calibration=collect_moments(gpt2, ["so"], tokenizer=tokenizer), max_samples=3)
+        convert(gpt2, rank=4, calibration=calibrate(gpt2, calibrate(gpt2, ["so"], tokenizer=tokenizer), max_samples=3))
     with pytest.raises(TargetError, match="say how calibration data is read"):
-        convert(gpt2, rank=4, max_length=3)
+        convert(gpt2, rank=4)
 
 
 @pytest.mark.parametrize(
@@ -606,7 +607,7 @@ def test_the_progress_bar_knows_its_end(gpt2, tokenizer, monkeypatch, data, opti
             bars.append(self)
 
     monkeypatch.setattr("hf_reparam.calibrate.batches.tqdm", Bar)
-    collect_moments(gpt2, data(), tokenizer=tokenizer, metric="activation", **options)
+    calibrate(gpt2, data(), tokenizer=tokenizer, metric="activation", **options)
     assert [bar.total for bar in bars] == [total]
     assert bars[0].n == (total or 1)
 
@@ -618,19 +619,19 @@ def test_the_progress_bar_knows_its_end(gpt2, tokenizer, monkeypatch, data, opti
 def test_texts_for_an_encoder_decoder_are_refused(tokenizer, base):
     model = zoo.BY_BASE[base].build()
     with pytest.raises(TargetError, match="give labels or decoder_input_ids"):
-        collect_moments(model, ["so good"], tokenizer=tokenizer)
+        calibrate(model, ["so good"], tokenizer=tokenizer)
     with pytest.raises(TargetError, match="give labels or decoder_input_ids"):
-        collect_moments(model, [{"sentence1": "so", "sentence2": "bad"}], tokenizer=tokenizer)
+        calibrate(model, [{"sentence1": "so", "sentence2": "bad"}], tokenizer=tokenizer)
     rows = [{"text": "so good", "labels": [5, 6, 2]}, {"text": "bad", "labels": [7, 2]}]
     assert len(seen(model, rows, tokenizer)) == 2
-    collect_moments(model, rows, tokenizer=tokenizer)
+    calibrate(model, rows, tokenizer=tokenizer)
 
 
 def test_texts_for_heads_and_parts_that_need_no_more(tokenizer):
     bart = zoo.BY_BASE["BartForSequenceClassification"].build()
-    collect_moments(bart, ["so good", "very bad"], tokenizer=tokenizer)
-    collect_moments(bart.model.encoder, ["so good", "very bad"], tokenizer=tokenizer)
-    collect_moments(zoo.BY_BASE["T5EncoderModel"].build(), ["so good", "very bad"], tokenizer=tokenizer)
+    calibrate(bart, ["so good", "very bad"], tokenizer=tokenizer)
+    calibrate(bart.model.encoder, ["so good", "very bad"], tokenizer=tokenizer)
+    calibrate(zoo.BY_BASE["T5EncoderModel"].build(), ["so good", "very bad"], tokenizer=tokenizer)
 
 
 @pytest.mark.slow
@@ -643,14 +644,14 @@ def test_both_sides_of_one_length_also_the_full_one(base, length):
     for i in range(3):
         mask[i, : lengths[i]] = 1
         labels[i, ends[i] :] = -100
-    moments = collect_moments(model, [{"input_ids": ids, "attention_mask": mask, "labels": labels}])
+    moments = calibrate(model, [{"input_ids": ids, "attention_mask": mask, "labels": labels}])
     encoder, decoder = (
         next(n for n in moments.layers if side in n and n.endswith(("fc1", "wi"))) for side in ("encoder", "decoder")
     )
     assert moments.layers[encoder].tokens == sum(lengths)
     assert moments.layers[decoder].tokens == sum(ends)
     whole = {"input_ids": ids, "labels": zoo._ids(3, length, seed=2)}
-    assert collect_moments(model, [whole]).layers[encoder].tokens == 3 * length
+    assert calibrate(model, [whole]).layers[encoder].tokens == 3 * length
 
 
 # What stands first in a batch
@@ -712,8 +713,8 @@ def test_a_broken_run_with_other_lengths_is_not_continued(folder, tmp_path, monk
         names.append(resume)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_reparam.files.checkpoint.new_folder", stop)
+    monkeypatch.setattr("hf_reparam.files.convert.new_folder", stop)
     for options in ({}, {"max_length": 20}, {"max_samples": 2}, {"max_samples": 20}):
         with pytest.raises(KeyboardInterrupt):
-            convert_checkpoint(folder, tmp_path / "out", keep=0.5, texts=folder / "texts.txt", **options)
+            convert_folder(folder, tmp_path / "out", keep=0.5, texts=folder / "texts.txt", **options)
     assert len(set(names)) == 4

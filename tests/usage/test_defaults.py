@@ -5,7 +5,10 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_reparam import LowRankLinear, RankError, collect_moments, convert, decompose, make_plan, merge, summarize
+import hf_reparam
+from hf_reparam import LowRankConfig, calibrate, convert, make_plan, merge
+from hf_reparam.errors import RankError
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.host import layer_name
 from tests import zoo
 
@@ -74,7 +77,7 @@ IDS = [*HEADS, "switch", "clip", "encoder-decoder", "wrapped"]
 @pytest.mark.parametrize(("make", "optional"), MODELS, ids=IDS)
 def test_heads_poolers_and_routers_stay_dense(make, optional):
     model = make()
-    report = summarize(model)
+    report = hf_reparam.report(model)
     assert {item.name for item in report.skipped if "stays dense unless include=" in item.reason} == optional
     possible = {row.name for row in report.layers}
     assert possible
@@ -94,13 +97,13 @@ def test_every_way_to_ask_for_a_size_agrees(base, options):
     small, report = convert(model, **options, return_report=True)
     assert low_rank(small)
     assert not low_rank(small) & HEADS[base]
-    assert {row.name for row in report.layers} == {row.name for row in summarize(small).layers}
+    assert {row.name for row in report.layers} == {row.name for row in hf_reparam.report(small).layers}
 
 
 def test_include_brings_them_in(tmp_path):
     case = zoo.BY_BASE["BertForSequenceClassification"]
     model = tf.BertForSequenceClassification(zoo.bert(num_labels=24)).eval()
-    moments = collect_moments(model, [case.batch()], include=["*pooler*", "classifier"])
+    moments = calibrate(model, [case.batch()], target_modules=["*pooler*", "classifier"])
     assert set(moments.layers) == {"pooler.dense", "classifier"}
     for options in ({"rank": 6}, {"keep": 0.6, "calibration": moments}, {"keep": 0.6, "calibration": [case.batch()]}):
         small, report = convert(model, **options, include=["*pooler*", "classifier"], return_report=True)
@@ -115,9 +118,9 @@ def test_include_brings_them_in(tmp_path):
 def test_a_rank_or_a_plan_that_names_one_brings_it_in():
     model = tf.BertForSequenceClassification(zoo.bert(num_labels=24)).eval()
     assert low_rank(convert(model, rank={"classifier": 4})) == {"classifier"}
-    plan = make_plan(model, keep=0.6, include=["classifier", "*.query"])
+    plan = make_plan(model, LowRankConfig(keep=0.6, target_modules=["classifier", "*.query"]))
     assert "classifier" in plan.modules
-    assert "classifier" in low_rank(convert(model, plan=plan))
+    assert "classifier" in low_rank(convert(model, plan))
 
 
 def test_target_params_counts_heads_among_what_stays():
@@ -136,11 +139,11 @@ def test_no_rank_below_eight(form, metric, multiple_of):
     data = [{"input": torch.randn(40, 64)}]
     moments = None
     if metric == "fisher":
-        moments = collect_moments(net, data, loss_fn=lambda m, b: m(**b).square().sum())
+        moments = calibrate(net, data, loss_fn=lambda m, b: m(**b).square().sum())
     found = False
     for keep in (0.3, 0.4, 0.6, 0.9):
         try:
-            plan = make_plan(net, moments, keep=keep, form=form, multiple_of=multiple_of)
+            plan = make_plan(net, LowRankConfig(keep=keep, form=form, multiple_of=multiple_of), calibration=moments)
         except RankError:
             continue
         found = True
@@ -159,17 +162,17 @@ def test_the_smallest_size_is_named_and_reached():
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
     least = (8 * 128 + 64 * 2) / (64 * 64 + 64 * 2)
     with pytest.raises(RankError, match=rf"keep at least {least:.2f}.*min_rank= \(now 8"):
-        make_plan(net, keep=0.2, form="pair")
-    assert make_plan(net, keep=0.273, form="pair").modules["0"].rank == 8
-    assert make_plan(net, keep=0.2, form="pair", min_rank=2).modules["0"].rank < 8
+        make_plan(net, LowRankConfig(keep=0.2, form="pair"))
+    assert make_plan(net, LowRankConfig(keep=0.273, form="pair")).modules["0"].rank == 8
+    assert make_plan(net, LowRankConfig(keep=0.2, form="pair", min_rank=2)).modules["0"].rank < 8
     assert convert(net, rank=3)[0].rank == 3  # asked for
-    assert convert(net, keep=0.2, min_rank=2)[0].rank < 8
+    assert convert(net, LowRankConfig(keep=0.2, min_rank=2))[0].rank < 8
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.0, True, None])
 def test_min_rank_is_an_int_of_at_least_one(wrong):
     with pytest.raises(RankError, match="min_rank must be an int"):
-        make_plan(nn.Sequential(nn.Linear(64, 64)), keep=0.5, min_rank=wrong)
+        make_plan(nn.Sequential(nn.Linear(64, 64)), LowRankConfig(keep=0.5, min_rank=wrong))
 
 
 @pytest.mark.parametrize("options", [{"keep": 1.0}, {"target_params": 10**9}])

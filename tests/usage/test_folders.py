@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_reparam
-from hf_reparam import CheckpointError, Moments, TargetError, cli, collect_moments, convert, merge
+from hf_reparam import Calibration, calibrate, cli, convert, merge
 from hf_reparam.compress import factoring
-from hf_reparam.files.checkpoint import inspect_checkpoint
+from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.files.convert import inspect_checkpoint
 from hf_reparam.files.folder import model_place
 from hf_reparam.layers.processes import alone
 from tests import zoo
@@ -32,7 +33,7 @@ def net(seed=0):
 
 def moments_of(model, seed=0, scale=1.0):
     x = torch.randn(40, 12, generator=torch.Generator().manual_seed(seed)) * scale
-    return collect_moments(model, [{"input": x}], loss_fn=lambda m, b: m(**b).square().sum())
+    return calibrate(model, [{"input": x}], loss_fn=lambda m, b: m(**b).square().sum())
 
 
 def equal(one, other):
@@ -98,15 +99,15 @@ def test_layers_of_another_model_data_or_option_are_refused(tmp_path, change):
 
 def test_another_model_of_the_same_shapes_in_a_broken_run(tmp_path, monkeypatch):
     """Layer 2 of A is not there: it is the first that must not be made beside A's."""
-    broken_off(monkeypatch, 1, lambda: convert(net(), rank=3, offload_folder=tmp_path))
+    broken_off(monkeypatch, 1, lambda: convert(net(), rank=3, workdir=tmp_path))
     with pytest.raises(CheckpointError, match=FOREIGN):
-        convert(net(seed=1), rank=3, offload_folder=tmp_path)
+        convert(net(seed=1), rank=3, workdir=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0"]
 
 
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_a_broken_run_goes_on_and_gives_what_a_whole_one_gives(tmp_path, monkeypatch, form):
-    options = {"rank": 6, "form": form, "calibration": collect_moments(CASE.build(), [CASE.batch()])}
+    options = {"rank": 6, "form": form, "calibration": calibrate(CASE.build(), [CASE.batch()])}
     expected, report = convert(CASE.build(), **options, return_report=True)
     broken_off(monkeypatch, 5, lambda: convert(CASE.build(), **options, offload_folder=tmp_path))
     small, resumed = convert(CASE.build(), **options, offload_folder=tmp_path, return_report=True)
@@ -118,11 +119,11 @@ def test_a_broken_run_goes_on_and_gives_what_a_whole_one_gives(tmp_path, monkeyp
 def test_data_given_again_are_the_same_data(tmp_path):
     batches = [CASE.batch()]
     for _ in range(2):
-        small = convert(CASE.build(), keep=0.5, calibration=batches, offload_folder=tmp_path)
+        small = convert(CASE.build(), keep=0.5, calibration=batches, workdir=tmp_path)
     expected = convert(CASE.build(), keep=0.5, calibration=batches)
     assert all(map(torch.equal, zoo.outputs(small, CASE.batch()), zoo.outputs(expected, CASE.batch())))
     with pytest.raises(CheckpointError, match=FOREIGN):
-        convert(CASE.build(), keep=0.5, calibration=[{"input_ids": torch.arange(3, 9)[None]}], offload_folder=tmp_path)
+        convert(CASE.build(), keep=0.5, calibration=[{"input_ids": torch.arange(3, 9)[None]}], workdir=tmp_path)
 
 
 def test_dense_layers_of_another_merge_are_refused(tmp_path):
@@ -130,29 +131,29 @@ def test_dense_layers_of_another_merge_are_refused(tmp_path):
     expected = merge(one)
     x = torch.randn(5, 12)
     for _ in range(2):
-        assert torch.equal(merge(one, offload_folder=tmp_path)(x), expected(x))
+        assert torch.equal(merge(one, workdir=tmp_path)(x), expected(x))
     for model in (other, convert(net(), rank=4)):
         with pytest.raises(CheckpointError, match=FOREIGN):
-            merge(model, offload_folder=tmp_path)
+            merge(model, workdir=tmp_path)
 
 
 def test_merging_into_the_folder_that_the_layers_are_in(tmp_path):
-    small = convert(net(), rank=3, offload_folder=tmp_path)
+    small = convert(net(), rank=3, workdir=tmp_path)
     with pytest.raises(CheckpointError, match=FOREIGN):
-        merge(small, offload_folder=tmp_path)
+        merge(small, workdir=tmp_path)
 
 
 def test_narrower_heads_of_another_model_are_refused(tmp_path):
     plan = hf_reparam.RankPlan({}, "bert", head_widths={"encoder.layer.0.attention": 4})
     model = CASE.build()
     for _ in range(2):
-        small = convert(model, plan=plan, offload_folder=tmp_path)
-    expected = convert(model, plan=plan)
+        small = convert(model, plan, workdir=tmp_path)
+    expected = convert(model, plan)
     assert all(map(torch.equal, zoo.outputs(small, CASE.batch()), zoo.outputs(expected, CASE.batch())))
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.bert.encoder.layer[0].attention.self.key.bias += 1e-3
-    seen = collect_moments(model, [CASE.batch()], metric="activation")
+    seen = calibrate(model, [CASE.batch()], metric="activation")
     for changed, options in ((other, {}), (model, {"calibration": seen, "metric": "activation"})):
         with pytest.raises(CheckpointError, match=FOREIGN):
             convert(changed, plan=plan, offload_folder=tmp_path, **options)
@@ -160,7 +161,7 @@ def test_narrower_heads_of_another_model_are_refused(tmp_path):
 
 def test_a_model_that_is_one_layer(tmp_path):
     for _ in range(2):
-        small = convert(net()[0], rank=3, offload_folder=tmp_path)
+        small = convert(net()[0], rank=3, workdir=tmp_path)
     x = torch.randn(5, 12)
     assert torch.equal(small(x), convert(net()[0], rank=3)(x))
 
@@ -168,27 +169,27 @@ def test_a_model_that_is_one_layer(tmp_path):
 def test_files_of_others_in_the_folder_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "scratch").mkdir()
-    convert(net(), rank=3, offload_folder=tmp_path)
+    convert(net(), rank=3, workdir=tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     (tmp_path / "0" / "layer.json").write_text("{")
     with pytest.raises(CheckpointError, match=FOREIGN):
-        convert(net(), rank=3, offload_folder=tmp_path)
+        convert(net(), rank=3, workdir=tmp_path)
 
 
 def test_two_runs_at_once_in_one_folder(tmp_path):
     with alone(tmp_path / ".lock", "mine"), pytest.raises(CheckpointError, match="another process is filling"):
-        convert(net(), rank=3, offload_folder=tmp_path)
-    convert(net(), rank=3, offload_folder=tmp_path)
+        convert(net(), rank=3, workdir=tmp_path)
+    convert(net(), rank=3, workdir=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "2"]
 
 
-# Moments: folder= of collect_moments
+# Calibration: folder= of calibrate
 
 
 def two_groups(model, folder, seed=0, batches=None):
     x = torch.randn(40, 12, generator=torch.Generator().manual_seed(seed))
     data = [{"input": x}] if batches is None else batches
-    return collect_moments(model, data, metric="activation", folder=folder, max_memory=8 * 16**2)
+    return calibrate(model, data, metric="activation", folder=folder, max_memory=8 * 16**2)
 
 
 def test_finished_moments_are_not_replaced(tmp_path):
@@ -214,7 +215,7 @@ def test_moments_of_a_broken_run_are_neither_read_nor_kept(tmp_path):
         two_groups(net(seed=1), tmp_path, batches=Breaking())
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     with pytest.raises(CheckpointError, match="of a broken run: 1 files are missing"):
-        Moments.load(tmp_path)
+        Calibration.load(tmp_path)
     again = two_groups(net(), tmp_path)
     assert again.fingerprint() == two_groups(net(), tmp_path / "fresh").fingerprint()
 
@@ -223,7 +224,7 @@ def test_moments_of_two_runs_in_one_folder_are_refused(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         moments_of(net(), seed).save(tmp_path / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match="holds moments of several runs: 0 is in more than one file"):
-        Moments.load(tmp_path)
+        Calibration.load(tmp_path)
 
 
 def test_a_folder_with_weights_is_no_place_for_moments(tmp_path):
@@ -256,7 +257,7 @@ def converts(source, out, how, rank=6):
     if how == "cli":
         assert run("convert", source, out, "--rank", rank, "--stream", "--quiet") == 0
     else:
-        hf_reparam.convert_checkpoint(source, out, rank=rank)
+        hf_reparam.convert_folder(source, out, rank=rank)
 
 
 def changed_in_place(folder):
@@ -286,7 +287,7 @@ def test_a_run_after_a_broken_one_mixes_nothing(tmp_path, dense, monkeypatch, ho
             patch.setattr(factoring, "factor", fifth)
             assert run("convert", dense, tmp_path / "out", "--rank", 6, "--stream", "--quiet") == 130
     else:
-        broken_off(monkeypatch, 4, lambda: hf_reparam.convert_checkpoint(dense, tmp_path / "out", rank=6))
+        broken_off(monkeypatch, 4, lambda: hf_reparam.convert_folder(dense, tmp_path / "out", rank=6))
     if change == "weights":
         changed_in_place(dense)
     rank = 5 if change == "rank" else 6
@@ -311,17 +312,17 @@ def test_two_conversions_at_once(tmp_path, dense, stream):
     out, lock = tmp_path / "out", tmp_path / ".out.lock"
     with alone(lock, "mine"):
         with pytest.raises(CheckpointError, match="another process is converting into .*out; wait until"):
-            hf_reparam.convert_checkpoint(dense, out, rank=6, stream=stream)
+            hf_reparam.convert_folder(dense, out, rank=6, stream=stream)
         with pytest.raises(CheckpointError, match="another process is converting into"):
-            hf_reparam.merge_checkpoint(dense, out, stream=stream)
+            hf_reparam.merge_folder(dense, out, stream=stream)
     lock.touch()  # what a killed process leaves: nobody holds it
-    hf_reparam.convert_checkpoint(dense, out, rank=6, stream=stream)
+    hf_reparam.convert_folder(dense, out, rank=6, stream=stream)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "out"]
 
 
 def test_the_other_has_just_finished(tmp_path, dense, monkeypatch):
     """Between the first look and the lock."""
-    from hf_reparam.files import checkpoint
+    from hf_reparam.files import convert as checkpoint
 
     locate = checkpoint.locate
 
@@ -332,7 +333,7 @@ def test_the_other_has_just_finished(tmp_path, dense, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "locate", slowly)
     with pytest.raises(CheckpointError, match="exists; choose another place"):
-        hf_reparam.convert_checkpoint(dense, tmp_path / "out", rank=6)
+        hf_reparam.convert_folder(dense, tmp_path / "out", rank=6)
     assert (tmp_path / "out" / "precious").exists()
 
 
@@ -340,13 +341,13 @@ def test_out_inside_the_source_is_refused(tmp_path, dense):
     (tmp_path / "link").symlink_to(dense)
     for out in (dense / "out", dense / "a" / "b", tmp_path / "link" / "out"):
         with pytest.raises(CheckpointError, match="is inside the source"):
-            hf_reparam.convert_checkpoint(dense, out, rank=6)
+            hf_reparam.convert_folder(dense, out, rank=6)
     assert sorted(p.name for p in dense.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_source_and_out_as_text_or_path(tmp_path, dense):
     reports = [
-        hf_reparam.convert_checkpoint(kind(dense), other(tmp_path / f"{kind.__name__}-{other.__name__}"), rank=6)
+        hf_reparam.convert_folder(kind(dense), other(tmp_path / f"{kind.__name__}-{other.__name__}"), rank=6)
         for kind in (str, Path)
         for other in (str, Path)
     ]
@@ -355,7 +356,9 @@ def test_source_and_out_as_text_or_path(tmp_path, dense):
 
 
 def test_include_as_a_generator(tmp_path, dense):
-    report = hf_reparam.convert_checkpoint(dense, tmp_path / "out", rank=6, include=(p for p in ["*.query", "*.key"]))
+    report = hf_reparam.convert_folder(
+        dense, tmp_path / "out", hf_reparam.LowRankConfig(rank=6, target_modules=(p for p in ["*.query", "*.key"]))
+    )
     assert len(report.layers) == 4
 
 
@@ -393,12 +396,12 @@ MTP = {"mtp.layers.0.up.weight": torch.ones(4, 4), "mtp.norm.weight": torch.ones
 @pytest.mark.parametrize("build", [llama, qwen3_next])
 def test_tensors_that_the_class_does_not_load_are_named(tmp_path, build, binary, stream):
     with_extra(build(), tmp_path / "dense", MTP, binary)
-    report = hf_reparam.convert_checkpoint(tmp_path / "dense", tmp_path / "out", rank=4, stream=stream)
+    report = hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=4, stream=stream)
     assert report.to_dict()["dropped"] == sorted(MTP)
     line = "2 tensors of the source are not in the result: mtp.*"
     assert line in str(report)
     assert line in report.to_markdown()
-    assert not hf_reparam.merge_checkpoint(tmp_path / "out", tmp_path / "merged").dropped
+    assert not hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged").dropped
 
 
 def test_the_command_line_names_them_too(tmp_path, capsys):
@@ -412,7 +415,7 @@ def test_the_command_line_names_them_too(tmp_path, capsys):
 def test_old_buffers_are_no_loss(tmp_path):
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
     with_extra(model, tmp_path / "dense", {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)})
-    assert hf_reparam.convert_checkpoint(tmp_path / "dense", tmp_path / "out", rank=6).dropped == ()
+    assert hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=6).dropped == ()
 
 
 BESIDE = [
@@ -449,8 +452,8 @@ def test_what_lies_beside_the_weights_arrives(tmp_path, dense, stream):
         (dense / name).write_bytes(b"[]")
     (dense / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
     (dense / "model.safetensors.index.fp16.json").write_text('{"weight_map": {}}')
-    hf_reparam.convert_checkpoint(dense, tmp_path / "out", rank=6, stream=stream)
-    hf_reparam.merge_checkpoint(tmp_path / "out", tmp_path / "merged", stream=stream)
+    hf_reparam.convert_folder(dense, tmp_path / "out", rank=6, stream=stream)
+    hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged", stream=stream)
     for folder in (tmp_path / "out", tmp_path / "merged"):
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert files - {"README.md"} == {"config.json", "model.safetensors", *BESIDE}
@@ -468,12 +471,12 @@ def test_a_sentence_transformer_with_its_model_in_a_subfolder(tmp_path, stream):
     modules = [{"idx": i, "path": p, "type": f"sentence_transformers.models.{k}"} for i, (p, k) in enumerate(kinds)]
     (source / "modules.json").write_text(json.dumps(modules))
     assert len(inspect_checkpoint(source).layers) == 12  # a pooler stays dense
-    hf_reparam.convert_checkpoint(source, out, rank=6, stream=stream)
+    hf_reparam.convert_folder(source, out, rank=6, stream=stream)
     assert type(transformers.AutoModel.from_pretrained(out / "0_Transformer")).__name__ == "ReparamBertModel"
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     names = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
     assert files == {*names, "README.md"}
-    hf_reparam.merge_checkpoint(out, tmp_path / "merged", stream=stream)
+    hf_reparam.merge_folder(out, tmp_path / "merged", stream=stream)
     assert type(transformers.AutoModel.from_pretrained(tmp_path / "merged" / "0_Transformer")) is transformers.BertModel
 
 
@@ -483,7 +486,7 @@ def test_a_folder_of_two_models_is_refused(tmp_path):
         (tmp_path / "st" / name / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "st" / "modules.json").write_text('[{"path": "0_Query"}, {"path": "1_Document"}]')
     with pytest.raises(CheckpointError, match=r"holds 2 models, \['0_Query', '1_Document'\]: convert each by its own"):
-        hf_reparam.convert_checkpoint(tmp_path / "st", tmp_path / "out", rank=6)
+        hf_reparam.convert_folder(tmp_path / "st", tmp_path / "out", rank=6)
 
 
 @pytest.mark.parametrize("path", ["..", "../other", "/", "0_Transformer/deeper", 7])
@@ -498,7 +501,7 @@ def test_a_list_that_leads_out_of_the_folder_is_not_followed(tmp_path, path):
 @pytest.mark.parametrize("content", ["{}", "[1, 2]", "no json", '{"weight_map": "x"}'])
 def test_an_index_of_something_else(tmp_path, dense, content):
     (dense / "corpus.index.json").write_text(content)
-    hf_reparam.convert_checkpoint(dense, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(dense, tmp_path / "out", rank=6)
     assert (tmp_path / "out" / "corpus.index.json").read_text() == content
     transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     for name in ("model.safetensors.index.json", "model.safetensors.index.fp16.json", "pytorch_model.bin.index.json"):
@@ -515,11 +518,11 @@ def auto_map(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_merged_folder_names_no_code_of_the_low_rank_one(tmp_path, dense, stream):
-    hf_reparam.convert_checkpoint(dense, tmp_path / "small", rank=6, stream=stream, remote_code=True)
+    hf_reparam.convert_folder(dense, tmp_path / "small", rank=6, stream=stream, remote_code=True)
     assert auto_map(tmp_path / "small")
-    hf_reparam.merge_checkpoint(tmp_path / "small", tmp_path / "merged", stream=stream)
+    hf_reparam.merge_folder(tmp_path / "small", tmp_path / "merged", stream=stream)
     merge(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "small")).save_pretrained(tmp_path / "direct")
-    hf_reparam.convert_checkpoint(tmp_path / "small", tmp_path / "smaller", rank=3, stream=stream)
+    hf_reparam.convert_folder(tmp_path / "small", tmp_path / "smaller", rank=3, stream=stream)
     for name in ("merged", "direct", "smaller"):
         assert auto_map(tmp_path / name) is None
         assert not (tmp_path / name / "modeling_reparam.py").exists()
@@ -532,10 +535,10 @@ def test_code_for_models_that_came_with_the_source_is_not_named_for_a_low_rank_o
     mine = {"AutoModelForMaskedLM": "modeling_mine.Mine", "AutoTokenizer": ["tokenization_mine.Mine", None]}
     (dense / "config.json").write_text(json.dumps({**config, "auto_map": mine}))
     (dense / "modeling_mine.py").write_text("import transformers\nclass Mine(transformers.BertForMaskedLM): ...\n")
-    hf_reparam.convert_checkpoint(dense, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(dense, tmp_path / "out", rank=6)
     assert auto_map(tmp_path / "out") == {"AutoTokenizer": ["tokenization_mine.Mine", None]}
     assert (tmp_path / "out" / "modeling_mine.py").exists()
-    hf_reparam.merge_checkpoint(tmp_path / "out", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged")
     assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
 
 
@@ -588,7 +591,7 @@ def test_sizes_that_are_none(tmp_path, dense, capsys, monkeypatch, more, message
 
 def test_sizes_that_are_none_from_python(tmp_path):
     with pytest.raises(TargetError, match="max_memory must be a number of bytes"):
-        collect_moments(net(), [{"input": torch.ones(3, 12)}], folder=tmp_path, max_memory="much")
+        calibrate(net(), [{"input": torch.ones(3, 12)}], folder=tmp_path, max_memory="much")
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./no-such-folder", "", "a/b/c"])

@@ -6,7 +6,9 @@ import transformers as tf
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankLinear, PlanError, convert
+from hf_reparam import LowRankConfig, convert
+from hf_reparam.errors import PlanError
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.config import plan_name
 from tests import zoo
 
@@ -38,7 +40,9 @@ def low_rank(model):
 def thousand(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
-    convert(tf.ViTForImageClassification(zoo.vit(num_labels=100)), rank=8, include="*").save_pretrained(folder)
+    convert(
+        tf.ViTForImageClassification(zoo.vit(num_labels=100)), LowRankConfig(rank=8, target_modules="*")
+    ).save_pretrained(folder)
     return folder
 
 
@@ -69,7 +73,9 @@ def test_the_same_labels_keep_the_converted_head(thousand):
 
 def test_hidden_layers_of_a_head_stay_and_its_output_is_new(tmp_path):
     config = zoo.roberta(num_labels=40)
-    convert(tf.RobertaForSequenceClassification(config), rank=6, include="*").save_pretrained(tmp_path)
+    convert(tf.RobertaForSequenceClassification(config), LowRankConfig(rank=6, target_modules="*")).save_pretrained(
+        tmp_path
+    )
     auto = tf.AutoModelForSequenceClassification
     model = auto.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
     assert isinstance(model.classifier.dense, LowRankLinear)
@@ -128,7 +134,7 @@ def test_random_low_rank_layers_heed_the_initializer_factor(factor):
 
 
 def test_a_head_that_an_inner_model_did_not_save_is_new_and_dense(tmp_path):
-    small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6, include="*")
+    small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(rank=6, target_modules="*"))
     small.bert.save_pretrained(tmp_path)
     model = tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert type(model.cls.predictions.transform.dense) is nn.Linear
@@ -218,14 +224,14 @@ def test_a_head_named_as_a_part_of_the_base_loads_in_every_class(tmp_path, famil
     more = {"conv_pos_kernel_size": 5} if family == "Data2VecAudio" else {}
     torch.manual_seed(0)
     dense = getattr(tf, f"{family}ForXVector")(getattr(tf, f"{family}Config")(**AUDIO, **more)).eval()
-    small = convert(dense, rank=4, include="*")
+    small = convert(dense, LowRankConfig(rank=4, target_modules="*"))
     assert isinstance(small.feature_extractor, LowRankLinear)
     small.save_pretrained(tmp_path / "low")
     again = tf.AutoModelForAudioXVector.from_pretrained(tmp_path / "low")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in small.state_dict().items())
     base = tf.AutoModel.from_pretrained(tmp_path / "low")
     assert low_rank(base) == [n.removeprefix(small.base_model_prefix + ".") for n in low_rank(small.base_model)]
-    hf_reparam.merge_checkpoint(tmp_path / "low", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "low", tmp_path / "merged")
     assert type(type(dense).from_pretrained(tmp_path / "merged").feature_extractor) is nn.Linear
 
 

@@ -13,7 +13,10 @@ from transformers.models.esm.modeling_esmfold import EsmFoldLinear
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from hf_reparam import LowRankLinear, TargetError, WeightError, collect_moments, convert, make_plan, merge, summarize
+import hf_reparam
+from hf_reparam import LowRankConfig, calibrate, convert, make_plan, merge
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead
 from tests import zoo
 
@@ -21,7 +24,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def low_rank(form, kind=nn.Linear):
-    return convert(nn.Sequential(kind(16, 16)), rank=4, form=form)[0]
+    return convert(nn.Sequential(kind(16, 16)), LowRankConfig(rank=4, form=form))[0]
 
 
 def table():
@@ -158,7 +161,7 @@ def test_embeddings_and_heads_called_by_keyword():
 @pytest.mark.parametrize("kind", [FalconLinear, EsmFoldLinear])
 def test_subclasses_that_compute_what_a_linear_does(kind):
     dense, x = nn.Sequential(kind(32, 48), nn.ReLU(), kind(48, 16, bias=False)), torch.randn(3, 32)
-    small = convert(dense, rank=1.0, allow_larger=True)
+    small = convert(dense, LowRankConfig(rank=1.0, allow_larger=True))
     assert [type(layer) for layer in small] == [LowRankLinear, nn.ReLU, LowRankLinear]
     torch.testing.assert_close(small(x), dense(x), **CLOSE)
     back = merge(small)
@@ -183,7 +186,7 @@ def test_nothing_to_factor_says_why():
 
     net = nn.Sequential(Own(8, 8), Own(8, 8), nn.Embedding(5, 8))
     calls = (lambda: convert(net, rank=2), lambda: make_plan(net, keep=0.5), lambda: convert(net, keep=0.5))
-    calls += (lambda: collect_moments(net, [{"input": torch.ones(1, 8)}], metric="activation"),)
+    calls += (lambda: calibrate(net, [{"input": torch.ones(1, 8)}], metric="activation"),)
     for call in calls:
         with pytest.raises(TargetError, match=r"Own is a subclass of a dense type.* \(2 weights\); Embedding is no"):
             call()
@@ -191,12 +194,12 @@ def test_nothing_to_factor_says_why():
 
 def gpt2():
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
-    return model, convert(model, keep=0.5, min_rank=4, embeddings=True)
+    return model, convert(model, LowRankConfig(keep=0.5, min_rank=4, embeddings=True))
 
 
 def bert():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    return model, convert(model, keep=0.5, min_rank=4, embeddings=True)
+    return model, convert(model, LowRankConfig(keep=0.5, min_rank=4, embeddings=True))
 
 
 @pytest.mark.parametrize("make", [gpt2, bert])
@@ -291,7 +294,7 @@ def test_weights_in_parts_are_refused_by_name(part, why):
     small = convert(net, rank=4)
     part(net[2])
     part(small[2].up)
-    calls = (lambda m: convert(m, rank=2), lambda m: make_plan(m, keep=0.9, min_rank=1), summarize)
+    calls = (lambda m: convert(m, rank=2), lambda m: make_plan(m, LowRankConfig(keep=0.9, min_rank=1)), summarize)
     for call in calls:
         with pytest.raises(WeightError, match=f"2: .*{why}"):
             call(net)
@@ -316,7 +319,7 @@ def test_flattened_by_fsdp_with_parameters_of_its_own():
 
 
 def test_lazy_and_empty_layers_are_left_alone():
-    report = summarize(nn.Sequential(nn.LazyLinear(4), nn.Linear(8, 0), nn.Linear(8, 8)))
+    report = hf_reparam.report(nn.Sequential(nn.LazyLinear(4), nn.Linear(8, 0), nn.Linear(8, 8)))
     assert [row.name for row in report.layers] == ["2"]
     assert {item.name: item.reason for item in report.skipped}["1"] == "its weight holds no numbers"
 
@@ -335,6 +338,6 @@ def test_a_bias_that_is_not_finite_is_refused(number, options):
 def test_a_model_of_bare_parameters_says_so():
     options = {**zoo.LLAMA_LIKE, "num_local_experts": 8}
     model = tf.MixtralForCausalLM(tf.MixtralConfig(**options))
-    assert "bare parameters:" in str(summarize(model))
-    assert "bare parameters:" in convert(model, rank=8, return_report=True)[1].to_markdown()
-    assert "bare parameters:" not in str(summarize(zoo.BY_BASE["BertModel"].build()))
+    assert "bare parameters:" in str(hf_reparam.report(model))
+    assert "bare parameters:" in hf_reparam.report(convert(model, rank=8)).to_markdown()
+    assert "bare parameters:" not in str(hf_reparam.report(zoo.BY_BASE["BertModel"].build()))

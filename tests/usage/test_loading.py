@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hf_reparam
-from hf_reparam import CheckpointError, LowRankLinear, TargetError, convert, merge, merge_checkpoint
+from hf_reparam import LowRankConfig, convert, merge, merge_folder
+from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -63,7 +65,7 @@ def same(left, right):
 )
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_a_tower_is_loaded_from_a_folder_of_the_whole(tmp_path, family, part, where, batch, form):
-    small = convert(composite(family), rank=6, form=form)
+    small = convert(composite(family), LowRankConfig(rank=6, form=form))
     small.save_pretrained(tmp_path / "whole")
     kind = getattr(hf_reparam, f"Reparam{part}")
     tower, info = kind.from_pretrained(tmp_path / "whole", output_loading_info=True)
@@ -78,7 +80,7 @@ def test_a_tower_is_loaded_from_a_folder_of_the_whole(tmp_path, family, part, wh
 
 
 def test_a_tower_with_its_projection_is_loaded_from_a_folder_of_the_whole(tmp_path):
-    small = convert(composite("CLIP"), rank=6, include="*")
+    small = convert(composite("CLIP"), LowRankConfig(rank=6, target_modules="*"))
     small.save_pretrained(tmp_path)
     tower, info = hf_reparam.ReparamCLIPVisionModelWithProjection.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -156,8 +158,8 @@ def test_a_merged_folder_has_the_names_that_the_stock_class_saves(tmp_path, buil
     small = convert(dense, rank=4)
     small.save_pretrained(tmp_path / "small")
     merge(small).save_pretrained(tmp_path / "memory")
-    merge_checkpoint(tmp_path / "small", tmp_path / "streamed")
-    merge_checkpoint(tmp_path / "small", tmp_path / "loaded", stream=False)
+    merge_folder(tmp_path / "small", tmp_path / "streamed")
+    merge_folder(tmp_path / "small", tmp_path / "loaded", stream=False)
     for place in ("memory", "streamed", "loaded"):
         assert names_in(tmp_path / place) == names_in(tmp_path / "dense"), place
         again, info = type(dense).from_pretrained(tmp_path / place, output_loading_info=True)
@@ -170,7 +172,9 @@ def test_a_merged_folder_has_the_names_that_the_stock_class_saves(tmp_path, buil
 
 def pivoted():
     torch.manual_seed(0)
-    return convert(nn.Sequential(nn.Linear(298, 64), nn.ReLU(), nn.Linear(64, 64)), rank=8, form="pivoted")
+    return convert(
+        nn.Sequential(nn.Linear(298, 64), nn.ReLU(), nn.Linear(64, 64)), LowRankConfig(rank=8, form="pivoted")
+    )
 
 
 CASTS = {
@@ -268,7 +272,7 @@ def test_state_dicts_of_the_whole_and_of_merged_parts_have_no_markers():
 
 
 def test_a_pooler_that_was_not_saved_is_new_and_dense(tmp_path):
-    convert(zoo.BY_BASE["BertModel"].build(), rank=6, include="*").save_pretrained(tmp_path / "1")
+    convert(zoo.BY_BASE["BertModel"].build(), LowRankConfig(rank=6, target_modules="*")).save_pretrained(tmp_path / "1")
     tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
     model, info = tf.AutoModel.from_pretrained(tmp_path / "2", output_loading_info=True)
     assert type(model.pooler.dense) is nn.Linear
@@ -296,7 +300,7 @@ def test_a_class_of_ones_own_pickles_copies_and_merges(tmp_path):
     small.save_pretrained(tmp_path / "small")
     again = hf_reparam.ReparamOwnBert.from_pretrained(tmp_path / "small")
     assert torch.equal(zoo.outputs(again, batch)[0], zoo.outputs(small, batch)[0])
-    merge_checkpoint(tmp_path / "small", tmp_path / "merged")
+    merge_folder(tmp_path / "small", tmp_path / "merged")
     assert torch.equal(
         OwnBert.from_pretrained(tmp_path / "merged").state_dict()["encoder.layer.0.output.dense.weight"],
         merge(small).state_dict()["encoder.layer.0.output.dense.weight"],
@@ -310,7 +314,7 @@ def test_a_class_that_was_not_imported_is_named_with_what_to_do(tmp_path):
     config["architectures"] = ["ReparamElsewhereBert"]
     (tmp_path / "small" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="'ReparamElsewhereBert'.*import the module that defines it"):
-        merge_checkpoint(tmp_path / "small", tmp_path / "merged")
+        merge_folder(tmp_path / "small", tmp_path / "merged")
 
 
 REMOTE = """
@@ -378,7 +382,7 @@ def test_a_merged_folder_does_not_name_the_file_of_remote_code(tmp_path):
     small = convert(zoo.BY_BASE["BertModel"].build(), rank=6)
     small.save_pretrained(tmp_path / "small", remote_code=True)
     merge(tf.AutoModel.from_pretrained(tmp_path / "small")).save_pretrained(tmp_path / "1")
-    merge_checkpoint(tmp_path / "small", tmp_path / "2")
+    merge_folder(tmp_path / "small", tmp_path / "2")
     for place in ("1", "2"):
         assert "auto_map" not in json.loads((tmp_path / place / "config.json").read_text())
         assert not (tmp_path / place / "modeling_reparam.py").exists()
@@ -389,7 +393,7 @@ def test_a_merged_folder_does_not_name_the_file_of_remote_code(tmp_path):
 
 
 def test_a_plain_module_with_embeddings_of_low_rank_inside_is_refused_when_it_is_saved(tmp_path):
-    small = convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), keep=0.4, embeddings=True)
+    small = convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), LowRankConfig(keep=0.4, embeddings=True))
     with pytest.raises(TargetError, match=r"^policy\.transformer\.wte is an embedding of low rank.*save_pretrained"):
         hf_reparam.save(nn.ModuleDict({"policy": small}), tmp_path / "small")
     assert not (tmp_path / "small").exists()

@@ -1,4 +1,4 @@
-"""Moments belong to a model, errors to a layer: what does not fit is refused, what has no data is told."""
+"""Calibration belong to a model, errors to a layer: what does not fit is refused, what has no data is told."""
 
 import json
 import warnings
@@ -7,27 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reparam import (
-    LowRankLinear,
-    Moments,
-    TargetError,
-    WeightError,
-    collect_moments,
-    convert,
-    decompose,
-    make_plan,
-    model_card,
-    refit,
-    summarize,
-)
+import hf_reparam
+from hf_reparam import Calibration, LowRankConfig, calibrate, convert, make_plan, model_card, refit, search_plan
 from hf_reparam.cli import main
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 BERT, GPT2 = zoo.BY_BASE["BertModel"], zoo.BY_BASE["GPT2LMHeadModel"]
 
 
 def moments_of(case, **shape):
-    return collect_moments(case.build(**shape), [case.batch()])
+    return calibrate(case.build(**shape), [case.batch()])
 
 
 def deeper(case, layers):
@@ -40,9 +31,9 @@ def taken(model, moments):
     """Everything that takes moments."""
     yield lambda: convert(model, keep=0.5, calibration=moments)
     yield lambda: convert(model, rank=4, calibration=moments)
-    yield lambda: make_plan(model, moments, keep=0.5)
+    yield lambda: make_plan(model, calibration=moments, keep=0.5)
     yield lambda: decompose(model, moments)
-    yield lambda: refit(convert(model, rank=4), model, [BERT.batch()] * 2, moments=moments)
+    yield lambda: refit(convert(model, rank=4), model, [BERT.batch()] * 2, calibration=moments)
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -50,7 +41,7 @@ def test_moments_of_another_architecture(tmp_path, stored):
     moments, model = moments_of(GPT2), BERT.build()
     if stored:
         moments.save(tmp_path / "gpt2.safetensors")
-        moments = Moments.load(tmp_path / "gpt2.safetensors")
+        moments = Calibration.load(tmp_path / "gpt2.safetensors")
     for take in taken(model, moments):
         with pytest.raises(
             WeightError, match=r"do not fit BertModel.*'encoder\.layer.*'h\.0\.attn\.c_attn'.*another model"
@@ -70,18 +61,18 @@ def test_moments_of_a_wider_model():
 
 @pytest.mark.parametrize(("theirs", "own"), [(2, 3), (3, 2)])
 def test_moments_of_a_deeper_or_shallower_model(theirs, own):
-    moments = collect_moments(deeper(BERT, theirs), [BERT.batch()])
+    moments = calibrate(deeper(BERT, theirs), [BERT.batch()])
     with pytest.raises(WeightError, match=r"encoder\.layer\.2"):
         convert(deeper(BERT, own), keep=0.5, calibration=moments)
 
 
 def test_moments_of_another_plain_module():
     x, two = torch.randn(9, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    moments = collect_moments(two, [{"input": x}], metric="activation")
+    moments = calibrate(two, [{"input": x}], metric="activation")
     with pytest.raises(WeightError, match="do not fit Sequential"):
         convert(nn.Sequential(*two, nn.Linear(8, 8)), rank=2, calibration=moments)
     with pytest.raises(WeightError, match="do not fit Sequential"):
-        make_plan(nn.Sequential(nn.Linear(8, 8)), moments, keep=0.5)
+        make_plan(nn.Sequential(nn.Linear(8, 8)), calibration=moments, keep=0.5)
 
 
 def test_decompositions_of_another_model():
@@ -99,9 +90,10 @@ def test_moments_of_another_model_on_the_command_line(tmp_path, capsys):
 
 
 def test_a_head_without_data_is_told_in_report_and_card():
-    """Moments of the headless model serve every head; the head has none."""
+    """Calibration of the headless model serve every head; the head has none."""
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    small, report = convert(model, rank=4, include="*", calibration=moments_of(BERT), return_report=True)
+    small = convert(model, LowRankConfig(rank=4, target_modules="*"), calibration=moments_of(BERT))
+    report = hf_reparam.report(small)
     head = next(row for row in report.layers if row.name == "cls.predictions.transform.dense")
     assert head.metric == "svd"
     assert {row.metric for row in report.layers if row is not head} == {"fisher"}
@@ -114,14 +106,15 @@ def test_a_head_without_data_is_told_in_report_and_card():
 
 def test_a_layer_without_a_gradient_is_told():
     """The pooler of a headless model is behind the hidden states that are measured."""
-    small, report = convert(BERT.build(), rank=4, include="*", calibration=[BERT.batch()], return_report=True)
+    small = convert(BERT.build(), LowRankConfig(rank=4, target_modules="*"), calibration=[BERT.batch()])
+    report = hf_reparam.report(small)
     assert {row.name: row.metric for row in report.layers}["pooler.dense"] == "activation"
     assert "no gradient:      1 layers, in the activation metric: pooler.dense" in str(report)
     assert json.loads(small.config.to_json_string())["reparam"]["record"]["metrics"] == {"pooler.dense": "activation"}
 
 
 def test_a_card_after_loading_says_the_same(tmp_path):
-    small = convert(BERT.build(), rank=4, include="*", calibration=[BERT.batch()])
+    small = convert(BERT.build(), LowRankConfig(rank=4, target_modules="*"), calibration=[BERT.batch()])
     small.save_pretrained(tmp_path)
     loaded = zoo.tf.AutoModel.from_pretrained(tmp_path)
     assert str(model_card(loaded)) == str(model_card(small))
@@ -131,19 +124,21 @@ def test_a_card_after_loading_says_the_same(tmp_path):
 def test_fewer_rows_than_inputs_are_warned_of_once():
     net = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 4))
     with pytest.warns(UserWarning, match=r"1 of 2 layers saw fewer rows .* 2: 20 rows, 30 inputs: give more") as seen:
-        collect_moments(net, [{"input": torch.randn(10, 8)}] * 2, metric="activation")
+        calibrate(net, [{"input": torch.randn(10, 8)}] * 2, metric="activation")
     assert len(seen) == 1
     assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        collect_moments(net, [{"input": torch.randn(10, 8)}] * 3, metric="activation")
+        calibrate(net, [{"input": torch.randn(10, 8)}] * 3, metric="activation")
 
 
 def test_errors_of_layers_that_are_converted_again():
     """They are against the low-rank weight, which is not what the record says it states."""
     dense = BERT.build()
-    once, first = convert(dense, rank={"*.query": 8, "*.key": 8}, return_report=True)
-    twice, second = convert(once, rank={"*.query": 4, "*.intermediate.dense": 4}, return_report=True)
+    once = convert(dense, rank={"*.query": 8, "*.key": 8})
+    first = hf_reparam.report(once)
+    twice = convert(once, rank={"*.query": 4, "*.intermediate.dense": 4})
+    second = hf_reparam.report(twice)
     rows = {row.name: row for row in second.layers}
     query, fresh = rows["encoder.layer.0.attention.self.query"], rows["encoder.layer.0.intermediate.dense"]
     assert (query.from_rank, query.error) == (8, None)
@@ -156,7 +151,7 @@ def test_errors_of_layers_that_are_converted_again():
     kept = next(row.error for row in first.layers if row.name == key)
     assert record[key] == pytest.approx(kept, rel=1e-3)
     assert f"{fresh.error:.3f}" in str(model_card(twice))
-    assert summarize(twice).layers
+    assert hf_reparam.report(twice).layers
 
 
 def sharp(base="BertForMaskedLM"):
@@ -246,9 +241,9 @@ def test_layers_that_cannot_be_refitted_are_named():
 def test_scores_that_are_no_number(score, message):
     net = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(TargetError, match=message):
-        convert(net, tolerance=0.1, evaluate=lambda model: score)
+        convert(net, search_plan(net, lambda model: score, 0.1))
 
 
 def test_scores_that_are_tensors_of_one_number():
     net = nn.Sequential(nn.Linear(16, 16))
-    assert isinstance(convert(net, tolerance=0.1, evaluate=lambda model: torch.tensor(0.5))[0], LowRankLinear)
+    assert isinstance(convert(net, search_plan(net, lambda model: torch.tensor(0.5), 0.1))[0], LowRankLinear)

@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_reparam import TargetError, WeightError, collect_moments, convert, refit
+import hf_reparam
+from hf_reparam import LowRankConfig, calibrate, convert, refit
+from hf_reparam.errors import TargetError, WeightError
 from tests import zoo
 from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
 
@@ -61,7 +63,7 @@ HEADS = {
 @pytest.mark.parametrize("base", HEADS)
 def test_labels_count_the_same_in_any_batch(base):
     model, examples = zoo.BY_BASE[base].build().double(), HEADS[base]()
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 def test_a_causal_loss_is_the_sum_over_the_labels_that_count():
@@ -72,22 +74,22 @@ def test_a_causal_loss_is_the_sum_over_the_labels_that_count():
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
 
-    assert_same(collect_moments(model, examples), collect_moments(model, examples, loss_fn=by_hand))
+    assert_same(calibrate(model, examples), calibrate(model, examples, loss_fn=by_hand))
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 def test_numbers_and_yes_or_no_answers(problem):
     model = zoo.BY_BASE["BertForSequenceClassification"].build(problem_type=problem).double()
     examples = classes(texts(*THREE), [0.0, 1, 1], [1.0, 0, 0], [0.0, 0, 1], dtype=torch.float64)
-    moments = collect_moments(model, [padded(examples)])
-    assert_same(moments, collect_moments(model, examples))
+    moments = calibrate(model, [padded(examples)])
+    assert_same(moments, calibrate(model, examples))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_transcripts_of_speech(reduction):
     model = build(tf.Wav2Vec2ForCTC, tf.Wav2Vec2Config(**WAVE, vocab_size=99, ctc_loss_reduction=reduction))
     examples = with_labels(waves(400, 230), 5, 3)
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 def test_a_loss_of_its_own_is_a_mean_over_examples():
@@ -101,14 +103,14 @@ def test_a_loss_of_its_own_is_a_mean_over_examples():
             return {"loss": (out - labels).abs().mean(0).sum(), "logits": out}
 
     net, x, labels = Net(), torch.randn(8, 6), torch.randn(8, 2)
-    whole = collect_moments(net, [{"x": x, "labels": labels}])
-    assert_same(whole, collect_moments(net, [{"x": x[i : i + 1], "labels": labels[i : i + 1]} for i in range(8)]))
+    whole = calibrate(net, [{"x": x, "labels": labels}])
+    assert_same(whole, calibrate(net, [{"x": x[i : i + 1], "labels": labels[i : i + 1]} for i in range(8)]))
 
 
 def test_labels_that_are_no_classes():
     model = zoo.BY_BASE["BertForSequenceClassification"].build()
     with pytest.raises(TargetError, match=r"no classes of the model .*: leave `labels` out"):
-        collect_moments(model, [{**zoo._text(), "labels": torch.tensor([-1, -1])}])
+        calibrate(model, [{**zoo._text(), "labels": torch.tensor([-1, -1])}])
 
 
 def clip(kind=tf.CLIPModel, config=tf.CLIPConfig):
@@ -162,16 +164,16 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models_without_loss_logits_and_hidden_states(name):
     model, batch = MODELS[name]()
-    _, report = convert(model, keep=0.6, min_rank=1, calibration=[batch] * 2, refit=True, return_report=True)
-    assert report.method == "fisher"
+    report = hf_reparam.report(convert(model, LowRankConfig(keep=0.6, min_rank=1), calibration=[batch] * 2))
+    assert report.metric == "fisher"
     assert any(layer.metric == "fisher" for layer in report.layers)
     assert report.refit.after <= report.refit.before
 
 
 def test_the_loss_that_a_model_gives():
     model, batch = clip()
-    asked = collect_moments(model, [{**batch, "return_loss": True}]).layers["text_projection"]
-    ours = collect_moments(model, [batch], loss_fn=lambda m, b: 4 * m(**b, return_loss=True).loss)
+    asked = calibrate(model, [{**batch, "return_loss": True}]).layers["text_projection"]
+    ours = calibrate(model, [batch], loss_fn=lambda m, b: 4 * m(**b, return_loss=True).loss)
     torch.testing.assert_close(asked.gradient_products, ours.layers["text_projection"].gradient_products)
 
 
@@ -183,12 +185,12 @@ def test_a_loss_function_of_ones_own():
         called.append(1)
         return model(**batch).text_embeds.square().sum(-1).log().sum() + model(**batch).image_embeds.sum()
 
-    expected = convert(model, keep=0.6, calibration=collect_moments(model, [batch], loss_fn=loss_fn))
-    small = convert(model, keep=0.6, calibration=[batch], loss_fn=loss_fn)
+    expected = convert(model, keep=0.6, calibration=calibrate(model, [batch], loss_fn=loss_fn))
+    small = convert(model, keep=0.6, calibration=calibrate(model, [batch], loss_fn=loss_fn))
     assert len(called) == 2
     assert all(map(torch.equal, small.state_dict().values(), expected.state_dict().values()))
     with pytest.raises(TargetError, match="loss_fn= goes with calibration data"):
-        convert(model, rank=4, loss_fn=loss_fn)
+        convert(model, rank=4)
 
 
 def test_a_distance_of_ones_own():
@@ -207,7 +209,7 @@ def test_a_distance_of_ones_own():
 def test_a_loss_that_reaches_no_layer():
     net = nn.Sequential(nn.Linear(6, 4))
     with pytest.raises(TargetError, match=r"depends on none of the 1 layers, among them \['0'\]: give a loss_fn"):
-        collect_moments(net, [{"input": torch.randn(5, 6)}], loss_fn=lambda m, b: m(**b).detach().sum())
+        calibrate(net, [{"input": torch.randn(5, 6)}], loss_fn=lambda m, b: m(**b).detach().sum())
 
 
 def squares(model, batch):
@@ -222,7 +224,7 @@ def relu(inplace):
 
 def test_layers_whose_output_is_written_into():
     batch = {"input": torch.randn(9, 6)}
-    assert_same(*(collect_moments(relu(inplace), [batch], loss_fn=squares) for inplace in (True, False)))
+    assert_same(*(calibrate(relu(inplace), [batch], loss_fn=squares) for inplace in (True, False)))
 
 
 def test_a_view_that_is_written_into():
@@ -239,7 +241,7 @@ def test_a_view_that_is_written_into():
             return query
 
     net, x = Net(), torch.randn(1, 9, 6)
-    seen = collect_moments(net, [{"x": x}], loss_fn=squares).layers["query"].gradient_products
+    seen = calibrate(net, [{"x": x}], loss_fn=squares).layers["query"].gradient_products
     gradient = net(x).detach()[:, 0].double() / 2
     torch.testing.assert_close(seen, gradient.T @ gradient, rtol=1e-4, atol=1e-6)
 
@@ -255,7 +257,7 @@ def test_layers_that_are_called_by_keyword(name):
             return self.fc(**{name: x})
 
     x = torch.randn(9, 6)
-    layer = collect_moments(Net(), [{"x": x}], loss_fn=squares).layers["fc"]
+    layer = calibrate(Net(), [{"x": x}], loss_fn=squares).layers["fc"]
     torch.testing.assert_close(layer.input_products, (x.T @ x).double(), rtol=1e-4, atol=1e-5)
 
 
@@ -272,8 +274,8 @@ def test_what_checkpointing_computes_again_counts_once(reentrant):
 
     torch.manual_seed(0)
     net, x = Net(), torch.randn(9, 6)
-    plain = collect_moments(net, [{"x": x, "again": False}], loss_fn=squares)
-    assert_same(collect_moments(net, [{"x": x}], loss_fn=squares), plain)
+    plain = calibrate(net, [{"x": x, "again": False}], loss_fn=squares)
+    assert_same(calibrate(net, [{"x": x}], loss_fn=squares), plain)
 
 
 def test_inside_inference_mode():
@@ -282,14 +284,14 @@ def test_inside_inference_mode():
     with torch.inference_mode():
         inside = {key: value.clone() for key, value in batch.items()}
         small = convert(model, keep=0.5, calibration=[inside])
-        moments = collect_moments(model, [inside])
-        refit(small, model, [inside] * 2, moments=moments)
+        moments = calibrate(model, [inside])
+        refit(small, model, [inside] * 2, calibration=moments)
         assert torch.is_inference_mode_enabled()
     assert not any(p.is_inference() for p in small.parameters())
     layer = moments.layers["encoder.layer.0.output.dense"]
     assert torch.equal(
         layer.gradient_products,
-        collect_moments(model, [batch]).layers["encoder.layer.0.output.dense"].gradient_products,
+        calibrate(model, [batch]).layers["encoder.layer.0.output.dense"].gradient_products,
     )
 
 
@@ -297,6 +299,6 @@ def test_weights_made_inside_inference_mode():
     with torch.inference_mode():
         model = zoo.BY_BASE["BertModel"].build().train()
     with pytest.raises(WeightError, match=r"not inside torch.inference_mode\(\)"):
-        collect_moments(model, [zoo._text()])
+        calibrate(model, [zoo._text()])
     assert model.training
     assert all(p.requires_grad for p in model.parameters())

@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_reparam import collect_moments
+from hf_reparam import calibrate
 from tests import zoo
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -90,13 +90,13 @@ AUDIO = {
 @pytest.mark.parametrize("base", AUDIO)
 def test_waves_of_several_lengths(base):
     model, examples = build(getattr(tf, base), AUDIO[base]()), waves(400, 230, 310)
-    assert_same(collect_moments(model, [padded(examples)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples)]), calibrate(model, examples))
 
 
 def test_speech_with_transcripts():
     model = build(tf.Wav2Vec2ForCTC, tf.Wav2Vec2Config(**WAVE, vocab_size=99))
     examples = with_labels(waves(400, 230), 5, 3)
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 def test_speech_to_text():
@@ -105,7 +105,7 @@ def test_speech_to_text():
     config = tf.Speech2TextConfig(**shape, **heads, vocab_size=99, input_feat_per_channel=8, input_channels=1)
     model = build(tf.Speech2TextForConditionalGeneration, config)
     examples = with_labels(waves(40, 28, name="input_features", size=(8,)), 4, 6)
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 @pytest.mark.parametrize("lengths", [(4, 6), (3, 8)])
@@ -130,7 +130,7 @@ def test_decoders_without_input_ids(lengths):
     generator = torch.Generator().manual_seed(1)
     frames = [{"input_features": torch.randn(1, 8, 20, generator=generator).double()} for _ in lengths]
     examples = with_labels(frames, *lengths)
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 def test_images_with_captions():
@@ -141,7 +141,7 @@ def test_images_with_captions():
     generator = torch.Generator().manual_seed(1)
     images = [{"pixel_values": torch.randn(1, 3, 16, 16, generator=generator).double()} for _ in range(3)]
     examples = with_labels(images, 4, 7, 5)
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 @pytest.mark.parametrize("lengths", [((9, 6), (4, 7)), ((9, 6), (7, 9))])  # also as long as each other
@@ -151,7 +151,7 @@ def test_texts_and_labels_of_an_encoder_decoder(embedded, lengths):
     examples = with_labels(texts(*lengths[0]), *lengths[1])
     if embedded:
         examples = [{"inputs_embeds": model.shared(e.pop("input_ids")).detach(), **e} for e in examples]
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 OTHERS = {
@@ -183,27 +183,27 @@ OTHERS = {
 @pytest.mark.parametrize("base", OTHERS)
 def test_texts_of_several_lengths(base, lengths):
     model, examples = build(getattr(tf, base), OTHERS[base]()), texts(*lengths)
-    together = collect_moments(model, [padded(examples, input_ids=model.config.pad_token_id or 0)])
-    assert_same(together, collect_moments(model, examples))
+    together = calibrate(model, [padded(examples, input_ids=model.config.pad_token_id or 0)])
+    assert_same(together, calibrate(model, examples))
 
 
 @pytest.mark.parametrize("base", ["XLNetModel", "RoFormerModel"])
 def test_as_many_texts_as_positions(base):
     """XLNet's hidden states are (length, batch, d)."""
     model, first, then = build(getattr(tf, base), OTHERS[base]()), texts(9, 6, 8), texts(4, 2, 3, 4)
-    together = collect_moments(model, [padded(first), padded(then)])
-    assert_same(together, collect_moments(model, first + then))
+    together = calibrate(model, [padded(first), padded(then)])
+    assert_same(together, calibrate(model, first + then))
 
 
 def test_windows_are_filled_by_no_token():
     model = build(tf.LongformerModel, OTHERS["LongformerModel"]())
-    layers = collect_moments(model, texts(9, 6)).layers
+    layers = calibrate(model, texts(9, 6)).layers
     assert layers["encoder.layer.0.output.dense"].tokens == 15
     labelled = build(tf.LongformerForTokenClassification, OTHERS["LongformerModel"]())
     examples = [{**e, "labels": e["input_ids"] % 2} for e in texts(9, 6)]
     batch = padded(examples, input_ids=1, labels=-100)
-    found = collect_moments(labelled, [batch], include="*")
-    assert_same(found, collect_moments(labelled, examples, include="*"))
+    found = calibrate(labelled, [batch], target_modules="*")
+    assert_same(found, calibrate(labelled, examples, target_modules="*"))
     assert found.layers["classifier"].tokens == 15
 
 
@@ -213,7 +213,7 @@ def test_experts_get_no_padding():
     )
     config.decoder_start_token_id = 0
     model, examples = build(tf.SwitchTransformersForConditionalGeneration, config), with_labels(texts(9, 6), 4, 7)
-    assert_same(collect_moments(model, [padded(examples, labels=-100)]), collect_moments(model, examples))
+    assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
 def test_multiple_choice():
@@ -221,9 +221,9 @@ def test_multiple_choice():
     ids, mask = zoo._ids(4, 9).view(2, 2, 9), torch.ones(2, 2, 9, dtype=torch.long)
     mask[0, 1, 6:], mask[1, 0, 4:], mask[1, 1, 5:] = 0, 0, 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    moments = collect_moments(model, [batch])
+    moments = calibrate(model, [batch])
     assert moments.layers["encoder.layer.0.output.dense"].tokens == int(mask.sum())
-    assert_same(moments, collect_moments(model, [{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]))
+    assert_same(moments, calibrate(model, [{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]))
 
 
 @pytest.mark.parametrize("additive", [True, False])
@@ -233,7 +233,7 @@ def test_masks_of_pairs_of_positions(additive):
     square = batch["attention_mask"].bool()[:, None, None, :].expand(2, 1, 9, 9)
     if additive:
         square = torch.zeros(2, 1, 9, 9).double().masked_fill(~square, torch.finfo(torch.float64).min)
-    assert_same(collect_moments(model, [{**batch, "attention_mask": square}]), collect_moments(model, examples))
+    assert_same(calibrate(model, [{**batch, "attention_mask": square}]), calibrate(model, examples))
 
 
 @pytest.mark.parametrize("lengths", [(5, 3, 4), (8, 5, 3)])
@@ -248,10 +248,10 @@ def test_an_image_tower_is_not_masked_where_lengths_agree_by_chance(lengths):
     generator = torch.Generator().manual_seed(1)
     for example in examples:
         example["pixel_values"] = torch.randn(1, 3, 16, 16, generator=generator).double()
-    moments = collect_moments(model, [padded(examples)])
+    moments = calibrate(model, [padded(examples)])
     assert moments.layers["vision_model.encoder.layers.0.mlp.fc1"].tokens == 15
     assert moments.layers["text_model.encoder.layers.0.mlp.fc1"].tokens == sum(lengths)
-    assert_same(moments, collect_moments(model, examples))
+    assert_same(moments, calibrate(model, examples))
 
 
 def test_left_padding():
@@ -259,7 +259,7 @@ def test_left_padding():
     batch = {
         key: value.flip(1) for key, value in padded([{k: v.flip(1) for k, v in e.items()} for e in examples]).items()
     }
-    moments = collect_moments(model, [batch])
+    moments = calibrate(model, [batch])
     assert {layer.tokens for layer in moments.layers.values()} == {15}
 
 
@@ -278,7 +278,7 @@ def test_padding_that_cannot_be_told_is_warned_of():
     x, mask = torch.randn(2, 8, 6), torch.ones(2, 8, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        collect_moments(Packed(), [{"x": x, "attention_mask": mask}] * 4, metric="activation")
+        calibrate(Packed(), [{"x": x, "attention_mask": mask}] * 4, metric="activation")
     mask[1, 4:] = 0
     with pytest.warns(UserWarning, match=r"a mask of shape \(2, 8\) fits no input of 1 layers, among them \['inner'\]"):
-        collect_moments(Packed(), [{"x": x, "attention_mask": mask}], metric="activation")
+        calibrate(Packed(), [{"x": x, "attention_mask": mask}], metric="activation")

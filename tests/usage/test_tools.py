@@ -10,7 +10,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from hf_reparam import convert
+from hf_reparam import LowRankConfig, convert
 from tests import zoo
 
 parallel = importlib.import_module("torch.nn.parallel.replicate")  # the package has a function of this name
@@ -115,7 +115,7 @@ def test_scripted_and_symbolically_traced(options, tmp_path):
 def test_new_models_of_derived_classes_initialise():
     """`_init_weights` of every family must pass the weights of low-rank layers over, and not fail on them."""
     for case in zoo.ALL:
-        small = convert(case.build(), rank=4, include="*")
+        small = convert(case.build(), LowRankConfig(rank=4, target_modules="*"))
         fresh = type(small)(small.config)
         assert all(p.isfinite().all() for p in fresh.parameters()), case.id
         fresh.init_weights()

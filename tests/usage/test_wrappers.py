@@ -10,18 +10,9 @@ import transformers as tf
 from torch import nn
 
 import hf_reparam
-from hf_reparam import (
-    LowRankLinear,
-    TargetError,
-    WeightError,
-    collect_moments,
-    convert,
-    decompose,
-    make_plan,
-    merge,
-    refit,
-    summarize,
-)
+from hf_reparam import LowRankConfig, calibrate, convert, make_plan, merge, refit
+from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
 
 
@@ -153,16 +144,19 @@ def test_calibration_through_a_wrapper(name, joint):
     wrap, inner = WRAPPERS[name]
     alone, model = bert("BertForMaskedLM"), wrap(bert("BertForMaskedLM"))
     path = next(n for n, m in model.named_modules() if m is inner(model))
-    expected, moments = collect_moments(alone, batches()), collect_moments(model, batches())
+    expected, moments = calibrate(alone, batches()), calibrate(model, batches())
     assert list(moments.layers) == [f"{path}.{layer}" for layer in expected.layers]  # one rule for names
     for layer, known in expected.layers.items():
         torch.testing.assert_close(moments.layers[f"{path}.{layer}"].input_products, known.input_products)
-    plan, known = (make_plan(m, c, keep=0.6, joint=joint) for m, c in ((model, moments), (alone, expected)))
+    plan, known = (
+        make_plan(m, LowRankConfig(keep=0.6, heads=joint), calibration=c)
+        for m, c in ((model, moments), (alone, expected))
+    )
     assert {n.removeprefix(f"{path}."): width for n, width in plan.head_widths.items()} == known.head_widths
     assert {n.removeprefix(f"{path}."): spec for n, spec in plan.modules.items()} == known.modules
-    small = inner(convert(model, plan=plan, calibration=moments))
-    assert equal(small, convert(alone, plan=known, calibration=expected))
-    direct = inner(convert(model, keep=0.6, calibration=batches(), joint=joint))
+    small = inner(convert(model, plan, calibration=moments))
+    assert equal(small, convert(alone, known, calibration=expected))
+    direct = inner(convert(model, LowRankConfig(keep=0.6, heads=joint), calibration=batches()))
     assert direct.config.reparam == small.config.reparam  # the record with errors and tokens, too
     assert direct.config.reparam["method"] == "fisher"
     assert direct.config.reparam["record"]["errors"].keys() >= direct.config.reparam["modules"].keys()
@@ -174,7 +168,7 @@ def test_calibration_of_a_wrapper_that_is_called_itself():
     small = convert(model, keep=0.5, calibration=batches())
     assert small.pretrained_model.config.reparam["record"]["calibration_tokens"] == 4 * 14
     seen = []
-    collect_moments(model, batches(), loss_fn=lambda m, b: seen.append(m) or m(**b)["logits"].square().sum())
+    calibrate(model, batches(), loss_fn=lambda m, b: seen.append(m) or m(**b)["logits"].square().sum())
     assert set(seen) == {model}  # a loss of one's own gets the object that was given
 
 
@@ -193,23 +187,24 @@ def test_refit_through_a_wrapper(name):
 def test_summaries_and_protected_layers(name):
     wrap, inner = WRAPPERS[name]
     model = wrap(bert("BertForMaskedLM"))
-    alone = summarize(bert("BertForMaskedLM"))
-    assert not [row.name for row in summarize(model).layers if "decoder" in row.name]  # output embeddings
-    small, report = convert(model, rank=4, return_report=True)
-    found = summarize(small)
+    alone = hf_reparam.report(bert("BertForMaskedLM"))
+    assert not [row.name for row in hf_reparam.report(model).layers if "decoder" in row.name]  # output embeddings
+    small = convert(model, rank=4)
+    report = hf_reparam.report(small)
+    found = hf_reparam.report(small)
     assert len(found.layers) == len(low_rank(small)) == len(report.layers)
     assert sum(row.parameters_before for row in found.layers) <= sum(row.parameters_before for row in alone.layers)
-    moments = collect_moments(inner(model), batches())
+    moments = calibrate(inner(model), batches())
     calibrated = convert(inner(model), rank=4, calibration=moments)
-    assert summarize(wrap(calibrated)).method == "fisher"
+    assert hf_reparam.report(wrap(calibrated)).metric == "fisher"
 
 
 def test_two_models_have_plans_of_their_own(tmp_path):
     pair = nn.ModuleDict({"query": bert(), "image": zoo.BY_BASE["ViTForImageClassification"].build()})
-    small = convert(pair, rank=4, include="query.*")
+    small = convert(pair, LowRankConfig(rank=4, target_modules="query.*"))
     assert type(small["query"]).__name__ == "ReparamBertModel"
     assert type(small["image"]) is tf.ViTForImageClassification
-    both = convert(small, rank={"image.*": 5}, allow_larger=True)
+    both = convert(small, LowRankConfig(rank={"image.*": 5}, allow_larger=True))
     assert type(both["image"]).__name__ == "ReparamViTForImageClassification"
     assert {e["rank"] for e in both["query"].config.reparam["modules"].values()} == {4}
     for name, batch in (("query", text()), ("image", zoo.BY_BASE["ViTForImageClassification"].batch())):
@@ -217,12 +212,12 @@ def test_two_models_have_plans_of_their_own(tmp_path):
         again = type(both[name]).from_pretrained(tmp_path / name)
         assert equal(again, both[name], batch)
     with pytest.raises(TargetError, match=r"2 Transformers models, \['image', 'query'\]"):
-        collect_moments(pair, batches())
+        calibrate(pair, batches())
 
 
 def test_embeddings_in_a_wrapper(tmp_path):
     model = nn.Sequential(bert("BertForMaskedLM"))
-    small = convert(model, keep=0.5, embeddings=True, allocation="uniform", calibration=batches())
+    small = convert(model, LowRankConfig(keep=0.5, embeddings=True, allocation="uniform"), calibration=batches())
     assert small[0].config.reparam["embeddings"]
     small[0].save_pretrained(tmp_path)
     assert equal(tf.AutoModelForMaskedLM.from_pretrained(tmp_path), small[0])
@@ -252,7 +247,8 @@ def test_attentions_of_torch_inside_a_model_stay_whole(tmp_path):
 
 
 def test_what_a_wrapper_saves_by_itself_stays_dense():
-    small, report = convert(Published(bert()), rank=4, return_report=True)
+    small = convert(Published(bert()), rank=4)
+    report = hf_reparam.report(small)
     assert type(small.projection) is nn.Linear
     assert {row.reason for row in report.skipped if row.name == "projection"} == {
         "Published saves it by itself, as a dense layer"
@@ -326,7 +322,7 @@ def test_flat_tensors_are_refused():
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = FullyShardedDataParallel(bert(), device_id=torch.device("cpu"))
-    for work in (lambda: convert(model, rank=4), lambda: collect_moments(model, batches()), lambda: merge(model)):
+    for work in (lambda: convert(model, rank=4), lambda: calibrate(model, batches()), lambda: merge(model)):
         with pytest.raises(TargetError, match="FullyShardedDataParallel, which holds weights in flat tensors"):
             work()
 
@@ -381,7 +377,7 @@ def test_patterns_from_a_generator(size):
     names = ["*.query", "*.key"]
     small = convert(bert(), **size, include=(n for n in names), exclude=(n for n in ["encoder.layer.1.*"]))
     assert low_rank(small) == {f"encoder.layer.0.attention.self.{part}" for part in ("query", "key")}
-    plan = make_plan(bert(), keep=0.5, include=iter(names))
+    plan = make_plan(bert(), LowRankConfig(keep=0.5, target_modules=iter(names)))
     assert len(plan.modules) == 4
     assert len(decompose(bert(), include=iter(names)).layers) == 4
 
@@ -407,9 +403,9 @@ def test_what_is_no_model(given, message, tmp_path):
     works = [
         lambda: convert(given, rank=4),
         lambda: merge(given),
-        lambda: collect_moments(given, batches()),
+        lambda: calibrate(given, batches()),
         lambda: make_plan(given, keep=0.5),
-        lambda: summarize(given),
+        lambda: hf_reparam.report(given),
         lambda: decompose(given),
         lambda: refit(given, bert(), batches()),
         lambda: refit(convert(bert(), rank=4), given, batches()),
@@ -471,7 +467,7 @@ def test_adapters_are_refused_by_name(name):
     works = (
         lambda: convert(model, rank=4),
         lambda: convert(model, rank=4, inplace=True),
-        lambda: collect_moments(model, batches()),
+        lambda: calibrate(model, batches()),
         lambda: make_plan(model, keep=0.5),
         lambda: refit(model, model, batches()),
     )
