@@ -43,8 +43,8 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
         mine, theirs_too = _example(missing or named), _example(foreign or known)
         raise WeightError(
             f"the calibration does not fit {type(model).__name__}, which has {mine}"
-            f"{' that it does not have' if missing else ''}; it has {theirs_too}"
-            f"{' that the model does not have' if foreign else ''}: {_OTHER}"
+            f"{', that it does not have' if missing else ''}; it has {theirs_too}"
+            f"{', that the model does not have' if foreign else ''}: {_OTHER}"
         )
 
 
@@ -59,4 +59,4 @@ def _part(name: str, starts: Sequence[str]) -> str:
 
 def _example(names: Iterable[str]) -> str:
     listed = sorted(names)
-    return f"{len(listed)} layers, among them {listed[:2]},"
+    return f"{len(listed)} layers, among them {listed[:2]}"
