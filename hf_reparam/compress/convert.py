@@ -31,8 +31,8 @@ from hf_reparam.model.checks import (
     optional_layers,
     outside_inference_mode,
 )
-from hf_reparam.model.host import check_model, hosts, layer_name, mark_offloaded, opened, unwrapped
-from hf_reparam.model.retype import retype
+from hf_reparam.model.host import check_model, layer_name, mark_offloaded, opened, unwrapped
+from hf_reparam.model.retype import retie, retype
 from hf_reparam.model.sites import Selection, check_forms, fit, no_site, select
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord
@@ -242,8 +242,8 @@ def _finish(model: M, work: WorkingCopy, made: Made, source: Source, *, inplace:
         elif not isinstance(result, PreTrainedModel):
             close_attentions(result)
         retype(result, made.modules, source.metric, _record(made, source))
-        for host in hosts(result).values() if made.retie else ():
-            host.tie_weights(recompute_mapping=False)
+        if made.retie:
+            retie(result, made.modules)
         if on_disk:
             mark_offloaded(result, made.stored)
     work.clear()

@@ -14,7 +14,7 @@ from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_o
 from hf_reparam.model.checks import check_convertible
 from hf_reparam.model.classes import ReparamMixin
 from hf_reparam.model.host import check_model, hosts, layer_name, mark_offloaded, opened, unwrapped
-from hf_reparam.model.retype import to_stock
+from hf_reparam.model.retype import retie, to_stock
 from hf_reparam.model.sites import Found
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.multihead import close_attentions
@@ -78,8 +78,8 @@ def merge(model: M, *, inplace: bool = False, workdir: str | os.PathLike[str] | 
         for path, host in hosts(result).items():
             if not path or any(isinstance(module, ReparamMixin) for module in host.modules()):
                 to_stock(host)
-            if made.retie:
-                host.tie_weights(recompute_mapping=False)
+        if made.retie:
+            retie(result, made.modules)
         if "" not in hosts(result):
             close_attentions(result)
         return result

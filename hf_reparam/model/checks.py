@@ -159,12 +159,15 @@ def check_convertible(model: nn.Module, *, inplace: bool) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers in a model's parameters, shared ones counted once."""
+    known = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
     tied: set[str] = set()  # on the meta device sharing cannot be seen
     for path, host in hosts(model).items():
         start = f"{path}." if path else ""
-        tied |= {start + key for key in getattr(host, "all_tied_weights_keys", None) or ()}
-    known = ((name, p) for name, p in model.named_parameters() if not is_lazy(p))
-    return sum(p.numel() for name, p in known if not (p.is_meta and name in tied))
+        for target, source in (getattr(host, "all_tied_weights_keys", None) or {}).items():
+            pair = [known.get(start + target), known.get(start + source)]
+            if any(p is not None and p.is_meta for p in pair):
+                tied.add(start + target)
+    return sum(p.numel() for name, p in known.items() if name not in tied)
 
 
 @contextmanager

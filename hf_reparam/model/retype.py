@@ -20,7 +20,7 @@ from hf_reparam.model.sites import entries_of
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
-__all__ = ["retype", "to_reparam", "to_stock"]
+__all__ = ["retie", "retype", "to_reparam", "to_stock"]
 
 
 def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: ConversionRecord) -> None:
@@ -65,6 +65,16 @@ def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecor
         return replace(record, base_model=old.record.base_model, errors={**old.record.errors, **record.errors})
     source = config._name_or_path
     return replace(record, base_model=source if is_hub_id(source) and not os.path.exists(source) else None)
+
+
+def retie(model: nn.Module, new: Collection[nn.Module]) -> None:
+    """Let the Transformers models in an object tie their parameters anew, after new modules came in. Changes them."""
+    biases = {module: module.bias for module in new if isinstance(getattr(module, "bias", None), nn.Parameter)}
+    for host in hosts(model).values():
+        host.tie_weights(recompute_mapping=False)
+    for module, bias in biases.items():
+        if module.bias is not None and module.bias.is_meta:  # tied to one in a file, which nobody would bring in here
+            module.bias = bias
 
 
 def to_stock(model: Any) -> Any:

@@ -2,20 +2,19 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
 
 import hf_reparam
-from hf_reparam import Entry, RankPlan
-from hf_reparam.model.checks import split_projections
-from hf_reparam.model.host import layer_name
+from hf_reparam import Entry, LowRankConfig, RankPlan
+from hf_reparam.model.host import layer_name, opened
+from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.heads.attention import ROLES, find_attentions
-from hf_reparam.structures.table import table_groups
 from tests import zoo
 
 RANK = 6
+SIZES = {"table": 12, "heads": 4}
 
 
 class Layers(nn.Module):
@@ -89,26 +88,24 @@ class Case:
             return {"states": torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(1))}
         return zoo.BY_BASE[FAMILIES[self.family]].batch()
 
-    def options(self, model) -> dict[str, Any]:
+    def asked(self, model) -> LowRankConfig | RankPlan:
         """What `convert` and `convert_folder` are told."""
-        if self.form in zoo.FORMS:
-            return {"rank": RANK, "form": self.form}
-        if self.form == "multihead":
-            return {"rank": RANK}
-        kind = None if self.plain else model.config.model_type
-        if self.form == "table":
-            return {"plan": RankPlan({}, kind, embeddings={layer_name(model, g.path): 12 for g in table_groups(model)})}
-        with split_projections(model):
-            attentions = find_attentions(model)
-            widths = {layer_name(model, a.name): 4 for a in attentions}
-            outputs = {layer_name(model, a.path("output", split=True)): Entry(3, "pivoted") for a in attentions}
-        return {"plan": RankPlan(outputs, kind, head_widths=widths)}
+        if self.form in (*zoo.FORMS, "multihead"):
+            return LowRankConfig(rank=RANK, form=self.form if self.form in zoo.FORMS else "pair")
+        work = opened(model).model
+        (structure,) = [known for known in STRUCTURES if self.form in known.forms]
+        sites = {layer_name(work, site.name): site for site in structure.sites(work) if site.reason is None}
+        entries = {name: Entry(SIZES[self.form], self.form) for name in sites}
+        if self.form == "heads":  # and low-rank layers in them
+            outputs = {f"{n}.{s.attention.within('output', split=True)}" for n, s in sites.items()}
+            entries |= dict.fromkeys(outputs, Entry(3, "pivoted"))
+        return RankPlan(entries, None if self.plain else model.config.model_type)
 
     def convert(self, model, **more):
-        return hf_reparam.convert(model, **self.options(model), **more)
+        return hf_reparam.convert(model, self.asked(model), **more)
 
     def stream(self, source, out):
-        return hf_reparam.convert_folder(source, out, **self.options(self.build()))
+        return hf_reparam.convert_folder(source, out, self.asked(self.build()))
 
     def save(self, small, folder) -> None:
         (hf_reparam.save if self.plain else type(small).save_pretrained)(small, folder)
@@ -141,4 +138,5 @@ class Made:
 @cache
 def made(case: Case) -> Made:
     dense = case.build()
-    return Made(dense, *case.convert(dense, return_report=True))
+    small = case.convert(dense)
+    return Made(dense, small, hf_reparam.report(small))

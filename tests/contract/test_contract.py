@@ -12,11 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_reparam
-from hf_reparam import merge
-from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam import RankPlan, merge
+from hf_reparam.layers.factored import Factored
 from hf_reparam.model.checks import count_parameters
-from hf_reparam.structures.heads.attention import find_attentions
-from hf_reparam.structures.table.modules import Tables
 from tests.contract.forms import CASES, made
 
 QUICK = ("BERT", "plain")  # families that `make check` is content with
@@ -134,7 +132,7 @@ def test_a_training_step_reaches_every_factor_and_can_be_merged(case):
     small = copy.deepcopy(made(case).small)
     before = {name: value.clone() for name, value in small.state_dict().items()}
     optimize(small, case)
-    factors = [m for m in small.modules() if isinstance(m, (LowRankLinear, Tables))]
+    factors = [m for m in small.modules() if isinstance(m, Factored)]
     assert factors
     unmoved = {name for name, value in small.named_parameters() if torch.equal(value, before[name])}
     names = {f"{n}.{p}" for n, m in small.named_modules() if m in factors for p, _ in m.named_parameters(recurse=True)}
@@ -184,12 +182,11 @@ def test_the_report_is_the_live_model(case):
     assert report.parameters_after == count_parameters(small) == sum(p.numel() for p in small.parameters())
     assert report.parameters_after < report.parameters_before
     assert report.parameters_before - report.parameters_after == report.factored_before - report.factored_after
-    stands = hf_reparam.report(small)
-    ranks = [{row.name: (row.rank, row.form) for row in rows.layers if row.rank} for rows in (stands, report)]
-    assert ranks[0] == ranks[1]
-    low = {name for name, module in small.named_modules() if isinstance(module, LowRankLinear)}
-    assert low <= ranks[0].keys()
-    assert all(small.get_submodule(name).rank == ranks[0][name][0] for name in low)
-    for field in ("parameters_before", "parameters_after", "factored_before", "factored_after"):
-        assert getattr(stands, field) == getattr(report, field), field
-    assert [row.width_after for row in report.heads] == [a.width for a in find_attentions(small) if report.heads]
+    rows = {row.name: (row.rank, row.form) for row in report.layers}
+    low = {name: module for name, module in small.named_modules() if isinstance(module, Factored)}
+    assert all((low[name].rank, low[name].form) == row for name, row in rows.items() if name in low)
+    wanted = case.asked(dense)
+    plan = wanted if isinstance(wanted, RankPlan) else hf_reparam.make_plan(dense, wanted)
+    assert sorted(rows.values()) == sorted((entry.rank, entry.form) for entry in plan.modules.values())
+    if plan.report is not None:  # it said so before the work
+        assert plan.report.parameters_after == report.parameters_after

@@ -115,19 +115,25 @@ class Tables:
         """
         members = _members(site)
         if entry is None:
-            modules = stock_tables(set(members.values()), _product(members))
+            weight = _product(members)
+            with ExitStack() as stack:
+                for module in members.values():
+                    stack.enter_context(aligned(module))
+                modules = stock_tables(set(members.values()), weight)
             return Built(Replacement(modules, _ties(site, modules), retie=True))
         dense: Any = site.module
         for path, module in members.items():
             weight = module.get_parameter("weight")
             if weight is not dense.weight and not weight.is_meta:  # in files it cannot be seen
                 raise TargetError(f"{path} is tied to {site.name} by the configuration, and holds another tensor")
-        with named(site.name), aligned(dense):
+        with named(site.name), ExitStack() as stack:
+            for module in members.values():
+                stack.enter_context(aligned(module))
             weight = dense.weight
             found = decompose_table(weight, source.table_moments(name))
             factors = [part.to(weight.device, weight.dtype) for part in found.cut(weight.detach().cpu(), entry.rank)]
-        table, up = (nn.Parameter(part.contiguous(), weight.requires_grad) for part in factors)
-        modules = low_rank_tables(set(members.values()), table, up)
+            table, up = (nn.Parameter(part.contiguous(), weight.requires_grad) for part in factors)
+            modules = low_rank_tables(set(members.values()), table, up)
         metric = "svd" if source.table_moments(name) is None else "fisher"
         return Built(Replacement(modules, _ties(site, modules), retie=True), found.relative_error(entry.rank), metric)
 
@@ -159,11 +165,12 @@ def _sites(start: str, host: PreTrainedModel) -> Iterator[TableSite]:
     known: set[str] = set()
     for wanted in embeddings_of(host):
         path = next((name for name, module in host.named_modules() if module is wanted), "")
-        if path and path not in known:
+        if path and path not in known and isinstance(wanted, (nn.Embedding, nn.Linear, LowRankTable)):
             try:
                 members = _tied_to(host, path)
             except ValueError:  # ties of tables, of which only some became of low rank
                 members = {path: host.get_submodule(path)}
+            members |= _sharing(host, members[path])
             known |= set(members)
             yield _site(start, path, host, members)
     if low - known:
@@ -221,6 +228,15 @@ def _tied_to(model: PreTrainedModel, name: str) -> dict[str, nn.Module]:
     while any(group & found and not group <= found for group in groups):
         found |= {path for group in groups if group & found for path in group}
     return {path: module for path, module in modules.items() if path in found}
+
+
+def _sharing(model: PreTrainedModel, module: Any) -> dict[str, nn.Module]:
+    """What shares the factors of a module, whatever is declared: adapters may have changed what is."""
+    if not isinstance(module, LowRankTable):
+        return {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    low = {path: m for path, m in modules.items() if isinstance(m, LowRankTable)}
+    return {path: m for path, m in low.items() if m.table.weight is module.table.weight}
 
 
 def _owner(key: str) -> str:

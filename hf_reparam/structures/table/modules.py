@@ -90,9 +90,9 @@ class LowRankTable(Factored):
         yield self.up.weight, self.rank**-0.5
 
     def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
-        """(width, tokens) of the table that a file has under a path; None if it has none."""
+        """(width, tokens) of the table that a file has under a path; its own where it is there under a tied name."""
         table, up = stored.get(f"{path}.table.weight", ()), stored.get(f"{path}.up.weight", ())
-        return (up[0], table[0]) if len(table) == len(up) == 2 else None
+        return (up[0], table[0]) if len(table) == len(up) == 2 else (self.in_features, self.out_features)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(tokens, r) and (r, d), whose product is the table."""
