@@ -16,7 +16,14 @@ NAMES = ["encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense",
         ("encoder.*", NAMES[:2]),
         ("encoder.layer.?.output.dense", NAMES[1:2]),
         ("*.[qk]*", NAMES[:1]),
-        ("query", []),
+        ("query", NAMES[:1]),
+        ("self.query", NAMES[:1]),
+        ("pooler.dense", NAMES[2:]),
+        ("dense", NAMES[1:]),
+        ("elf.query", []),
+        ("attention", []),
+        ("Query", []),
+        ("", []),
         ("*QUERY", []),
         (r"re:.*\.(query|dense)", NAMES),
         (r"re:encoder\.layer\.\d+\.output\.dense", NAMES[1:2]),
@@ -34,27 +41,27 @@ def test_first_match_wins_over_any_alias():
 
 
 def test_as_patterns():
-    assert as_patterns("a", "include") == ("a",)
-    assert as_patterns(["a", "b"], "include") == ("a", "b")
-    assert as_patterns(None, "include") is None
-    assert as_patterns((), "exclude") == ()
+    assert as_patterns("a", "target_modules") == ("a",)
+    assert as_patterns(["a", "b"], "target_modules") == ("a", "b")
+    assert as_patterns(None, "target_modules") is None
+    assert as_patterns((), "exclude_modules") == ()
 
 
 @pytest.mark.parametrize("value", ["", [3], [None], ["a", ""], "re:(", ["re:*"]])
 def test_malformed_patterns(value):
-    with pytest.raises(TargetError, match="include: "):
-        as_patterns(value, "include")
+    with pytest.raises(TargetError, match="target_modules: "):
+        as_patterns(value, "target_modules")
 
 
 @pytest.mark.parametrize(
     ("pattern", "hint"),
     [
-        ("query", "'\\*\\.query' or 'encoder.layer.0.attention.self.query'"),
+        ("other.query", "'\\*\\.query' or 'encoder.layer.0.attention.self.query'"),
         ("*.querry", "'\\*\\.query'"),
         ("encoder.layer.0.output.dens", "'\\*\\.dense' or 'encoder.layer.0.output.dense'"),
         ("zzzz", "whole name\\)$"),
     ],
 )
 def test_unused_pattern_lists_near_names(pattern, hint):
-    with pytest.raises(TargetError, match=f"include: '{pattern.replace('*', '[*]')}' matches none of the 3 .*{hint}"):
-        check_used([pattern], NAMES, "include")
+    with pytest.raises(TargetError, match=f"target_modules: '{pattern.replace('*', '[*]')}' matches none of the 3 .*{hint}"):
+        check_used([pattern], NAMES, "target_modules")

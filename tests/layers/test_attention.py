@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reparam.structures.multihead import SplitMultiheadAttention, join, split, split_attention, unsplittable
+from hf_reparam.model.host import opened
+from hf_reparam.structures.multihead import (
+    SplitMultiheadAttention,
+    close_attentions,
+    join,
+    open_attentions,
+    split,
+    unsplittable,
+)
 
 BATCH, LENGTH, SOURCE, HEADS, SIZE = 3, 5, 7, 4, 16
 
@@ -133,8 +141,8 @@ def test_what_cannot_be_split_says_why(made, reason):
     layer = made()
     assert reason in unsplittable(layer, Counter())
     model = nn.ModuleList([layer])
-    with split_attention(model):
-        assert model[0] is layer
+    assert open_attentions(model) == {}
+    assert model[0] is layer
 
 
 def test_tied_and_hooked_attentions_stay():
@@ -143,17 +151,18 @@ def test_tied_and_hooked_attentions_stay():
     hooked = attention()
     hooked.register_forward_hook(lambda *args: None)
     model = nn.ModuleList([one, other, hooked])
-    with split_attention(model):
-        assert list(model) == [one, other, hooked]
+    assert open_attentions(model) == {}
+    assert list(model) == [one, other, hooked]
 
 
-def test_every_place_of_a_shared_attention_and_back_after_an_error():
+def test_every_place_of_a_shared_attention_and_back():
     layer = attention()
     model = nn.ModuleDict({"a": layer, "b": nn.ModuleList([layer])})
-    context = split_attention(model)
-    context.__enter__()
-    assert isinstance(model["a"], SplitMultiheadAttention)
-    assert model["a"] is model["b"][0]
-    assert not context.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
-    assert model["a"] is layer
-    assert model["b"][0] is layer
+    work = opened(model).model
+    assert isinstance(work["a"], SplitMultiheadAttention)
+    assert work["a"] is work["b"][0]
+    assert model["a"] is model["b"][0] is layer
+    close_attentions(work)
+    assert type(work["a"]) is nn.MultiheadAttention
+    assert work["a"] is work["b"][0]
+    assert all(map(torch.equal, work.state_dict().values(), model.state_dict().values()))

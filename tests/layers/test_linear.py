@@ -50,7 +50,7 @@ def test_metadata_of_the_weight_multiplies_nothing(make, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the product was formed")
 
-    monkeypatch.setattr("hf_reparam.layers.linear._formed", forbidden)
+    monkeypatch.setattr("hf_reparam.layers.factored._formed", forbidden)
     assert weight.shape == (8, 12)
     assert weight.dtype is torch.bfloat16
     assert weight.device.type == "cpu"

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_reparam import convert
 from hf_reparam.errors import TargetError
+from hf_reparam.layers.copies import working_copy
 from hf_reparam.layers.dense import dense_matrix
-from hf_reparam.layers.surgery import factor, low_rank_like, replace_modules
+from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.layers.surgery import check_copyable, factor, independent_copy, low_rank_like, replace_modules
 from hf_reparam.linalg import decompose
 from hf_reparam.plan import Entry
 
@@ -71,30 +74,41 @@ def test_low_rank_like_on_meta_allocates_nothing():
     assert low.down.weight.is_meta
 
 
-@pytest.mark.parametrize("inplace", [True, False])
-def test_replace_at_every_path(inplace):
+def test_replace_at_every_path():
     shared, other = nn.Linear(4, 4), nn.Linear(4, 4)
     net = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, other)})
     new = nn.Identity()
-    result = replace_modules(net, {shared: new}, inplace=inplace)
-    assert result["a"] is result["b"][0] is new
-    assert (result is net) == inplace
-    assert (net["a"] is shared) == (not inplace)
-    assert (result["b"][1] is other) == inplace
-    assert torch.equal(result["b"][1].weight, other.weight)
+    replace_modules(net, {shared: new})
+    assert net["a"] is net["b"][0] is new
+    assert net["b"][1] is other
 
 
-@pytest.mark.parametrize("inplace", [True, False])
-def test_replace_in_lists_beside_the_children(inplace):
-    class Listed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = [nn.Linear(4, 4)]
-            self.add_module("0", self.layers[0])
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(4, 4)]
+        self.add_module("0", self.layers[0])
 
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_replace_in_lists_beside_the_children(copied):
     net, new = Listed(), nn.Identity()
-    result = replace_modules(net, {net.layers[0]: new}, inplace=inplace)
-    assert result.layers[0] is result.get_submodule("0") is new
+    model = working_copy(net) if copied else net
+    old = net.layers[0]
+    replace_modules(model, {model.layers[0]: new})
+    assert model.layers[0] is model.get_submodule("0") is new
+    assert (net.layers[0] is net.get_submodule("0") is old) == copied
+
+
+def test_a_copy_shares_the_new_modules_alone():
+    net, new = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4)
+    work = working_copy(net)
+    replace_modules(work, {work[0]: new})
+    result = independent_copy(work, [new])
+    assert result[0] is new
+    assert result[1] is not net[1]
+    assert result[1].weight is not net[1].weight
+    assert torch.equal(result[1].weight, net[1].weight)
 
 
 def test_copy_never_copies_the_replaced_tensors():
@@ -106,13 +120,16 @@ def test_copy_never_copies_the_replaced_tensors():
 
     dense.weight = nn.Parameter(dense.weight.detach().as_subclass(Uncopyable))
     net = nn.Sequential(dense, nn.Linear(4, 4))
-    assert isinstance(replace_modules(net, {dense: nn.Identity()}, inplace=False)[0], nn.Identity)
-    with pytest.raises(TargetError, match="copied"):
-        replace_modules(net, {}, inplace=False)
+    check_copyable(net, [dense])
+    work, new = working_copy(net), nn.Identity()
+    replace_modules(work, {work[0]: new})
+    assert independent_copy(work, [new])[0] is new
+    with pytest.raises(TargetError, match=r"use inplace=True. The copy failed with: copied"):
+        independent_copy(net, [])
 
 
 def test_replacing_the_root():
-    root = nn.Linear(4, 4)
-    assert isinstance(replace_modules(root, {root: nn.Identity()}, inplace=False), nn.Identity)
+    root = nn.Linear(32, 32)
+    assert isinstance(convert(root, rank=4), LowRankLinear)
     with pytest.raises(TargetError, match="inplace=False"):
-        replace_modules(root, {root: nn.Identity()}, inplace=True)
+        convert(root, rank=4, inplace=True)

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from hf_reparam import LowRankConfig
 from hf_reparam.errors import TargetError
-from hf_reparam.layers import find_targets
 from hf_reparam.layers.surgery import low_rank_like
+from hf_reparam.model.sites import select
 from hf_reparam.plan import Entry
+from tests import zoo
 
 
 class Experts(nn.Module):
@@ -21,35 +23,43 @@ class Custom(nn.Linear):
     pass
 
 
-def names(targets):
-    return [target.name for target in targets.selected]
+def find(model, **options):
+    return select(model, LowRankConfig(**options))
 
 
-def reasons(targets):
-    return {item.name: item.reason for item in targets.skipped}
+def sites(found):
+    return [item.site for item in found.selected]
+
+
+def names(found):
+    return [site.name for site in sites(found)]
+
+
+def reasons(found):
+    return {item.name: item.reason for item in found.skipped}
 
 
 def test_selects_dense_layers_with_their_shapes():
-    found = find_targets(nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(5, 2, bias=False)}))
-    assert [(t.name, t.in_features, t.out_features, t.dense_parameters) for t in found.selected] == [
+    found = find(nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(5, 2, bias=False)}))
+    assert [(s.name, s.in_features, s.out_features, s.dense_numbers(None)) for s in sites(found)] == [
         ("a", 3, 5, 20),
         ("b", 5, 2, 10),
     ]
     assert found.skipped == ()
 
 
-def test_include_and_exclude():
+def test_target_and_exclude():
     net = nn.ModuleDict({k: nn.Linear(4, 4) for k in ("query", "key", "value")})
-    found = find_targets(net, include=["query", "re:[kv].*"], exclude="value")
+    found = find(net, target_modules=["query", "re:[kv].*"], exclude_modules="value")
     assert names(found) == ["query", "key"]
     assert reasons(found) == {"value": "excluded by 'value'"}
-    assert reasons(find_targets(net, include="query")) == {"key": "not included", "value": "not included"}
+    assert reasons(find(net, target_modules="query")) == {"key": "not in target_modules", "value": "not in target_modules"}
 
 
-@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
 def test_pattern_without_a_match(option):
-    with pytest.raises(TargetError, match=f"{option}: 'nope' matches none of the 1 dense layers"):
-        find_targets(nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Embedding(3, 5)}), **{option: "nope"})
+    with pytest.raises(TargetError, match=f"{option}: 'nope' matches none of the 1 layers"):
+        find(nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Embedding(3, 5)}), **{option: "nope"})
 
 
 def test_reasons():
@@ -71,7 +81,7 @@ def test_reasons():
     net["integers"].weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
     net["patched"].forward = lambda x: x
     net["head"].weight = net["table"].weight
-    found = find_targets(net)
+    found = find(net)
     assert names(found) == []
     expected = {
         "custom": "subclass of a dense type",
@@ -91,22 +101,24 @@ def test_reasons():
 
 
 def test_protected_layers_keep_their_reason_whatever_the_patterns_say():
-    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    found = find_targets(net, include="*", protected={"b": "output embeddings"})
-    assert names(found) == ["a"]
-    assert reasons(found) == {"b": "output embeddings"}
+    model = zoo.BY_BASE["BertForMaskedLM"].build()
+    found = find(model, target_modules="*")
+    assert "cls.predictions.transform.dense" in names(found)
+    assert "cls.predictions.decoder" not in names(found)
+    assert reasons(found)["cls.predictions.decoder"] == "output embeddings"
 
 
 def test_shared_module_is_one_target_with_all_its_names():
     shared = nn.Linear(4, 4)
-    found = find_targets(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}), include="b.0")
-    assert [target.names for target in found.selected] == [("a", "b.0")]
+    found = find(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}), target_modules="b.0")
+    assert [site.names for site in sites(found)] == [("a", "b.0")]
 
 
 def test_low_rank_layers_are_targets_and_their_factors_are_not():
-    found = find_targets(nn.Sequential(low_rank_like(nn.Linear(8, 8), Entry(2)), nn.Linear(8, 8)))
-    assert [(t.name, t.entry and t.entry.rank, t.parameters, t.dense_parameters) for t in found.selected] == [
-        ("0", 2, 40, 72),
+    found = find(nn.Sequential(low_rank_like(nn.Linear(8, 8), Entry(2)), nn.Linear(8, 8)))
+    held = [item.structure.cost(item.site, item.site.entry) + item.site.others for item in found.selected]
+    assert [(s.name, s.entry, now, s.dense_numbers(s.entry)) for s, now in zip(sites(found), held, strict=True)] == [
+        ("0", Entry(2), 40, 72),
         ("1", None, 72, 72),
     ]
 
@@ -114,4 +126,4 @@ def test_low_rank_layers_are_targets_and_their_factors_are_not():
 def test_works_on_meta():
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(8, 8), nn.Embedding(3, 8))
-    assert names(find_targets(net)) == ["0"]
+    assert names(find(net)) == ["0"]

@@ -8,12 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reparam.errors import RankError
-from hf_reparam.linalg import Options, allocate
+from hf_reparam.linalg import Alternative, Options
+from hf_reparam.linalg import allocate as allocate_groups
 
 
 def options(drops, costs):
     errors = torch.tensor(drops, dtype=torch.float64).flip(0).cumsum(0).flip(0)
     return Options(errors - errors[-1], torch.tensor(costs, dtype=torch.float64).cumsum(0))
+
+
+def allocate(layers, budget):
+    """The option of each layer, where there is one way to build each."""
+    found = allocate_groups({name: [Alternative(0.0, [o])] for name, o in layers.items()}, budget)
+    assert {way for way, _ in found.values()} == {0}
+    return {name: picked for name, (_, (picked,)) in found.items()}
 
 
 @st.composite
