@@ -46,7 +46,7 @@ def shallow(minilm, tmp_path_factory):
 
 
 def _narrowed(source, package, layers):
-    shutil.copytree(source, package / "model", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.copytree(source, package / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     (package / "__init__.py").touch()
     model = transformers.AutoModel.from_pretrained(source, num_hidden_layers=layers)
     model.config.intermediate_size = 512
