@@ -80,7 +80,8 @@ def main() -> int:
     dense = AutoModel.from_pretrained(source)
     batch = load_batch(source)
     start = time.perf_counter()
-    small, report = hf_reparam.convert(dense, rank=args.rank, return_report=True)
+    small = hf_reparam.convert(dense, rank=args.rank)
+    report = hf_reparam.report(small)
     seconds = time.perf_counter() - start
     print(f"\n{report}\n\nconverted in {seconds:.1f} s")
 

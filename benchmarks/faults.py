@@ -40,7 +40,7 @@ def _calibrate(source: Path, out: Path) -> None:
     """Collect moments and store them."""
     model = transformers.AutoModel.from_pretrained(source)
     ids = torch.arange(400).reshape(4, 100) % 90
-    hf_reparam.collect_moments(model, [{"input_ids": ids}]).save(out)
+    hf_reparam.calibrate(model, [{"input_ids": ids}]).save(out)
 
 
 ACTIONS: dict[str, Callable[[Path, Path], object]] = {

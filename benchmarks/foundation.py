@@ -21,9 +21,8 @@ from torch import nn
 
 import hf_reparam
 from benchmarks.machine import write
-from hf_reparam.layers import find_targets
 from hf_reparam.linalg import decompose
-from hf_reparam.model.inspection import count_parameters
+from hf_reparam.model.checks import count_parameters
 
 SEED = 0
 RANK = 128
@@ -36,10 +35,8 @@ def bert() -> transformers.BertModel:
 
 def half(model: nn.Module) -> dict[str, int]:
     """The rank of each encoder layer at which its pair holds half of the dense weight, a multiple of 16."""
-    targets = [t for t in find_targets(model).selected if "pooler" not in t.name]
-    return {
-        t.name: round(t.in_features * t.out_features / 2 / (t.in_features + t.out_features) / 16) * 16 for t in targets
-    }
+    shapes = {row.name: (row.in_features, row.out_features) for row in hf_reparam.report(model).layers}
+    return {name: round(n_in * n_out / 2 / (n_in + n_out) / 16) * 16 for name, (n_in, n_out) in shapes.items()}
 
 
 def rounds(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -57,7 +54,7 @@ def rounds(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
 def exactness() -> dict[str, Any]:
     """Full rank against dense, and the error of a cut against the optimum."""
     dense = bert()
-    full = hf_reparam.convert(dense, rank=1.0, allow_larger=True)
+    full = hf_reparam.convert(dense, hf_reparam.LowRankConfig(rank=1.0, allow_larger=True))
     ids = torch.randint(1000, 30000, (2, 64))
     gap = (full(ids).last_hidden_state - dense(ids).last_hidden_state).abs().max().item()
     excess = {}
@@ -72,7 +69,7 @@ def exactness() -> dict[str, Any]:
 
 def factoring() -> dict[str, Any]:
     """All dense layers of a BERT-base-shaped model at rank 128 against loops of torch.linalg.svd."""
-    weights = [t.module.weight.detach() for t in find_targets(bert()).selected]
+    weights = [m.weight.detach() for m in bert().modules() if isinstance(m, nn.Linear)]
     loops = {
         "hf_reparam": lambda w: decompose(w, max_rank=RANK).truncate(RANK),
         "torch.linalg.svd, float32, full_matrices=False": lambda w: torch.linalg.svd(w, full_matrices=False),
@@ -152,7 +149,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     dense = bert()
-    small, report = hf_reparam.convert(dense, rank=half(dense), return_report=True)
+    small = hf_reparam.convert(dense, rank=half(dense))
+    report = hf_reparam.report(small)
     results = {
         "exactness": exactness(),
         "factoring": factoring(),

@@ -22,13 +22,21 @@ import hf_reparam
 from benchmarks import tasks
 from benchmarks.machine import write
 from benchmarks.timing import medians
-from hf_reparam import RankPlan
-from hf_reparam.compress.decomposition import as_decompositions
-from hf_reparam.compress.narrowing import NarrowHeads, attentions_by_name
+from hf_reparam import Entry, RankPlan
 from hf_reparam.linalg import HeadMaps, HeadMoments, output_moment
+from hf_reparam.model.host import layer_name
+from hf_reparam.structures.heads import Heads
+from hf_reparam.structures.heads.narrow import NarrowHeads
 
 SHARES = (0.75, 0.5, 0.25)
 GENERATED, PROMPTS = 32, (32, 960)
+
+
+def with_widths(model: Any, share: float, metric: str = "svd") -> RankPlan:
+    """Every attention with this share of the width of its heads, and nothing else."""
+    sites = {layer_name(model, site.name): site for site in Heads().sites(model)}
+    entries = {name: Entry(round(site.out_features * share), "heads") for name, site in sites.items()}
+    return RankPlan(entries, model.config.model_type, metric)
 
 
 def modegpt(heads: NarrowHeads) -> tuple[HeadMoments, HeadMaps]:
@@ -46,20 +54,17 @@ def modegpt(heads: NarrowHeads) -> tuple[HeadMoments, HeadMaps]:
 
 def quality(task: tasks.Task) -> dict[str, Any]:
     """What is lost at each share of the width, by method."""
-    moments = hf_reparam.collect_moments(task.model, task.batches)
-    known = attentions_by_name(task.model)
+    calibration = hf_reparam.calibrate(task.model, task.batches)
     rows: dict[str, dict[str, Any]] = {}
     for name, metric in (("weights", "svd"), ("MoDeGPT", "activation"), ("this package", "fisher")):
         for share in SHARES:
-            widths = {n: round(a.width * share) for n, a in known.items()}
-            plan = RankPlan({}, task.model.config.model_type, metric, head_widths=widths)
+            plan = with_widths(task.model, share, metric)
             prepare = modegpt if name == "MoDeGPT" else NarrowHeads.prepare
             with mock.patch.object(NarrowHeads, "prepare", prepare):
-                source = as_decompositions(moments if metric != "svd" else None, metric)
-                small = hf_reparam.convert(task.model, plan=plan, calibration=source)
+                small = hf_reparam.convert(task.model, plan, calibration=calibration)
             rows.setdefault(name, {})[str(share)] = task.score(small)
             print(f"{task.name:11} {name:13} {share:<5} {rows[name][str(share)]['lost']:.4f}", flush=True)
-    return {"lost": task.lost, "attentions": len(known), "rows": rows}
+    return {"lost": task.lost, "attentions": len(plan.modules), "rows": rows}
 
 
 def cache_bytes(model: Any, length: int) -> int:
@@ -89,9 +94,9 @@ def decoding() -> list[dict[str, Any]]:
     dense = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
     models: dict[str, Any] = {"dense": dense}
     for share in SHARES:
-        plan = RankPlan({}, "gpt2", head_widths={n: round(64 * share) for n in attentions_by_name(dense)})
-        models[f"heads {share}"] = hf_reparam.convert(dense, plan=plan)
-    models["heads 0.5, keep 0.5"] = hf_reparam.convert(models["heads 0.5"], rank={"*": 0.29}, form="pivoted")
+        models[f"heads {share}"] = hf_reparam.convert(dense, with_widths(dense, share))
+    config = hf_reparam.LowRankConfig(rank={"*": 0.29}, form="pivoted")
+    models["heads 0.5, keep 0.5"] = hf_reparam.convert(models["heads 0.5"], config)
     rows = []
     for length in PROMPTS:
         sizes = {name: cache_bytes(model, length) for name, model in models.items()}

@@ -113,7 +113,7 @@ def told(text: str, config: dict[str, Any]) -> str:
 
 def ours(text: str) -> bool:
     """Whether the configuration still says that it is a converted model's: else no code of this package runs."""
-    return '"model_type": "reparam"' in text
+    return '"model_type": "hf_reparam"' in text
 
 
 def _place(config: dict[str, Any], rng: random.Random) -> tuple[Any, Any]:
@@ -332,9 +332,10 @@ def _source(folder: Path, form: str) -> tuple[dict[str, Any], dict[str, torch.Te
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
     model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **sizes))
     if form == "pivoted":
-        widths = {f"encoder.layer.{i}.attention": 5 for i in range(2)}
-        plan = hf_reparam.RankPlan({}, "bert", head_widths=widths, embeddings={"embeddings.word_embeddings": 6})
-        small = hf_reparam.convert(hf_reparam.convert(model, plan=plan), rank=4, form=form)
+        entries = {f"encoder.layer.{i}.attention": hf_reparam.Entry(5, "heads") for i in range(2)}
+        entries["embeddings.word_embeddings"] = hf_reparam.Entry(6, "table")
+        plan = hf_reparam.RankPlan(entries, "bert")
+        small = hf_reparam.convert(hf_reparam.convert(model, plan), hf_reparam.LowRankConfig(rank=4, form=form))
     else:
         small = hf_reparam.convert(model, rank=4)
     small.save_pretrained(folder)

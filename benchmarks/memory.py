@@ -148,12 +148,13 @@ def worker(name: str) -> dict[str, float]:
         inplace, form = "in place" in name, "pivoted" if "pivoted" in name else "pair"
         held: dict[str, Any] = {"model": model}
         del model
-        work = lambda: held.update(model=hf_reparam.convert(held["model"], rank=256, form=form, inplace=inplace))  # noqa: E731
+        config = hf_reparam.LowRankConfig(rank=256, form=form)
+        work = lambda: held.update(model=hf_reparam.convert(held["model"], config, inplace=inplace))  # noqa: E731
         return found | {"peak_above_mb": peak_of(work)}
     with tempfile.TemporaryDirectory() as folder:
         limit = {} if name == "calibrate" else {"folder": folder, "max_memory": name.split()[-1]}
         start = time.perf_counter()
-        peak = peak_of(lambda: hf_reparam.collect_moments(model, data, **limit))
+        peak = peak_of(lambda: hf_reparam.calibrate(model, data, **limit))
         return found | {"peak_above_mb": peak, "seconds": time.perf_counter() - start}
 
 

