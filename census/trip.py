@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 import hf_reparam
 from census.inputs import Inputs, NoInputsError, find_inputs, run
 from census.tiny import CannotBuildError, build
+from hf_reparam.errors import RankError, TargetError
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.families import auto_class_of
 
 __all__ = ["FAILED", "LEFT_OUT", "OUTPUTS", "TENSORS", "travel"]
@@ -63,12 +65,12 @@ def _outcome(dense: PreTrainedModel, inputs: Inputs | None, without: str, folder
     stock = _stage("the dense class does not load what it saved", _faults_of_stock, dense, inputs, folder / "dense")
     form = ("pair", "pivoted")[zlib.crc32(type(dense).__name__.encode()) % 2]
     try:
-        small = hf_reparam.convert(dense, rank=RANK, form=form)
-    except (hf_reparam.TargetError, hf_reparam.RankError) as error:
+        small = hf_reparam.convert(dense, hf_reparam.LowRankConfig(rank=RANK, form=form))
+    except (TargetError, RankError) as error:
         return {"ends": LEFT_OUT, "why": f"nothing to convert: {_line(error)}"}
     except Exception as error:
         return {"ends": FAILED, "why": [f"convert: {type(error).__name__}: {_line(error)}"]}
-    layers = sum(isinstance(module, hf_reparam.LowRankLinear) for module in small.modules())
+    layers = sum(isinstance(module, LowRankLinear) for module in small.modules())
     row: dict[str, Any] = {"form": form, "layers": layers}
     faults = _stage("load", _faults_of_small, small, inputs, folder / "small")
     faults += _stage("merge", _faults_of_merged, small, inputs, folder)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import transformers
 
-from hf_reparam import RankPlan, convert
-from hf_reparam.compress.narrowing import attentions_by_name
+from hf_reparam import Entry, LowRankConfig, RankPlan, convert
 from hf_reparam.model.auto import register
 from hf_reparam.model.classes import model_class
 from hf_reparam.model.config import plan_of
+from hf_reparam.model.host import layer_name
+from hf_reparam.structures.heads import Heads
 from tests import zoo
 
 __all__ = ["DENSE", "FAMILIES", "FORMS", "Family"]
@@ -91,15 +92,15 @@ class Family:
     @functools.cache  # noqa: B019  # a handful of families
     def plan(self, form: str) -> RankPlan:
         """The layers that `convert` makes low-rank in any of the classes."""
-        layers, widths, base = {}, {}, self.config().model_type
+        entries, base = {}, self.config().model_type
         for name in self.classes:
             model = self.stock(name)(self.config())
             if form == "joint":
-                widths |= {name: a.width // 2 for name, a in attentions_by_name(model).items()}
-                model = convert(model, plan=RankPlan({}, base, head_widths=widths)) if widths else model
-            small = convert(model, rank=RANK, form="pivoted" if form == "joint" else form)
-            layers |= plan_of(small.config).modules
-        return RankPlan(layers, base, head_widths=widths)
+                narrow = {layer_name(model, s.name): Entry(s.out_features // 2, "heads") for s in Heads().sites(model)}
+                model = convert(model, RankPlan(narrow, base)) if narrow else model
+            small = convert(model, LowRankConfig(rank=RANK, form="pivoted" if form == "joint" else form))
+            entries |= plan_of(small.config).modules
+        return RankPlan(entries, base)
 
 
 FAMILIES = (
