@@ -20,7 +20,7 @@ __all__ = ["DENSE", "FAMILIES", "FORMS", "Family"]
 
 DENSE = "dense"
 FORMS = (DENSE, *zoo.FORMS, "joint")
-"""How layers are stored; "joint" also has heads half as wide where that can be, and values use the `down` of keys."""
+"""How layers are stored; "joint" also has heads half as wide where that can be."""
 RANK = 8
 BATCH, LENGTH = 13, 7  # as the testers of Transformers have them: some tests cut to a batch of 7
 

@@ -47,8 +47,8 @@ def run(
         The model as loaded from disk, and the scores.
     """
     batches = list(DataLoader(rows[:128], batch_size=32, collate_fn=collator))
-    small, report = hf_reparam.convert(model, keep=keep, calibration=batches, return_report=True)
-    print(report, "\n")
+    small = hf_reparam.convert(model, keep=keep, calibration=batches)
+    print(hf_reparam.report(small), "\n")
     scores = {"dense": score(model), "converted": score(small)}
 
     fit(small, rows, collator, steps=steps)  # a Trainer

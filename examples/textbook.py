@@ -91,8 +91,9 @@ def main(keep: float = 0.3) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
     data = [draw(BATCH, generator)[0] for _ in range(8)]
     plain = hf_reparam.convert(model, keep=keep)
-    moments = hf_reparam.collect_moments(model, data, loss_fn=summed_loss)
-    small, report = hf_reparam.convert(model, keep=keep, calibration=moments, return_report=True)
+    calibration = hf_reparam.calibrate(model, data, loss_fn=summed_loss)
+    small = hf_reparam.convert(model, keep=keep, calibration=calibration)
+    report = hf_reparam.report(small)
     scores |= {"plain SVD": score(plain), "converted": score(small)}
     scores |= {"parameters": (report.parameters_before, report.parameters_after)}
     scores["fine-tuning steps"] = train(small, LONGEST // 4, 5e-4, seed=3)
