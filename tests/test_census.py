@@ -143,7 +143,7 @@ def test_a_conversion_that_raises_fails_unless_there_is_nothing_to_convert(monke
         return row_of()
 
     assert raising(RuntimeError("broken"))["why"] == ["convert: RuntimeError: broken"]
-    assert raising(hf_reparam.TargetError("no layer"))["ends"] == LEFT_OUT
+    assert raising(hf_reparam.errors.TargetError("no layer"))["ends"] == LEFT_OUT
 
 
 def test_a_class_whose_stock_form_is_lost_in_saving_is_left_out(monkeypatch):

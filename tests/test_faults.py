@@ -13,8 +13,9 @@ from torch import nn
 
 import hf_reparam
 from benchmarks.faults import ACTIONS, Killer
-from hf_reparam import TargetError, WeightError, collect_moments, convert
-from hf_reparam.compress import factoring
+from hf_reparam import LowRankConfig, calibrate, convert
+from hf_reparam.errors import CheckpointError, TargetError, WeightError
+from hf_reparam.structures import linear
 from tests import zoo
 from tests.launch import ROOT
 
@@ -74,7 +75,7 @@ def test_calibration_data_that_is_no_good(case, data, error, message, inplace):
 def test_one_empty_batch_among_others_changes_nothing():
     model, batch = CASE.build(), CASE.batch()
     empty = {key: value[:0] for key, value in batch.items()}
-    alone, among = (collect_moments(model, data, metric="activation") for data in ([batch], [empty, batch, empty]))
+    alone, among = (calibrate(model, data, metric="activation") for data in ([batch], [empty, batch, empty]))
     for name, layer in alone.layers.items():
         assert among.layers[name].tokens == layer.tokens
         assert torch.equal(among.layers[name].input_products, layer.input_products)
@@ -85,10 +86,10 @@ def test_gradients_that_are_nan():
         return model(**batch).logits.sum() * torch.nan
 
     with Untouched(CASE.build()) as model:
-        moments = collect_moments(model, [CASE.batch()], loss_fn=loss)
+        moments = calibrate(model, [CASE.batch()], loss_fn=loss)
         with pytest.raises(WeightError, match=r"\S+: the calibration gradients of this layer are not finite"):
             convert(model, keep=0.5, calibration=moments)
-        small = convert(model, keep=0.5, calibration=moments, metric="activation")  # inputs are good
+        small = convert(model, LowRankConfig(keep=0.5, metric="activation"), calibration=moments)  # inputs are good
         assert all(bool(torch.isfinite(t).all()) for t in zoo.outputs(small, CASE.batch()))
 
 
@@ -100,17 +101,17 @@ def test_gradients_that_are_nan():
 )
 def test_a_singular_covariance(x, form):
     net = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12, bias=False))
-    moments = collect_moments(net, [{"input": x}], loss_fn=lambda m, b: m(**b).square().sum())
+    moments = calibrate(net, [{"input": x}], loss_fn=lambda m, b: m(**b).square().sum())
     for metric in ("activation", "fisher"):
-        small = convert(net, rank=3, form=form, calibration=moments, metric=metric)
+        small = convert(net, LowRankConfig(rank=3, form=form, metric=metric), calibration=moments)
         assert all(bool(torch.isfinite(p).all()) for p in small.parameters())
         assert bool(torch.isfinite(small(torch.randn(5, 12))).all())
 
 
 def test_gradients_that_are_zero():
     net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
-    moments = collect_moments(net, [{"input": torch.randn(40, 12)}], loss_fn=lambda m, b: 0 * m(**b).sum())
-    small = convert(net, keep=0.5, min_rank=1, calibration=moments)
+    moments = calibrate(net, [{"input": torch.randn(40, 12)}], loss_fn=lambda m, b: 0 * m(**b).sum())
+    small = convert(net, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
     assert all(bool(torch.isfinite(p).all()) for p in small.parameters())
 
 
@@ -125,7 +126,7 @@ def test_a_layer_that_is_never_reached():
 
     net = Net()
     with pytest.warns(UserWarning, match=r"1 layers saw no data and will get plain SVD: \['unused'\]"):
-        moments = collect_moments(net, [{"x": torch.randn(9, 12)}], loss_fn=lambda m, b: m(**b).square().sum())
+        moments = calibrate(net, [{"x": torch.randn(9, 12)}], loss_fn=lambda m, b: m(**b).square().sum())
     assert moments.layers["unused"].tokens == 0
     calibrated, plain = convert(net, rank=3, calibration=moments), convert(net, rank=3)
     torch.testing.assert_close(calibrated.unused.weight.add(0), plain.unused.weight.add(0))
@@ -136,9 +137,9 @@ def test_a_layer_that_is_never_reached():
 def test_the_narrowest_layers(shape, form):
     net = nn.Sequential(nn.Linear(*shape), nn.Linear(shape[1], 24), nn.Linear(24, 24))
     x = torch.randn(5, shape[0])
-    small = convert(net, rank=1, form=form)
+    small = convert(net, LowRankConfig(rank=1, form=form))
     assert small(x).shape == (5, 24)
-    full = convert(net, rank=1.0, form="pair", allow_larger=True)
+    full = convert(net, LowRankConfig(rank=1.0, form="pair", allow_larger=True))
     torch.testing.assert_close(full(x), net(x), atol=1e-5, rtol=0)
 
 
@@ -146,7 +147,8 @@ def test_the_narrowest_layers(shape, form):
 def test_a_zero_weight(form):
     net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
     nn.init.zeros_(net[0].weight)
-    small, report = convert(net, rank=3, form=form, return_report=True)
+    small = convert(net, LowRankConfig(rank=3, form=form))
+    report = hf_reparam.report(small)
     assert report.layers[0].error == 0
     torch.testing.assert_close(small(torch.randn(5, 12)), small[1](net[0].bias.expand(5, 12)))
 
@@ -154,7 +156,7 @@ def test_a_zero_weight(form):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), KeyboardInterrupt()])
 def test_memory_runs_out_in_one_layer(monkeypatch, error, inplace):
-    made, factor = [], factoring.factor
+    made, factor = [], linear.factor
 
     def failing(*args, **kwargs):
         made.append(args)
@@ -162,7 +164,7 @@ def test_memory_runs_out_in_one_layer(monkeypatch, error, inplace):
             raise error
         return factor(*args, **kwargs)
 
-    monkeypatch.setattr(factoring, "factor", failing)
+    monkeypatch.setattr(linear, "factor", failing)
     with Untouched(CASE.build()) as model, pytest.raises(type(error)):
         convert(model, rank=6, inplace=inplace)
     assert len(made) == 7
@@ -208,7 +210,7 @@ def test_a_disk_that_is_full(dense, tmp_path):
 
 
 def test_moments_on_a_full_disk(tmp_path):
-    moments = collect_moments(CASE.build(), [CASE.batch()])
+    moments = calibrate(CASE.build(), [CASE.batch()])
     place = tmp_path / "moments.safetensors"
     moments.save(place)
     good = place.read_bytes()
@@ -216,7 +218,7 @@ def test_moments_on_a_full_disk(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(hf_reparam.CheckpointError, match="cannot be written"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
             moments.save(place)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

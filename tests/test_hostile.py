@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import hf_reparam
 from benchmarks import hostile
-from hf_reparam import CheckpointError, PlanError, convert
+from hf_reparam import convert
+from hf_reparam.errors import CheckpointError, PlanError
 from hf_reparam.files.folder import load
 from tests import zoo
 
@@ -148,7 +149,7 @@ def test_a_pickle_is_never_opened(saved, tmp_path, name):
 def test_moments_are_no_pickle(tmp_path):
     (tmp_path / "moments.safetensors").write_bytes(pickle.dumps({"x": Bomb(tmp_path / "exploded")}))
     with pytest.raises(CheckpointError, match="cannot be read as moments"):
-        hf_reparam.Moments.load(tmp_path / "moments.safetensors")
+        hf_reparam.Calibration.load(tmp_path / "moments.safetensors")
     assert not (tmp_path / "exploded").exists()
 
 

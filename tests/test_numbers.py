@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reparam import collect_moments, convert, merge
+import hf_reparam
+from hf_reparam import LowRankConfig, calibrate, convert, merge
 from tests import zoo
 from tests.launch import ROOT
 
@@ -48,7 +49,7 @@ def optimum(weight, rank):
 )
 def test_scales_in_every_precision(dtype, scale, form):
     weight = (torch.randn(40, 60, dtype=torch.float64) * scale).to(dtype)
-    small = convert(layer(weight), rank=8, form=form)
+    small = convert(layer(weight), LowRankConfig(rank=8, form=form))
     eps = torch.finfo(dtype).eps
     got = relative(product(small), weight.double())
     assert got <= optimum(weight, 8) + 8 * eps  # two factors, each rounded once
@@ -67,7 +68,8 @@ def test_a_model_of_scaled_weights(dtype, scale, form):
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.mul_(scale)
-    small, report = convert(model.to(dtype), rank=8, form=form, return_report=True)
+    small = convert(model.to(dtype), LowRankConfig(rank=8, form=form))
+    report = hf_reparam.report(small)
     assert all(bool(torch.isfinite(p).all()) for p in small.parameters())
     assert all(0 < row.error < 1 for row in report.layers)
 
@@ -81,8 +83,8 @@ def test_scales_of_inputs_and_losses(scale, form):
 
     def factored(unit, of_loss):
         data = [{"input": x * unit}]
-        moments = collect_moments(net, data, loss_fn=lambda m, b: m(**b).square().sum() * of_loss)
-        return product(convert(net, rank=6, form=form, calibration=moments))
+        moments = calibrate(net, data, loss_fn=lambda m, b: m(**b).square().sum() * of_loss)
+        return product(convert(net, LowRankConfig(rank=6, form=form), calibration=moments))
 
     plain = factored(1.0, 1.0)
     torch.testing.assert_close(factored(1.0, scale), plain, atol=2e-5, rtol=0)
@@ -96,7 +98,8 @@ def test_scales_of_inputs_and_losses(scale, form):
 def test_ranks_that_are_not_there(dtype, true_rank, form):
     left, right = torch.randn(40, true_rank, dtype=torch.float64), torch.randn(true_rank, 60, dtype=torch.float64)
     weight = (left @ right).to(dtype)  # rounding adds a little rank
-    small, report = convert(layer(weight), rank=8, form=form, return_report=True)
+    small = convert(layer(weight), LowRankConfig(rank=8, form=form))
+    report = hf_reparam.report(small)
     assert all(bool(torch.isfinite(p).all()) for p in small.parameters())
     eps = torch.finfo(dtype).eps
     if true_rank:
@@ -120,7 +123,7 @@ SPECTRA = {
 def test_equal_singular_values(kind, form):
     weight = SPECTRA[kind]()
     for rank in (1, 7, 12):
-        small, again = (convert(layer(weight, bias=False), rank=rank, form=form) for _ in range(2))
+        small, again = (convert(layer(weight, bias=False), LowRankConfig(rank=rank, form=form)) for _ in range(2))
         assert relative(product(small), weight.double()) == pytest.approx(optimum(weight, rank), rel=1e-5, abs=1e-6)
         assert all(map(torch.equal, small[0].state_dict().values(), again[0].state_dict().values()))
 
@@ -135,7 +138,7 @@ for threads in (1, 2):
 
 
 def made():
-    models = [convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=9, form=form) for form in zoo.FORMS]
+    models = [convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(rank=9, form=form)) for form in zoo.FORMS]
     return {
         f"{form}.{key}": value
         for form, m in zip(zoo.FORMS, models, strict=True)
