@@ -1,4 +1,4 @@
-"""The site's front page is the README, the benchmarks' figures and pictures go with it, and examples are code."""
+"""Texts of the root are pages, the README the front one; figures and pictures go with them; examples are code."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,11 @@ from griffe import Extension
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+ROOTED = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 
 def on_files(files, config):
-    for target, source in (("index.md", "README.md"), ("changelog.md", "CHANGELOG.md")):
+    for target, source in ROOTED.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
     for path in sorted((ROOT / "benchmarks" / "results").iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
@@ -21,9 +22,11 @@ def on_page_markdown(markdown, page, config, files):
     """Links that hold in the repository become links that hold in the site."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\((?:\.\./)*benchmarks/results/", f"]({up}results/", markdown)
-    if page.file.src_uri == "index.md":
+    if page.file.src_uri in ROOTED:
         markdown = re.sub(r"\]\((?:docs/)?decisions/\)", "](decisions/0001-solver.md)", markdown)
-        markdown = markdown.replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
+        markdown = markdown.replace("](docs/", "](")
+        for target, source in ROOTED.items():
+            markdown = markdown.replace(f"]({source})", f"]({target})")
     return markdown
 
 

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from transformers import AutoModel, AutoTokenizer
 
-from hf_reparam import cli, convert
+from hf_reparam import LowRankConfig, cli, convert, report
 from notebooks.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -36,11 +36,11 @@ def test_python_blocks_run_in_order(tmp_path, shallow):
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
     assert type(scope["dense"]).__name__ == "BertForSequenceClassification"
-    assert {layer.rank for layer in scope["report"].layers} == {32, 96}
-    sizes = [scope[name].num_parameters() for name in ("smaller", "better", "small", "model")]
+    assert {layer.rank for layer in report(scope["by_rank"]).layers} == {32, 96}
+    sizes = [scope[name].num_parameters() for name in ("smaller", "small", "model")]
     assert sizes == sorted(sizes)
     assert 14_400_000 < scope["fits"].num_parameters() <= 14_500_000
-    assert scope["good"].num_parameters() < sizes[0]
+    assert scope["good"].report.parameters_after < sizes[0]
     assert (tmp_path / "out-dense" / "model.safetensors").exists()
 
 
@@ -230,7 +230,7 @@ def test_quality_figures_are_the_results():
         assert f"| {method} | {' | '.join(cells)} |" in readme
     better = [results["MiniLM"]["rows"][name] for name in ("+ embeddings", "fisher, global, pivoted")]
     assert all(better[0][keep]["lost"] < better[1][keep]["lost"] for keep in ("0.4", "0.25"))  # at equal whole size
-    refitted = results["MiniLM"]["rows"]["joint attention, refit"]
+    refitted = results["MiniLM"]["rows"]["fisher, global, pivoted, refit"]
     genres = [f"{refitted['0.4'][f'main-{genre}']:.3f} on {genre}" for genre in ("captions", "news")]
     spearman = [
         results["MiniLM"]["rows"]["dense"]["1.0"]["spearman"],
@@ -257,8 +257,8 @@ def test_why_plain_svd_fails_says_what_was_measured(minilm):
             for model in ("Llama 0.9M", "GPT-2 2.2M")
         ]
         assert re.search(rf"^\| {re.escape(start)}.*{re.escape(' | '.join(cells))} \|$", page, re.M), method
-    options = {"keep": 0.5, "form": "pair", "allocation": "uniform", "return_report": True}
-    errors = [layer.error for layer in convert(AutoModel.from_pretrained(minilm), **options)[1].layers]
+    config = LowRankConfig(keep=0.5, form="pair", allocation="uniform")
+    errors = [layer.error for layer in report(convert(AutoModel.from_pretrained(minilm), config)).layers]
     assert f"{min(errors):.0%} to {max(errors):.0%}".replace("%", " %") in " ".join(page.split())
 
 
