@@ -382,6 +382,17 @@ def test_figures_of_heads_are_the_results():
         assert all(rows["this package"][s]["lost"] <= rows[method][s]["lost"] for rows in tables for s in rows[method])
 
 
+def test_figures_of_the_decision_on_heads_are_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
+    page = (ROOT / "docs" / "decisions" / "0021-heads-opt-in.md").read_text()
+    styles = {"Llama 0.9M": (".4f", "lost"), "GPT-2 2.2M": (".4f", "lost"), "MiniLM": (".3f", "lost")}
+    for model, (style, score) in {**styles, "SST-2": (".3f", "accuracy")}.items():
+        keeps = re.search(rf"^\| {model}, .*keep ([\d. /]+) \|", page, re.M)[1].split(" / ")
+        rows = [results[model]["rows"][name] for name in ("fisher, global, pivoted", "joint attention")]
+        cells = [" / ".join(format(row[keep][score], style).lstrip("0") for keep in keeps) for row in rows]
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_make_targets_exist():
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.M)
     assert targets == ["demo", "test"]
