@@ -92,7 +92,7 @@ def _budgeted(work: nn.Module, selection: Selection, config: LowRankConfig, sour
     found = selection.selected
     if any(item.site.entry is not None for item in found):
         raise TargetError("the model is converted already: make plans from the dense model")
-    _check_options(selection, config, source)
+    _check_options(work, selection, config, source)
     counted = [item for item in found if item.site.weights]
     total = sum(item.site.weights for item in counted)
     budget = _budget(work, total, config)
@@ -103,7 +103,7 @@ def _budgeted(work: nn.Module, selection: Selection, config: LowRankConfig, sour
     return _uniform(counted, budget, steps)
 
 
-def _check_options(selection: Selection, config: LowRankConfig, source: Source) -> None:
+def _check_options(work: nn.Module, selection: Selection, config: LowRankConfig, source: Source) -> None:
     """Refuse options that ask for what cannot be here."""
     if config.heads and source.metric != "fisher":
         raise TargetError(f"heads=True needs the fisher metric, in which losses compare; got {source.metric!r}")
@@ -112,7 +112,8 @@ def _check_options(selection: Selection, config: LowRankConfig, source: Source) 
         if option is None or not getattr(config, option):
             continue
         if not any(item.structure is structure for item in selection.selected):
-            raise TargetError(f"{option}=True, and there are none here that can be held in fewer numbers")
+            why = "".join(f": {site.reason}" for site in structure.sites(work)[:1] if site.reason)
+            raise TargetError(f"{option}=True, and there are none here that can be held in fewer numbers{why}")
 
 
 def _budget(work: nn.Module, total: int, config: LowRankConfig) -> float:

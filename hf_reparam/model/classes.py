@@ -59,8 +59,9 @@ class ReparamMixin:
         """As the base's, but for low-rank layers, which it does not know. Numbers that were loaded are left alone."""
         layers = [m for m in self.modules() if isinstance(m, Factored)]  # type: ignore[attr-defined]
         drawn = [layer for layer in layers if not _has_numbers(layer)]
+        present = [layer for layer in drawn if not next(layer.parameters()).is_meta]
         with out_of_sight(layers):
-            sizes = deviations(self, [low for low in drawn if not next(low.parameters()).is_meta])
+            sizes = deviations(self, present)
             super().initialize_weights()  # type: ignore[misc]
         for module in drawn:
             draw(module, self.config, sizes.get(module))
@@ -257,7 +258,7 @@ def _swap(model: Any, *, strict: bool) -> None:
         return
     check_forms(plan)
     for structure in STRUCTURES:
-        for found, entry in fit(plan, model, structure, strict=strict).values():
+        for found, entry in fit(plan, model, structure, strict=strict, other_heads=True).values():
             if found.site.entry is not None:
                 raise PlanError(f"{found.name}: the plan holds it as {entry}, and the model as {found.site.entry}")
             new = structure.skeleton(found.site, entry)

@@ -143,14 +143,17 @@ def check_forms(plan: RankPlan) -> None:
             )
 
 
-def fit(plan: RankPlan, model: nn.Module, structure: Structure, *, strict: bool) -> dict[str, tuple[Found, Entry]]:
+def fit(
+    plan: RankPlan, model: nn.Module, structure: Structure, *, strict: bool, other_heads: bool = False
+) -> dict[str, tuple[Found, Entry]]:
     """Name in a plan -> site and entry, for all that a plan says of one structure and that is not so already.
 
     Args:
         plan: the plan.
         model: a model whose sites of earlier structures are as the plan says.
         strict: names that lead nowhere are errors; otherwise, and while a model is loaded, only such that lead to
-            what cannot be held so. A name whose first component the base model does not have is one of another head.
+            what cannot be held so.
+        other_heads: a name whose first component the base model does not have may be one of another head.
 
     Raises:
         PlanError: a name leads nowhere, or to what cannot be held so, or its rank does not fit.
@@ -166,16 +169,21 @@ def fit(plan: RankPlan, model: nn.Module, structure: Structure, *, strict: bool)
     for name, entry in entries.items():
         path = paths.get(name)
         if path is None:
-            _check_absent(name, model, strict)
+            _check_absent(name, model, strict=strict, other_heads=other_heads)
             continue
         site = sites.get(path)
         if site is None:
             kind = type(modules[path]).__name__
-            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is a {kind}, no dense layer")
+            what = "no dense layer" if structure.option is None else f"of such there are {sorted(sites)[:3]}"
+            end = f", {what}" if structure.option is None else f"; {what}"
+            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is a {kind}{end}")
+        if site.entry == entry:
+            continue
         reason = protected.get(path) or site.reason
         if reason is not None:
-            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it stays dense: {reason}")
-        if site.entry != entry and _fits(name, structure, site, entry):
+            stays = "dense" if site.entry is None else "as it is"
+            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it stays {stays}: {reason}")
+        if _fits(name, structure, site, entry):
             found[name] = (Found(name, structure, site), entry)
     return found
 
@@ -187,10 +195,10 @@ def _paths(model: nn.Module, entries: Mapping[str, Entry], sites: Mapping[str, S
     return {name: named[name] for name in entries if name in named}
 
 
-def _check_absent(name: str, model: nn.Module, strict: bool) -> None:
+def _check_absent(name: str, model: nn.Module, *, strict: bool, other_heads: bool) -> None:
     if isinstance(model, PreTrainedModel):
         known = {child for child, _ in model.base_model.named_children()}
-        strict = strict and not loading() and name.partition(".")[0] in known
+        strict = strict and not loading() and (not other_heads or name.partition(".")[0] in known)
     if strict:
         raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
 

@@ -210,7 +210,7 @@ def _shape(module: Any) -> tuple[int, int]:
 def _why_not(members: Mapping[str, nn.Module]) -> str | None:
     for path, module in members.items():
         if isinstance(module, LowRankTable):
-            return None
+            return f"{path} is of low rank already: merge the model, and convert the dense one"
         if type(module) not in (nn.Embedding, nn.Linear):
             return f"{path} is a {type(module).__name__}"
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
