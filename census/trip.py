@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 import hf_reparam
 from census.inputs import Inputs, NoInputsError, find_inputs, run
 from census.tiny import CannotBuildError, build
+from hf_reparam.compat.auto import auto_class_of
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.model.families import auto_class_of
 
 __all__ = ["FAILED", "LEFT_OUT", "OUTPUTS", "TENSORS", "travel"]
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TextIO
 
 import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its list
 
 from hf_reparam.config import ALLOCATIONS, FORMS, METRICS, SOLVERS, LowRankConfig
 from hf_reparam.errors import ReparamError

@@ -14,8 +14,8 @@ from hf_reparam.calibrate.inputs import Names, batches_of_one, forward_names, ho
 from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
 from hf_reparam.calibrate.objective import batch_masks
 from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
+from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.errors import TargetError
-from hf_reparam.layers.offload import execution_device
 
 __all__ = ["Batches", "batched", "kept", "prepare"]
 

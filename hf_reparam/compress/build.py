@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
+from hf_reparam.compat.accelerate import aligned, execution_device
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
-from hf_reparam.layers.offload import aligned, build_layers, execution_device
+from hf_reparam.layers.offload import build_layers
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.linalg import LayerMoments, fingerprint
 from hf_reparam.model.sites import Found

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.calibrate.items import check_data
+from hf_reparam.compat.accelerate import is_offloaded, recall
 from hf_reparam.compress.build import Made, build, install
 from hf_reparam.compress.fits import check_fit
 from hf_reparam.compress.planning import plan_for
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
-from hf_reparam.layers.offload import is_offloaded, recall
 from hf_reparam.layers.processes import distributed
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
 from hf_reparam.linalg import Calibration

@@ -113,7 +113,7 @@ def convert_folder(
     with _work_folder(target, same_work, force) as work:
         model, dropped = load_all(place, offload_folder=work / "source" if stream else None)
         if not os.path.isdir(source):
-            model.config._name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
+            model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         if texts is not None:
             known = _calibrate(model, texts, reading, max_memory, work, asked, plan, shared=stream)
         elif known is not None and not isinstance(known, Calibration):

@@ -15,10 +15,12 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from hf_reparam.compat.auto import default_model
+from hf_reparam.compat.loading import unexpected_names
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError
 from hf_reparam.layers.offload import check_stored
 from hf_reparam.layers.processes import is_first
@@ -114,7 +116,8 @@ def load_all(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTr
     try:
         kind = _saved_class(AutoConfig.from_pretrained(folder))
         on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
-        with _unsaid("accelerate.big_modeling"), _found(kind) as found:  # parameters are on disk as they were asked to
+        # parameters are on disk as they were asked to
+        with _unsaid("accelerate.big_modeling"), unexpected_names(kind) as found:
             model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **on_disk)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -129,23 +132,6 @@ def load_all(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTr
     except Exception as error:  # whatever a tampered folder makes Transformers stumble over
         raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from error
     return model, _left_out(model, set(info["unexpected_keys"]), found)
-
-
-@contextmanager
-def _found(kind: Any) -> Iterator[set[str]]:
-    """The names that a class has no place for, as they are before Transformers strikes out those that it ignores."""
-    found: set[str] = set()
-    base = kind._adjust_missing_and_unexpected_keys
-
-    def adjust(self: Any, info: Any) -> None:
-        found.update(info.unexpected_keys)
-        base(self, info)
-
-    kind._adjust_missing_and_unexpected_keys = adjust
-    try:
-        yield found
-    finally:
-        del kind._adjust_missing_and_unexpected_keys  # the base class has it
 
 
 def _left_out(model: PreTrainedModel, unexpected: set[str], found: set[str]) -> tuple[str, ...]:
@@ -211,7 +197,7 @@ def _saved_class(config: PreTrainedConfig) -> Any:
     names = config.architectures or [None]
     name = names[0] if isinstance(names, list) else names
     if name is None:
-        return AutoModel._model_mapping[type(config)] if isinstance(config, ReparamConfigMixin) else _headless(config)
+        return _headless(config)
     name = str(name)[:80]
     try:
         found = generated_class(name) if name.startswith(PREFIX) else getattr(transformers, name, None)
@@ -228,9 +214,10 @@ def _saved_class(config: PreTrainedConfig) -> Any:
 
 
 def _headless(config: PreTrainedConfig) -> Any:
-    if type(config) not in AutoModel._model_mapping:
+    found = default_model(type(config))
+    if found is None:
         raise CheckpointError(f"config.json names no architecture, and {type(config).__name__} has no default model")
-    return AutoModel._model_mapping[type(config)]
+    return found
 
 
 def _line(error: BaseException) -> str:

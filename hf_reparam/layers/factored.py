@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_reparam.compat.marks import set_initialized
 from hf_reparam.errors import WeightError
 from hf_reparam.plan import Entry
 
@@ -137,7 +138,6 @@ class Product(Tensor):
 
     _form: Callable[[], Tensor]
     _up: Tensor | None
-    _is_hf_initialized = True  # Transformers' initialisers must not draw numbers for it
 
     @staticmethod
     def __new__(
@@ -181,6 +181,9 @@ class Product(Tensor):
         if func._schema.is_mutable:
             _refuse_writing(func.__name__, args, kwargs or {})
         return func(*map(_formed, args), **{key: _formed(value) for key, value in (kwargs or {}).items()})
+
+
+set_initialized(Product)  # Transformers' initialisers must not draw numbers for it
 
 
 def _refuse_writing(what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -5,27 +5,22 @@ class of the base that it names, and makes the Auto classes, tokenizer and proce
 the derived class too. There is no table of families.
 """
 
-import importlib
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import auto_factory
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import hf_reparam.model.dense_types  # noqa: F401  # registers them
+from hf_reparam.compat.auto import auto_class_of, register_like
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
 from hf_reparam.model.config import MODEL_TYPE, PREFIX, PUBLIC_MODULE, config_class, stock_config_class
-from hf_reparam.model.families import auto_class_of, auto_classes
 from hf_reparam.model.host import hosts
 from hf_reparam.model.validate import check_entries
 from hf_reparam.plan import RankPlan
 
 __all__ = ["ReparamConfig", "check_loadable", "generated_class", "register"]
-
-_PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
 
 
 class ReparamConfig(PreTrainedConfig):
@@ -61,29 +56,12 @@ def register(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     if derived is base or base in _registered:
         return derived
     _registered.add(base)
-    for _, mapping, found in list(auto_classes(base)):
-        classes = tuple(map(_derived_model, found))
-        mapping.register(derived, classes if len(classes) > 1 else classes[0], exist_ok=True)
-    for kind in _PREPROCESSORS:
-        _register_preprocessor(f"transformers.models.auto.{kind}_auto", base, derived)
+    register_like(base, derived, _derived_model)
     return derived
 
 
 def _derived_model(base: type[Any]) -> type[Any]:
     return model_class(base) if issubclass(base, PreTrainedModel) else base
-
-
-def _register_preprocessor(module: str, base: type[PreTrainedConfig], derived: type[PreTrainedConfig]) -> None:
-    try:
-        names = vars(importlib.import_module(module))
-    except ImportError:  # a backend such as torchvision is not installed; nothing to register
-        return
-    for mapping in [v for v in names.values() if isinstance(v, auto_factory._LazyAutoMapping)]:
-        if base in mapping:
-            try:
-                mapping.register(derived, mapping[base], exist_ok=True)
-            except (ImportError, KeyError, ValueError):  # listed, and its backend is missing
-                continue
 
 
 def check_loadable(model: nn.Module) -> None:

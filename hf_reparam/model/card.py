@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+from hf_reparam.compat.auto import auto_class_of
 from hf_reparam.errors import TargetError
 from hf_reparam.model.config import ReparamConfigMixin, plan_name, plan_of
-from hf_reparam.model.families import auto_class_of
 from hf_reparam.model.summary import report as report_on
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
+from hf_reparam.compat.auto import auto_classes
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.model.config import stock_config_class
-from hf_reparam.model.families import auto_classes
 from hf_reparam.model.host import embeddings_of, hosts, saved_otherwise, unwrapped
 
 __all__ = [
@@ -51,7 +51,7 @@ def _has_head(model: Any) -> bool:
     if not any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model):
         return False
     found = auto_classes(stock_config_class(model.config))
-    bodies = {kind for auto, _, kinds in found if auto == "AutoModel" for kind in kinds}
+    bodies = {kind for auto, kinds in found if auto == "AutoModel" for kind in kinds}
     return not any(kind in bodies for kind in type(model).__mro__)
 
 

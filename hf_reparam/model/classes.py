@@ -12,16 +12,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, initialization, modeling_utils
+from transformers import PreTrainedModel
 
+from hf_reparam.compat.loading import LoadingSeam, drawing_nothing, record_outputs_as
+from hf_reparam.compat.marks import NO_CODE_FILE, has_numbers, ignore_in_files
+from hf_reparam.compat.renaming import inherit_conversions
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, plan_of
 from hf_reparam.model.drawing import deviations, draw, draw_new, out_of_sight
 from hf_reparam.model.hub import Upload, written
 from hf_reparam.model.markers import marker_patterns, markers
-from hf_reparam.model.naming import check_absent, inherit_conversions, while_loading
+from hf_reparam.model.naming import check_absent, while_loading
 from hf_reparam.model.parallel import factor_rules
 from hf_reparam.model.remote import named_in_config, write_module
 from hf_reparam.model.sites import check_forms, fit, note_plan
@@ -34,21 +36,18 @@ __all__ = ["ReparamMixin", "model_class", "stock_model_class"]
 _HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
 
-class ReparamMixin:
+class ReparamMixin(LoadingSeam):
     """What a derived model class adds to its base: low-rank layers by plan, and checkpoints that fail loudly."""
 
     base_class: type[PreTrainedModel]
     config: Any
-    _keys_to_ignore_on_load_unexpected: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # base's contract
         on_meta = torch.get_default_device().type == "meta"
-        with initialization.no_init_weights() if on_meta else contextlib.nullcontext():  # no number there to draw
+        with drawing_nothing() if on_meta else contextlib.nullcontext():  # no number there to draw
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _swap(self, strict=True)  # for classes that have no post_init, and to judge the plan on the finished skeleton
-        ignored = self._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
-        kind = set if isinstance(ignored, set) else list
-        self._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *marker_patterns(self)])
+        ignore_in_files(self, marker_patterns(self))
 
     def post_init(self) -> None:
         """Swap the layers, then let the base initialise, tie and shard what is there."""
@@ -58,7 +57,7 @@ class ReparamMixin:
     def initialize_weights(self) -> None:
         """As the base's, but for low-rank layers, which it does not know. Numbers that were loaded are left alone."""
         layers = [m for m in self.modules() if isinstance(m, Factored)]  # type: ignore[attr-defined]
-        drawn = [layer for layer in layers if not _has_numbers(layer)]
+        drawn = [layer for layer in layers if not has_numbers(layer)]
         present = [layer for layer in drawn if not next(layer.parameters()).is_meta]
         with out_of_sight(layers):
             sizes = deviations(self, present)
@@ -76,9 +75,8 @@ class ReparamMixin:
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
-    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
-        """Where each tensor-parallel rule applies: the base's answer, with a low-rank layer's rule for its factors."""
-        rules: dict[str, str] = super()._expand_parallel_plan(plan)  # type: ignore[misc]
+    def parallel_rules(self, rules: dict[str, str]) -> dict[str, str]:
+        """The base's tensor-parallel rules, with a low-rank layer's rule for its factors."""
         for name, module in self.named_modules():  # type: ignore[attr-defined]
             if isinstance(module, Factored):
                 rules = factor_rules(rules, name, module)
@@ -174,28 +172,20 @@ class ReparamMixin:
         """As the base class: Transformers draws new heads and renames tensors otherwise for code that it has not."""
         return cls.base_class.is_custom_code()
 
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
-        """As the base's, after a look at what the file has: layers of another head than this model's become dense."""
-        stored = stored_shapes(state_dict, files)
-        check_absent(model, stored)
-        renew_layers(model, stored, ignore_mismatched_sizes=load_config.ignore_mismatched_sizes)
-        base: Any = super(ReparamMixin, type(model))
-        return base._load_pretrained_model(model, state_dict, files, load_config, *args)
+    def before_loading(self, state: Any, files: Any, *, ignore_mismatched_sizes: bool) -> None:
+        """Look at what the file has: layers of another head than this model's become dense."""
+        stored = stored_shapes(state, files)
+        check_absent(self, stored)
+        renew_layers(self, stored, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
-    @staticmethod
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """As the base's, which draws random numbers of the configuration's shapes before it raises for a wrong one."""
-        wrong = sorted(loading_info.mismatched_keys)
-        if wrong and not load_config.ignore_mismatched_sizes:
-            name, stored, expected = wrong[0]
-            raise RuntimeError(
-                f"{len(wrong)} tensors do not have the shapes that config.json gives them, among them {name}: "
-                f"{tuple(stored)} in the file, {tuple(expected)} in the model. If that is meant, as for a new head, "
-                "ignore_mismatched_sizes=True draws these at random"
-            )
-        base: Any = super(ReparamMixin, type(model))
-        return base._finalize_model_loading(model, load_config, loading_info)
+    def on_wrong_shapes(self, wrong: Any) -> None:
+        """Raise RuntimeError, before the base draws random numbers of the configuration's shapes, and then raises."""
+        name, stored, expected = wrong[0]
+        raise RuntimeError(
+            f"{len(wrong)} tensors do not have the shapes that config.json gives them, among them {name}: "
+            f"{tuple(stored)} in the file, {tuple(expected)} in the model. If that is meant, as for a new head, "
+            "ignore_mismatched_sizes=True draws these at random"
+        )
 
 
 _model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
@@ -217,11 +207,11 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__doc__": f"`{base.__name__}` with low-rank layers.",
             "config_class": config_class(base.config_class),
             "base_class": base,
-            "_auto_class": None,  # its code is this package's: no file of it goes beside the weights
+            **NO_CODE_FILE,  # its code is this package's
         }
         make: Any = type(base)
         _model_classes[base] = make(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
-        _record_outputs_as(base, _model_classes[base])
+        record_outputs_as(base, _model_classes[base])
         inherit_conversions(base, _model_classes[base])
     return _model_classes[base]
 
@@ -230,16 +220,6 @@ def _instance_of(base: type[PreTrainedModel]) -> Any:
     """An empty object of the derived class, for unpickling and copying."""
     derived: Any = model_class(base)
     return derived.__new__(derived)
-
-
-def _record_outputs_as(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
-    """Let `output_hidden_states` and the like work on instances that no constructor made: retyped, or unpickled.
-
-    Transformers fills this registry, class name -> outputs to record, when a model is constructed.
-    """
-    registry = vars(modeling_utils).get("_CAN_RECORD_REGISTRY")
-    if registry is not None:
-        dict.__setitem__(registry, str(derived), base._can_record_outputs)
 
 
 def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -265,11 +245,3 @@ def _swap(model: Any, *, strict: bool) -> None:
             new.install(model)
             for module in new.modules.values():
                 draw_new(module, model.config)
-
-
-def _has_numbers(module: nn.Module) -> bool:
-    """Whether all of a module's tensors were loaded or drawn."""
-    tensors = (*module.parameters(), *module.buffers())
-    return getattr(module, "_is_hf_initialized", False) or all(
-        getattr(tensor, "_is_hf_initialized", False) for tensor in tensors
-    )

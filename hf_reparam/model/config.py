@@ -1,12 +1,13 @@
 """Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
 
 import functools
-import sys
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from hf_reparam.compat.auto import name_lora_targets
+from hf_reparam.compat.marks import NO_CODE_FILE
 from hf_reparam.errors import PlanError
 from hf_reparam.model.validate import check_entries
 from hf_reparam.plan import RankPlan
@@ -52,7 +53,7 @@ class ReparamConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields of the base, the plan, and `model_type` "hf_reparam"."""
-        _name_lora_targets()
+        name_lora_targets(MODEL_TYPE, ["down", "up"])  # PEFT looks them up by the model type in `to_dict`
         return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
 
     @classmethod
@@ -81,13 +82,6 @@ class ReparamConfigMixin:
         return {**data, "model_type": whole}, rest
 
 
-def _name_lora_targets() -> None:
-    """Let a `LoraConfig()` without targets adapt the factors: PEFT looks them up by the model type in `to_dict`."""
-    constants = sys.modules.get("peft.utils.constants")
-    if constants is not None:
-        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MODEL_TYPE, ["down", "up"])
-
-
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The derived configuration class of a stock one; a derived one is returned as it is.
@@ -110,7 +104,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         self.reparam = plan.to_dict()
 
     body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", "__init__": __init__}
-    body["_auto_class"] = None  # its code is this package's: no file of it goes beside the weights
+    body |= NO_CODE_FILE  # its code is this package's
     make: Any = type(base)
     return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**body, "base_class": base})
 

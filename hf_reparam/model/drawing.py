@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, initialization
+from transformers import PreTrainedModel
 
+from hf_reparam.compat.loading import draw_as_class, fill
 from hf_reparam.layers.dense import dense_matrix, dense_type, shape_of
 from hf_reparam.layers.factored import Factored
 
@@ -18,12 +19,7 @@ __all__ = ["deviations", "draw", "draw_new", "out_of_sight"]
 def draw(layer: Factored, config: Any, deviation: float | None = None) -> None:
     """Give numbers to factors, so that their product has this deviation; if None, the family's or a new nn.Linear's."""
     for tensor, value in layer.fresh(_deviation(config, layer.in_features) if deviation is None else deviation):
-        if isinstance(value, torch.Tensor):
-            initialization.copy_(tensor, value)
-        elif value:
-            initialization.normal_(tensor, std=value)
-        else:
-            initialization.zeros_(tensor)
+        fill(tensor, value)
 
 
 @torch.no_grad()
@@ -43,9 +39,9 @@ def draw_new(module: nn.Module, config: Any) -> None:
 
 def _draw_dense(layer: Any, config: Any) -> None:
     """As the base class may not do it again."""
-    initialization.normal_(layer.weight, std=_deviation(config, layer.weight.numel() // shape_of(layer)[1]))
+    fill(layer.weight, _deviation(config, layer.weight.numel() // shape_of(layer)[1]))
     if layer.bias is not None:
-        initialization.zeros_(layer.bias)
+        fill(layer.bias, 0.0)
 
 
 def _deviation(config: Any, n_in: int) -> float:
@@ -74,8 +70,8 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
             owner._modules[key] = low.stand_in()
         try:
             for key in mine:
-                holder._init_weights(owner._modules[key])
-            holder._init_weights(owner)
+                draw_as_class(holder, owner._modules[key])
+            draw_as_class(holder, owner)
             found |= {low: _spread(owner._modules[key]) for key, low in mine.items() if isinstance(low, nn.Module)}
         finally:
             owner._modules.update(mine)

@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from transformers import PreTrainedModel, conversion_mapping, core_model_loading
+from transformers import PreTrainedModel
 
+from hf_reparam.compat.renaming import renaming_for
 from hf_reparam.errors import PlanError
 from hf_reparam.model.config import HEAD, base_prefix, plan_name, plan_of
 
 __all__ = [
     "check_absent",
     "find_paths",
-    "inherit_conversions",
     "loading",
     "local_names",
     "renamed",
@@ -49,22 +49,14 @@ def shapes_may_differ() -> bool:
     return bool(_loading.get())
 
 
-def inherit_conversions(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
-    """Let Transformers rename tensors for a derived class as for its base, where it goes by the name of the class."""
-    if base.__module__.startswith("transformers."):
-        known = conversion_mapping.get_checkpoint_conversion_mapping(base.__name__)
-        if known is not None:
-            conversion_mapping.register_checkpoint_conversion_mapping(derived.__name__, known, overwrite=True)
-
-
 def find_paths(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Plan name -> module path, for names that lead somewhere in this model.
 
     A plan that another class of the family wrote names its layers as that class does: where tensors of a checkpoint are
     renamed for this class, the same renaming leads to the layer.
     """
-    modules = {f"{path}.weight": module for path, module in model.named_modules(remove_duplicate=False)}
-    prefix, renamings = base_prefix(model), None
+    modules = _weights(model)
+    prefix, rename = base_prefix(model), None
     found = {}
     for name in names:
         keys = [prefix + name, name]
@@ -72,10 +64,8 @@ def find_paths(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
             keys = [name.removeprefix(HEAD)] if prefix else []
         key = next((f"{key}.weight" for key in keys if f"{key}.weight" in modules), None)
         if key is None and not name.startswith(HEAD):
-            renamings = _renamings(model) if renamings is None else renamings
-            key, _ = core_model_loading.rename_source_key(
-                f"{name}.weight", renamings, [], model.base_model_prefix, modules
-            )
+            rename = renaming_for(model, modules) if rename is None else rename
+            key = rename(f"{name}.weight")
         if key in modules:
             found[name] = key.removesuffix(".weight")
     return found
@@ -83,17 +73,13 @@ def find_paths(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 def renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """What Transformers makes of the names of these layers' weights while it loads a checkpoint into this model."""
-    changes = _renamings(model)
-    modules = {f"{path}.weight": module for path, module in model.named_modules(remove_duplicate=False)}
-    rename = core_model_loading.rename_source_key
-    found = (rename(f"{name}.weight", changes, [], model.base_model_prefix, modules)[0] for name in names)
-    return [key.removesuffix(".weight") for key in found]
+    rename = renaming_for(model, _weights(model))
+    return [rename(f"{name}.weight").removesuffix(".weight") for name in names]
 
 
-def _renamings(model: PreTrainedModel) -> list[Any]:
-    """How Transformers renames tensors of checkpoints for this model, where it changes nothing but names."""
-    known = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
-    return [change for change in known if isinstance(change, core_model_loading.WeightRenaming)]
+def _weights(model: PreTrainedModel) -> dict[str, Any]:
+    """The name that a weight of each module has, or would have -> the module."""
+    return {f"{path}.weight": module for path, module in model.named_modules(remove_duplicate=False)}
 
 
 def local_names(model: PreTrainedModel, entries: Mapping[str, V]) -> dict[str, V]:

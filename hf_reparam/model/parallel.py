@@ -8,18 +8,13 @@ every input for its gather: the inputs are brought together, and `up` shards its
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from hf_reparam.compat.parallel import register_style
 from hf_reparam.errors import PlanError
 
-__all__ = ["factor_rules", "supported"]
+__all__ = ["factor_rules"]
 
 _GATHER_INPUT = "hf_reparam_gather_input"
-
-
-def supported() -> bool:
-    """Whether this version of Transformers lets a model say how its plan applies to its modules."""
-    return hasattr(PreTrainedModel, "_expand_parallel_plan")
 
 
 def factor_rules(rules: dict[str, str], name: str, layer: Any) -> dict[str, str]:
@@ -39,7 +34,7 @@ def factor_rules(rules: dict[str, str], name: str, layer: Any) -> dict[str, str]
     elif "rowwise" in style and layer.form != "pivoted":
         moved = _rules(f"{name}.down", layer.down, style)
     elif style == "rowwise":
-        _register()
+        register_style(_GATHER_INPUT, _whole)
         moved = {name: _GATHER_INPUT, **_rules(f"{name}.up", layer.up, "colwise_gather_output")}
     elif "rowwise" in style:
         raise PlanError(f"{name}: a pivoted layer cannot be sharded in the style {style!r}; convert with form='pair'")
@@ -53,20 +48,12 @@ def _rules(name: str, linear: torch.nn.Linear, style: str) -> dict[str, str]:
     return {**{f"{name}.{key}": style for key, _ in linear.named_parameters()}, name: style}
 
 
-def _register() -> None:
+def _whole(layer: Any, x: Any, mesh: Any) -> Any:
+    """The inputs of a layer, brought together, that the layer before has left sharded."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-    class GatherInput(TensorParallelLayer):
-        """Brings a layer's inputs together that the layer before has left sharded."""
-
-        def transform_inputs_pre_forward(self, module: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
-            x = args[0]
-            if not isinstance(x, DTensor):
-                shape = (*x.shape[:-1], module.in_features)
-                stride = torch.empty(shape, device="meta").stride()
-                x = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False, shape=torch.Size(shape), stride=stride)
-            return (x.redistribute(placements=[Replicate()]).to_local(), *args[1:]), kwargs
-
-    if _GATHER_INPUT not in ALL_PARALLEL_STYLES:
-        ALL_PARALLEL_STYLES.register(_GATHER_INPUT, GatherInput())
+    if not isinstance(x, DTensor):
+        shape = (*x.shape[:-1], layer.in_features)
+        stride = torch.empty(shape, device="meta").stride()
+        x = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False, shape=torch.Size(shape), stride=stride)
+    return x.redistribute(placements=[Replicate()]).to_local()

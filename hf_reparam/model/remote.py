@@ -14,16 +14,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hf_reparam.compat.auto import auto_classes
 from hf_reparam.errors import CheckpointError
 from hf_reparam.model.config import PREFIX, PUBLIC_MODULE
-from hf_reparam.model.families import auto_classes
 
 __all__ = ["FILE", "forget_file", "named_in_config", "write_module"]
 
 FILE = "modeling_reparam.py"
 _FOR_MODELS = ("AutoConfig", "AutoModel")
 _FIRST = "hf_reparam.model.auto"
-_LEFT_OUT = ("linalg", "structures.source", "structures.heads.narrow", "layers.offload", "layers.processes")
+_LEFT_OUT = ("compat.accelerate", "linalg", "structures.source", "structures.heads.narrow", "layers.processes")
 """Modules of conversions: what they define is None in the file, where nothing calls it."""
 _HEAD = '''"""Low-rank models without the package that made them, for `trust_remote_code=True`.
 
@@ -190,7 +190,7 @@ def _other_code(auto_map: Mapping[str, Any] | None) -> dict[str, Any]:
 def _auto_map(base: Any) -> dict[str, str]:
     names = {
         auto: found[0].__name__
-        for auto, _, found in auto_classes(base)
+        for auto, found in auto_classes(base)
         if auto[0] != "_" and found[0].__module__.startswith("transformers.")
     }
     names["AutoConfig"] = base.__name__

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_reparam.layers.offload import aligned
+from hf_reparam.compat.accelerate import aligned
+from hf_reparam.compat.marks import forget_conversions, set_initialized
 from hf_reparam.model.auto import register
 from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
 from hf_reparam.model.config import ReparamConfigMixin, plan_of, stock_config_class
@@ -63,7 +64,7 @@ def to_reparam(model: Any, metric: str, record: ConversionRecord) -> Any:
 def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecord) -> ConversionRecord:
     if old.record is not None:
         return replace(record, base_model=old.record.base_model, errors={**old.record.errors, **record.errors})
-    source = config._name_or_path
+    source = config.name_or_path
     return replace(record, base_model=source if is_hub_id(source) and not os.path.exists(source) else None)
 
 
@@ -82,7 +83,7 @@ def to_stock(model: Any) -> Any:
     configs = _new_configs(model, stock_config_class(model.config))
     for config in configs.values():
         forget_file(config)
-    vars(model).pop("_weight_conversions", None)  # of the derived class, which saves the names that it has
+    forget_conversions(model)  # of the derived class, which saves the names that it has
     return _retype(model, configs, stock_model_class(model))
 
 
@@ -116,7 +117,7 @@ def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel]) ->
     if getattr(config, "tie_word_embeddings", False) and not _tied(model):
         config.tie_word_embeddings = False  # an adapter's merge can leave it set beside two different tensors
     for module in model.modules():
-        module._is_hf_initialized = True  # new layers, too: a later init_weights() must not draw them anew
+        set_initialized(module)  # new layers, too: a later init_weights() must not draw them anew
         for key, value in vars(module).items():
             if isinstance(value, PreTrainedConfig) and id(value) in configs:
                 vars(module)[key] = configs[id(value)]

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from hf_reparam.compat.accelerate import aligned
+from hf_reparam.compat.marks import hook_of
 from hf_reparam.config import FORMS
 from hf_reparam.errors import RankError, WeightError
 from hf_reparam.layers.dense import (
@@ -20,7 +22,6 @@ from hf_reparam.layers.dense import (
 )
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.layers.offload import aligned
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import factor, has_hooks, low_rank_like
 from hf_reparam.linalg import LayerMoments
@@ -194,7 +195,7 @@ def _unfit(module: nn.Module, parent: nn.Module | None, owners: Counter[int]) ->
             return f"quantized: its weight is {weight.dtype}"
         if weight.dim() == 2 and weight.numel() == 0:
             return "its weight holds no numbers"
-    wrapped = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # accelerate's may be replaced
+    wrapped = "forward" in vars(module) and hook_of(module) is None  # accelerate's may be replaced
     if has_hooks(module) or wrapped:
         return "has hooks, which would be lost"
     return None

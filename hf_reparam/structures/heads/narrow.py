@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_reparam.compat.accelerate import aligned, execution_device
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.dense import dense_like, dense_matrix
-from hf_reparam.layers.offload import aligned, execution_device
 from hf_reparam.linalg import (
     HeadMaps,
     HeadMoments,

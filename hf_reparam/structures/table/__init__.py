@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_reparam.compat.accelerate import aligned
+from hf_reparam.compat.marks import tied_keys
 from hf_reparam.errors import RankError, TargetError, WeightError
-from hf_reparam.layers.offload import aligned
 from hf_reparam.linalg import TableMoments, decompose_table
 from hf_reparam.plan import Entry
 from hf_reparam.structures.hosts import embeddings_of, hosts
@@ -265,10 +266,9 @@ def _ties(site: Site, modules: Mapping[nn.Module, nn.Module]) -> list[tuple[nn.M
     for part in (m for m in host.modules() if isinstance(m, PreTrainedModel)):
         paths = dict(part.named_modules(remove_duplicate=False))
         low = {path: isinstance(modules.get(m, m), LowRankTable) for path, m in paths.items()}
-        for key in ("_tied_weights_keys", "all_tied_weights_keys"):
-            known = getattr(part, key, None) if key[0] == "_" else vars(part).get(key)
-            if isinstance(known, Mapping) and (ties := _renamed(known, low)) != dict(known):
-                attributes.append((part, key, ties))
+        for attribute, known in tied_keys(part).items():
+            if (ties := _renamed(known, low)) != dict(known):
+                attributes.append((part, attribute, ties))
     return attributes
 
 

@@ -1,0 +1,74 @@
+"""What the Auto classes know of a configuration class, and how a derived class becomes known to them."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import auto_factory, modeling_auto
+
+__all__ = ["auto_class_of", "auto_classes", "default_model", "name_lora_targets", "register_like"]
+
+_PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
+
+
+def auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, tuple[type[Any], ...]]]:
+    """(name of the Auto class, model classes that it has for the configuration class)."""
+    return ((name, classes) for name, _, classes in _auto_classes(config))
+
+
+def _auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, Any, tuple[type[Any], ...]]]:
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if isinstance(mapping, auto_factory._LazyAutoMapping) and config in mapping:
+            found = mapping[config]
+            yield name, mapping, tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def auto_class_of(model: type[PreTrainedModel]) -> str | None:
+    """The Auto class to load a model class with; None if there is none."""
+    names = [name for name, found in auto_classes(model.config_class) if model in found and name[0] != "_"]
+    return min(names, key=lambda name: name == "AutoModelForPreTraining", default=None)
+
+
+def default_model(config: type[PreTrainedConfig]) -> Any:
+    """The class that `AutoModel` makes of a configuration class; None if it knows none."""
+    return AutoModel._model_mapping.get(config, None)
+
+
+def register_like(
+    base: type[PreTrainedConfig], derived: type[PreTrainedConfig], model_of: Callable[[type[Any]], type[Any]]
+) -> None:
+    """Make a configuration class known to every Auto class, of models or preprocessors, that knows another.
+
+    Args:
+        base: the known one.
+        derived: the new one.
+        model_of: model class of `base` -> that of `derived`.
+    """
+    for _, mapping, found in list(_auto_classes(base)):
+        classes = tuple(map(model_of, found))
+        mapping.register(derived, classes if len(classes) > 1 else classes[0], exist_ok=True)
+    for kind in _PREPROCESSORS:
+        _register_preprocessor(f"transformers.models.auto.{kind}_auto", base, derived)
+
+
+def _register_preprocessor(module: str, base: type[PreTrainedConfig], derived: type[PreTrainedConfig]) -> None:
+    try:
+        names = vars(importlib.import_module(module))
+    except ImportError:  # a backend such as torchvision is not installed; nothing to register
+        return
+    for mapping in [v for v in names.values() if isinstance(v, auto_factory._LazyAutoMapping)]:
+        if base in mapping:
+            try:
+                mapping.register(derived, mapping[base], exist_ok=True)
+            except (ImportError, KeyError, ValueError):  # listed, and its backend is missing
+                continue
+
+
+def name_lora_targets(model_type: str, targets: Sequence[str]) -> None:
+    """Let a `LoraConfig()` without targets adapt layers of these names in models of a type, if PEFT is imported."""
+    constants = sys.modules.get("peft.utils.constants")
+    if constants is not None:
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(model_type, list(targets))

@@ -1,0 +1,57 @@
+"""What Transformers and accelerate leave on the objects of others, under names that are not documented."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    "NO_CODE_FILE",
+    "forget_conversions",
+    "has_numbers",
+    "hook_of",
+    "ignore_in_files",
+    "set_initialized",
+    "tied_keys",
+]
+
+_INITIALIZED = "_is_hf_initialized"
+NO_CODE_FILE: Mapping[str, Any] = {"_auto_class": None}
+"""Attributes of a generated class, beside whose weights and configuration no file of code goes."""
+
+
+def set_initialized(target: Any) -> None:
+    """Keep Transformers from drawing numbers for a module, a tensor, or all objects of a class."""
+    setattr(target, _INITIALIZED, True)
+
+
+def has_numbers(module: nn.Module) -> bool:
+    """Whether Transformers has loaded or drawn a module, or all of its tensors."""
+    tensors = (*module.parameters(), *module.buffers())
+    return getattr(module, _INITIALIZED, False) or all(getattr(tensor, _INITIALIZED, False) for tensor in tensors)
+
+
+def tied_keys(model: nn.Module) -> dict[str, Mapping[str, str]]:
+    """Attribute -> tied parameters, target -> source: as a model's class declares them, and as they were found."""
+    known = {
+        "_tied_weights_keys": getattr(model, "_tied_weights_keys", None),
+        "all_tied_weights_keys": vars(model).get("all_tied_weights_keys"),
+    }
+    return {attribute: keys for attribute, keys in known.items() if isinstance(keys, Mapping)}
+
+
+def ignore_in_files(model: Any, patterns: Iterable[str]) -> None:
+    """Have a model ignore tensors of files for which it has no place, by regular expressions for their names."""
+    ignored = model._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
+    kind = set if isinstance(ignored, set) else list
+    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *patterns])
+
+
+def forget_conversions(model: Any) -> None:
+    """Have a model saved under the names that its class usually has, not under those of the file it came from."""
+    vars(model).pop("_weight_conversions", None)
+
+
+def hook_of(module: nn.Module) -> Any:
+    """accelerate's hook on a module, which moves weights and inputs to where it computes; None if there is none."""
+    return getattr(module, "_hf_hook", None)
