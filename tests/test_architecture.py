@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 import hf_reparam
+from tests.test_compat import NAMES
 
 ROOT = Path(hf_reparam.__file__).parent
 LAYERS = [
@@ -111,3 +113,66 @@ def test_version_is_the_distributions():
     from importlib.metadata import version
 
     assert version("hf-reparam") == hf_reparam.__version__
+
+
+# private and undocumented names of other libraries
+
+PUBLIC = {
+    *("transformers", "transformers.pytorch_utils", "transformers.utils", "transformers.utils.logging"),
+    *("accelerate", "accelerate.utils", "huggingface_hub", "huggingface_hub.errors", "huggingface_hub.utils"),
+}
+INSIDE = r"(transformers|accelerate|huggingface_hub|peft)\.\w[\w.]*"
+FAMILY = r"transformers\.models\.(?!auto\b).*"
+ALLOWED = {  # of torch and Python
+    *("_modules", "_parameters", "_buffers", "_base", "_getframe", "_make_wrapper_subclass", "_orig_mod", "_schema"),
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_checkpoint_wrapped_module", "_load_from_state_dict", "_save_to_state_dict"),
+}
+BY_NAME = r"(^getattr|^hasattr|^setattr|^delattr|\.get|\.pop|\.setdefault)$"
+HOUSE = [path for path in files() if layer(path) != "compat"]
+COMPAT = [path for path in files() if layer(path) == "compat"]
+
+
+def nodes_of(path, kind):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kind)]
+
+
+def names_in(path):
+    """Every name that a file's code has, and every string."""
+    yield from (node.id for node in nodes_of(path, ast.Name))
+    yield from (node.attr for node in nodes_of(path, ast.Attribute))
+    yield from (node.name for node in nodes_of(path, (ast.FunctionDef, ast.ClassDef, ast.alias)))
+    yield from (node.value for node in nodes_of(path, ast.Constant) if isinstance(node.value, str))
+
+
+def inner_modules(path):
+    """Modules inside of other libraries that are not documented, imported or named; those of model families may be."""
+    named = {*imports(path), *names_in(path)}
+    return {name for name in named - PUBLIC if re.fullmatch(INSIDE, name) and not re.fullmatch(FAMILY, name)}
+
+
+def private_names(path):
+    """Names with one underscore in front that a file takes from, or puts on, what it has not defined itself."""
+    attributes, kinds = nodes_of(path, ast.Attribute), nodes_of(path, ast.ClassDef)
+    own = {node.name for node in nodes_of(path, (ast.FunctionDef, ast.ClassDef))}
+    own |= {node.id for node in nodes_of(path, ast.Name)}
+    own |= {a.attr for a in attributes if isinstance(a.ctx, ast.Store) and ast.unparse(a.value) == "self"}
+    overridden = {part.name for kind in kinds for part in kind.body if hasattr(part, "name")} & {*dir(PreTrainedModel)}
+    calls = [node for node in nodes_of(path, ast.Call) if re.search(BY_NAME, ast.unparse(node.func))]
+    quoted = {str(arg.value) for call in calls for arg in call.args if isinstance(arg, ast.Constant)}
+    taken = {a.attr for a in attributes} - own | overridden | quoted
+    return {name for name in taken - ALLOWED if re.fullmatch(r"_[A-Za-z]\w*", name)}
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_names_of_other_libraries_that_may_change_stand_in_compat_alone(path):
+    taken = NAMES.keys() & {*names_in(path)} | inner_modules(path) | private_names(path)
+    assert not taken, f"{path.name} uses {sorted(taken)} of others: call a function of hf_reparam.compat instead"
+
+
+@pytest.mark.parametrize("path", COMPAT, ids=lambda p: str(p.relative_to(ROOT)))
+def test_compat_uses_no_name_without_a_contract(path):
+    inside = [node for node in nodes_of(path, ast.ImportFrom) if node.module in inner_modules(path)]
+    taken = private_names(path) | {alias.name for node in inside for alias in node.names}
+    missing = taken - NAMES.keys()
+    assert not missing, f"{path.name} uses {sorted(missing)}: add them to NAMES in tests/test_compat.py, with a test"

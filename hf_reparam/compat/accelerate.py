@@ -1,5 +1,6 @@
 """accelerate's hooks, through which weights stay in files, or on another device, until they are used."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +19,16 @@ from torch import nn
 
 from hf_reparam.compat.marks import hook_of
 
-__all__ = ["aligned", "execution_device", "is_offloaded", "leave_in", "places_in_files", "recall", "write_tensors"]
+__all__ = [
+    "aligned",
+    "execution_device",
+    "is_offloaded",
+    "leave_in",
+    "meant_for_disk",
+    "places_in_files",
+    "recall",
+    "write_tensors",
+]
 
 
 @contextmanager
@@ -60,6 +70,18 @@ def places_in_files(model: nn.Module) -> dict[str, dict[str, tuple[str, torch.Si
                 stored = places.setdefault(entry["safetensors_file"], {})
                 stored[entry["weight_name"]] = f"{path}.{key}", parameter.shape
     return places
+
+
+@contextmanager
+def meant_for_disk() -> Iterator[None]:
+    """Without the warning that parameters are on disk, where it was asked to leave them."""
+    log = logging.getLogger("accelerate.big_modeling")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,7 +1,6 @@
 """Model folders: find, load, build a skeleton from, and write one so that it appears whole or not at all."""
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from hf_reparam.compat.accelerate import meant_for_disk
 from hf_reparam.compat.auto import default_model
 from hf_reparam.compat.loading import unexpected_names
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError
@@ -116,8 +116,7 @@ def load_all(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTr
     try:
         kind = _saved_class(AutoConfig.from_pretrained(folder))
         on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
-        # parameters are on disk as they were asked to
-        with _unsaid("accelerate.big_modeling"), unexpected_names(kind) as found:
+        with meant_for_disk(), unexpected_names(kind) as found:
             model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **on_disk)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -140,18 +139,6 @@ def _left_out(model: PreTrainedModel, unexpected: set[str], found: set[str]) -> 
     ignored = {name for name in found - unexpected if name.rpartition(".")[0] not in modules}  # no old buffers
     absent = {name.rpartition(".")[0] for name in ignored if name.endswith(".weight")}
     return tuple(sorted(unexpected | {name for name in ignored if name.rpartition(".")[0] in absent}))
-
-
-@contextmanager
-def _unsaid(logger: str) -> Iterator[None]:
-    """Without a logger's warnings."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def load_tokenizer(folder: Path) -> Any:
