@@ -496,6 +496,26 @@ def test_it_answers_as_the_parameter_would(low):
         torch.testing.assert_close(given, wanted)
 
 
+class Chosen(nn.Module):
+    """Two experts' products of every row, as "batched_mm" asks for them."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x, pick):
+        return torch.bmm(self.experts[pick], x.mT) + F.linear(x[:1], self.experts[1]).mT
+
+
+def test_it_is_exported_in_one_graph(low):
+    x, pick = torch.randn(2, 5, 16), torch.tensor([3, 0])
+    expected = Chosen(low)(x, pick)
+    program = torch.export.export(Chosen(low), (x, pick))
+    torch.testing.assert_close(program.module()(x, pick), expected)
+    shapes = [tuple(node.meta["val"].shape) for node in program.graph.nodes if "val" in node.meta]
+    assert not any(shape[-2:] in ((8, 16), (16, 8)) for shape in shapes), "a dense weight is formed"
+
+
 def test_initialisers_leave_it_alone_and_draw_gives_it_their_size():
     model = model_of(mixtral, initializer_range=0.05)
     for site in sites(model).values():

@@ -27,7 +27,8 @@ class LowRankExperts(nn.Module):
 
     Answers what experts ask of that parameter: `[i]`, `transpose`, `shape`, `dtype`, `device`, and being multiplied.
     In the eager implementation, and in "batched_mm", "grouped_mm" and `torch.bmm`, no dense weight is formed. Grouped
-    products want rows of a multiple of 16 bytes: other ranks are padded in every pass, which copies the factors.
+    products want rows of a multiple of 16 bytes: other ranks are padded in every pass, which copies the factors. It is
+    compiled and exported as dense experts are, but for "grouped_mm" in bfloat16, at which a compiled graph breaks.
 
     Args:
         down: (experts, r, in).
