@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hf_reparam
-from hf_reparam.compress import factoring
+from hf_reparam import Entry, LowRankConfig, RankPlan
 from hf_reparam.files.folder import load, load_tokenizer
+from hf_reparam.structures import linear
 from tests import zoo
 from tests.launch import ROOT, fresh, launch
 from tests.test_cli import tiny_tokenizer
@@ -30,6 +31,9 @@ FAMILIES = [
     ("BartForConditionalGeneration", "pivoted"),
     ("ViTForImageClassification", "pair"),
 ]
+
+
+PLAN = RankPlan({"encoder.layer.0.output.dense": Entry(6)}, "bert")
 
 
 def tensors(folder):
@@ -64,9 +68,9 @@ def hidden(folder):
 @pytest.mark.parametrize(("base", "form"), FAMILIES)
 def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
     source = saved(base, tmp_path / "dense")
-    hf_reparam.convert(load(source), hf_reparam.LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path / "direct")
+    hf_reparam.convert(load(source), LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path / "direct")
     report = hf_reparam.convert_folder(
-        source, tmp_path / "out", hf_reparam.LowRankConfig(rank=6, form=form), max_shard_size="20KB"
+        source, tmp_path / "out", LowRankConfig(rank=6, form=form), max_shard_size="20KB"
     )
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -105,10 +109,10 @@ def test_by_size_with_moments(tmp_path, bert):
     plan = hf_reparam.make_plan(model, calibration=moments, keep=0.5)
     for number, options in enumerate(
         [
-            {"keep": 0.5, "moments": moments},
-            {"keep": 0.5, "moments": tmp_path / "moments.safetensors"},
-            {"plan": plan, "moments": moments},
-            {"keep": 0.5, "moments": moments, "stream": False},
+            {"keep": 0.5, "calibration": moments},
+            {"keep": 0.5, "calibration": tmp_path / "moments.safetensors"},
+            {"config": plan, "calibration": moments},
+            {"keep": 0.5, "calibration": moments, "stream": False},
         ]
     ):
         report = hf_reparam.convert_folder(bert, tmp_path / str(number), **options)
@@ -131,7 +135,7 @@ def test_with_texts(tmp_path, gpt2, stream):
     lines = (tmp_path / "texts.txt").read_text().splitlines()
     direct = hf_reparam.convert(load(gpt2), keep=0.5, calibration=lines, tokenizer=tokenizer)
     direct.save_pretrained(tmp_path / "direct")
-    options = {"keep": 0.5, "texts": tmp_path / "texts.txt", "max_memory": "200KB", "stream": stream}
+    options = {"keep": 0.5, "calibration": tmp_path / "texts.txt", "max_memory": "200KB", "stream": stream}
     hf_reparam.convert_folder(gpt2, tmp_path / "out", **options)
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert hidden(tmp_path) == []
@@ -155,7 +159,7 @@ def test_two_processes_give_the_same_tensors(tmp_path, gpt2):
 def breaking_after(count, monkeypatch, error=KeyboardInterrupt):
     """Let `count` layers be factored, then fail."""
     made = []
-    factor = factoring.factor
+    factor = linear.factor
 
     def counted(*args, **kwargs):
         if len(made) == count:
@@ -163,7 +167,7 @@ def breaking_after(count, monkeypatch, error=KeyboardInterrupt):
         made.append(args)
         return factor(*args, **kwargs)
 
-    monkeypatch.setattr(factoring, "factor", counted)
+    monkeypatch.setattr(linear, "factor", counted)
     return made
 
 
@@ -198,7 +202,7 @@ def change_the_file(bert):
     ("options", "between"),
     [
         ({"rank": 5}, lambda bert: None),
-        ({"rank": 6, "form": "pivoted"}, lambda bert: None),
+        ({"config": LowRankConfig(rank=6, form="pivoted")}, lambda bert: None),
         ({"rank": 6}, change_the_file),
     ],
     ids=["rank", "form", "source"],
@@ -218,7 +222,7 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
 def test_kill_and_go_on(tmp_path, bert):
     """SIGKILL at any moment leaves no `out`, and the next run finishes the work."""
     code = (
-        "import sys, time, hf_reparam.compress.factoring as f, hf_reparam.cli as cli\n"
+        "import sys, time, hf_reparam.structures.linear as f, hf_reparam.cli as cli\n"
         "factor = f.factor\n"
         "f.factor = lambda *a, **k: (print('layer', flush=True), time.sleep(0.05), factor(*a, **k))[-1]\n"
         "cli.main(sys.argv[1:])"
@@ -234,7 +238,7 @@ def test_kill_and_go_on(tmp_path, bert):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "out").exists()
-    left = [p for p in (tmp_path / hidden(tmp_path)[0] / "layers").iterdir() if not p.name.endswith("~")]
+    left = [p for p in (tmp_path / hidden(tmp_path)[0] / "layers" / "pair").iterdir() if (p / "layer.json").exists()]
     assert len(left) >= 5  # one of the first run at least, four of the second
     launch("-m", "hf_reparam", *options, processes=1)
     hf_reparam.convert(load(bert), rank=6).save_pretrained(tmp_path / "direct")
@@ -293,14 +297,15 @@ def test_missing_weights_are_refused(tmp_path, bert):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, hf_reparam.errors.TargetError, "exactly one of rank, keep and plan"),
-        ({"rank": 6, "keep": 0.5}, hf_reparam.errors.TargetError, "exactly one of rank, keep and plan"),
+        ({}, hf_reparam.errors.TargetError, "exactly one size"),
+        ({"rank": 6, "keep": 0.5}, hf_reparam.errors.TargetError, "exactly one size"),
+        ({"config": LowRankConfig(rank=6), "keep": 0.5}, hf_reparam.errors.TargetError, "exactly one size"),
         ({"rank": 600}, hf_reparam.errors.RankError, "above min"),
         ({"keep": 7}, hf_reparam.errors.RankError, "keep must be in"),
-        ({"plan": hf_reparam.RankPlan(), "form": "pair"}, hf_reparam.errors.TargetError, "a plan has forms of its own"),
-        ({"rank": 6, "solver": "quick"}, hf_reparam.errors.TargetError, "solver must be one of"),
-        ({"rank": 6, "moments": "none.safetensors"}, hf_reparam.errors.CheckpointError, "cannot be read"),
-        ({"rank": 6, "texts": "none.txt"}, hf_reparam.errors.CheckpointError, "cannot be read as text"),
+        ({"config": PLAN, "rank": 6}, hf_reparam.errors.TargetError, "exactly one size"),
+        ({"config": {"rank": 6}}, hf_reparam.errors.TargetError, "give a LowRankConfig or a RankPlan, got dict"),
+        ({"rank": 6, "calibration": "none.safetensors"}, hf_reparam.errors.CheckpointError, "cannot be read"),
+        ({"rank": 6, "calibration": "none.txt"}, hf_reparam.errors.CheckpointError, "cannot be read as text"),
     ],
 )
 def test_user_errors_leave_nothing(tmp_path, bert, options, error, message):

@@ -63,21 +63,24 @@ def test_convert_inspect_merge(tmp_path, dense, capsys):
     assert (merged / "vocab.txt").read_text() == "a\nb\n"
 
 
-def test_calibrated_conversion(tmp_path, minilm, capsys):
+def test_calibrated_conversion(tmp_path, shallow, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"the {a} {b} went home" for a in ("old", "young", "tall") for b in GUESTS) + "\n")
     for number, options in enumerate((["--keep", 0.5], ["--rank", 64, "--form", "pivoted"])):
         out = tmp_path / str(number)
-        assert run("convert", minilm, out, *options, "--calibration", texts, "--quiet", "--exclude", "pooler.*") == 0
+        assert (
+            run("convert", shallow, out, *options, "--calibration", texts, "--quiet", "--exclude-modules", "pooler.*")
+            == 0
+        )
         assert "low-rank layers (fisher)" in capsys.readouterr().out
         assert "pivoted" in (out / "config.json").read_text()
-    model = transformers.AutoModel.from_pretrained(minilm)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    model = transformers.AutoModel.from_pretrained(shallow)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shallow)
     lines = [line for line in texts.read_text().splitlines() if line]
     moments = hf_reparam.calibrate(model, lines, tokenizer=tokenizer)
     moments.save(tmp_path / "moments.safetensors")
-    command = ["convert", minilm, tmp_path / "again", "--keep", 0.5, "--calibration", tmp_path / "moments.safetensors"]
-    assert run(*command, "--quiet", "--exclude", "pooler.*") == 0
+    command = ["convert", shallow, tmp_path / "again", "--keep", 0.5, "--calibration", tmp_path / "moments.safetensors"]
+    assert run(*command, "--quiet", "--exclude-modules", "pooler.*") == 0
     direct = hf_reparam.convert(
         model, hf_reparam.LowRankConfig(keep=0.5, exclude_modules="pooler.*"), calibration=moments
     )
@@ -169,7 +172,8 @@ def test_existing_out_is_refused_and_replaced_with_force(tmp_path, dense, capsys
         (["convert", "{dense}", "{out}", "--rank", "1.5"], "got 1.5"),
         (["convert", "{dense}", "{out}", "--rank", "nan"], "got nan"),
         (["convert", "{dense}", "{out}", "--rank", "500"], "rank 500 is above min(in, out) of every layer"),
-        (["convert", "{dense}", "{out}", "--rank", "6", "--include", "query"], "did you mean '*.query'"),
+        (["convert", "{dense}", "{out}", "--rank", "6", "--target-modules", "quer"], "did you mean '*.query'"),
+        (["convert", "{dense}", "{out}", "--keep", "0.5", "--allow-larger"], "allow_larger goes with rank"),
         (["convert", "{dense}", "{dense}", "--rank", "6", "--force"], "is the source or holds it"),
         (["convert", "{dense}", "{dense}/..", "--rank", "6", "--force"], "is a place, no name"),
         (["convert", "no/such-model", "{out}", "--rank", "6"], "no/such-model is neither a folder nor a model"),
@@ -271,8 +275,9 @@ def test_module_and_script_are_the_same_command():
 
 
 OPTIONS = {
-    "convert": "rank keep calibration form no-joint min-rank max-length max-samples embeddings refit include exclude "
-    "solver max-memory remote-code json quiet stream max-shard-size force help",
+    "convert": "rank keep target-params calibration max-length max-samples embeddings heads allow-larger form metric "
+    "allocation solver multiple-of min-rank target-modules exclude-modules refit max-memory remote-code json quiet "
+    "stream max-shard-size force help",
     "merge": "json quiet stream max-shard-size force help",
     "inspect": "json quiet help",
 }

@@ -11,10 +11,9 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import LowRankConfig, convert, merge
-from hf_reparam.compress import factoring
-from hf_reparam.errors import TargetError
 from hf_reparam.files.folder import load
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.structures import linear
 from tests import zoo
 from tests.launch import fresh
 
@@ -39,12 +38,16 @@ def tensors(model):
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_new_layers_stay_in_a_folder(tmp_path, case, form):
-    model, expected = case.build(), convert(case.build(), LowRankConfig(rank=6, form=form))
-    small = convert(model, LowRankConfig(rank=6, form=form), workdir=tmp_path / "layers")
+    """Of a model that is on disk itself."""
+    case.build().save_pretrained(tmp_path / "dense")
+    model, expected = load(tmp_path / "dense", offload_folder=tmp_path / "scratch"), load(tmp_path / "dense")
+    expected = convert(expected, LowRankConfig(rank=6, form=form))
+    small = convert(model, LowRankConfig(rank=6, form=form), inplace=True, workdir=tmp_path / "layers")
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLinear)}
     factors = [t for m in low.values() for key, t in m.state_dict().items() if key != "order"]  # pivots stay in memory
     assert all(t.is_meta for t in factors)
-    assert {p.name for p in (tmp_path / "layers").iterdir()} == set(small.config.reparam["modules"])
+    stored = {record.parent.name for record in (tmp_path / "layers").rglob("layer.json")}
+    assert stored == set(small.config.reparam["modules"])
     for _ in range(2):
         assert all(map(torch.equal, zoo.outputs(small, case.batch()), zoo.outputs(expected, case.batch())))
     small.save_pretrained(tmp_path / "saved")
@@ -52,7 +55,9 @@ def test_new_layers_stay_in_a_folder(tmp_path, case, form):
     assert all(map(torch.equal, tensors(again), tensors(expected)))
     dense = merge(small, workdir=tmp_path / "merged")
     assert all(map(torch.equal, zoo.outputs(dense, case.batch()), zoo.outputs(merge(expected), case.batch())))
-    assert all(map(torch.equal, tensors(merge(small)), tensors(merge(expected))))
+    dense = merge(small)  # without a folder its new layers are in memory
+    assert not any(dense.get_submodule(name).weight.is_meta for name in low)
+    assert all(map(torch.equal, zoo.outputs(dense, case.batch()), zoo.outputs(merge(expected), case.batch())))
 
 
 @pytest.mark.parametrize("form", zoo.FORMS)
@@ -60,6 +65,7 @@ def test_a_plain_module(tmp_path, form):
     net, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16, bias=False)), torch.randn(5, 16)
     expected = convert(net, LowRankConfig(rank=4, form=form))
     small = convert(net, LowRankConfig(rank=4, form=form), workdir=tmp_path)
+    assert not any(t.is_meta for t in tensors(small))  # it was in memory, and is again
     assert torch.equal(small(x), expected(x))
     assert torch.equal(merge(small)(x), merge(expected)(x))
     assert net[0].weight.shape == (16, 16)
@@ -69,7 +75,7 @@ def test_layers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     case = zoo.BY_BASE["BertForMaskedLM"]
     first = convert(case.build(), rank=6, workdir=tmp_path)
     report = hf_reparam.report(first)
-    monkeypatch.setattr("hf_reparam.compress.factoring.factor", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(linear, "factor", lambda *args, **kwargs: 1 / 0)
     again = convert(case.build(), rank=6, workdir=tmp_path)
     same = hf_reparam.report(again)
     assert all(map(torch.equal, zoo.outputs(again, case.batch()), zoo.outputs(first, case.batch())))
@@ -104,7 +110,7 @@ def test_in_place_gives_what_a_copy_gives(form, frozen, temporary):
 def test_failure_leaves_neither_folders_nor_changes(temporary, monkeypatch):
     model = zoo.BY_BASE["BertForMaskedLM"].build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    factor, made = factoring.factor, []
+    factor, made = linear.factor, []
 
     def full(*args, **kwargs):
         made.append(args)
@@ -112,17 +118,12 @@ def test_failure_leaves_neither_folders_nor_changes(temporary, monkeypatch):
             raise MemoryError
         return factor(*args, **kwargs)
 
-    monkeypatch.setattr("hf_reparam.compress.factoring.factor", full)
+    monkeypatch.setattr(linear, "factor", full)
     with pytest.raises(MemoryError):
         convert(model, rank=6, inplace=True)
     assert type(model) is transformers.BertForMaskedLM
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not Path(temporary[0].name).exists()
-
-
-def test_refit_holds_layers_in_memory(tmp_path):
-    with pytest.raises(TargetError, match="leave offload_folder out"):
-        convert(nn.Linear(8, 8), rank=2, calibration=[], workdir=tmp_path)
 
 
 @pytest.mark.parametrize("base", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "BartForConditionalGeneration"])

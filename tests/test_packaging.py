@@ -46,7 +46,7 @@ def test_both_are_well_formed(built):
     assert call("-m", "twine", "check", "--strict", *built.iterdir()).count("PASSED") == 2
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"hf_reparam/py.typed", "hf_reparam/model/standalone.py", "hf_reparam/layers/linear.py"} <= names
+    assert {"hf_reparam/py.typed", "hf_reparam/model/remote.py", "hf_reparam/layers/linear.py"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_reparam"}
     (sdist,) = built.glob("*.gz")
     with tarfile.open(sdist) as archive:

@@ -107,6 +107,8 @@ def convert_folder(
     asked = LowRankConfig()
     if not isinstance(config, RankPlan):
         asked = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params)
+    elif any(size is not None for size in (rank, keep, target_params)):
+        raise TargetError("give exactly one size: a plan has ranks of its own")
     reading["tokenizer"] = None if texts is None else load_tokenizer(place)
     options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples]
     same_work = _fingerprint(folder, known if texts is None else None, texts, options) if stream else None

@@ -70,22 +70,22 @@ def test_card_says_what_was_done(dense, hub):
         "| encoder.layer.*.attention.self.query (x2) |".replace("encoder", "bert.encoder"),
     ):
         assert part in text, part
-    errors = sorted(x.error for x in (*report.layers, *report.heads) if x.error is not None)
+    errors = sorted(x.error for x in report.layers)
     assert f"{errors[0]:.3f} to {errors[-1]:.3f}" in text
 
 
 def test_record_survives_saving_refitting_and_a_second_conversion(tmp_path, dense):
     data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
     small = convert(dense, keep=0.6, calibration=data)
-    report = hf_reparam.report(small)
+    measured = {x.name.removeprefix("bert."): x.error for x in hf_reparam.report(small).layers}
+    refitted = hf_reparam.refit(small, dense, data).layers
+    assert refitted
     small.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     record = hf_reparam.RankPlan.from_dict(loaded.config.reparam).record
     assert record.base_model == "google-bert/bert-tiny"
     assert record.calibration_tokens == 5 * 4 * 6
-    assert record.refitted_layers == len(report.refit.layers)
-    rows = [*report.layers, *report.heads]
-    measured = {x.name.removeprefix("bert."): x.error for x in rows if x.error is not None}
+    assert record.refitted_layers == hf_reparam.report(loaded).refitted_layers == len(refitted)
     assert record.errors == pytest.approx(measured, rel=1e-3)
     again = convert(loaded, LowRankConfig(rank=2, target_modules="*.intermediate.dense"))
     second = hf_reparam.RankPlan.from_dict(again.config.reparam).record

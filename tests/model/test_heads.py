@@ -3,23 +3,27 @@
 import pytest
 import torch
 import transformers as tf
-from hf_reparam.compress.narrowing import attentions_by_name
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankConfig, RankPlan, calibrate, convert, merge
+from hf_reparam import Entry, LowRankConfig, RankPlan, calibrate, convert, merge
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.structures.heads.attention import FusedProjections
+from hf_reparam.model.host import layer_name
+from hf_reparam.structures.heads.attention import FusedProjections, find_attentions
 from tests import zoo
 from tests.resume import trains_and_resumes
+
+
+def widths(model, width):
+    """Entries of a plan: every attention with heads of this width."""
+    return {layer_name(model, attention.name): Entry(width, "heads") for attention in find_attentions(model)}
 
 
 def halved(base):
     """Heads half as wide, and low-rank layers in them."""
     case = zoo.BY_BASE[base]
     model = case.build()
-    widths = dict.fromkeys(attentions_by_name(model), 4)
-    half = convert(model, RankPlan({}, model.config.model_type, head_widths=widths))
+    half = convert(model, RankPlan(widths(model, 4), model.config.model_type))
     return convert(half, LowRankConfig(rank=6, form="pivoted")), case.batch()
 
 
@@ -74,17 +78,17 @@ def test_cross_attention_of_bert_is_narrowed():
     model = zoo.BY_BASE["BertLMHeadModel"].build(add_cross_attention=True)
     ids, states = torch.randint(3, 90, (2, 5)), torch.randn(2, 4, 32)
     batch = {"input_ids": ids, "encoder_hidden_states": states}
-    names = attentions_by_name(model)
-    assert len(names) == 4
-    plan = RankPlan({}, "bert", "fisher", head_widths=dict.fromkeys(names, 8))
+    plan = RankPlan(widths(model, 8), "bert", "fisher")
+    assert len(plan.modules) == 4
     full = convert(model, plan, calibration=calibrate(model, [batch]))
     torch.testing.assert_close(logits(full, batch), logits(model, batch), atol=1e-5, rtol=0)
 
 
 def test_the_report_says_how_wide():
     small, _ = halved("BertForMaskedLM")
-    assert "heads:            8 -> 4 wide, in 2 attentions" in str(hf_reparam.report(small))
-    assert hf_reparam.report(small).to_dict()["heads"][0]["width_after"] == 4
+    rows = [row for row in hf_reparam.report(small).layers if row.form == "heads"]
+    assert [(row.kind, row.in_features, row.rank) for row in rows] == [("BertAttention", 8, 4)] * 2
+    assert "4 heads" in str(hf_reparam.report(small))
 
 
 def test_fused_projections_keep_their_order():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_reparam.model import processes
+from hf_reparam.layers import processes
 from tests.launch import launch
 
 SCRIPT = """
