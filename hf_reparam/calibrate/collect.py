@@ -191,7 +191,7 @@ def _watch_group(
     fisher, inner = metric == "fisher", called(work)
     sums = {found.name: found.structure.sums(found.name, found.site, gradients=fisher) for found in group}
     seen = 0
-    plain = {found.name: found.site.module for found in group if found.structure.option is None}
+    plain = {f.name: f.site.module for f in group if f.structure.option is None and f.site.parts == 1}
 
     def install(watcher: Watcher) -> list[Any]:
         return [h for f in group for h in f.structure.watch(f.name, f.site, sums[f.name], watcher)]
@@ -221,6 +221,7 @@ def _watch_group(
 
 
 def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> None:
+    rows = {name: count for name, count in rows.items() if name in inputs}  # experts have theirs from all together
     unseen = [name for name, count in rows.items() if count == 0]
     if unseen:
         _warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")

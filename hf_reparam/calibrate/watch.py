@@ -125,7 +125,7 @@ class Watcher:
     def __init__(self) -> None:
         self.masks: tuple[Tensor, ...] = ()
         self.follows: Mapping[str, frozenset[Layout]] = {}
-        self._counting = False
+        self.counting = False
         self._guessing = 0  # how many examples there are, if it is not known which layers follow a mask
         self._fitted: dict[str, bool] = {}
 
@@ -143,11 +143,11 @@ class Watcher:
             guessing: the count of examples if there is padding and it is not known which layers follow a mask.
         """
         self.masks, self.follows, self._guessing = masks, follows or {}, guessing
-        self._counting = True
+        self.counting = True
         try:
             yield
         finally:
-            self._counting = False
+            self.counting = False
 
     def unfitting(self) -> list[str]:
         """Layers that get several rows for an example, and that no mask ever fitted where there was padding."""
@@ -177,7 +177,7 @@ class Watcher:
         """
 
         def inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._counting:
+            if self.counting:
                 add_input(_input(args, kwargs))
 
         def output(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:

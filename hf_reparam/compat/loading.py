@@ -31,6 +31,11 @@ class LoadingSeam:
         """The tensor-parallel rules to apply, of those that the base gives: path of a module or parameter -> style."""
         raise NotImplementedError
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As of the base class, whose code is looked at."""
+        return bool(cls.base_class._can_set_experts_implementation())  # type: ignore[attr-defined]
+
     def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
         return self.parallel_rules(super()._expand_parallel_plan(plan))  # type: ignore[misc]
 

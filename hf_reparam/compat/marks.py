@@ -1,5 +1,6 @@
 """What Transformers and accelerate leave on the objects of others, under names that are not documented."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ __all__ = [
     "has_numbers",
     "hook_of",
     "ignore_in_files",
+    "is_spread",
+    "one_by_one",
     "set_initialized",
     "tied_keys",
 ]
@@ -28,7 +31,7 @@ def set_initialized(target: Any) -> None:
 def has_numbers(module: nn.Module) -> bool:
     """Whether Transformers has loaded or drawn a module, or all of its tensors."""
     tensors = (*module.parameters(), *module.buffers())
-    return getattr(module, _INITIALIZED, False) or all(getattr(tensor, _INITIALIZED, False) for tensor in tensors)
+    return vars(module).get(_INITIALIZED, False) or all(getattr(tensor, _INITIALIZED, False) for tensor in tensors)
 
 
 def tied_keys(model: nn.Module) -> dict[str, Mapping[str, str]]:
@@ -55,3 +58,17 @@ def forget_conversions(model: Any) -> None:
 def hook_of(module: nn.Module) -> Any:
     """accelerate's hook on a module, which moves weights and inputs to where it computes; None if there is none."""
     return getattr(module, "_hf_hook", None)
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether fused experts are spread over processes."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
+
+def one_by_one(config: Any) -> Any:
+    """A copy of a configuration with which experts run one after the other; None where it does not say how they run."""
+    if not hasattr(config, "_experts_implementation"):
+        return None
+    made = copy.copy(config)
+    made._experts_implementation_internal = "eager"
+    return made

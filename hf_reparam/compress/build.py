@@ -32,6 +32,7 @@ class Made:
         metrics: name in a plan -> metric, where it is known.
         modules: all new modules.
         attributes: (module of the working copy, name, value) that were set beside.
+        parts: (module of the working copy, name, new part) that stand for parameters.
         stored: paths of the sites whose modules are in a folder.
         retie: whether Transformers models have to tie their parameters anew.
     """
@@ -40,6 +41,7 @@ class Made:
     metrics: dict[str, str] = field(default_factory=dict)
     modules: list[nn.Module] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
+    parts: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
     retie: bool = False
 
@@ -79,12 +81,12 @@ def build(
         found, entry = parts[name]
         results[name] = built = structure.build(name, found.site, entry, source)
         shapes[name] = built.replacement
-        return nn.ModuleList(built.replacement.modules.values()), built.error
+        return built.replacement.new(), built.error
 
     def empty(name: str) -> nn.ModuleList:
         found, entry = parts[name]
         shapes[name] = structure.skeleton(found.site, entry)
-        return nn.ModuleList(shapes[name].modules.values())
+        return shapes[name].new()
 
     def made_of(name: str) -> str:
         return _made_of(name, *parts[name], source)
@@ -97,6 +99,7 @@ def build(
     gone: frozenset[str] = frozenset()
     origins: dict[str, str] = {}
     replaced: dict[nn.Module, nn.Module] = {}
+    before = len(made.parts)
     for name, (modules, error) in layers.items():
         found, entry = parts[name]
         if structure.changes_moments and entry is not None and source.calibration is not None:
@@ -104,15 +107,16 @@ def build(
             moments |= built.moments
             gone |= built.gone
             origins |= dict.fromkeys(built.moments, made_of(name)) if place is not None else {}
-        shape = shapes.get(name) or structure.skeleton(found.site, entry)
-        replaced |= dict(zip(shape.modules, modules, strict=True))
-        made.attributes += shape.attributes
-        made.retie |= shape.retie
+        new = (shapes.get(name) or structure.skeleton(found.site, entry)).of(modules)
+        replaced |= new.modules
+        made.parts += new.parts
+        made.attributes += new.attributes
+        made.retie |= new.retie
         made.modules += list(modules)
         made.stored += found.site.names[:1] if place is not None else ()
         _note(found, entry, list(modules), error, source, made)
     results.clear()
-    Replacement(replaced, made.attributes).install(work.model)
+    Replacement(replaced, made.attributes, parts=made.parts[before:]).install(work.model)
     return source.with_layers(moments, gone, origins)
 
 
@@ -157,6 +161,11 @@ def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:
     """Make the original what its working copy has become."""
     replaced = changes(work)
     replace_modules(model, replaced)
+    for module, name, part in made.parts:
+        owner = work.originals.get(module, module)
+        if getattr(owner, name) is not part:
+            delattr(owner, name)
+            setattr(owner, name, part)
     for module, name, value in made.attributes:
         original = work.originals.get(module)
         if original is not None and not isinstance(module, SplitMultiheadAttention):

@@ -135,7 +135,7 @@ def convert(
         if not inplace:
             check_copyable(unwrapped(model), [found.site.module for found in _originals(work, selection)])
         if not isinstance(calibration, Calibration) and calibration is not None:
-            names = [found.site.name for found in selection.selected]
+            names = _calibrated(selection)
             metric = asked.metric or "fisher"
             calibration = calibrate(model, calibration, metric=metric, tokenizer=tokenizer, target_modules=names)
         source = Source.of(calibration, asked.metric, asked.solver)
@@ -172,7 +172,12 @@ def apply(work: WorkingCopy, plan: RankPlan, source: Source, folder: Path | None
 
 def wanted_layers(model: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> list[str]:
     """Paths of the sites that a configuration or a plan means: what has to be calibrated for it."""
-    return [found.site.name for found in _selection(opened(model).model, config, plan).selected]
+    return _calibrated(_selection(opened(model).model, config, plan))
+
+
+def _calibrated(selection: Selection) -> list[str]:
+    """Paths by which `calibrate` is asked for these sites; it sees what other options ask for by itself."""
+    return [found.site.name for found in selection.selected if found.structure.option is None]
 
 
 def _is_layer(model: nn.Module) -> bool:

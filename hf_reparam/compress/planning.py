@@ -78,6 +78,8 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source) -> RankPlan
         raise TargetError(
             "the model is itself one dense layer, and a plan needs a name: put it in nn.Sequential(layer)"
         )
+    if config.rank is None:
+        _check_dense(work, found)
     check_fit(work, found, source)
     if config.rank is not None:
         entries, skipped = given_ranks(found, config)
@@ -88,10 +90,15 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source) -> RankPlan
     return replace(plan, report=planned(work, plan, selection))
 
 
+def _check_dense(work: nn.Module, found: Sequence[Found]) -> None:
+    """Refuse a model that is converted already, also by narrower heads, whose layers have other shapes."""
+    shaped = [site for structure in STRUCTURES if structure.changes_moments for site in structure.sites(work)]
+    if any(site.entry is not None for site in (*shaped, *(item.site for item in found))):
+        raise TargetError("the model is converted already: make plans from the dense model")
+
+
 def _budgeted(work: nn.Module, selection: Selection, config: LowRankConfig, source: Source) -> dict[str, Entry]:
     found = selection.selected
-    if any(item.site.entry is not None for item in found):
-        raise TargetError("the model is converted already: make plans from the dense model")
     _check_options(work, selection, config, source)
     counted = [item for item in found if item.site.weights]
     total = sum(item.site.weights for item in counted)

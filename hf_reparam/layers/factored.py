@@ -18,6 +18,7 @@ class Factored(nn.Module):
 
     Attributes:
         form: what an entry of a plan calls it.
+        stands_for: name of the tensor that it stands for, beside its own; empty where it has the tensor's own name.
         rank: inner width of the factors.
         in_features, out_features: of the dense weight (out, in).
         error: ||W - W'|| / ||W|| as it was made, in the norm of `metric`; None where that is not known.
@@ -28,6 +29,7 @@ class Factored(nn.Module):
     __jit_unused_properties__ = ("weight", "bias", "entry", "rank", "in_features", "out_features")  # TorchScript's
 
     form = ""
+    stands_for = "weight"
     dense_type: type[nn.Module]
     rank: int
     in_features: int

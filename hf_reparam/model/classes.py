@@ -243,5 +243,4 @@ def _swap(model: Any, *, strict: bool) -> None:
                 raise PlanError(f"{found.name}: the plan holds it as {entry}, and the model as {found.site.entry}")
             new = structure.skeleton(found.site, entry)
             new.install(model)
-            for module in new.modules.values():
-                draw_new(module, model.config)
+            draw_new(new.new(), model.config)

@@ -66,15 +66,20 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
         mine = {key: child for key, child in owner._modules.items() if any(child is layer for layer in layers)}
         if not mine:
             continue
-        for key, low in mine.items():
-            owner._modules[key] = low.stand_in()
+        stand_ins: dict[str, Any] = {key: low.stand_in() for key, low in mine.items()}
+        tensors = {key: value for key, value in stand_ins.items() if isinstance(value, torch.Tensor)}
+        owner._modules.update({key: None if key in tensors else value for key, value in stand_ins.items()})
+        vars(owner).update(tensors)
         try:
-            for key in mine:
-                draw_as_class(holder, owner._modules[key])
+            for part in stand_ins.values():
+                if isinstance(part, nn.Module):
+                    draw_as_class(holder, part)
             draw_as_class(holder, owner)
-            found |= {low: _spread(owner._modules[key]) for key, low in mine.items() if isinstance(low, nn.Module)}
+            found |= {low: _spread(stand_ins[key]) for key, low in mine.items() if isinstance(low, nn.Module)}
         finally:
             owner._modules.update(mine)
+            for key in tensors:
+                del vars(owner)[key]
     return found
 
 
@@ -95,5 +100,7 @@ def out_of_sight(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _spread(dense: Any) -> float:
+    if isinstance(dense, torch.Tensor):
+        return float(dense.float().std())
     matrix = dense.weight if isinstance(dense, nn.Embedding) else dense_matrix(dense)
     return float(matrix.float().std())

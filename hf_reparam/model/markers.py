@@ -16,9 +16,9 @@ __all__ = ["marker_patterns", "markers"]
 
 def markers(model: Any) -> dict[str, torch.Tensor]:
     """Name -> empty tensor, under the dense weight's name of the first low-rank layer of each kind."""
-    names = [site.name for site in live_sites(model) if isinstance(site.module, Factored)]
-    first = {layer_kind(name): name for name in reversed(names)}
-    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in first.values()}
+    low = {site.name: site.module for site in live_sites(model) if isinstance(site.module, Factored)}
+    first = {layer_kind(name): f"{name}.{low[name].stands_for}".rstrip(".") for name in reversed(low)}
+    return {name: torch.empty(0, dtype=torch.uint8) for name in first.values()}
 
 
 def marker_patterns(model: Any) -> set[str]:
@@ -27,4 +27,4 @@ def marker_patterns(model: Any) -> set[str]:
     names = [*plan.modules, *local_names(model, plan.modules)]
     names += renamed(model, names) if loading() else []
     kinds = {layer_kind(name.removeprefix(HEAD)) for name in names}
-    return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"\.weight$" for kind in kinds}
+    return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"(\.weight)?$" for kind in kinds}

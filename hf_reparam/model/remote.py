@@ -23,7 +23,15 @@ __all__ = ["FILE", "forget_file", "named_in_config", "write_module"]
 FILE = "modeling_reparam.py"
 _FOR_MODELS = ("AutoConfig", "AutoModel")
 _FIRST = "hf_reparam.model.auto"
-_LEFT_OUT = ("compat.accelerate", "linalg", "structures.source", "structures.heads.narrow", "layers.processes")
+_LEFT_OUT = (
+    "linalg",
+    "compat.accelerate",
+    "layers.offload",
+    "layers.processes",
+    "structures.source",
+    "structures.heads.narrow",
+    "structures.experts.watch",
+)
 """Modules of conversions: what they define is None in the file, where nothing calls it."""
 _HEAD = '''"""Low-rank models without the package that made them, for `trust_remote_code=True`.
 

@@ -70,12 +70,13 @@ def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecor
 
 def retie(model: nn.Module, new: Collection[nn.Module]) -> None:
     """Let the Transformers models in an object tie their parameters anew, after new modules came in. Changes them."""
-    biases = {module: module.bias for module in new if isinstance(getattr(module, "bias", None), nn.Parameter)}
+    own = {module: module._parameters.get("bias") for module in new}
     for host in hosts(model).values():
         host.tie_weights(recompute_mapping=False)
-    for module, bias in biases.items():
-        if module.bias is not None and module.bias.is_meta:  # tied to one in a file, which nobody would bring in here
-            module.bias = bias
+    for module, bias in own.items():
+        now = module._parameters.get("bias")
+        if bias is not None and now is not None and now.is_meta:  # tied to one in a file, which nobody would bring in
+            module._parameters["bias"] = bias
 
 
 def to_stock(model: Any) -> Any:

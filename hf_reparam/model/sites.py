@@ -174,9 +174,8 @@ def fit(
         site = sites.get(path)
         if site is None:
             kind = type(modules[path]).__name__
-            what = "no dense layer" if structure.option is None else f"of such there are {sorted(sites)[:3]}"
-            end = f", {what}" if structure.option is None else f"; {what}"
-            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is a {kind}{end}")
+            what = ", no dense layer" if structure.option is None else f"; of such there are {sorted(sites)[:3]}"
+            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is a {kind}{what}")
         if site.entry == entry:
             continue
         reason = protected.get(path) or site.reason

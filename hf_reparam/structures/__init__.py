@@ -1,5 +1,6 @@
 """Every way to hold a part of a model in fewer numbers, in the order in which they apply."""
 
+from hf_reparam.structures.experts import Experts
 from hf_reparam.structures.heads import Heads
 from hf_reparam.structures.linear import Linears
 from hf_reparam.structures.structure import Structure
@@ -7,5 +8,5 @@ from hf_reparam.structures.table import Tables
 
 __all__ = ["STRUCTURES", "Structure"]
 
-STRUCTURES: tuple[Structure, ...] = (Heads(), Tables(), Linears())
+STRUCTURES: tuple[Structure, ...] = (Heads(), Tables(), Linears(), Experts())
 """Heads change the shapes of dense layers, and so come first; going back to dense, they come last."""

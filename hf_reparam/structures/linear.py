@@ -111,7 +111,7 @@ class Linears:
             if entry is None:
                 return Built(Replacement({layer: build_dense(layer)}))
             bias = layer.bias
-            if isinstance(bias, nn.Parameter) and not bias.isfinite().all():
+            if isinstance(bias, nn.Parameter) and not bias.is_meta and not bias.isfinite().all():
                 raise WeightError("its bias has NaN or infinite numbers, which would be copied")
             weight, moments = dense_matrix(layer), source.moments(name)
             found = source.decomposition(name, weight, centred=bias is not None, max_rank=entry.rank)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_reparam.config import METRICS, SOLVERS
@@ -31,14 +32,14 @@ class Source:
         metric: "svd", "activation" or "fisher".
         calibration: what the metric is made of; None for "svd".
         solver: "exact" or "randomized".
-        kept: name in a plan -> decomposition at full rank; None to keep none.
+        kept: name in a plan and shape, which narrower heads change -> decomposition at full rank; None to keep none.
         origins: name in a plan -> fingerprint of what its weight and moments were computed from, where they were.
     """
 
     metric: str
     calibration: Calibration | None = None
     solver: str = "exact"
-    kept: dict[str, Decomposition] | None = None
+    kept: dict[tuple[str, torch.Size], Decomposition] | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -88,13 +89,14 @@ class Source:
         Raises:
             WeightError: the weight or its moments are not finite, or it has no data.
         """
-        if self.kept is not None and name in self.kept:
-            return self.kept[name]
+        key = (name, weight.shape)
+        if self.kept is not None and key in self.kept:
+            return self.kept[key]
         most = None if self.kept is not None else max_rank
         metric = self.coordinates(name, weight, centred=centred)
         made = decompose(weight, max_rank=most, metric=metric, solver=self.solver)
         if self.kept is not None:
-            self.kept[name] = made
+            self.kept[key] = made
         return made
 
     def losses(self, name: str, weight: Callable[[], Tensor], *, centred: bool) -> Tensor | None:
@@ -108,11 +110,11 @@ class Source:
         matrix, spectra = weight(), {} if self.calibration is None else self.calibration.spectra
         key = (name, self.metric, fingerprint(matrix))
         if key not in spectra:
-            kept = self.kept is not None and name in self.kept
-            values = None if not kept else self.kept[name].singular_values.square()  # type: ignore[index]
-            spectra[key] = (
-                spectrum(matrix, self.coordinates(name, matrix, centred=centred)) if values is None else values
-            ).cpu()
+            kept = (self.kept or {}).get((name, matrix.shape))
+            if kept is None:
+                spectra[key] = spectrum(matrix, self.coordinates(name, matrix, centred=centred)).cpu()
+            else:
+                spectra[key] = kept.singular_values.square().cpu()
         return spectra[key] * (1 if moments is None else moments.tokens)
 
     def effort(self, site: Any) -> float:

@@ -8,7 +8,7 @@ modules that take the place of others: by shape alone (`skeleton`), or with thei
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -78,15 +78,32 @@ class Replacement:
         modules: old module -> new one; a module that hangs in several places is replaced in all of them.
         attributes: (module, name, value) of what is set beside, such as the width of heads.
         retie: whether a Transformers model has to tie its parameters anew.
+        parts: (module, name, new part) of modules and parameters that take the place of a parameter or of its like.
     """
 
     modules: Mapping[nn.Module, nn.Module]
     attributes: Sequence[tuple[nn.Module, str, Any]] = ()
     retie: bool = False
+    parts: Sequence[tuple[nn.Module, str, nn.Module | nn.Parameter]] = ()
+
+    def new(self) -> nn.ModuleList:
+        """All that is new, in one module."""
+        held = [part if isinstance(part, nn.Module) else nn.ParameterList([part]) for _, _, part in self.parts]
+        return nn.ModuleList([*self.modules.values(), *held])
+
+    def of(self, new: nn.ModuleList) -> "Replacement":
+        """The same places with other new modules, as `new` gives them."""
+        modules = dict(zip(self.modules, list(new)[: len(self.modules)], strict=True))
+        held = [m[0] if isinstance(m, nn.ParameterList) else m for m in list(new)[len(self.modules) :]]
+        parts = [(owner, name, part) for (owner, name, _), part in zip(self.parts, held, strict=True)]
+        return replace(self, modules=modules, parts=parts)
 
     def install(self, model: nn.Module) -> None:
         """Put it in place. Changes the model."""
         replace_modules(model, self.modules)
+        for module, name, part in self.parts:
+            delattr(module, name)
+            setattr(module, name, part)
         for module, name, value in self.attributes:
             setattr(module, name, value)
 

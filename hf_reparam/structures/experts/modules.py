@@ -4,15 +4,16 @@ The experts' own forward stays as it is. It asks for `self.gate_up_proj[i]` and 
 a batched or grouped product: what it gets answers these with two thinner products, and forms numbers for the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_reparam.compat.marks import set_initialized
 from hf_reparam.errors import WeightError
-from hf_reparam.layers.linear import Product
+from hf_reparam.layers.factored import Factored, Product
 
 __all__ = ["ExpertWeight", "LowRankExperts"]
 
@@ -22,7 +23,7 @@ Use = Callable[[Any, Tensor, Tensor], Tensor]
 _ALIGNMENT = 16  # bytes: what grouped products ask of the length of a row
 
 
-class LowRankExperts(nn.Module):
+class LowRankExperts(Factored):
     """W_i = up_i @ down_i for every expert i, in the place of a parameter (experts, out, in) or (experts, in, out).
 
     Answers what experts ask of that parameter: `[i]`, `transpose`, `shape`, `dtype`, `device`, and being multiplied.
@@ -42,7 +43,9 @@ class LowRankExperts(nn.Module):
     (torch.Size([4, 8, 16]), torch.Size([3, 8]), 192)
     """
 
-    _is_hf_initialized = True  # Transformers' initialisers must not draw numbers for it
+    form = "experts"
+    stands_for = ""
+    bias = None
 
     def __init__(self, down: nn.Parameter, up: nn.Parameter, *, transposed: bool = False) -> None:
         super().__init__()
@@ -67,22 +70,43 @@ class LowRankExperts(nn.Module):
         return int(self.up.shape[0])
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int:  # type: ignore[override]
         """The inner width r of every product."""
         return int(self.up.shape[2])
 
     @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override]
         """Inputs of an expert's matrix."""
         return int(self.down.shape[2])
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # type: ignore[override]
         """Outputs of an expert's matrix."""
         return int(self.up.shape[1])
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(experts, out, r) and (experts, r, in)."""
+        return self.up, self.down
+
+    def stand_in(self, shape: tuple[int, int] | None = None) -> Any:
+        """A parameter of the shape that it stands for, of one expert; its numbers are zeros."""
+        return torch.zeros(1, *self.shape[1:])
+
+    def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
+        """Its tensors, with the deviation to draw each with."""
+        yield self.down, deviation
+        yield self.up, self.rank**-0.5
+
+    def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
+        """Its own: experts are in no head."""
+        return self.in_features, self.out_features
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As of any module: the marker of `Factored` has the name of a weight."""
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
     @property
-    def weight(self) -> "ExpertWeight":
+    def weight(self) -> "ExpertWeight":  # type: ignore[override]
         """What experts take for the parameter."""
         return ExpertWeight(self, None, self.transposed)
 
@@ -257,3 +281,6 @@ def _numbers(value: Any) -> Any:
     if torch.compiler.is_compiling():  # knows no such tensor
         return weight.formed()
     return Product(weight.formed, weight.owner.up, tuple(weight.shape))
+
+
+set_initialized(LowRankExperts)  # the numbers that classes draw for their parameters are not for it

@@ -1,34 +1,33 @@
 """Where fused experts are in a model, what each rank costs and loses, and how they become low-rank and dense again."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_reparam.compat.marks import is_spread
 from hf_reparam.errors import PlanError, WeightError
 from hf_reparam.linalg import LayerMoments, Metric, decompose, spectrum, working_device
 from hf_reparam.structures.experts.modules import LowRankExperts
+from hf_reparam.structures.source import Source
 
 __all__ = [
     "EXPERTS",
     "ExpertSite",
     "build",
-    "dense_deviation",
-    "draw",
+    "every_parameter",
     "expert_moments",
     "losses",
     "pooled",
-    "put",
-    "sites",
     "skeleton",
     "stock",
-    "unserved",
+    "why_not",
 ]
 
 EXPERTS = "experts"
@@ -44,24 +43,6 @@ _UNMARKED = {
 """Classes of Transformers that do not say of themselves that they are experts: whether they hold (experts, in, out)."""
 
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-
-class Source(Protocol):
-    """What factors are made of.
-
-    Args:
-        metric: "svd", "activation" or "fisher".
-        solver: "exact" or "randomized".
-    """
-
-    @property
-    def metric(self) -> str: ...
-
-    @property
-    def solver(self) -> str: ...
-
-    def layer_moments(self, name: str) -> LayerMoments | None:
-        """What the metric knows of a layer; None if nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +71,11 @@ class ExpertSite:
         """The parameter, or what stands in its place."""
         found: Any = getattr(self.module, self.parameter)
         return found
+
+    @property
+    def owner(self) -> nn.Module:
+        """What holds the numbers: the module, or the factors in the parameter's place."""
+        return self.held if isinstance(self.held, LowRankExperts) else self.module
 
     @property
     def shape(self) -> torch.Size:
@@ -138,17 +124,7 @@ class ExpertSite:
         return weight.mT if self.transposed else weight
 
 
-def sites(model: nn.Module) -> dict[str, ExpertSite]:
-    """Name -> every parameter of experts that can be, or is, of low rank."""
-    return {site.name: site for site in _found(model) if _reason(site, model) is None}
-
-
-def unserved(model: nn.Module) -> dict[str, str]:
-    """Name of a parameter of experts that cannot be of low rank -> why."""
-    return {site.name: reason for site in _found(model) if (reason := _reason(site, model)) is not None}
-
-
-def _found(model: nn.Module) -> Iterator[ExpertSite]:
+def every_parameter(model: nn.Module) -> Iterator[ExpertSite]:
     """All parameters with a matrix for each expert, of modules that Transformers marks as experts or that are known."""
     paths: dict[nn.Module, list[str]] = defaultdict(list)
     for path, module in model.named_modules(remove_duplicate=False):
@@ -172,14 +148,14 @@ def _is_transposed(module: nn.Module) -> bool | None:
     return _UNMARKED.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models."))
 
 
-def _reason(site: ExpertSite, model: nn.Module) -> str | None:
+def why_not(site: ExpertSite, model: nn.Module) -> str | None:
     """Why a parameter cannot be of low rank, in the words of a report; None if it can."""
     held = site.held
     if isinstance(held, LowRankExperts):
         return None
     if type(held) is not nn.Parameter or held.dtype not in _DTYPES:
         return f"experts in {type(held).__name__} of {held.dtype}: convert first, quantize or shard afterwards"
-    if getattr(site.module, "_is_expert_parallel", False):
+    if is_spread(site.module):
         return "experts that are spread over processes: convert first, distribute afterwards"
     if site.full_rank < 2:
         return "experts of one row or column"
@@ -287,7 +263,7 @@ def pooled(moments: Sequence[LayerMoments | None]) -> LayerMoments | None:
 
 
 def _moments(name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
-    return [source.layer_moments(f"{name}.{i}") for i in range(site.experts)]
+    return [source.moments(f"{name}.{i}") for i in range(site.experts)]
 
 
 def _coordinates(name: str, site: ExpertSite, source: Source) -> Iterator[tuple[Tensor, Metric, float]]:
@@ -317,36 +293,3 @@ def stock(low: LowRankExperts) -> nn.Parameter:
         product = low.up[i].to(device, torch.float64) @ low.down[i].to(device, torch.float64)
         dense[i].copy_(product.mT if low.transposed else product)
     return nn.Parameter(dense, low.up.requires_grad)
-
-
-def put(site: ExpertSite, replacement: LowRankExperts | nn.Parameter) -> None:
-    """Set what `build`, `skeleton` or `stock` made in the place of what is there."""
-    delattr(site.module, site.parameter)
-    setattr(site.module, site.parameter, replacement)
-
-
-@torch.no_grad()
-def draw(low: LowRankExperts, deviation: float) -> None:
-    """Give random numbers to factors, so that their products have this deviation; numbers that were loaded stay."""
-    for factor, size in ((low.down, deviation), (low.up, low.rank**-0.5)):
-        if not getattr(factor, "_is_hf_initialized", False):  # Transformers' mark of what a file has given
-            nn.init.normal_(factor, std=size)
-
-
-@torch.no_grad()
-def dense_deviation(site: ExpertSite, initialise: Callable[[nn.Module], Any]) -> float | None:
-    """Deviation of the numbers that a model class draws for the dense parameter; None if it draws none.
-
-    What stands beside it in the experts is drawn, too: call it where all is drawn anew afterwards.
-
-    Args:
-        site: low-rank.
-        initialise: the model's `_init_weights`.
-    """
-    stand_in = torch.zeros(1, *site.shape[1:])
-    vars(site.module)[site.parameter] = stand_in
-    try:
-        initialise(site.module)
-    finally:
-        del vars(site.module)[site.parameter]
-    return float(stand_in.std()) or None

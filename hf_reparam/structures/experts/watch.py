@@ -4,7 +4,6 @@ While it lasts, a stand-in shadows the parameter in the experts' own attributes:
 tells what it multiplied.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_reparam.compat.marks import one_by_one
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg import LayerMoments
 from hf_reparam.structures.experts.structure import ExpertSite
@@ -63,9 +63,9 @@ def watching(site: ExpertSite, moments: Sequence[LayerMoments], batch: Batch | N
     hook = module.register_forward_pre_hook(watcher.routed, with_kwargs=True)
     before = dict(vars(module))
     shadows: dict[str, Any] = {parameter: _Watched(module.get_parameter(parameter), watcher)}
-    if hasattr(getattr(module, "config", None), "_experts_implementation"):
-        shadows["config"] = copy.copy(module.config)
-        shadows["config"]._experts_implementation_internal = "eager"
+    config = one_by_one(getattr(module, "config", None))
+    if config is not None:
+        shadows["config"] = config
     vars(module).update(shadows)
     try:
         yield
