@@ -1,4 +1,4 @@
-"""`convert` and `summarize` on plain modules and on Transformers models."""
+"""`convert` and `report` on plain modules and on Transformers models."""
 
 import math
 
@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankConfig, convert, merge
+from hf_reparam import LowRankConfig, convert, make_plan, merge
 from hf_reparam.errors import RankError, TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.checks import count_parameters
@@ -155,7 +155,7 @@ def test_again_at_a_lower_rank():
     direct = convert(model, rank=4)
     for a, b in zip(zoo.outputs(twice, zoo._text()), zoo.outputs(direct, zoo._text()), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)  # cutting twice is cutting once, up to rounding
-    assert report.parameters_before == count_parameters(once)
+    assert report.parameters_before == count_parameters(model)
 
 
 def test_again_refuses_a_higher_rank():
@@ -186,20 +186,18 @@ def test_quantized_and_meta_models_are_refused():
 
 def test_patterns_over_whole_names():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    small = convert(
-        model, LowRankConfig(rank=4, target_modules=["*.query", "re:.*\\.key"], exclude_modules="*.layer.1.*")
-    )
-    report = hf_reparam.report(small)
+    config = LowRankConfig(rank=4, target_modules=["query", "re:.*\\.key"], exclude_modules="*.layer.1.*")
+    small = convert(model, config)
     assert sorted(small.config.reparam["modules"]) == [
         "encoder.layer.0.attention.self.key",
         "encoder.layer.0.attention.self.query",
     ]
-    reasons = {s.name: s.reason for s in report.skipped}
+    reasons = {s.name: s.reason for s in make_plan(model, config).report.skipped}
     assert reasons["bert.encoder.layer.1.attention.self.query"] == "excluded by '*.layer.1.*'"
-    assert reasons["bert.encoder.layer.0.output.dense"] == "not included"
+    assert reasons["bert.encoder.layer.0.output.dense"] == "not in target_modules"
     assert reasons["cls.predictions.decoder"] == "output embeddings"
-    with pytest.raises(TargetError, match="include: 'query' matches none"):
-        convert(model, LowRankConfig(rank=4, target_modules="query"))
+    with pytest.raises(TargetError, match=r"target_modules: 'querry' matches none.*did you mean '\*\.query'"):
+        convert(model, LowRankConfig(rank=4, target_modules="querry"))
 
 
 def test_experts_that_are_no_modules_are_reported():
@@ -210,7 +208,7 @@ def test_experts_that_are_no_modules_are_reported():
     assert report.coverage < 0.5
 
 
-def test_summarize_needs_no_weights():
+def test_a_report_needs_no_weights():
     with torch.device("meta"):
         model = transformers.BertModel(zoo.bert())
     report = hf_reparam.report(model)
@@ -218,16 +216,17 @@ def test_summarize_needs_no_weights():
     assert report.parameters_before == report.parameters_after == count_parameters(model)
 
 
-def test_summarize_a_converted_model():
+def test_a_converted_model_is_what_its_plan_said():
     model = zoo.BY_BASE["BertForMaskedLM"].build()
-    small = convert(model, rank={"*.query": 4})
-    made = hf_reparam.report(small)
-    report = hf_reparam.report(small)
+    made = make_plan(model, rank={"*.query": 4}).report
+    report = hf_reparam.report(convert(model, rank={"*.query": 4}))
+    assert len(made.layers) == 2
     assert [(x.name, x.rank, x.parameters_after) for x in report.layers] == [
         (x.name, x.rank, x.parameters_after) for x in made.layers
     ]
     assert (report.parameters_before, report.parameters_after) == (made.parameters_before, made.parameters_after)
     assert {s.reason for s in report.skipped if s.name.endswith(".key")} == {"dense"}
+    assert {s.reason for s in made.skipped if s.name.endswith(".key")} == {"no pattern of `rank` matches"}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import nn
 import hf_reparam
 from hf_reparam import (
     Calibration,
+    Entry,
     LowRankConfig,
     RankPlan,
     calibrate,
@@ -23,8 +24,8 @@ from hf_reparam import (
 )
 from hf_reparam.errors import CheckpointError, PlanError, TargetError
 from hf_reparam.model.checks import count_parameters
-from hf_reparam.structures.table import table_groups
-from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead, Tables, low_rank_tables
+from hf_reparam.structures.table import Tables
+from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead, LowRankTable, low_rank_tables
 from tests import zoo
 
 NAMES = {
@@ -60,7 +61,16 @@ def family(request):
 
 
 def plan_of(base, model, rank=12, **more):
-    return RankPlan({}, model.config.model_type, embeddings={NAMES[base]: rank, **more})
+    ranks = {NAMES[base]: rank, **more}
+    return RankPlan({name: Entry(r, "table") for name, r in ranks.items()}, model.config.model_type)
+
+
+def tables_of(plan):
+    return {name: entry.rank for name, entry in plan.of(("table",)).items()}
+
+
+def stored_tables(model):
+    return tables_of(RankPlan.from_dict(model.config.reparam))
 
 
 @pytest.mark.parametrize("family", ["BertModel", "T5EncoderModel", "MarianMTModel", "OPTForCausalLM"], indirect=True)
@@ -71,7 +81,7 @@ def test_it_survives_saving_and_merging(family, tmp_path):
     small = convert(model, plan_of(base, model))
     report = hf_reparam.report(small)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    members = [m for m in small.modules() if isinstance(m, Tables)]
+    members = [m for m in small.modules() if isinstance(m, LowRankTable)]
     assert len(members) == MEMBERS.get(base, 1)
     assert len({m.table.weight for m in members}) == len({m.up.weight for m in members}) == 1
     expected = outputs(small, batch)
@@ -80,7 +90,7 @@ def test_it_survives_saving_and_merging(family, tmp_path):
     again, info = type(small).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     close(outputs(again, batch), expected, 1e-6)  # alignment of memory
-    assert len({m.table.weight for m in again.modules() if isinstance(m, Tables)}) == 1
+    assert len({m.table.weight for m in again.modules() if isinstance(m, LowRankTable)}) == 1
     assert count_parameters(again) == report.parameters_after < report.parameters_before == count_parameters(model)
     stands = hf_reparam.report(again)
     assert (stands.parameters_before, stands.factored_after) == (report.parameters_before, report.factored_after)
@@ -140,25 +150,22 @@ def test_a_budget_counts_the_whole_model():
         table.copy_(torch.randn(len(table), 8) @ torch.randn(8, 32) * 0.01)
     moments = calibrate(model, [case.batch()])
     plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, embeddings=True), calibration=moments)
-    assert 6 <= plan.embeddings["embeddings.word_embeddings"] <= 10
+    assert 6 <= tables_of(plan)["embeddings.word_embeddings"] <= 10
     total = 99 * 32 + sum(x.input_sum.numel() * x.gradient_products.shape[0] for x in moments.layers.values())
     small = convert(model, plan, calibration=moments)
     assert count_parameters(model) - count_parameters(small) >= 0.5 * total
     target = count_parameters(model) - 6000
     whole = convert(model, LowRankConfig(target_params=target, min_rank=1, embeddings=True), calibration=moments)
     assert target - 300 < count_parameters(whole) <= target
-    assert whole.config.reparam["embeddings"]
-    assert (
-        "embeddings"
-        not in convert(model, LowRankConfig(target_params=target, min_rank=1), calibration=moments).config.reparam
-    )
+    assert stored_tables(whole)
+    assert not stored_tables(convert(model, LowRankConfig(target_params=target, min_rank=1), calibration=moments))
 
 
 def test_equal_shares_without_data():
     model = zoo.BY_BASE["BertModel"].build()
     plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, embeddings=True))
-    assert plan.embeddings == {"embeddings.word_embeddings": int(0.5 * 99 * 32 / (99 + 32))}
-    assert make_plan(model, LowRankConfig(keep=1.0, embeddings=True)).embeddings == {}
+    assert tables_of(plan) == {"embeddings.word_embeddings": int(0.5 * 99 * 32 / (99 + 32))}
+    assert make_plan(model, LowRankConfig(keep=1.0, embeddings=True)).modules == {}
 
 
 def test_an_untied_head_has_factors_of_its_own(tmp_path):
@@ -243,7 +250,7 @@ def test_streaming_gives_the_same_tensors(tmp_path):
     moments = calibrate(model, [batch])
     model.save_pretrained(tmp_path / "dense")
     memory = convert(model, LowRankConfig(keep=0.2, min_rank=1, embeddings=True), calibration=moments)
-    assert memory.config.reparam["embeddings"]
+    assert stored_tables(memory)
     convert_folder(
         tmp_path / "dense", tmp_path / "low", LowRankConfig(keep=0.2, min_rank=1, embeddings=True), calibration=moments
     )
@@ -281,47 +288,45 @@ def test_missing_factors_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "message"),
+    ("modules", "message"),
     [
-        ({"embeddings.word_embeddings": 32}, "above the 31"),
-        ({"embeddings.word_embeddings": 0}, "int of at least 1"),
-        ({"embeddings.position_embeddings": 4}, "the tables here are"),
-        ({"..": 4}, "module path"),
+        ({"embeddings.word_embeddings": {"form": "table", "rank": 32}}, "rank 32, above the 31"),
+        ({"embeddings.word_embeddings": {"form": "table", "rank": 0}}, "int of at least 1"),
+        ({"embeddings.position_embeddings": {"form": "table", "rank": 4}}, "position_embeddings: .* is a Embedding"),
+        ({"embeddings.word_embeddings": {"form": "pair", "rank": 4}}, "as 'pair', and it is a Embedding"),
+        ({"..": {"form": "table", "rank": 4}}, "module path"),
+        ({"embeddings.word_embeddings": 4}, "must be an object"),
         ([4], "must be an object"),
     ],
 )
-def test_tampered_ranks_are_refused(tmp_path, embeddings, message):
+def test_tampered_ranks_are_refused(tmp_path, modules, message):
     model = zoo.BY_BASE["BertModel"].build()
     convert(model, plan_of("BertModel", model)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["reparam"]["embeddings"] = embeddings
+    config["reparam"]["modules"] = modules
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match=message):
         tf.AutoModel.from_pretrained(tmp_path)
 
 
-def test_what_cannot_be_of_low_rank_is_named(tmp_path):
+def test_what_cannot_be_of_low_rank_is_named():
     bart, vit = (zoo.BY_BASE[base].build() for base in ("BartForConditionalGeneration", "ViTForImageClassification"))
+    asked = LowRankConfig(keep=0.5, min_rank=1, embeddings=True)
     with pytest.raises(TargetError, match="is a BartScaledWordEmbedding"):
-        make_plan(bart, LowRankConfig(keep=0.5, min_rank=1, embeddings=True))
-    with pytest.raises(TargetError, match="is a ViTPatchEmbeddings"):
-        make_plan(vit, LowRankConfig(keep=0.5, min_rank=1, embeddings=True))
-    with pytest.raises(TargetError, match="only those of Transformers models"):
-        make_plan(
-            nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), LowRankConfig(keep=0.5, min_rank=1, embeddings=True)
-        )
+        make_plan(bart, asked)
+    with pytest.raises(TargetError, match="embeddings=True, and there are none here"):
+        make_plan(vit, asked)
+    with pytest.raises(TargetError, match="embeddings=True, and there are none here"):
+        make_plan(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), asked)
     model = zoo.BY_BASE["BertModel"].build()
-    with pytest.raises(TargetError, match="goes with keep"):
-        convert(model, LowRankConfig(rank=4, embeddings=True))
-    with pytest.raises(PlanError, match="only those of Transformers models"):
-        convert(nn.Sequential(nn.Linear(4, 4)), RankPlan(embeddings={"0": 2}))
+    with pytest.raises(PlanError, match="0: the plan holds it as 'table', and it is a Linear"):
+        convert(nn.Sequential(nn.Linear(4, 4)), RankPlan({"0": Entry(2, "table")}))
     small = convert(model, plan_of("BertModel", model))
-    with pytest.raises(PlanError, match="of low rank already"):
-        convert(small, plan_of("BertModel", model, 4))
-    with pytest.raises(CheckpointError, match="knows no embeddings of low rank"):
-        small.save_pretrained(tmp_path, remote_code=True)
+    for rank in (4, 13):
+        with pytest.raises(PlanError, match="stays as it is: embeddings.word_embeddings is of low rank already"):
+            convert(small, plan_of("BertModel", model, rank))
     lower = convert(small, rank=4)
-    assert lower.config.reparam["embeddings"] == {"embeddings.word_embeddings": 12}
+    assert stored_tables(lower) == {"embeddings.word_embeddings": 12}
 
 
 def test_a_table_that_is_not_tied_as_the_configuration_says():
@@ -332,16 +337,11 @@ def test_a_table_that_is_not_tied_as_the_configuration_says():
 
 
 def test_tables_of_a_model():
-    groups = {
-        base: table_groups(zoo.BY_BASE[base].build()) for base in ("T5ForConditionalGeneration", "Qwen2ForCausalLM")
-    }
-    assert sorted(groups["T5ForConditionalGeneration"][0].members) == [
-        "decoder.embed_tokens",
-        "encoder.embed_tokens",
-        "lm_head",
-        "shared",
-    ]
-    assert table_groups(nn.Linear(2, 2)) == []
+    (t5,) = Tables().sites(zoo.BY_BASE["T5ForConditionalGeneration"].build())
+    assert sorted(t5.names) == ["decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared"]
+    untied = next(c for c in zoo.FAMILIES if c.options == (("tie_word_embeddings", False),)).build()
+    assert [site.names for site in Tables().sites(untied)] == [("model.embed_tokens",), ("lm_head",)]
+    assert Tables().sites(nn.Linear(2, 2)) == []
 
 
 def test_padding_gets_no_gradient():

@@ -1,14 +1,11 @@
 """Narrower heads: exact at full width, first-class below, stock again after a merge."""
 
 import copy
-import importlib
 import json
 
 import pytest
 import torch
 import transformers as tf
-from hf_reparam.compress.decomposition import as_decompositions
-from hf_reparam.compress.narrowing import NarrowHeads, attentions_by_name, narrowed
 from torch import nn
 
 import hf_reparam
@@ -23,12 +20,16 @@ from hf_reparam import (
     merge,
     refit,
 )
+from hf_reparam.compress.convert import apply
 from hf_reparam.errors import CheckpointError, PlanError, TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.linalg import map_rows
-from hf_reparam.model.host import layer_name
+from hf_reparam.model.host import layer_name, opened
+from hf_reparam.model.sites import select
 from hf_reparam.structures.heads import AttentionType, register_attention
 from hf_reparam.structures.heads.attention import ROLES, find_attentions
+from hf_reparam.structures.heads.narrow import NarrowHeads
+from hf_reparam.structures.source import Source
 from tests import zoo
 
 FAMILIES = [
@@ -57,8 +58,41 @@ def logits(model, batch):
         return model(**batch).logits
 
 
+def attentions_by_name(model):
+    return {layer_name(model, a.name): a for a in find_attentions(model)}
+
+
 def widths_of(model, width=None):
-    return {name: width or a.width for name, a in attentions_by_name(model).items()}
+    """Every attention with heads of this width; as wide as they are for None."""
+    return {name: Entry(width or a.width, "heads") for name, a in attentions_by_name(model).items()}
+
+
+def heads_of(plan):
+    return {name: entry.rank for name, entry in plan.of(("heads",)).items()}
+
+
+def stored_heads(model):
+    return heads_of(RankPlan.from_dict(model.config.reparam))
+
+
+def head_rows(report):
+    return [row for row in report.layers if row.form == "heads"]
+
+
+def heads_of_layer(model, moments, metric=None, layer="encoder.layer.0.attention"):
+    return NarrowHeads(layer, attentions_by_name(model)[layer], Source.of(moments, metric))
+
+
+def path_of(attention, role):
+    """Of the layer of a role; of one of three where a fused layer was split."""
+    return f"{attention.name}.{attention.within(role, split=True)}"
+
+
+def narrowed(model, widths, moments):
+    """A copy with narrower heads, the moments of its layers as they are computed, and what the heads lose."""
+    work = opened(model)
+    made, source = apply(work, RankPlan(widths, None, "fisher"), Source.of(moments, "fisher"))
+    return work.model, source.calibration, made.errors
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -92,10 +126,15 @@ def full_width(family, metric, attention):
     model, batch, moments = family
     model = copy.deepcopy(model)
     model.set_attn_implementation(attention)
-    plan = RankPlan({}, model.config.model_type, metric, head_widths=widths_of(model))
+    plan = RankPlan(widths_of(model), model.config.model_type, metric)
     full = convert(model, plan, calibration=None if metric == "svd" else moments)
     assert any(not torch.equal(a, b) for a, b in zip(full.parameters(), model.parameters(), strict=False))
     close(logits(full, batch), logits(model, batch))
+
+
+def numbers(attention, role, width):
+    n_in, n_out = attention.shape(role, width)
+    return n_in * n_out + (0 if attention.layer(role).bias is None else n_out)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +146,8 @@ def test_saved_loaded_merged(family, tmp_path):
     """Half as wide, and of low rank inside: the same logits after a round trip, and from the stock class."""
     model, batch, moments = family
     widths = widths_of(model, 4)
-    paths = {layer_name(model, a.path("output", split=True)) for a in find_attentions(model)}
-    plan = RankPlan({path: Entry(3, "pivoted") for path in paths}, model.config.model_type, "fisher", None, widths)
+    low = {layer_name(model, path_of(a, "output")): Entry(3, "pivoted") for a in find_attentions(model)}
+    plan = RankPlan(widths | low, model.config.model_type, "fisher")
     small = convert(model, plan, calibration=moments)
     report = hf_reparam.report(small)
     expected = logits(small, batch)
@@ -116,23 +155,25 @@ def test_saved_loaded_merged(family, tmp_path):
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path)
     assert torch.equal(logits(again, batch), expected)
-    assert again.config.reparam["head_widths"] == widths
+    assert RankPlan.from_dict(again.config.reparam).modules == widths | low
     dense = merge(again)
     assert type(dense) is type(model)
     assert {k: v.shape for k, v in dense.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     close(logits(dense, batch), expected)
-    errors = [h.error for h in report.heads]
+    errors = [row.error for row in head_rows(report)]
     assert all(0.0 < error < 1.0 for error in errors)
-    names = [layer_name(model, h.name) for h in report.heads]
+    names = [layer_name(model, row.name) for row in head_rows(report)]
     assert [again.config.reparam["record"]["errors"][name] for name in names] == pytest.approx(errors, rel=1e-3)
     assert report.parameters_before == sum(p.numel() for p in model.parameters())
     assert report.parameters_after == sum(p.numel() for p in small.parameters())
-    layers = {a.layer(role): a.shape(role, 8) for a in find_attentions(again) for role in ROLES}
-    biases = sum(shape[1] for layer, shape in layers.items() if layer.bias is not None)
-    assert report.factored_before == sum(n_in * n_out for n_in, n_out in layers.values()) + biases
+    attentions = find_attentions(again)
+    stock, slim = (sum(numbers(a, role, width) for a in attentions for role in ROLES) for width in (8, 4))
+    low_rank = sum(numbers(a, "output", 4) for a in attentions)
+    assert report.factored_before == stock - slim + low_rank
+    assert sum(row.parameters_before for row in head_rows(report)) == stock - slim
     stands = hf_reparam.report(again)
     assert (stands.factored_before, stands.factored_after) == (report.factored_before, report.factored_after)
-    assert [(h.width_before, h.width_after) for h in stands.heads] == [(8, 4)] * len(widths)
+    assert [(row.in_features, row.rank) for row in head_rows(stands)] == [(8, 4)] * len(widths)
 
 
 CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -173,8 +214,8 @@ def test_kin_of_these_families(name, tmp_path):
     widths = widths_of(model)
     assert len(widths) == (6 if model.config.is_encoder_decoder else 2)
     moments = calibrate(model, [batch], loss_fn=lambda m, b: m(**b).last_hidden_state[..., :9].square().sum())
-    close(last(convert(model, RankPlan({}, None, "fisher", head_widths=widths), calibration=moments)), last(model))
-    half = convert(model, RankPlan({}, None, "fisher", head_widths=dict.fromkeys(widths, 4)), calibration=moments)
+    close(last(convert(model, RankPlan(widths, None, "fisher"), calibration=moments)), last(model))
+    half = convert(model, RankPlan(widths_of(model, 4), None, "fisher"), calibration=moments)
     assert not torch.allclose(last(half), last(model), atol=1e-3)
     half.save_pretrained(tmp_path)
     assert torch.equal(last(type(half).from_pretrained(tmp_path)), last(half))
@@ -183,11 +224,10 @@ def test_kin_of_these_families(name, tmp_path):
 
 @pytest.mark.parametrize("metric", ["svd", "activation"])
 def test_heads_are_compared_with_layers_in_the_fisher_metric_only(metric):
-    model, _, moments = bert()
-    options = {"keep": 0.4, "min_rank": 1, "metric": metric, "allocation": "global"}
-    assert make_plan(model, moments, **options).head_widths == {}
-    with pytest.raises(TargetError, match="joint=True needs the fisher metric"):
-        make_plan(model, moments, **options, joint=True)
+    model, data, _ = bert()
+    moments = calibrate(model, data, metric="activation") if metric == "activation" else None
+    with pytest.raises(TargetError, match=f"heads=True needs the fisher metric, .*; got '{metric}'"):
+        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, allocation="global", heads=True), moments)
 
 
 @pytest.mark.slow
@@ -197,12 +237,13 @@ def test_the_model_is_as_before(family):
     before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
     widths = {a.name: a.width for a in find_attentions(model)}
     expected = logits(model, batch)
-    small = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
+    config = LowRankConfig(keep=0.4, min_rank=1, heads=True)
+    small = convert(model, config, calibration=moments)
     assert list(model.modules()) == modules
     assert {a.name: a.width for a in find_attentions(model)} == widths
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(logits(model, batch), expected)
-    inplace = convert(copy.deepcopy(model), LowRankConfig(keep=0.4, min_rank=1), calibration=moments, inplace=True)
+    inplace = convert(copy.deepcopy(model), config, calibration=moments, inplace=True)
     assert all(torch.equal(value, inplace.state_dict()[key]) for key, value in small.state_dict().items())
 
 
@@ -210,18 +251,17 @@ def test_the_model_is_as_before(family):
 def test_moments_of_narrower_layers_are_those_that_would_be_collected(family):
     """At full width the function is the same, so that moments can be collected where they were computed."""
     model, batch, moments = family
-    source = as_decompositions(moments, "fisher")
-    with narrowed(model, widths_of(model), source, keep=False) as (narrow, errors):
-        assert max(errors.values()) < 1e-6  # at full width nothing is lost
-        seen = calibrate(model, [batch])
-        for a in find_attentions(model):
-            for role in ROLES:
-                name = layer_name(model, a.path(role, split=True))
-                computed, collected = narrow.moments.layers[name], seen.layers[name]
-                assert computed.tokens == collected.tokens
-                for key in ("input_sum", "input_products", "gradient_products"):
-                    x, y = getattr(computed, key), getattr(collected, key)
-                    assert (x - y).norm() <= 1e-3 * y.norm() + 1e-9, (name, key)  # float32 passes
+    narrow, made, errors = narrowed(model, widths_of(model), moments)
+    assert max(errors.values()) < 1e-6  # at full width nothing is lost
+    seen = calibrate(narrow, [batch])
+    for a in find_attentions(narrow):
+        for role in ROLES:
+            name = layer_name(narrow, path_of(a, role))
+            computed, collected = made.layers[name], seen.layers[name]
+            assert computed.tokens == collected.tokens
+            for key in ("input_sum", "input_products", "gradient_products"):
+                x, y = getattr(computed, key), getattr(collected, key)
+                assert (x - y).norm() <= 1e-3 * y.norm() + 1e-9, (name, key)  # float32 passes
 
 
 def oblique():
@@ -240,24 +280,25 @@ def oblique():
 def test_heads_that_use_half_of_their_width_lose_nothing():
     """Narrower heads are the same function, and their moments those that can be collected there."""
     model, data, moments = oblique()
-    plan = RankPlan({}, "bert", "fisher", head_widths=widths_of(model, 4))
+    plan = RankPlan(widths_of(model, 4), "bert", "fisher")
     torch.testing.assert_close(
         logits(convert(model, plan, calibration=moments), data[0]), logits(model, data[0]), atol=3e-4, rtol=0
     )  # shrinkage leaves P a thousandth off
-    source = as_decompositions(moments, "fisher")
-    with narrowed(model, plan.head_widths, source, keep=False) as (narrow, errors):
-        assert max(errors.values()) < 3e-3  # shrinkage
-        seen = calibrate(model, data)
-        for name in (n for n in seen.layers if ".attention." in n):
-            computed, collected = narrow.moments.layers[name], seen.layers[name]
-            for key in ("input_products", "gradient_products"):
-                x, y = getattr(computed, key), getattr(collected, key)
-                assert (x - y).norm() <= 1e-2 * y.norm(), (name, key)
+    narrow, made, errors = narrowed(model, widths_of(model, 4), moments)
+    assert max(errors.values()) < 3e-3  # shrinkage
+    seen = calibrate(narrow, data)
+    names = [name for name in seen.layers if ".attention." in name]
+    assert len(names) == 8
+    for name in names:
+        computed, collected = made.layers[name], seen.layers[name]
+        for key in ("input_products", "gradient_products"):
+            x, y = getattr(computed, key), getattr(collected, key)
+            assert (x - y).norm() <= 1e-2 * y.norm(), (name, key)
 
 
 def test_maps_are_balanced():
     model, _, moments = oblique()
-    heads = NarrowHeads(model, attentions_by_name(model)["encoder.layer.0.attention"], as_decompositions(moments, None))
+    heads = heads_of_layer(model, moments)
     for width in (3, 8):
         maps = heads.prepare()[1].cut(width)
         for left, right in ((maps.query, maps.key), (maps.output, maps.value)):
@@ -270,16 +311,13 @@ def test_the_mean_of_keys_does_not_count():
     for shift in (0.0, 3.0):
         with torch.no_grad():
             model.bert.encoder.layer[0].attention.self.key.bias += shift
-        source = as_decompositions(calibrate(model, data), "fisher")
-        found.append(NarrowHeads(model, attentions_by_name(model)["encoder.layer.0.attention"], source).prepare()[0])
+        found.append(heads_of_layer(model, calibrate(model, data)).prepare()[0])
     torch.testing.assert_close(found[0].keys, found[1].keys, atol=1e-6, rtol=1e-4)
 
 
 def test_the_output_bias_takes_the_mean_back():
     model, _, moments = bert()
-    heads = NarrowHeads(
-        model, attentions_by_name(model)["encoder.layer.0.attention"], as_decompositions(moments, "fisher")
-    )
+    heads = heads_of_layer(model, moments)
     maps = heads.prepare()[1].cut(3)
     mean = heads.moments("output").mean()
     narrow = map_rows(mean[:, None], maps.value)[:, 0]
@@ -292,8 +330,9 @@ def test_the_output_bias_takes_the_mean_back():
 @pytest.mark.parametrize("keep", [0.3, 0.8])
 def test_the_budget_holds(family, keep):
     model, _, moments = family
-    report = hf_reparam.report(convert(model, LowRankConfig(keep=keep, min_rank=1), calibration=moments))
-    biases = sum(t.bias_parameters for t in hf_reparam.layers.find_targets(model).selected)
+    small = convert(model, LowRankConfig(keep=keep, min_rank=1, heads=True), calibration=moments)
+    report = hf_reparam.report(small)
+    biases = sum(item.site.others for item in select(model, LowRankConfig()).selected)
     targeted = moments.layers.keys()
     total = sum(layer.input_sum.numel() * layer.gradient_products.shape[0] for layer in moments.layers.values())
     saved = report.parameters_before - report.parameters_after
@@ -306,7 +345,7 @@ def test_generation_reads_a_smaller_cache(base):
     case = zoo.BY_BASE[base]
     model = case.build()
     model.generation_config.eos_token_id = None
-    half = convert(model, RankPlan({}, model.config.model_type, head_widths=widths_of(model, 4)))
+    half = convert(model, RankPlan(widths_of(model, 4), model.config.model_type))
     batch = {k: v for k, v in case.batch().items() if k in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     kept = half.generate(**batch, use_cache=True, **options)
@@ -346,50 +385,37 @@ def test_widths_are_chosen_where_they_are_predicted_to_be_better():
         make_plan(model, LowRankConfig(keep=0.4, min_rank=1, heads=joint), calibration=moments)
         for joint in (True, False)
     )
-    assert {w <= 4 for w in joint.head_widths.values()} == {True}
-    assert separate.head_widths == {}
-    assert make_plan(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments) == joint
-    assert make_plan(model, calibration=moments, keep=1.0).head_widths == {}
-    assert set(
-        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, multiple_of=4), calibration=moments).head_widths.values()
-    ) == {4}
-    low = [spec for name, spec in joint.modules.items() if ".attention." in name]
+    assert {w <= 4 for w in heads_of(joint).values()} == {True}
+    assert heads_of(separate) == {}
+    assert make_plan(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments) == separate
+    assert make_plan(model, LowRankConfig(keep=1.0, heads=True), calibration=moments).modules == {}
+    stepped = make_plan(model, LowRankConfig(keep=0.4, min_rank=1, multiple_of=4, heads=True), calibration=moments)
+    assert set(heads_of(stepped).values()) == {4}
+    low = [entry for name, entry in joint.of(("pivoted",)).items() if ".attention." in name]
     assert low
-    assert all(spec.rank < 32 for spec in low)
-
-
-def test_equal_shares_know_no_widths():
-    model, _, moments = bert()
-    assert (
-        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, allocation="uniform"), calibration=moments).head_widths
-        == {}
-    )
-    assert make_plan(model, LowRankConfig(keep=0.4, min_rank=1)).head_widths == {}
-    with pytest.raises(TargetError, match="joint=True needs the global allocation"):
-        make_plan(model, LowRankConfig(keep=0.4, min_rank=1, allocation="uniform", heads=True), calibration=moments)
+    assert all(entry.rank < 32 for entry in low)
 
 
 def test_an_excluded_projection_keeps_its_heads():
     model, _, moments = bert()
-    plan = make_plan(
-        model, LowRankConfig(keep=0.3, min_rank=1, exclude_modules="*layer.0.attention.self.key"), calibration=moments
-    )
-    assert "encoder.layer.0.attention" not in plan.head_widths
-    assert "encoder.layer.1.attention" in plan.head_widths
+    config = LowRankConfig(keep=0.3, min_rank=1, exclude_modules="layer.0.attention.self.key", heads=True)
+    plan = make_plan(model, config, calibration=moments)
+    assert set(heads_of(plan)) == {"encoder.layer.1.attention"}
 
 
 def test_a_projection_that_is_used_elsewhere_keeps_its_shape():
     model, _, moments = bert()
     model.elsewhere = model.bert.encoder.layer[0].attention.self.query
-    plan = make_plan(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
-    assert set(plan.head_widths) == {"encoder.layer.1.attention"}
+    plan = make_plan(model, LowRankConfig(keep=0.3, min_rank=1, heads=True), calibration=moments)
+    assert set(heads_of(plan)) == {"encoder.layer.1.attention"}
 
 
 def test_fused_layers_are_excluded_by_their_name():
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, data = case.build(), [case.batch()]
     moments = calibrate(model, data)
-    small = convert(model, LowRankConfig(keep=0.4, min_rank=1, target_modules=["*attn*"]), calibration=moments)
+    config = LowRankConfig(keep=0.4, min_rank=1, target_modules=["*attn*"], heads=True)
+    small = convert(model, config, calibration=moments)
     names = {n for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
     assert any(name.endswith("c_attn.query") for name in names)
     assert not any("mlp" in name for name in names)
@@ -402,10 +428,12 @@ def test_a_failure_leaves_the_model_alone(monkeypatch):
     def fails(*_, **__):
         raise WeightError("on purpose")
 
-    monkeypatch.setattr(importlib.import_module("hf_reparam.compress.convert"), "factor_layers", fails)
+    config = LowRankConfig(keep=0.3, min_rank=1, heads=True)
+    assert heads_of(make_plan(model, config, moments))  # which are made before the layers that fail
+    monkeypatch.setattr("hf_reparam.structures.linear.Linears.build", fails)
     for inplace in (True, False):
         with pytest.raises(WeightError, match="on purpose"):
-            convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments, inplace=inplace)
+            convert(model, config, calibration=moments, inplace=inplace)
         assert list(model.modules()) == before
         assert torch.equal(logits(model, data[0]), expected)
 
@@ -413,23 +441,24 @@ def test_a_failure_leaves_the_model_alone(monkeypatch):
 def test_numbers_that_are_not_finite_are_named():
     model, _, moments = bert()
     moments.layers["encoder.layer.1.attention.self.key"].gradient_products[0, 0] = float("nan")
-    source = as_decompositions(moments, "fisher")
     with pytest.raises(WeightError, match="encoder.layer.1.attention"):
-        NarrowHeads(model, attentions_by_name(model)["encoder.layer.1.attention"], source).prepare()
+        heads_of_layer(model, moments, layer="encoder.layer.1.attention").prepare()
+    with pytest.raises(WeightError, match="encoder.layer.1.attention"):
+        convert(model, RankPlan(widths_of(model, 4), "bert", "fisher"), calibration=moments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_stays(dtype):
     model = bert()[0].to(dtype)
-    small = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4)))
+    small = convert(model, RankPlan(widths_of(model, 4), "bert"))
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert merge(small).dtype == dtype
 
 
 def test_it_trains():
     model, data, moments = bert()
-    small = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments).train()
-    assert hf_reparam.report(small).heads
+    small = convert(model, LowRankConfig(keep=0.4, min_rank=1, heads=True), calibration=moments).train()
+    assert head_rows(hf_reparam.report(small))
     optimizer = torch.optim.AdamW(small.parameters(), lr=1e-3)
     batch = {**data[0], "labels": data[0]["input_ids"]}
     losses = []
@@ -446,15 +475,17 @@ def test_it_trains():
 @pytest.mark.slow
 def test_refit_takes_the_moments_that_the_heads_were_made_with():
     model, data, moments = bert()
-    small = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
-    assert hf_reparam.report(small).heads
-    with pytest.raises(TargetError, match="give the moments="):
+    config = LowRankConfig(keep=0.3, min_rank=1, heads=True)
+    small = convert(model, config, calibration=moments)
+    assert head_rows(hf_reparam.report(small))
+    with pytest.raises(TargetError, match="give the calibration="):
         refit(small, model, data)
     before = list(model.modules())
     report = refit(small, model, data, calibration=moments)
     assert report.after < report.before
     assert list(model.modules()) == before
-    again = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=data)
+    again = convert(model, config, calibration=data)
+    refit(again, model, data, calibration=calibrate(model, data))
     for key, value in small.state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[key], atol=1e-4, rtol=1e-4)
 
@@ -463,27 +494,26 @@ def test_refit_takes_the_moments_that_the_heads_were_made_with():
 def test_streaming_gives_the_same_tensors(tmp_path):
     model, data, moments = bert()
     model.save_pretrained(tmp_path / "dense")
-    memory = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
-    report = convert_folder(
-        tmp_path / "dense", tmp_path / "low", LowRankConfig(keep=0.3, min_rank=1), calibration=moments
-    )
-    assert len(report.heads) == 2
+    config = LowRankConfig(keep=0.3, min_rank=1, heads=True)
+    memory = convert(model, config, calibration=moments)
+    report = convert_folder(tmp_path / "dense", tmp_path / "low", config, calibration=moments)
+    assert len(head_rows(report)) == 2
     streamed = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "low")
-    assert streamed.config.reparam["head_widths"] == memory.config.reparam["head_widths"]
+    assert stored_heads(streamed) == stored_heads(memory) != {}
     assert all(torch.equal(value, streamed.state_dict()[key]) for key, value in memory.state_dict().items())
     hf_reparam.merge_folder(tmp_path / "low", tmp_path / "merged")
     merged = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
     assert type(merged) is tf.BertForMaskedLM
     close(logits(merged, data[0]), logits(memory, data[0]))
-    separate = convert_folder(
-        tmp_path / "dense", tmp_path / "separate", LowRankConfig(keep=0.3, min_rank=1), calibration=moments
-    )
-    assert separate.heads == ()
+    config = LowRankConfig(keep=0.3, min_rank=1)
+    separate = convert_folder(tmp_path / "dense", tmp_path / "separate", config, calibration=moments)
+    assert head_rows(separate) == []
 
 
 def test_another_head_loads_the_base(tmp_path):
     model, data, moments = bert()
-    small = convert(model, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
+    small = convert(model, LowRankConfig(keep=0.3, min_rank=1, heads=True), calibration=moments)
+    assert stored_heads(small)
     small.save_pretrained(tmp_path)
     base = tf.AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
@@ -494,28 +524,32 @@ def test_another_head_loads_the_base(tmp_path):
 def test_the_stock_class_refuses(tmp_path):
     """Narrower heads alone, without any factor: the shapes are others."""
     model, _, _ = bert()
-    convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    convert(model, RankPlan(widths_of(model, 4), "bert")).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size"):
         tf.BertForMaskedLM.from_pretrained(tmp_path)
+
+
+def heads(width):
+    return {"form": "heads", "rank": width}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w | {"encoder.layer.0.attention": 9}, "9 wide, above the 8"),
-        (lambda w: w | {"encoder.layer.0.output": 4}, "no such attention"),
-        (lambda w: w | {"encoder.layer.0.attention": 0}, "int of at least 1"),
-        (lambda w: w | {"encoder.layer.0.attention": True}, "int of at least 1"),
-        (lambda w: w | {"encoder.layer.0.attention": 10**9}, "int of at least 1"),
-        (lambda w: w | {"..": 4}, "module path"),
-        (lambda _: [4], "must be an object"),
+        ({"encoder.layer.0.attention": heads(9)}, "9 wide, above the 8"),
+        ({"encoder.layer.0.output": heads(4)}, "is a BertOutput; of such there are .*encoder.layer.0.attention"),
+        ({"encoder.layer.0.attention": heads(0)}, "int of at least 1"),
+        ({"encoder.layer.0.attention": heads(True)}, "int of at least 1"),
+        ({"encoder.layer.0.attention": heads(10**9)}, "int of at least 1"),
+        ({"..": heads(4)}, "module path"),
+        ({"encoder.layer.0.attention": 4}, "must be an object"),
     ],
 )
 def test_tampered_widths_are_refused(tmp_path, change, message):
     model, _, _ = bert()
-    convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    convert(model, RankPlan(widths_of(model, 4), "bert")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["reparam"]["head_widths"] = change(config["reparam"]["head_widths"])
+    config["reparam"]["modules"] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match=message):
         tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
@@ -523,9 +557,9 @@ def test_tampered_widths_are_refused(tmp_path, change, message):
 
 def test_another_width_in_the_file_is_refused(tmp_path):
     model, _, _ = bert()
-    convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).save_pretrained(tmp_path)
+    convert(model, RankPlan(widths_of(model, 4), "bert")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["reparam"]["head_widths"]["encoder.layer.0.attention"] = 3
+    config["reparam"]["modules"]["encoder.layer.0.attention"] = heads(3)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((RuntimeError, CheckpointError), match="do not have the shapes"):
         tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
@@ -533,7 +567,7 @@ def test_another_width_in_the_file_is_refused(tmp_path):
 
 def test_a_model_drawn_at_random_has_layers_of_the_familys_size():
     model, _, _ = bert()
-    config = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
+    config = convert(model, RankPlan(widths_of(model, 4), "bert")).config
     drawn = tf.AutoModelForMaskedLM.from_config(config)
     for a in find_attentions(drawn):
         assert a.width == 4
@@ -552,7 +586,7 @@ class Unfinished(tf.BertPreTrainedModel):
 
 def test_a_class_without_post_init_has_numbers_too():
     model = Unfinished(zoo.bert())
-    config = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4))).config
+    config = convert(model, RankPlan(widths_of(model, 4), "bert")).config
     drawn = hf_reparam.model.classes.model_class(Unfinished)(config)
     for a in find_attentions(drawn):
         for role in ROLES:
@@ -560,41 +594,32 @@ def test_a_class_without_post_init_has_numbers_too():
             assert not a.layer(role).bias.any()
 
 
-def test_a_plan_of_format_1_has_no_widths():
-    plan = RankPlan({"a": Entry(2)}, head_widths={"b": 4})
-    data = plan.to_dict()
-    assert data["format_version"] == 2
-    assert RankPlan.from_dict(data) == plan
-    assert RankPlan({"a": Entry(2)}).to_dict()["format_version"] == 1
-    with pytest.raises(PlanError, match="format version 2"):
-        RankPlan.from_dict({**data, "format_version": 1})
-
-
 def test_a_converted_model_makes_no_plan():
     model, _, moments = bert()
-    half = convert(model, RankPlan({}, "bert", head_widths=widths_of(model, 4)))
+    half = convert(model, RankPlan(widths_of(model, 4), "bert"))
     with pytest.raises(TargetError, match="converted already"):
         make_plan(half, LowRankConfig(keep=0.3, min_rank=1), calibration=moments)
     lower = convert(half, rank=4)  # but its layers can be factored
-    assert lower.config.reparam["head_widths"] == half.config.reparam["head_widths"]
+    assert stored_heads(lower) == stored_heads(half) == {f"encoder.layer.{i}.attention": 4 for i in range(2)}
+    assert len(lower.config.reparam["modules"]) > 2
 
 
 def test_unknown_attentions_are_named():
     model, _, _ = bert()
-    with pytest.raises(PlanError, match="no attention of which this is known"):
-        convert(model, RankPlan({}, "bert", head_widths={"encoder.layer.0": 4}))
+    with pytest.raises(PlanError, match="is a BertLayer; of such there are .*encoder.layer.0.attention"):
+        convert(model, RankPlan({"encoder.layer.0": Entry(4, "heads")}, "bert"))
     with pytest.raises(PlanError, match="above the 8"):
-        convert(model, RankPlan({}, "bert", head_widths={"encoder.layer.0.attention": 9}))
+        convert(model, RankPlan({"encoder.layer.0.attention": Entry(9, "heads")}, "bert"))
 
 
 def test_rotary_attention_is_no_candidate():
     case = zoo.BY_BASE["LlamaForCausalLM"]
     model = case.build()
     assert find_attentions(model) == []
-    assert (
-        make_plan(model, LowRankConfig(keep=0.3, min_rank=1), calibration=calibrate(model, [case.batch()])).head_widths
-        == {}
-    )
+    with pytest.raises(TargetError, match="heads=True, and there are none here"):
+        make_plan(model, LowRankConfig(keep=0.3, min_rank=1, heads=True), calibrate(model, [case.batch()]))
+    with pytest.raises(PlanError, match="layers.0.self_attn: the plan holds it as 'heads', and it is a LlamaAttention"):
+        convert(model, RankPlan({"layers.0.self_attn": Entry(4, "heads")}))
 
 
 class OwnAttention(nn.Module):
@@ -614,11 +639,11 @@ def test_a_registered_attention_of_a_plain_model(tmp_path):
     net = nn.Sequential(OwnAttention(), nn.Linear(16, 16))
     x = torch.randn(2, 5, 16)
     for name, layers in (("dense", {}), ("net", {"0.o": Entry(3)})):
-        small = convert(net, RankPlan(layers, head_widths={"0": 4}))
+        small = convert(net, RankPlan({"0": Entry(4, "heads"), **layers}))
         hf_reparam.save(small, tmp_path / name)
         again = hf_reparam.load(nn.Sequential(OwnAttention(), nn.Linear(16, 16)), tmp_path / name)
         assert torch.equal(again(x), small(x))
         close(merge(again)(x), small(x))
     other = nn.Sequential(nn.Linear(16, 16), OwnAttention())
-    with pytest.raises(PlanError, match="no attention here"):
+    with pytest.raises(PlanError, match="0: the plan holds it as 'heads', and it is a Linear"):
         hf_reparam.load(other, tmp_path / "net")

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_reparam
-from hf_reparam import LowRankConfig, RankPlan, calibrate, convert, merge
+from hf_reparam import Entry, LowRankConfig, RankPlan, calibrate, convert, merge
 from hf_reparam.errors import CheckpointError, PlanError, TargetError
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.model.checks import split_projections
+from hf_reparam.model.host import opened
 from hf_reparam.structures.heads.attention import find_attentions
 from hf_reparam.structures.multihead import SplitMultiheadAttention
 from tests import zoo
@@ -255,11 +255,11 @@ LAYER = "layers.1.self_attn.q_proj"
         (lambda f: (f / "plan.json").unlink(), CheckpointError, "holds no model that `save` wrote"),
         (lambda f: (f / "plan.json").write_text("{"), CheckpointError, "holds no model that `save` wrote"),
         (
-            lambda f: replan(f, lambda p: p["modules"].update(a={"rank": 1})),
+            lambda f: replan(f, lambda p: p["modules"].update(a={"rank": 1, "form": "pair"})),
             PlanError,
-            "cannot be converted here, among them .'a'",
+            "a: the plan names it, and TransformerEncoder has no such module",
         ),
-        (lambda f: replan(f, lambda p: p["modules"][LAYER].update(rank=33)), PlanError, "rank 33, above the 32"),
+        (lambda f: replan(f, lambda p: p["modules"][LAYER].update(rank=33)), PlanError, "rank 33, above min.* = 32"),
         (lambda f: replan(f, lambda p: p["modules"][LAYER].update(rank=5)), CheckpointError, "size"),
         (lambda f: replan(f, lambda p: p.update(format_version=9)), PlanError, "version 9"),
     ],
@@ -279,7 +279,7 @@ def test_wrong_arguments(stored, tmp_path):
         hf_reparam.save(small, stored)
     hf_reparam.save(small, stored, force=True)
     assert hf_reparam.load(encoder(), stored).layers[0].linear1.rank == 5
-    with pytest.raises(TargetError, match="has no low-rank layer"):
+    with pytest.raises(TargetError, match="has nothing of low rank"):
         hf_reparam.save(encoder(), tmp_path / "x")
     bert = zoo.BY_BASE["BertModel"].build()
     with pytest.raises(TargetError, match="use its save_pretrained"):
@@ -289,9 +289,12 @@ def test_wrong_arguments(stored, tmp_path):
 
 
 def narrow_plan(model, width, **layers):
-    with split_projections(model):
-        widths = dict.fromkeys((a.name for a in find_attentions(model)), width)
-    return RankPlan(layers, head_widths=widths)
+    heads = {a.name: Entry(width, "heads") for a in find_attentions(opened(model).model)}
+    return RankPlan(heads | layers)
+
+
+def head_rows(report):
+    return [row for row in report.layers if row.form == "heads"]
 
 
 def test_heads_at_full_width_are_the_dense_ones(made):
@@ -309,7 +312,7 @@ def test_narrower_heads_are_stored_and_merged_back(made, inplace, tmp_path):
     keys, wholes = list(model.state_dict()), attentions(model, nn.MultiheadAttention)
     small = convert(model, narrow_plan(model, 4), inplace=inplace)
     report = hf_reparam.report(small)
-    assert len(report.heads) == len(wholes) == len(attentions(small, SplitMultiheadAttention))
+    assert len(head_rows(report)) == len(wholes) == len(attentions(small, SplitMultiheadAttention))
     assert attentions(model, nn.MultiheadAttention) == ([] if inplace else wholes)
     low = convert(small, LowRankConfig(rank=3, target_modules="*out_proj"))
     expected = low(**batch)
@@ -346,10 +349,10 @@ def test_a_budget_makes_heads_of_plain_models_narrower():
         return nn.functional.cross_entropy(net(**batch).flatten(0, 1), batch["tgt"].flatten(), reduction="sum")
 
     moments = calibrate(model, data, loss_fn=loss)
-    small = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
+    small = convert(model, LowRankConfig(keep=0.4, min_rank=1, heads=True), calibration=moments)
     report = hf_reparam.report(small)
-    assert report.heads
-    assert all(heads.width_after < 8 for heads in report.heads)
+    assert head_rows(report)
+    assert all(row.rank < 8 for row in head_rows(report))
     separate = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
     lost = {name: (net(**data[0]) - model(**data[0])).norm() for name, net in (("joint", small), ("apart", separate))}
     assert lost["joint"] < lost["apart"]

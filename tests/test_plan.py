@@ -7,14 +7,16 @@ import pickle
 
 import pytest
 
-from hf_reparam import Entry, RankPlan
-from hf_reparam.errors import PlanError
+from torch import nn
+
+from hf_reparam import Entry, RankPlan, convert
+from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.record import ConversionRecord
 
 GOOD = {
     "format_version": 1,
     "base_model_type": "bert",
-    "method": "svd",
+    "metric": "svd",
     "modules": {"encoder.layer.0.output.dense": {"rank": 4, "form": "pair"}},
 }
 
@@ -23,8 +25,8 @@ def changed(**fields):
     return {**copy.deepcopy(GOOD), **fields}
 
 
-def with_layer(spec, name="a.b"):
-    return changed(modules={name: spec})
+def with_entry(entry, name="a.b"):
+    return changed(modules={name: entry})
 
 
 def test_round_trip_through_json():
@@ -49,33 +51,36 @@ def test_frozen():
         (None, "must be an object"),
         ([], "must be an object"),
         ({}, "format_version"),
-        (changed(format_version=3), "format version 3, and this hf_reparam reads versions 1 to 2: install"),
+        (changed(format_version=2), "format version 2, and this hf_reparam reads version 1: install"),
         (changed(format_version=0), "format version 0"),
         (changed(format_version="1"), "must be an int"),
         (changed(format_version=True), "must be an int"),
         (changed(format_version=1.0), "must be an int"),
         (changed(base_model_type=3), "base_model_type"),
-        (changed(method=None), "method"),
+        (changed(metric=None), "metric"),
+        (changed(method="svd"), "unknown keys \\['method'\\]"),
         (changed(extra=1), "unknown keys \\['extra'\\]"),
         (changed(modules=None), "modules"),
         (changed(modules=[["a", 1]]), "modules"),
-        (changed(modules={f"m{i}": {"rank": 1} for i in range(100_001)}), "100001 layers"),
-        (with_layer(4), "layer 'a.b': a layer must be an object"),
-        (with_layer({}), "'rank' is missing"),
-        (with_layer({"rank": 0}), "at least 1, got 0"),
-        (with_layer({"rank": -3}), "got -3"),
-        (with_layer({"rank": True}), "got True"),
-        (with_layer({"rank": 4.0}), "got 4.0"),
-        (with_layer({"rank": "4"}), "got '4'"),
-        (with_layer({"rank": None}), "got None"),
-        (with_layer({"rank": 4, "form": "spiral"}), "form must be one of"),
-        (with_layer({"rank": 4, "form": None}), "form must be one of"),
-        (with_layer({"rank": 4, "shape": 3}), "unknown keys"),
-        (with_layer({"rank": 4}, ""), "not a module path"),
-        (with_layer({"rank": 4}, "a..b"), "not a module path"),
-        (with_layer({"rank": 4}, "../../etc"), "not a module path"),
-        (with_layer({"rank": 4}, "a.b\n"), "not a module path"),
-        (with_layer({"rank": 4}, "a" * 600), "not a module path"),
+        (changed(modules={f"m{i}": {"rank": 1} for i in range(100_001)}), "100001 modules"),
+        (with_entry(4), "'a.b': an entry must be an object"),
+        (with_entry({}), "needs 'form' and 'rank'"),
+        (with_entry({"rank": 4}), "needs 'form' and 'rank'"),
+        (with_entry({"form": "pair"}), "needs 'form' and 'rank'"),
+        (with_entry({"rank": 0, "form": "pair"}), "at least 1, got 0"),
+        (with_entry({"rank": -3, "form": "pair"}), "got -3"),
+        (with_entry({"rank": True, "form": "pair"}), "got True"),
+        (with_entry({"rank": 4.0, "form": "pair"}), "got 4.0"),
+        (with_entry({"rank": "4", "form": "pair"}), "got '4'"),
+        (with_entry({"rank": None, "form": "pair"}), "got None"),
+        (with_entry({"rank": 4, "form": "spi ral"}), "form must be a word"),
+        (with_entry({"rank": 4, "form": None}), "form must be a word"),
+        (with_entry({"rank": 4, "form": "pair", "shape": 3}), "unknown keys"),
+        (with_entry({"rank": 4, "form": "pair"}, ""), "not a module path"),
+        (with_entry({"rank": 4, "form": "pair"}, "a..b"), "not a module path"),
+        (with_entry({"rank": 4, "form": "pair"}, "../../etc"), "not a module path"),
+        (with_entry({"rank": 4, "form": "pair"}, "a.b\n"), "not a module path"),
+        (with_entry({"rank": 4, "form": "pair"}, "a" * 600), "not a module path"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -85,7 +90,7 @@ def test_malformed_plans(data, message):
 
 
 @pytest.mark.parametrize(
-    "data", [changed(format_version="9" * 10**6), with_layer({"rank": "9" * 10**6})], ids=["v", "r"]
+    "data", [changed(format_version="9" * 10**6), with_entry({"rank": "9" * 10**6, "form": "pair"})], ids=["v", "r"]
 )
 def test_messages_stay_short(data):
     with pytest.raises(PlanError) as caught:
@@ -121,3 +126,43 @@ def test_a_record_is_no_part_of_the_decision():
     assert plan == RankPlan({"fc": Entry(3)})
     assert RankPlan.from_dict(plan.to_dict()).record == plan.record
     assert pickle.loads(pickle.dumps(plan)).record == plan.record
+
+
+def test_a_form_of_another_version_is_refused_where_it_is_applied():
+    plan = RankPlan.from_dict(with_entry({"rank": 2, "form": "spiral"}, "0"))
+    with pytest.raises(PlanError, match=r"0: the plan holds it as 'spiral', and this hf_reparam knows \['heads'"):
+        convert(nn.Sequential(nn.Linear(8, 8)), plan)
+
+
+EDITED = RankPlan({"a.query": Entry(4), "a.key": Entry(5, "pivoted"), "b": Entry(6, "table")}, "bert", "fisher")
+
+
+def test_ranks_are_edited_by_patterns_and_forms_stay():
+    edited = EDITED.with_ranks({"a.key": 2, "a.*": 3})
+    assert edited == RankPlan(
+        {"a.query": Entry(3), "a.key": Entry(2, "pivoted"), "b": Entry(6, "table")}, "bert", "fisher"
+    )
+    assert EDITED.modules["a.query"] == Entry(4)
+    for wrong, error, message in (
+        ({"nope": 3}, TargetError, "with_ranks: 'nope' matches none of the 3"),
+        ({"query": 0}, PlanError, "rank must be an int of at least 1, got 0"),
+    ):
+        with pytest.raises(error, match=message):
+            EDITED.with_ranks(wrong)
+
+
+def test_parts_are_left_out_by_patterns():
+    assert EDITED.without("key", "b") == RankPlan({"a.query": Entry(4)}, "bert", "fisher")
+    with pytest.raises(TargetError, match="without: 'nope' matches none of the 3"):
+        EDITED.without("nope")
+
+
+def test_entries_by_form_and_printed():
+    assert EDITED.of(("pair", "table")) == {"a.query": Entry(4), "b": Entry(6, "table")}
+    assert str(EDITED).splitlines() == [
+        "name     form     rank",
+        "----------------------",
+        "a.query  pair     4",
+        "a.key    pivoted  5",
+        "b        table    6",
+    ]

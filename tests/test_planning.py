@@ -3,18 +3,19 @@
 import contextlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hf_reparam.compress.decomposition import as_decompositions
 from torch import nn
 
 import hf_reparam
 from hf_reparam import Entry, LowRankConfig, RankPlan, calibrate, convert, make_plan, merge, search_plan
 from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
-from hf_reparam.layers import find_targets
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.structures import source as source_module
+from hf_reparam.structures.source import Source
 from tests import zoo
 
 
@@ -44,9 +45,13 @@ def weights(model, plan):
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Linear):
             total += module.weight.numel()
-            used += size(plan.modules.get(name), narrow(name, module.weight, plan.head_widths))
+            used += size(plan.modules.get(name), narrow(name, module.weight, widths_of(plan)))
     assert low is None or isinstance(low, type(model))
     return used, total
+
+
+def widths_of(plan):
+    return {name: entry.rank for name, entry in plan.of(("heads",)).items()}
 
 
 def narrow(name, weight, widths):
@@ -62,8 +67,10 @@ def narrow(name, weight, widths):
 @pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.8, 0.95])
 def test_budget_is_kept_and_nearly_used(bert, keep, allocation, form):
     model, moments, _ = bert
-    plan = make_plan(model, LowRankConfig(keep=keep, min_rank=1, allocation=allocation, form=form), calibration=moments)
-    assert {spec.form for spec in plan.modules.values()} == {form}
+    options = {"allocation": allocation, "form": form, "heads": allocation == "global"}
+    plan = make_plan(model, LowRankConfig(keep=keep, min_rank=1, **options), calibration=moments)
+    assert {entry.form for entry in plan.modules.values()} <= {form, "heads"}
+    assert plan.of((form,))
     used, total = weights(model, plan)
     assert used <= keep * total
     if allocation == "global":
@@ -91,7 +98,7 @@ def test_more_budget_is_a_smaller_predicted_and_measured_loss(bert):
         return sum(float((d.exp() * (d - small(**b).logits.log_softmax(-1))).sum().detach()) for b, d in pairs)
 
     losses = [
-        divergence(convert(model, LowRankConfig(keep=keep, min_rank=1), calibration=moments))
+        divergence(convert(model, LowRankConfig(keep=keep, min_rank=1, heads=True), calibration=moments))
         for keep in (0.2, 0.4, 0.6, 0.8)
     ]
     assert losses == sorted(losses, reverse=True)
@@ -101,22 +108,23 @@ def test_fisher_and_global_beat_what_they_refine(bert):
     model, moments, data = bert
     dense = [model(**b).logits.log_softmax(-1).detach() for b in data]
 
-    def divergence(**options):
-        small = convert(model, keep=0.4, min_rank=1, **options)
+    def divergence(calibration=None, **options):
+        small = convert(model, LowRankConfig(keep=0.4, min_rank=1, **options), calibration=calibration)
         pairs = zip(data, dense, strict=True)
         return sum(float((d.exp() * (d - small(**b).logits.log_softmax(-1))).sum().detach()) for b, d in pairs)
 
     plain = divergence()
     activation = divergence(calibration=moments, metric="activation")
     uniform = divergence(calibration=moments, allocation="uniform")
-    best = divergence(calibration=moments)
-    assert best < uniform < activation < plain
+    shared = divergence(calibration=moments)
+    best = divergence(calibration=moments, heads=True)
+    assert max(shared, best) < uniform < activation < plain
 
 
 def test_multiple_of(bert):
     model, moments, _ = bert
-    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, multiple_of=4), calibration=moments)
-    assert {spec.rank % 4 for spec in plan.modules.values()} == {0}
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, multiple_of=4, heads=True), calibration=moments)
+    assert {entry.rank % 4 for entry in plan.modules.values()} == {0}
     used, total = weights(model, plan)
     assert used <= 0.5 * total
 
@@ -132,19 +140,26 @@ def without_record(reparam):
 
 def test_plan_is_json_and_convert_applies_it(bert):
     model, moments, _ = bert
-    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
+    config = LowRankConfig(keep=0.5, min_rank=1, heads=True)
+    plan = make_plan(model, config, calibration=moments)
+    assert {entry.form for entry in plan.modules.values()} == {"pivoted", "heads"}
     again = RankPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     small = convert(model, again, calibration=moments)
     report = hf_reparam.report(small)
     assert without_record(small.config.reparam) == plan.to_dict()
     assert report.metric == "fisher"
-    direct = convert(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
+    direct = convert(model, config, calibration=moments)
     for a, b in zip(small.state_dict().values(), direct.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert {s.reason for s in report.skipped if s.kind == "Linear"} <= {
+    expected = {(row.name, row.rank, row.form, row.parameters_before, row.parameters_after) for row in report.layers}
+    assert {
+        (row.name, row.rank, row.form, row.parameters_before, row.parameters_after) for row in plan.report.layers
+    } == expected
+    assert plan.report.parameters_after == report.parameters_after == small.num_parameters()
+    assert {item.reason for item in plan.report.skipped if item.kind == "Linear"} <= {
         "the plan leaves it dense",
         "output embeddings",
-        "task head: stays dense unless include= names it",
+        "task head: stays dense unless target_modules names it",
     }
 
 
@@ -153,8 +168,10 @@ def test_plan_is_json_and_convert_applies_it(bert):
 @pytest.mark.parametrize("target_params", [13_000, 18_000, 20_000])
 def test_target_params_counts_the_whole_model(bert, target_params, form):
     model, moments, _ = bert
-    small = convert(model, LowRankConfig(target_params=target_params, min_rank=1, form=form), calibration=moments)
-    narrower = 3 * 32 * len(small.config.reparam.get("head_widths", ()))  # biases that are saved are not spent again
+    config = LowRankConfig(target_params=target_params, min_rank=1, form=form, heads=True)
+    small = convert(model, config, calibration=moments)
+    heads = [entry for entry in small.config.reparam["modules"].values() if entry["form"] == "heads"]
+    narrower = 3 * 32 * len(heads)  # biases that are saved are not spent again
     assert target_params - 80 - narrower < small.num_parameters() <= target_params
 
 
@@ -164,55 +181,93 @@ def test_target_params_above_the_model_is_nothing_to_do(bert):
     assert not any(isinstance(module, LowRankLinear) for module in small.modules())
 
 
+def test_target_params_as_a_share(bert):
+    model, moments, _ = bert
+    share = make_plan(model, LowRankConfig(target_params=0.75, min_rank=1), calibration=moments)
+    count = make_plan(
+        model, LowRankConfig(target_params=int(0.75 * model.num_parameters()), min_rank=1), calibration=moments
+    )
+    assert share == count
+    assert share.modules
+
+
+def counted(monkeypatch, name):
+    """How often a function of the source of factors is called, as a list that grows."""
+    calls, function = [], getattr(source_module, name)
+
+    def watched(*args, **kwargs):
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(source_module, name, watched)
+    return calls
+
+
+@pytest.mark.parametrize("metric", ["activation", "fisher"])
+def test_plans_of_one_calibration_decompose_once(bert, metric, monkeypatch):
+    model, moments, _ = bert
+    options = {"min_rank": 1, "metric": metric, "allocation": "global"}
+    expected = [make_plan(model, LowRankConfig(keep=k, **options), replace(moments, spectra={})) for k in (0.3, 0.6)]
+    calls, fresh = counted(monkeypatch, "spectrum"), replace(moments, spectra={})
+    assert [make_plan(model, LowRankConfig(keep=k, **options), fresh) for k in (0.3, 0.6)] == expected
+    assert len(calls) == 12  # two blocks of six layers
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        weight.mul_(2)
+        try:
+            make_plan(model, LowRankConfig(keep=0.3, **options), fresh)
+        finally:
+            weight.div_(2)
+    assert len(calls) == 13  # of the layer that changed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["svd", "activation", "fisher"])
-def test_decomposed_once_gives_the_same_plans_and_models(bert, metric, monkeypatch):
+def test_a_search_decomposes_once_and_gives_the_same_models(bert, metric, monkeypatch):
     model, moments, _ = bert
-    found = decompose(model, moments, metric=metric)
-    plans = [
-        make_plan(model, LowRankConfig(keep=keep, min_rank=1, metric=metric), calibration=moments)
-        for keep in (0.3, 0.6)
-    ]
-    models = [convert(model, plan, calibration=moments) for plan in plans]
+    config = LowRankConfig(min_rank=1, metric=metric)
+    calls, seen = counted(monkeypatch, "decompose"), []
 
-    def forbidden(*args, **kwargs):
-        raise AssertionError("decomposed again")
+    def evaluate(candidate):
+        layers = {n: dense_matrix(m) for n, m in candidate.named_modules() if isinstance(m, LowRankLinear)}
+        seen.append((layers, candidate.state_dict()))
+        return -float(len(seen) > 4)
 
-    for name in ("decompose_weight", "spectrum"):
-        monkeypatch.setattr(f"hf_reparam.compress.decomposition.{name}", forbidden)
-    assert [make_plan(model, LowRankConfig(keep=keep, min_rank=1), calibration=found) for keep in (0.3, 0.6)] == plans
-    for plan, expected in zip(plans, models, strict=True):
-        small = convert(model, plan, calibration=found)
-        for key, value in expected.base_model.state_dict().items():
-            if not value.numel():  # a marker
-                continue
-            scale = float(value.abs().max()) or 1.0
-            other = small.base_model.state_dict()[key]
-            if value.dtype.is_floating_point and not key.endswith(("up.weight", "down.weight")):
-                torch.testing.assert_close(other / scale, value / scale, atol=1e-9, rtol=0)
-        for name, layer in expected.named_modules():
-            if isinstance(layer, LowRankLinear):
-                torch.testing.assert_close(dense_matrix(small.get_submodule(name)), dense_matrix(layer))
-    with pytest.raises(AssertionError, match="decomposed again"):
-        make_plan(model, LowRankConfig(keep=0.5, min_rank=1, allocation="global"), calibration=moments)
+    source = None if metric == "svd" else moments
+    plan = search_plan(model, evaluate, 0.5, source, config)
+    names = {name for layers, _ in seen for name in layers}
+    assert len(calls) == len(names) > 0
+    assert len(seen) == 8
+    small = convert(model, plan, calibration=source)
+    expected = {n: dense_matrix(m) for n, m in small.named_modules() if isinstance(m, LowRankLinear)}
+    layers, state = next(found for found in seen if {n: sizes(found[1], n) for n in found[0]} == ranks(small))
+    for name, product in expected.items():
+        torch.testing.assert_close(layers[name], product)
+        if (bias := small.get_submodule(name).bias) is not None:
+            torch.testing.assert_close(state[f"{name}.up.bias"], bias)
+
+
+def sizes(state, name):
+    return state[f"{name}.up.weight"].shape[1]
+
+
+def ranks(model):
+    return {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
 def test_a_layers_losses_count_its_tokens(bert):
     """One unit for all layers: what a direction costs over all the tokens that the layer saw, once or twice."""
     model, moments, _ = bert
-    target = find_targets(model, include="*.0.output.dense").selected[0]
-    name = "encoder.layer.0.output.dense"
-    once, twice = (decompose(model, m).losses(name, target) for m in (moments, moments + moments))
+    name, layer = "encoder.layer.0.output.dense", model.bert.encoder.layer[0].output.dense
+
+    def losses(source):
+        return source.losses(name, lambda: layer.weight, centred=True)
+
+    once, twice = (losses(Source.of(m, None)) for m in (replace(moments, spectra={}), moments + moments))
     torch.testing.assert_close(twice, 2 * once)
-    torch.testing.assert_close(
-        as_decompositions(moments, None).losses(name, target), once, atol=1e-9 * float(once[0]), rtol=0
-    )
-
-
-def test_decompositions_have_one_metric(bert):
-    found = decompose(bert[0], bert[1], metric="activation")
-    with pytest.raises(TargetError, match="made in the activation metric, not in fisher"):
-        convert(bert[0], LowRankConfig(keep=0.5, min_rank=1, metric="fisher"), calibration=found)
+    kept = replace(Source.of(replace(moments, spectra={}), None), kept={})
+    kept.decomposition(name, layer.weight, centred=True, max_rank=1)
+    torch.testing.assert_close(losses(kept), once, atol=1e-9 * float(once[0]), rtol=0)
 
 
 @pytest.mark.slow
@@ -230,14 +285,15 @@ def test_tolerance_finds_the_smallest_size_that_holds_it(bert, tolerance):
 
     small = convert(
         model,
-        search_plan(model, evaluate, tolerance, calibration=moments, config=LowRankConfig(min_rank=1)),
+        search_plan(model, evaluate, tolerance, calibration=moments, config=LowRankConfig(min_rank=1, heads=True)),
         calibration=moments,
     )
     assert len(evaluated) == 8
     assert evaluate(small) >= -tolerance
     used, total = weights(model, RankPlan.from_dict(small.config.reparam))
     kept = used / total
-    assert evaluate(convert(model, LowRankConfig(keep=kept - 2 / 128, min_rank=1), calibration=moments)) < -tolerance
+    smaller = LowRankConfig(keep=kept - 2 / 128, min_rank=1, heads=True)
+    assert evaluate(convert(model, smaller, calibration=moments)) < -tolerance
 
 
 @pytest.mark.slow
@@ -259,41 +315,51 @@ def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
 def test_tolerance_that_no_size_holds(bert):
     scores = iter([1.0] + [0.0] * 7)
     with pytest.raises(RankError, match="no size has a score of 0.99 or above; the best had 0:"):
-        convert(bert[0], search_plan(bert[0], lambda m: next(scores), 0.01))
-    for wrong in ({"tolerance": 0.1}, {"keep": 0.5, "evaluate": len}):
-        with pytest.raises(TargetError, match="belong together"):
-            convert(bert[0], **wrong)
-    for wrong in (-1, math.nan, "1"):
+        search_plan(bert[0], lambda m: next(scores), 0.01)
+    with pytest.raises(TargetError, match="search_plan finds the size"):
+        search_plan(bert[0], len, 0.1, config=LowRankConfig(keep=0.5))
+    for wrong in (-1, math.nan, "1", True):
         with pytest.raises(RankError, match="tolerance must be a number"):
-            convert(bert[0], search_plan(bert[0], len, wrong))
+            search_plan(bert[0], len, wrong)
+    for score, message in (({"loss": 1.0}, r"a dict of \['loss'\]"), ("high", "'high', a str"), (math.nan, "NaN")):
+        with pytest.raises(TargetError, match=message):
+            search_plan(bert[0], lambda m, score=score: score, 0.1)
+
+
+def test_a_search_leaves_the_model_as_it_was(bert):
+    model, moments, _ = bert
+    modules, before = list(model.modules()), {k: v.clone() for k, v in model.state_dict().items()}
+    found = []
+    search_plan(model, lambda m: found.append(m) or 0.0, 0.1, moments, LowRankConfig(min_rank=1, heads=True))
+    assert found[0] is model
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
 def test_pivots_need_more_inputs_than_the_rank(bert):
     model = bert[0]
     plan = RankPlan({"encoder.layer.0.attention.self.query": Entry(32, "pivoted")}, "bert")
-    with pytest.raises(PlanError, match="rank 32, above the 31 it can have"):
+    message = r"query: the plan gives it rank 32, above min\(in - 1, out\) = 31"
+    with pytest.raises(PlanError, match=message):
         convert(model, plan)
     config = convert(model, rank=4).config
     config.reparam = plan.to_dict()
-    with pytest.raises(PlanError, match=r"rank 32, above min\(in - 1, out\) = 31"):
+    with pytest.raises(PlanError, match=message):
         type(convert(model, rank=4))(config)
 
 
 def test_default_forms(bert):
     model, moments, _ = bert
     plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, form="pair"), calibration=moments)
-    for options, form in (
-        ({"rank": 4}, "pair"),
-        ({"keep": 0.5}, "pivoted"),
-        ({"plan": plan, "calibration": moments}, "pair"),
-        ({"rank": 4, "form": "pivoted"}, "pivoted"),
+    for asked, calibration, form in (
+        (LowRankConfig(rank=4), None, "pair"),
+        (LowRankConfig(keep=0.5), None, "pivoted"),
+        (plan, moments, "pair"),
+        (LowRankConfig(rank=4, form="pivoted"), None, "pivoted"),
     ):
-        small = convert(model, **options)
+        small = convert(model, asked, calibration=calibration)
         assert {m.form for m in small.modules() if isinstance(m, LowRankLinear)} == {form}
         assert {layer["form"] for layer in small.config.reparam["modules"].values()} == {form}
-    for wrong in ({"rank": 4, "form": "magic"}, {"plan": plan, "form": "pair"}):
-        with pytest.raises(TargetError, match="form must be one of"):
-            convert(model, **wrong)
 
 
 def test_calibration_data_may_be_given_directly(bert):
@@ -317,7 +383,7 @@ def test_calibrated_models_save_load_and_merge(tmp_path, base):
     small = convert(model, LowRankConfig(keep=0.5, min_rank=1), calibration=[case.batch()])
     small.save_pretrained(tmp_path)
     loaded = getattr(transformers, case.auto).from_pretrained(tmp_path)
-    assert loaded.config.reparam["method"] == "fisher"
+    assert loaded.config.reparam["metric"] == "fisher"
     assert all(torch.equal(v, small.state_dict()[k]) for k, v in loaded.state_dict().items())
     for a, b in zip(zoo.outputs(loaded, case.batch()), zoo.outputs(small, case.batch()), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)  # equal tensors at other addresses may sum otherwise
@@ -388,45 +454,49 @@ def test_keep_out_of_range(bert, keep):
     ("options", "error", "message"),
     [
         ({"keep": 0.001, "allocation": "global"}, RankError, "below the smallest size"),
-        ({"keep": 0.5, "multiple_of": 0}, RankError, "multiple_of"),
-        ({"keep": 0.5, "metric": "magic"}, TargetError, "metric must be one of"),
-        ({"keep": 0.5, "allocation": "magic"}, TargetError, "allocation is one of"),
-        ({"keep": 0.5, "include": "magic"}, TargetError, "matches none"),
-        ({"keep": 0.5, "form": "magic"}, TargetError, "form of"),
-        ({}, RankError, "one of keep and target_params"),
-        ({"keep": 0.5, "target_params": 1000}, RankError, "one of keep and target_params"),
-        ({"target_params": 1e4}, RankError, "target_params must be an int"),
+        ({"keep": 0.5, "target_modules": "magic"}, TargetError, "matches none"),
+        ({"keep": 0.5, "exclude_modules": "magic"}, TargetError, "matches none"),
+        ({}, TargetError, "exactly one size"),
         ({"target_params": 3000}, RankError, "parameters lie outside of the targeted layers"),
+        ({"target_params": 0.1}, RankError, "parameters lie outside of the targeted layers"),
     ],
 )
 def test_wrong_options(bert, options, error, message):
     with pytest.raises(error, match=message):
-        make_plan(bert[0], bert[1], **options)
+        make_plan(bert[0], LowRankConfig(**options), bert[1])
 
 
 def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     model, moments, _ = bert
-    for sizes in ({}, {"rank": 4, "keep": 0.5}):
-        with pytest.raises(TargetError, match="exactly one of rank, keep, target_params"):
-            convert(model, **sizes)
+    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, heads=True), calibration=moments)
+    for asked, sizes in (
+        (None, {}),
+        (None, {"rank": 4, "keep": 0.5}),
+        (LowRankConfig(min_rank=4), {}),
+        (LowRankConfig(rank=4), {"keep": 0.5}),
+        (plan, {"rank": 4}),
+    ):
+        with pytest.raises(TargetError, match="exactly one size: rank, keep, target_params"):
+            convert(model, asked, **sizes)
+    with pytest.raises(TargetError, match="give a LowRankConfig or a RankPlan, got dict"):
+        convert(model, plan.to_dict())
 
     def touched():
         raise AssertionError("calibration began")
         yield
 
-    for wrong in ({"rank": 0}, {"rank": {"nope": 4}}, {"keep": 2}, {"keep": 0.5, "multiple_of": -1}):
+    for wrong in ({"rank": 0}, {"rank": {"nope": 4}}, {"rank": 33}, {"keep": 2}):
         with pytest.raises((RankError, TargetError)):
             convert(model, calibration=touched(), **wrong)
     with pytest.raises(TargetError, match="needs calibration data"):
         convert(model, LowRankConfig(keep=0.5, min_rank=1, metric="fisher"))
-    plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
     with pytest.raises(TargetError, match="needs calibration data"):
         convert(model, plan)
     other = zoo.BY_BASE["GPT2LMHeadModel"]
-    with pytest.raises(PlanError, match="no attention of which this is known"):
+    with pytest.raises(PlanError, match=r"attention: the plan names it, and GPT2LMHeadModel has no such module"):
         convert(other.build(), plan, calibration=[other.batch()])
     separate = make_plan(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
-    with pytest.raises(PlanError, match="cannot be converted here"):
+    with pytest.raises(PlanError, match="the plan names it, and GPT2LMHeadModel has no such module"):
         convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), separate, calibration=moments)
     with pytest.raises(TargetError, match="make plans from the dense model"):
         make_plan(convert(model, rank=4), LowRankConfig(keep=0.5, min_rank=1))

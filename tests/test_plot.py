@@ -4,26 +4,42 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch import nn
 
-from hf_reparam import Entry, RankPlan, make_plan, plot
+from hf_reparam import Entry, RankPlan, calibrate, convert, make_plan, plot, report
 from hf_reparam.errors import PlanError, TargetError
 
 
+def left_out(weight):
+    """Relative error of rank 0, 1, 2 ... of a plain SVD."""
+    squares = torch.linalg.svdvals(weight.double()).square().flip(0).cumsum(0).flip(0)
+    return [1.0, *((squares[1:] / squares[0]) ** 0.5).tolist(), 0.0]
+
+
 def test_spectrum_draws_what_a_rank_leaves_out():
-    layers = decompose(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     plan = RankPlan({"0": Entry(3)})
-    ax = plot.spectrum(layers, plan=plan)
-    for name, line in zip(("0", "1"), ax.lines, strict=True):
-        drawn = line.get_ydata()
-        assert drawn[0] == pytest.approx(1)
-        expected = [layers.layers[name].relative_error(rank) for rank in range(1, len(drawn))]
-        assert drawn[1:] == pytest.approx(expected, abs=1e-6)
+    ax = plot.spectrum(net, plan=plan)
+    expected = [left_out(layer.weight.detach()) for layer in net]
+    for line, errors in zip(ax.lines, expected, strict=True):
+        assert line.get_ydata().tolist() == pytest.approx(errors, abs=1e-6)
     (mark,) = ax.collections
-    assert mark.get_offsets().tolist()[0] == pytest.approx([3, layers.layers["0"].relative_error(3)])
-    assert len(plot.spectrum(layers, ["1"]).lines) == 1
+    assert mark.get_offsets().tolist()[0] == pytest.approx([3, expected[0][3]])
+    assert len(plot.spectrum(net, names=["1"]).lines) == 1
     with pytest.raises(TargetError, match="nothing"):
-        plot.spectrum(layers, ["nothing"])
+        plot.spectrum(net, names=["nothing"])
+
+
+@pytest.mark.parametrize("metric", ["activation", "fisher"])
+def test_spectrum_in_a_metric_of_data_is_what_conversion_reports(metric):
+    net, loss = nn.Sequential(nn.Linear(8, 8)), lambda m, b: m(**b).square().sum()
+    moments = calibrate(net, [{"input": torch.randn(50, 8)}], metric=metric, loss_fn=loss)
+    ax = plot.spectrum(net, moments)
+    for rank in (1, 3):
+        small = convert(net, rank=rank, calibration=moments)
+        assert ax.lines[0].get_ydata()[rank] == pytest.approx(report(small).layers[0].error, rel=1e-6)
+    assert metric in ax.get_ylabel()
 
 
 def test_ranks_puts_every_rank_in_its_place():

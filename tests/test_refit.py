@@ -61,23 +61,33 @@ def test_predictions_come_nearer_on_unseen_data(base, form):
     }
 
 
+def unhooked(*models):
+    return not any(m._forward_pre_hooks or m._forward_hooks for model in models for m in model.modules())
+
+
 @pytest.mark.slow
-def test_convert_refits_and_says_so():
+def test_it_says_what_it_did_and_changes_the_model_alone(tmp_path):
     dense, batches = sharp("BertForMaskedLM"), data()
     original = copy.deepcopy(dense.state_dict())
-    small = convert(dense, keep=0.5, calibration=iter(batches))
-    report = hf_reparam.report(small)
-    by_hand = convert(dense, keep=0.5, calibration=batches)
-    assert refit(by_hand, dense, batches, calibration=calibrate(dense, batches)) == report.refit
-    assert all(torch.equal(v, by_hand.state_dict()[k]) for k, v in small.state_dict().items())
-    assert "refit:" in str(report)
-    assert f"{len(report.refit.layers)} of {report.refit.of} layers" in report.to_markdown()
-    assert report.to_dict()["refit"]["after"] == report.refit.after
+    moments = calibrate(dense, batches)
+    small, other = (convert(dense, keep=0.5, calibration=moments) for _ in range(2))
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    report = refit(small, dense, batches, calibration=moments)
+    assert str(report).startswith(f"refit:            {len(report.layers)} of {report.of} layers, held-out divergence")
+    again = refit(other, dense, iter(batches), calibration=moments)
+    assert again == report
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in small.state_dict().items())
+    moved = [key for key, value in small.state_dict().items() if not torch.equal(value, before[key])]
+    assert {name for name in ranks(small) if any(key.startswith(f"{name}.") for key in moved)} == set(report.layers)
+    assert all(key.startswith(tuple(f"{name}." for name in report.layers)) for key in moved)
     assert all(torch.equal(v, original[k]) for k, v in dense.state_dict().items())
-    assert not any(m._forward_pre_hooks for m in [*dense.modules(), *small.modules()])
-    inplace = convert(dense, keep=0.5, calibration=batches, inplace=True)
-    assert inplace is dense
-    assert all(torch.equal(v, inplace.state_dict()[k]) for k, v in small.state_dict().items())
+    assert unhooked(dense, small)
+    assert all(p.grad is None and p.requires_grad for m in (dense, small) for p in m.parameters())
+    assert hf_reparam.report(small).refitted_layers == len(report.layers)
+    assert f"refitted:         {len(report.layers)} layers" in str(hf_reparam.report(small))
+    assert hf_reparam.report(small).to_dict()["refitted_layers"] == len(report.layers)
+    small.save_pretrained(tmp_path)
+    assert hf_reparam.report(type(small).from_pretrained(tmp_path)).refitted_layers == len(report.layers)
 
 
 def test_a_fit_that_does_not_help_is_not_kept(monkeypatch):
@@ -126,28 +136,32 @@ def test_padding_does_not_matter():
 @pytest.mark.parametrize("base", ["BertModel", "BertForSequenceClassification", "BertForQuestionAnswering"])
 def test_heads_and_no_head(base):
     dense, batches = sharp(base), data()
-    small = convert(dense, LowRankConfig(keep=0.4, min_rank=1), calibration=batches)
-    report = hf_reparam.report(small)
-    assert report.refit.after < report.refit.before
+    moments = calibrate(dense, batches)
+    small = convert(dense, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
+    report = refit(small, dense, batches, calibration=moments)
+    assert report.after < report.before
     assert type(small).__name__ == f"Reparam{base}"
 
 
 def test_shared_layers_keep_their_factors():
-    small = convert(sharp("AlbertForMaskedLM"), rank=4, calibration=data())
-    report = hf_reparam.report(small)
-    assert not any("albert_layers" in name for name in report.refit.layers)
-    assert isinstance(small, nn.Module)
+    dense = sharp("AlbertForMaskedLM")
+    small = convert(dense, rank=4, calibration=data())
+    report = refit(small, dense, data())
+    shared = {name for name in ranks(small) if "albert_layers" in name}
+    assert len(shared) == 6
+    assert set(report.skipped) == shared
+    assert set(report.skipped.values()) == {"which a pass reaches more than once, or not at all"}
+    assert not shared & set(report.layers)
+
+
+def ranks(model):
+    return {name: m.entry for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
 def test_wrong_arguments():
     dense, batches = sharp("BertForMaskedLM"), data(1)
-    moments = calibrate(dense, batches)
-    with pytest.raises(TargetError, match="refit=True needs the calibration data itself"):
-        convert(dense, keep=0.5, calibration=moments)
-    with pytest.raises(TargetError, match="refit=True needs the calibration data itself"):
-        convert(dense, keep=0.5)
     with pytest.raises(TargetError, match="1 were given: give at least two"):
-        convert(dense, keep=0.5, calibration=batches)
+        refit(convert(dense, rank=4), dense, batches)
     with pytest.raises(TargetError, match="no low-rank layer"):
         refit(dense, dense, batches)
     with pytest.raises(TargetError, match="the dense model has no Linear of this shape by that name"):

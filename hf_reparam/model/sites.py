@@ -66,14 +66,15 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
     for structure, site in found:
         why = reason.of(structure, site)
         if why is not None:
-            skipped.append(SkippedReport(site.name, site.kind, site.weights + site.others, why))
+            if structure.option is None or site.weights + site.others:  # heads hold numbers in their layers alone
+                skipped.append(SkippedReport(site.name, site.kind, site.weights + site.others, why))
             continue
         if (parts := not_whole(site.module)) is not None:
             raise WeightError(f"{site.name}: {parts}")
         selected.append(Found(layer_name(model, site.name), structure, site))
     taken = {name for item in selected for name in item.site.names}
     others = _other_weights(model, [site.module for _, site in found])
-    left = [row for row in (*skipped, *others) if row.name not in taken and row.parameters]
+    left = [row for row in (*skipped, *others) if row.name not in taken]
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     left.sort(key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], 0)))
     return Selection(tuple(selected), tuple(left))
