@@ -35,6 +35,10 @@ def gpt2(**kw):
     return tf.GPT2Config(vocab_size=99, n_positions=64, n_embd=32, n_layer=2, n_head=4, **kw)
 
 
+def mixtral(**kw):
+    return tf.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, **kw)
+
+
 def llama(**kw):
     return tf.LlamaConfig(**LLAMA_LIKE, **kw)
 
@@ -177,7 +181,8 @@ def _eos():
 INPUTS["eos"] = _eos
 
 ALL = BERT_HEADS + GPT2_HEADS + FAMILIES
-BY_BASE = {case.base: case for case in ALL}
+EXPERTS = Case("MixtralForCausalLM", "AutoModelForCausalLM", mixtral)
+BY_BASE = {case.base: case for case in (*ALL, EXPERTS)}
 DIFFERENT = [
     BY_BASE[base]
     for base in (

@@ -14,7 +14,7 @@ from hf_reparam.structures.heads.attention import ROLES, find_attentions
 from tests import zoo
 
 RANK = 6
-SIZES = {"table": 12, "heads": 4}
+SIZES = {"table": 12, "heads": 4, "experts": 6}
 
 
 class Layers(nn.Module):
@@ -47,14 +47,16 @@ FAMILIES = {
     "T5": "T5ForConditionalGeneration",  # encoder and decoder
     "ALBERT": "AlbertForMaskedLM",  # one layer in every place
     "Llama": "LlamaForCausalLM",  # an untied head
+    "Mixtral": "MixtralForCausalLM",  # fused experts
     "plain": "",
 }
 FORMS = {  # and the families that have them
-    "pair": list(FAMILIES),
-    "pivoted": list(FAMILIES),
+    "pair": ["BERT", "GPT-2", "T5", "ALBERT", "Llama", "plain"],
+    "pivoted": ["BERT", "GPT-2", "T5", "ALBERT", "Llama", "plain"],
     "table": ["BERT", "GPT-2", "T5", "ALBERT", "Llama"],
     "heads": ["BERT", "GPT-2", "T5", "ALBERT", "plain"],  # rotary positions allow no narrower ones
     "multihead": ["plain"],
+    "experts": ["Mixtral"],
 }
 
 

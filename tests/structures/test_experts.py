@@ -12,23 +12,20 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from hf_reparam import convert
 from hf_reparam.errors import PlanError, WeightError
 from hf_reparam.linalg import LayerMoments
-from hf_reparam.structures.experts import (
-    LowRankExperts,
-    Pass,
+from hf_reparam.structures.experts.modules import LowRankExperts
+from hf_reparam.structures.experts.structure import (
     build,
-    dense_deviation,
-    draw,
+    every_parameter,
     expert_moments,
     losses,
-    put,
-    sites,
     skeleton,
     stock,
-    unserved,
-    watching,
+    why_not,
 )
+from hf_reparam.structures.experts.watch import Pass, watching
 
 SIZES = {
     "vocab_size": 99,
@@ -95,11 +92,24 @@ class Source:
 
     solver = "exact"
 
-    def __init__(self, metric, moments=None):
-        self.metric, self.moments = metric, moments or {}
+    def __init__(self, metric, known=None):
+        self.metric, self.known = metric, known or {}
 
-    def layer_moments(self, name):
-        return self.moments.get(name) if self.metric != "svd" else None
+    def moments(self, name):
+        return self.known.get(name) if self.metric != "svd" else None
+
+
+def sites(model):
+    return {site.name: site for site in every_parameter(model) if why_not(site, model) is None}
+
+
+def unserved(model):
+    return {site.name: why for site in every_parameter(model) if (why := why_not(site, model)) is not None}
+
+
+def put(site, replacement):
+    delattr(site.module, site.parameter)
+    setattr(site.module, site.parameter, replacement)
 
 
 def model_of(family, **kw):
@@ -419,7 +429,7 @@ def test_losses_are_what_the_error_adds_up_to():
     difference = (site.held - stock(low)).detach().double()
     squares = 0.0
     for i in range(4):
-        own = source.moments[f"{name}.{i}"]
+        own = source.known[f"{name}.{i}"]
         squares += float((difference[i].T @ own.input_products @ difference[i]).trace())
     assert math.isclose(squares, float(lost[6:].sum()), rel_tol=0.1)  # shrinkage is the difference
 
@@ -516,23 +526,11 @@ def test_it_is_exported_in_one_graph(low):
     assert not any(shape[-2:] in ((8, 16), (16, 8)) for shape in shapes), "a dense weight is formed"
 
 
-def test_initialisers_leave_it_alone_and_draw_gives_it_their_size():
-    model = model_of(mixtral, initializer_range=0.05)
-    for site in sites(model).values():
-        put(site, skeleton(site, 8))
-        nn.init.ones_(site.held.up)
-        nn.init.ones_(site.held.down)
-    model._init_weights(model.model.layers[0].mlp.experts)
-    site = next(iter(sites(model).values()))
-    assert bool((site.held.up == 1).all())
-    size = dense_deviation(site, model._init_weights)
-    assert math.isclose(size, 0.05, rel_tol=0.2)
-    draw(site.held, size)
-    assert math.isclose(float(stock(site.held).detach().std()), 0.05, rel_tol=0.2)
-    site.held.up._is_hf_initialized = True
-    before = site.held.up.detach().clone()
-    draw(site.held, size)
-    assert torch.equal(site.held.up, before)
+def test_a_fresh_model_draws_products_of_the_familys_size():
+    dense = model_of(mixtral, initializer_range=0.05)
+    fresh = tf.AutoModelForCausalLM.from_config(convert(dense, rank=8).config)
+    for site in sites(fresh).values():
+        assert math.isclose(float(stock(site.held).detach().std()), 0.05, rel_tol=0.2)
 
 
 def low_rank_class(base):
@@ -567,7 +565,8 @@ def test_checkpoints_keep_the_names_and_shapes_of_factors(base, family, tmp_path
     small = small_class(family()).eval()
     assert any("experts" in str(c.source_patterns) for c in get_model_conversion_mapping(small))
     for site in sites(small).values():
-        draw(site.held, 0.2)
+        nn.init.normal_(site.held.down, std=0.2)
+        nn.init.normal_(site.held.up)
     small.save_pretrained(tmp_path, save_original_format=False)
     loaded, info = small_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
