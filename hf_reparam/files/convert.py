@@ -150,7 +150,9 @@ def _calibration(given: Any) -> tuple[Any, list[str] | None]:
 
 def _check_options(texts: object, reading: dict[str, Any], *, refit: bool, stream: bool) -> None:
     if texts is None and any(value is not None for value in reading.values()):
-        raise TargetError("max_length and max_samples say how texts are read: give calibration=FILE of texts")
+        raise TargetError(
+            "max_length and max_samples say how texts are read: give calibration=FILE of texts (--calibration FILE)"
+        )
     if refit and texts is None:
         raise TargetError("refit needs the calibration texts themselves: give calibration=FILE of texts")
     if refit and stream:

@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import sys
 from typing import ClassVar
 
 import datasets
@@ -274,10 +275,11 @@ def test_columns_that_the_model_does_not_take_change_nothing():
 class Open(nn.Module):
     """A model of the user's own whose forward takes anything."""
 
+    calls: ClassVar[list] = []
+
     def __init__(self):
         super().__init__()
         self.dense = nn.Linear(4, 4)
-        self.calls = []
 
     def forward(self, **inputs):
         self.calls.append(inputs)
@@ -571,15 +573,15 @@ def test_max_samples_counts_texts_rows_and_rows_of_batches(gpt2, tokenizer):
             calibrate(gpt2, texts, tokenizer=tokenizer, max_samples=wrong)
 
 
-def test_convert_uses_max_samples_also_to_refit(gpt2, tokenizer):
-    small = convert(gpt2, rank=4, calibration=calibrate(gpt2, endless(), tokenizer=tokenizer, max_samples=70))
-    report = hf_reparam.report(small)
-    assert report.refit is not None
-    assert small.config.reparam["record"]["calibration_tokens"] == 70 * 4
-    with pytest.raises(TargetError, match="say how calibration data is read"):
-        convert(gpt2, rank=4, calibration=calibrate(gpt2, calibrate(gpt2, ["so"], tokenizer=tokenizer), max_samples=3))
-    with pytest.raises(TargetError, match="say how calibration data is read"):
-        convert(gpt2, rank=4)
+def test_refit_reads_as_many_samples_as_it_may(gpt2, tokenizer):
+    moments = calibrate(gpt2, endless(), tokenizer=tokenizer, max_samples=70)
+    one, other = (convert(gpt2, rank=4, calibration=moments) for _ in range(2))
+    assert one.config.reparam["record"]["calibration_tokens"] == 70 * 4
+    report = refit(one, gpt2, endless(), tokenizer=tokenizer, max_samples=70)
+    assert report == refit(other, gpt2, ["so good"] * 70, tokenizer=tokenizer)
+    assert hf_reparam.report(one).refitted_layers == len(report.layers)
+    with pytest.raises(TargetError, match="Calibration"):
+        calibrate(gpt2, moments, max_samples=3)
 
 
 @pytest.mark.parametrize(
@@ -606,7 +608,7 @@ def test_the_progress_bar_knows_its_end(gpt2, tokenizer, monkeypatch, data, opti
             super().__init__(*args, **{**kwargs, "disable": False})
             bars.append(self)
 
-    monkeypatch.setattr("hf_reparam.calibrate.batches.tqdm", Bar)
+    monkeypatch.setattr(sys.modules["hf_reparam.calibrate.batches"], "tqdm", Bar)
     calibrate(gpt2, data(), tokenizer=tokenizer, metric="activation", **options)
     assert [bar.total for bar in bars] == [total]
     assert bars[0].n == (total or 1)
@@ -700,7 +702,7 @@ def test_lengths_and_samples_on_the_command_line(folder, tmp_path):
 def test_wrong_lengths_on_the_command_line(folder, tmp_path, capsys):
     options = [str(folder), str(tmp_path / "out"), "--rank", "4"]
     assert main(["convert", *options, "--max-length", "20"]) == 2
-    assert "say how texts are read: give texts= (--calibration FILE)" in capsys.readouterr().err
+    assert "say how texts are read: give calibration=FILE of texts (--calibration FILE)" in capsys.readouterr().err
     assert main(["convert", *options, "--calibration", str(folder / "texts.txt"), "--max-length", "2"]) == 2
     assert "max_length must be an integer from 3" in capsys.readouterr().err
 
@@ -716,5 +718,5 @@ def test_a_broken_run_with_other_lengths_is_not_continued(folder, tmp_path, monk
     monkeypatch.setattr("hf_reparam.files.convert.new_folder", stop)
     for options in ({}, {"max_length": 20}, {"max_samples": 2}, {"max_samples": 20}):
         with pytest.raises(KeyboardInterrupt):
-            convert_folder(folder, tmp_path / "out", keep=0.5, texts=folder / "texts.txt", **options)
+            convert_folder(folder, tmp_path / "out", keep=0.5, calibration=folder / "texts.txt", **options)
     assert len(set(names)) == 4

@@ -78,11 +78,14 @@ IDS = [*HEADS, "switch", "clip", "encoder-decoder", "wrapped"]
 def test_heads_poolers_and_routers_stay_dense(make, optional):
     model = make()
     report = hf_reparam.report(model)
-    assert {item.name for item in report.skipped if "stays dense unless include=" in item.reason} == optional
+    assert {
+        item.name for item in report.skipped if "stays dense unless target_modules names it" in item.reason
+    } == optional
     possible = {row.name for row in report.layers}
     assert possible
     assert not possible & optional
-    assert set(decompose(model).layers) == {layer_name(model, name) for name in possible}
+    small = convert(model, LowRankConfig(rank=1, allow_larger=True))
+    assert {row.name for row in hf_reparam.report(small).layers} == possible
     planned = make_plan(model, keep=0.5)
     assert not {layer_name(model, name) for name in optional} & set(planned.modules)
 
@@ -91,24 +94,27 @@ def test_heads_poolers_and_routers_stay_dense(make, optional):
 @pytest.mark.parametrize("base", ["BertForSequenceClassification", "BertForMaskedLM", "ViTForImageClassification"])
 def test_every_way_to_ask_for_a_size_agrees(base, options):
     case = zoo.BY_BASE[base]
-    model, options = case.build(), dict(options)
-    if options.pop("calibrated", False):
-        options["calibration"] = [case.batch()]
-    small, report = convert(model, **options, return_report=True)
+    model, size = case.build(), {key: value for key, value in options.items() if key != "calibrated"}
+    data = [case.batch()] if "calibrated" in options else None
+    small = convert(model, **size, calibration=data)
+    plan = make_plan(model, calibration=data and calibrate(model, data), **size)
     assert low_rank(small)
     assert not low_rank(small) & HEADS[base]
-    assert {row.name for row in report.layers} == {row.name for row in hf_reparam.report(small).layers}
+    assert {row.name for row in plan.report.layers} == {row.name for row in hf_reparam.report(small).layers}
+    assert {row.name for row in plan.report.layers} == low_rank(small)
 
 
-def test_include_brings_them_in(tmp_path):
+def test_target_modules_bring_them_in(tmp_path):
     case = zoo.BY_BASE["BertForSequenceClassification"]
     model = tf.BertForSequenceClassification(zoo.bert(num_labels=24)).eval()
     moments = calibrate(model, [case.batch()], target_modules=["*pooler*", "classifier"])
     assert set(moments.layers) == {"pooler.dense", "classifier"}
     for options in ({"rank": 6}, {"keep": 0.6, "calibration": moments}, {"keep": 0.6, "calibration": [case.batch()]}):
-        small, report = convert(model, **options, include=["*pooler*", "classifier"], return_report=True)
+        calibration = options.pop("calibration", None)
+        config = LowRankConfig(**options, target_modules=["*pooler*", "classifier"])
+        small = convert(model, config, calibration=calibration)
         assert low_rank(small) == {"bert.pooler.dense", "classifier"}
-        assert all(row.error is not None for row in report.layers)
+        assert all(row.error is not None for row in hf_reparam.report(small).layers)
     small.save_pretrained(tmp_path)
     loaded = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(**case.batch()).logits, small(**case.batch()).logits, **CLOSE)
@@ -131,6 +137,11 @@ def test_target_params_counts_heads_among_what_stays():
     assert type(small.classifier) is nn.Linear
 
 
+def weights(n_in, n_out, entry):
+    """Numbers in the factors."""
+    return entry.rank * (n_in + n_out - (entry.rank if entry.form == "pivoted" else 0))
+
+
 @pytest.mark.parametrize("multiple_of", [1, 3, 16])
 @pytest.mark.parametrize("metric", ["svd", "fisher"])
 @pytest.mark.parametrize("form", zoo.FORMS)
@@ -147,10 +158,10 @@ def test_no_rank_below_eight(form, metric, multiple_of):
         except RankError:
             continue
         found = True
-        assert all(spec.rank >= 8 and spec.rank % multiple_of == 0 for spec in plan.modules.values())
+        assert all(entry.rank >= 8 and entry.rank % multiple_of == 0 for entry in plan.modules.values())
         assert "4" not in plan.modules  # it has two outputs
         held = sum(
-            spec.weights(m.in_features, m.out_features) if (spec := plan.modules.get(name)) else m.weight.numel()
+            weights(m.in_features, m.out_features, entry) if (entry := plan.modules.get(name)) else m.weight.numel()
             for name, m in net.named_children()
             if isinstance(m, nn.Linear)
         )
@@ -181,7 +192,8 @@ def test_a_loop_over_sizes_may_start_at_all(tmp_path, base, options):
     case = zoo.BY_BASE[base]
     model = case.build()
     with pytest.warns(UserWarning, match="nothing was factored"):
-        small, report = convert(model, **options, return_report=True)
+        small = convert(model, **options)
+    report = hf_reparam.report(small)
     assert report.parameters_after == report.parameters_before == model.num_parameters()
     assert not low_rank(small)
     small.save_pretrained(tmp_path / "low")

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_reparam
-from hf_reparam import Calibration, calibrate, cli, convert, merge
-from hf_reparam.compress import factoring
+from hf_reparam import Calibration, Entry, LowRankConfig, RankPlan, calibrate, cli, convert, merge
 from hf_reparam.errors import CheckpointError, TargetError
-from hf_reparam.files.convert import inspect_checkpoint
+from hf_reparam.files.convert import inspect_folder
 from hf_reparam.files.folder import model_place
 from hf_reparam.layers.processes import alone
+from hf_reparam.structures import linear
 from tests import zoo
 
 CASE = zoo.BY_BASE["BertForMaskedLM"]
@@ -36,14 +37,9 @@ def moments_of(model, seed=0, scale=1.0):
     return calibrate(model, [{"input": x}], loss_fn=lambda m, b: m(**b).square().sum())
 
 
-def equal(one, other):
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def broken_off(monkeypatch, after, act):
     """Interrupt what `act` does when so many layers are made."""
-    made, factor = [], factoring.factor
+    made, factor = [], linear.factor
 
     def counted(*args, **kwargs):
         if len(made) == after:
@@ -52,12 +48,12 @@ def broken_off(monkeypatch, after, act):
         return factor(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(factoring, "factor", counted)
+        patch.setattr(linear, "factor", counted)
         with pytest.raises(KeyboardInterrupt):
             act()
 
 
-# Layers: offload_folder of convert and merge
+# Layers: workdir of convert and merge
 
 
 def fine_tuned(model):
@@ -76,7 +72,7 @@ CHANGES = {
     "dtype": lambda model: (model.bfloat16(), {})[1],
     "rank": lambda model: {"rank": 4},
     "form": lambda model: {"form": "pivoted"},
-    "layers": lambda model: {"include": "2"},
+    "layers": lambda model: {"target_modules": "2"},
     "data": lambda model: {"calibration": moments_of(model, seed=1)},
     "signs of the data": lambda model: {"calibration": moments_of(model, scale=-1.0)},
     "metric": lambda model: {"metric": "activation"},
@@ -88,12 +84,13 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_layers_of_another_model_data_or_option_are_refused(tmp_path, change):
     model = net()
-    options = {"rank": 3, "calibration": moments_of(model)}
-    convert(model, offload_folder=tmp_path, **options)
+    calibration = moments_of(model)
+    convert(model, rank=3, calibration=calibration, workdir=tmp_path)
     files = sorted(tmp_path.rglob("*"))
-    options |= change(model)
+    options = {"rank": 3, "calibration": calibration} | change(model)
+    calibration = options.pop("calibration")
     with pytest.raises(CheckpointError, match=FOREIGN):
-        convert(model, offload_folder=tmp_path, **options)
+        convert(model, LowRankConfig(**options), calibration=calibration, workdir=tmp_path)
     assert sorted(tmp_path.rglob("*")) == files
 
 
@@ -102,16 +99,17 @@ def test_another_model_of_the_same_shapes_in_a_broken_run(tmp_path, monkeypatch)
     broken_off(monkeypatch, 1, lambda: convert(net(), rank=3, workdir=tmp_path))
     with pytest.raises(CheckpointError, match=FOREIGN):
         convert(net(seed=1), rank=3, workdir=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0"]
+    assert sorted(p.name for p in (tmp_path / "pair").iterdir()) == ["0"]
 
 
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_a_broken_run_goes_on_and_gives_what_a_whole_one_gives(tmp_path, monkeypatch, form):
-    options = {"rank": 6, "form": form, "calibration": calibrate(CASE.build(), [CASE.batch()])}
-    expected, report = convert(CASE.build(), **options, return_report=True)
-    broken_off(monkeypatch, 5, lambda: convert(CASE.build(), **options, offload_folder=tmp_path))
-    small, resumed = convert(CASE.build(), **options, offload_folder=tmp_path, return_report=True)
-    assert resumed.to_dict() == report.to_dict()
+    config, calibration = LowRankConfig(rank=6, form=form), calibrate(CASE.build(), [CASE.batch()])
+    expected = convert(CASE.build(), config, calibration=calibration)
+    options = {"calibration": calibration, "workdir": tmp_path}
+    broken_off(monkeypatch, 5, lambda: convert(CASE.build(), config, **options))
+    small = convert(CASE.build(), config, **options)
+    assert hf_reparam.report(small).to_dict() == hf_reparam.report(expected).to_dict()
     assert all(map(torch.equal, zoo.outputs(small, CASE.batch()), zoo.outputs(expected, CASE.batch())))
 
 
@@ -144,7 +142,7 @@ def test_merging_into_the_folder_that_the_layers_are_in(tmp_path):
 
 
 def test_narrower_heads_of_another_model_are_refused(tmp_path):
-    plan = hf_reparam.RankPlan({}, "bert", head_widths={"encoder.layer.0.attention": 4})
+    plan = RankPlan({"encoder.layer.0.attention": Entry(4, "heads")}, "bert")
     model = CASE.build()
     for _ in range(2):
         small = convert(model, plan, workdir=tmp_path)
@@ -154,9 +152,9 @@ def test_narrower_heads_of_another_model_are_refused(tmp_path):
     with torch.no_grad():
         other.bert.encoder.layer[0].attention.self.key.bias += 1e-3
     seen = calibrate(model, [CASE.batch()], metric="activation")
-    for changed, options in ((other, {}), (model, {"calibration": seen, "metric": "activation"})):
+    for changed, asked, calibration in ((other, plan, None), (model, replace(plan, metric="activation"), seen)):
         with pytest.raises(CheckpointError, match=FOREIGN):
-            convert(changed, plan=plan, offload_folder=tmp_path, **options)
+            convert(changed, asked, calibration=calibration, workdir=tmp_path)
 
 
 def test_a_model_that_is_one_layer(tmp_path):
@@ -171,16 +169,16 @@ def test_files_of_others_in_the_folder_stay(tmp_path):
     (tmp_path / "scratch").mkdir()
     convert(net(), rank=3, workdir=tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    (tmp_path / "0" / "layer.json").write_text("{")
+    (tmp_path / "pair" / "0" / "layer.json").write_text("{")
     with pytest.raises(CheckpointError, match=FOREIGN):
         convert(net(), rank=3, workdir=tmp_path)
 
 
 def test_two_runs_at_once_in_one_folder(tmp_path):
-    with alone(tmp_path / ".lock", "mine"), pytest.raises(CheckpointError, match="another process is filling"):
+    with alone(tmp_path / "pair" / ".lock", "mine"), pytest.raises(CheckpointError, match="another process is filling"):
         convert(net(), rank=3, workdir=tmp_path)
     convert(net(), rank=3, workdir=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "2"]
+    assert sorted(p.name for p in (tmp_path / "pair").iterdir()) == ["0", "2"]
 
 
 # Calibration: folder= of calibrate
@@ -275,7 +273,7 @@ def changed_in_place(folder):
 @pytest.mark.parametrize("change", ["nothing", "weights", "rank"])
 def test_a_run_after_a_broken_one_mixes_nothing(tmp_path, dense, monkeypatch, how, change):
     if how == "cli":
-        factor, made = factoring.factor, []
+        factor, made = linear.factor, []
 
         def fifth(*args, **kwargs):
             made.append(args)
@@ -284,7 +282,7 @@ def test_a_run_after_a_broken_one_mixes_nothing(tmp_path, dense, monkeypatch, ho
             return factor(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(factoring, "factor", fifth)
+            patch.setattr(linear, "factor", fifth)
             assert run("convert", dense, tmp_path / "out", "--rank", 6, "--stream", "--quiet") == 130
     else:
         broken_off(monkeypatch, 4, lambda: hf_reparam.convert_folder(dense, tmp_path / "out", rank=6))
@@ -352,12 +350,12 @@ def test_source_and_out_as_text_or_path(tmp_path, dense):
         for other in (str, Path)
     ]
     assert all(report == reports[0] for report in reports)
-    assert inspect_checkpoint(str(dense)) == inspect_checkpoint(Path(dense))
+    assert inspect_folder(str(dense)) == inspect_folder(Path(dense))
 
 
-def test_include_as_a_generator(tmp_path, dense):
+def test_target_modules_as_a_generator(tmp_path, dense):
     report = hf_reparam.convert_folder(
-        dense, tmp_path / "out", hf_reparam.LowRankConfig(rank=6, target_modules=(p for p in ["*.query", "*.key"]))
+        dense, tmp_path / "out", LowRankConfig(rank=6, target_modules=(p for p in ["*.query", "*.key"]))
     )
     assert len(report.layers) == 4
 
@@ -470,7 +468,7 @@ def test_a_sentence_transformer_with_its_model_in_a_subfolder(tmp_path, stream):
     kinds = [("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
     modules = [{"idx": i, "path": p, "type": f"sentence_transformers.models.{k}"} for i, (p, k) in enumerate(kinds)]
     (source / "modules.json").write_text(json.dumps(modules))
-    assert len(inspect_checkpoint(source).layers) == 12  # a pooler stays dense
+    assert len(inspect_folder(source).layers) == 12  # a pooler stays dense
     hf_reparam.convert_folder(source, out, rank=6, stream=stream)
     assert type(transformers.AutoModel.from_pretrained(out / "0_Transformer")).__name__ == "ReparamBertModel"
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
@@ -584,7 +582,7 @@ def test_a_reader_of_the_progress_bars_that_has_gone(tmp_path, dense, monkeypatc
     ],
 )
 def test_sizes_that_are_none(tmp_path, dense, capsys, monkeypatch, more, message):
-    monkeypatch.setattr(factoring, "factor", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(linear, "factor", lambda *args, **kwargs: 1 / 0)
     assert run("convert", dense, tmp_path / "out", "--rank", "6", "--quiet", *more) == 2
     assert message in capsys.readouterr().err
 

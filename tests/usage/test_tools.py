@@ -3,6 +3,7 @@
 import copy
 import importlib
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 @pytest.fixture(params=["pair", "pivoted", "keep"])
 def options(request):
-    return {"keep": 0.5} if request.param == "keep" else {"rank": 8, "form": request.param}
+    return LowRankConfig(keep=0.5) if request.param == "keep" else LowRankConfig(rank=8, form=request.param)
 
 
 def classifier():
@@ -40,7 +41,7 @@ def test_torchao_int8(base, options):
 
     case = zoo.BY_BASE[base]
     for config in (Int8DynamicActivationInt8WeightConfig(), Int8WeightOnlyConfig()):
-        small = convert(BUILD[base](), **options)
+        small = convert(BUILD[base](), options)
         before = small(**case.batch()).logits
         quantize_(small, config)
         after = small(**case.batch()).logits
@@ -59,7 +60,7 @@ def two_devices(monkeypatch):
 @pytest.mark.parametrize("base", ["BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 def test_data_parallel_replicas(base, options, two_devices):
     case = zoo.BY_BASE[base]
-    small = convert(case.build(), **options, **({"embeddings": True} if "keep" in options else {}))
+    small = convert(case.build(), options if options.keep is None else replace(options, embeddings=True))
     batch = case.batch()
     expected = small(**batch).logits
     replicas = parallel.replicate(small, two_devices)
@@ -72,14 +73,14 @@ def test_data_parallel_replicas(base, options, two_devices):
 
 
 def test_data_parallel_wrapper(options):
-    small, batch = convert(classifier(), **options), zoo._text()
+    small, batch = convert(classifier(), options), zoo._text()
     torch.testing.assert_close(nn.DataParallel(small)(**batch).logits, small(**batch).logits, **CLOSE)
 
 
 @pytest.mark.slow
 def test_traced(options):
     model = classifier()
-    small = convert(model, **options).eval()
+    small = convert(model, options).eval()
     small.config.return_dict = False
     batch = zoo._text()
     traced = torch.jit.trace(small, (batch["input_ids"], batch["attention_mask"]), strict=False)
@@ -100,7 +101,7 @@ class Net(nn.Module):
 
 @pytest.mark.slow
 def test_scripted_and_symbolically_traced(options, tmp_path):
-    small, x = convert(Net(), **options), torch.randn(5, 3, 32)
+    small, x = convert(Net(), options), torch.randn(5, 3, 32)
     scripted = torch.jit.script(copy.deepcopy(small))
     torch.testing.assert_close(scripted(x), small(x), **CLOSE)
     torch.jit.save(scripted, tmp_path / "net.pt")
@@ -124,7 +125,7 @@ def test_new_models_of_derived_classes_initialise():
 
 
 def test_half_precision_copies_and_pickles(options):
-    small, batch = convert(classifier(), **options), zoo._text()
+    small, batch = convert(classifier(), options), zoo._text()
     expected = small(**batch).logits
     for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         torch.testing.assert_close(other(**batch).logits, expected, **CLOSE)
