@@ -34,9 +34,7 @@ def test_golden(folder):
     model, info = getattr(transformers, zoo.BY_BASE[base].auto).from_pretrained(folder, output_loading_info=True)
     assert type(model).__name__ == f"Reparam{base}"
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {spec["form"] for spec in model.config.reparam["modules"].values()} == {form}
-    for key in ("head_widths", "embeddings"):
-        assert bool(model.config.reparam.get(key)) == (folder.parent.name != "format-1")
+    assert {entry["form"] for entry in model.config.reparam["modules"].values()} == {form, "heads", "table"}
     for each in (model, merge(model)):
         with torch.no_grad():
             got = each(**expected).logits

@@ -6,7 +6,6 @@ import json
 import pickle
 
 import pytest
-
 from torch import nn
 
 from hf_reparam import Entry, RankPlan, convert

@@ -87,7 +87,10 @@ def _pointed(value: Any, known: dict[int, Any]) -> Any:
     if type(value) in (dict, list, tuple, set) or isinstance(value, dict):
         return _container(value, known)
     if isinstance(value, functools.partial):
-        made: Any = functools.partial(value.func, *(_pointed(v, known) for v in value.args), **value.keywords)
+        keywords = {key: _pointed(v, known) for key, v in value.keywords.items()}
+        made: Any = functools.partial(
+            _pointed(value.func, known), *(_pointed(v, known) for v in value.args), **keywords
+        )
         vars(made).update(vars(value))
         return made
     if isinstance(value, types.MethodType):

@@ -11,21 +11,20 @@ from typing import Any
 
 import torch
 import transformers
-from hf_reparam.compress.narrowing import attentions_by_name
-from hf_reparam.layers.targets import find_targets
 from safetensors.torch import save_file
 
 import hf_reparam
-from hf_reparam import Entry, RankPlan
-from hf_reparam.model.checks import protected_layers
-from hf_reparam.model.host import layer_name
-from hf_reparam.plan import FORMAT_VERSION, FORMS
-from hf_reparam.structures.table import table_groups
+from hf_reparam import Entry, LowRankConfig, RankPlan
+from hf_reparam.config import FORMS
+from hf_reparam.model.host import layer_name, opened
+from hf_reparam.model.sites import select
+from hf_reparam.plan import FORMAT_VERSION
 from tests import zoo
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BASES = ("BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration")
+RANKS = {"heads": 4, "table": 12}  # of 8 and of 32
 
 
 def commit(root: Path) -> str:
@@ -42,14 +41,14 @@ def commit(root: Path) -> str:
 
 
 def converted(model: Any, form: str) -> Any:
-    """Everything that the newest format knows."""
-    widths = dict.fromkeys(attentions_by_name(model), 4)  # of 8: format 2 knows narrower heads
-    ranks = {layer_name(model, group.path): 12 for group in table_groups(model)}  # of 32, and embeddings
-    plan = RankPlan({}, model.config.model_type, head_widths=widths, embeddings=ranks)
+    """Narrower heads, embeddings of low rank, and every layer in this form."""
+    found = select(opened(model).model, LowRankConfig(heads=True, embeddings=True)).selected
+    shaped = {f.name: f.structure.forms[0] for f in found if f.structure.option is not None}
+    plan = RankPlan({name: Entry(RANKS[kind], kind) for name, kind in shaped.items()}, model.config.model_type)
     narrow = hf_reparam.convert(model, plan)
-    found = find_targets(narrow, protected=protected_layers(narrow)).selected
-    specs = {layer_name(narrow, target.name): Entry(6, form) for target in found}
-    return hf_reparam.convert(narrow, RankPlan(specs, model.config.model_type))
+    low = [found.site.name for found in select(opened(narrow).model, LowRankConfig(target_modules="*")).selected]
+    entries = {layer_name(narrow, name): Entry(6, form) for name in low}
+    return hf_reparam.convert(narrow, RankPlan(entries, model.config.model_type))
 
 
 def make(folder: Path, made_from: str) -> None:
