@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from hf_reparam.compat.auto import auto_class_of
 from hf_reparam.errors import TargetError
 from hf_reparam.model.config import ReparamConfigMixin, plan_name, plan_of
-from hf_reparam.model.summary import report as report_on
+from hf_reparam.model.summary import report
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
@@ -108,8 +108,8 @@ def _metadata(base_model: str | None, base_card: ModelCard | None) -> ModelCardD
 
 
 def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
-    report = report_on(model)
-    named = {plan_name(model, row.name): row for row in report.layers}
+    whole = report(model)
+    named = {plan_name(model, row.name): row for row in whole.layers}
     metrics = {name: record.metrics.get(name, plan.metric) for name in named}
     layers = [replace(row, error=record.errors.get(n), metric=metrics[n]) for n, row in named.items()]
     source = "a dense model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
@@ -118,8 +118,8 @@ def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: s
         f"{errors[0]:.3f} to {errors[-1]:.3f}, median {errors[len(errors) // 2]:.3f}" if errors else "not recorded"
     )
     rows = {
-        "parameters of the low-rank layers": _change(report.factored_before, report.factored_after),
-        "parameters of the whole model": _change(report.parameters_before, report.parameters_after),
+        "parameters of the low-rank layers": _change(whole.factored_before, whole.factored_after),
+        "parameters of the whole model": _change(whole.parameters_before, whole.parameters_after),
         "method": _METHODS.get(plan.metric, plan.metric),
         "calibration": "none" if record.calibration_tokens is None else f"{record.calibration_tokens:,} tokens",
         **_without_data(record),
@@ -149,7 +149,7 @@ dense = hf_reparam.merge(model)  # the plain {model.base_class.__name__}; saved,
 <details>
 <summary>Ranks, layer by layer</summary>
 
-{replace(report, layers=layers).layer_table()}
+{replace(whole, layers=layers).layer_table()}
 
 </details>"""
 

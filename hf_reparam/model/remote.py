@@ -6,6 +6,8 @@ model, one after the other. What only conversions need is left out.
 
 import ast
 import io
+import itertools
+import re
 import tokenize
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -131,21 +133,31 @@ def _with_own_names(source: str, module: str) -> str:
     tree = ast.parse(source)
     private = {name for node in tree.body for name in _defined(node) if name.startswith("_") or len(name) == 1}
     start = module.removeprefix("hf_reparam.").replace(".", "_")
-    tokens, before = [], ""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        renamed = token.type == tokenize.NAME and token.string in private and before != "."
-        tokens.append((token.type, f"_{start}_{token.string.strip('_')}" if renamed else token.string, token))
+    names = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, sorted(private)))})(?!\w)")
+    changes, before = [], ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline) if private else ():
+        text = token.string
+        if token.type == tokenize.NAME and text in private and before != ".":
+            text = _renamed(text, start)
+        elif token.type == tokenize.STRING and "f" in re.split("['\"]", text, maxsplit=1)[0].lower():
+            # before Python 3.12 one token with all that is between its braces
+            text = re.sub(r"\{[^{}]+", lambda part: names.sub(lambda name: _renamed(name[0], start), part[0]), text)
+        if text != token.string:
+            changes.append((token, text))
         before = token.string
-    return _replaced(source, [(token, text) for _, text, token in tokens if text != token.string])
+    return _replaced(source, changes)
+
+
+def _renamed(name: str, start: str) -> str:
+    return f"_{start}_{name.strip('_')}"
 
 
 def _replaced(source: str, changes: list[tuple[tokenize.TokenInfo, str]]) -> str:
-    lines = source.splitlines()
+    starts = [0, *itertools.accumulate(len(line) for line in source.splitlines(keepends=True))]
     for token, text in reversed(changes):
-        row, column = token.start
-        line = lines[row - 1]
-        lines[row - 1] = line[:column] + text + line[token.end[1] :]
-    return "\n".join(lines)
+        begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
+        source = source[:begin] + text + source[end:]
+    return source
 
 
 def _defined(node: ast.stmt) -> Iterator[str]:
@@ -215,7 +227,7 @@ def _check_types(model: Any) -> None:
         kind = getattr(module, "dense_type", type(module))
         if not kind.__module__.startswith(("torch.", "transformers.", "hf_reparam", "transformers_modules.")):
             raise CheckpointError(
-                f"{name} stands for a {kind.__name__}, which is no class of torch or Transformers, and the file of "
-                "remote_code=True knows no others: save without it, and load where hf_reparam and that type are "
+                f"{name} is or stands for a {kind.__name__}, which is no class of torch or Transformers, and the file "
+                "of remote_code=True knows no others: save without it, and load where hf_reparam and that type are "
                 "installed"
             )

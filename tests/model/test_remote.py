@@ -1,5 +1,7 @@
 """`save_pretrained(remote_code=True)`: folders that load in processes where hf_reparam cannot be imported."""
 
+import ast
+import builtins
 import json
 import subprocess
 import sys
@@ -9,9 +11,10 @@ import torch
 import transformers
 
 import hf_reparam
-from hf_reparam import LowRankConfig, RankPlan, convert
+from hf_reparam import Entry, LowRankConfig, RankPlan, convert
 from hf_reparam.errors import CheckpointError
 from hf_reparam.model.host import layer_name
+from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.heads import AttentionType, register_attention
 from hf_reparam.structures.heads.attention import find_attentions
 from tests import zoo
@@ -53,30 +56,50 @@ for folder, auto in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
-def narrow(model):
-    """Heads half as wide, and low-rank layers in them: of GPT-2 three in the place of a fused one."""
-    widths = {layer_name(model, a.name): 4 for a in find_attentions(model)}
-    assert widths
-    half = convert(model, RankPlan({}, model.config.model_type, head_widths=widths))
-    return convert(half, LowRankConfig(rank=6, form="pivoted"))
-
-
-CASES += [(base, "heads") for base in ("BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration")]
-
-
-BROKEN = [
-    (lambda c: c["reparam"].update(format_version=4), "format version 4"),
-    (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 99}), "cannot be 99 wide"),
-    (lambda c: c["reparam"].update(head_widths={"encoder.layer.0.attention": 4}), "size mismatch|do not fit"),
-    (lambda c: c["reparam"].update(head_widths={"encoder.layer.0": 4}), "cannot be made narrower"),
-    (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=500), "does not fit"),
-    (lambda c: c["reparam"]["modules"]["encoder.layer.0.output.dense"].update(rank=5), "size mismatch|do not fit"),
-]
+def entries(model, form, rank):
+    """Entries of a plan: all that a model can hold in this form."""
+    (structure,) = [known for known in STRUCTURES if form in known.forms]
+    sites = [site for site in structure.sites(model) if site.reason is None]
+    assert sites
+    return {layer_name(model, site.name): Entry(rank, form) for site in sites}
 
 
 def made(base, form):
-    model = zoo.BY_BASE[base].build()
-    return narrow(model) if form == "heads" else convert(model, LowRankConfig(rank=6, form=form))
+    """The converted model; narrower heads, for which GPT-2 has three layers instead of one, have low-rank layers."""
+    model = BY_BASE[base].build()
+    if form in zoo.FORMS:
+        return convert(model, LowRankConfig(rank=6, form=form))
+    small = convert(model, RankPlan(entries(model, form, 4), model.config.model_type))
+    return convert(small, LowRankConfig(rank=6, form="pivoted")) if form == "heads" else small
+
+
+def mixtral(**kw):
+    return transformers.MixtralConfig(**zoo.LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, **kw)
+
+
+BY_BASE = {**zoo.BY_BASE, "MixtralForCausalLM": zoo.Case("MixtralForCausalLM", "AutoModelForCausalLM", mixtral)}
+CASES += [(base, "heads") for base in ("BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration")]
+CASES += [(base, "table") for base in ("BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration")]
+CASES += [("MixtralForCausalLM", "experts")]
+
+
+def with_entry(name, form, rank):
+    """A change of a stored configuration."""
+    return lambda config: config["reparam"]["modules"].update({name: {"form": form, "rank": rank}})
+
+
+LAYER, HEADS = "encoder.layer.0.output.dense", "encoder.layer.0.attention"
+BROKEN = [
+    (lambda c: c["reparam"].update(format_version=4), "format version 4"),
+    (with_entry(HEADS, "heads", 99), "heads 99 wide, above the 8 they have"),
+    (with_entry(HEADS, "heads", 4), "do not have the shapes that config.json gives them"),
+    (with_entry("encoder.layer.0", "heads", 4), "it is a BertLayer; of such there are"),
+    (with_entry("embeddings.word_embeddings", "table", 99), "rank 99, above the 31"),
+    (with_entry("embeddings.word_embeddings", "table", 4), "are missing or do not fit"),
+    (with_entry(LAYER, "spiral", 4), "this hf_reparam knows"),
+    (with_entry(LAYER, "pair", 500), "rank 500, above min(in, out) = 32"),
+    (with_entry(LAYER, "pair", 5), "do not have the shapes that config.json gives them"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +110,12 @@ def loaded_without(tmp_path_factory):
     folders = {case: root / "-".join(case).replace(" ", "-") for case in [*CASES, *broken]}
     for (base, form), folder in folders.items():
         made(base, "pair" if form.startswith("broken") else form).save_pretrained(folder, remote_code=True)
-        torch.save(zoo.BY_BASE[base].batch(), folder / "batch.pt")
+        torch.save(BY_BASE[base].batch(), folder / "batch.pt")
     for case, change in broken.items():
         config = json.loads((folders[case] / "config.json").read_text())
         change(config)
         (folders[case] / "config.json").write_text(json.dumps(config))
-    pairs = [str(x) for (base, _), folder in folders.items() for x in (folder, zoo.BY_BASE[base].auto)]
+    pairs = [str(x) for (base, _), folder in folders.items() for x in (folder, BY_BASE[base].auto)]
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT, *pairs]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -104,7 +127,7 @@ def loaded_without(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("base", "form"), CASES)
 def test_loads_without_the_package(loaded_without, base, form):
-    case, (folder, said), small = zoo.BY_BASE[base], loaded_without[base, form], made(base, form)
+    case, (folder, said), small = BY_BASE[base], loaded_without[base, form], made(base, form)
     assert "Traceback" not in said, said
     for mine, theirs in zip(zoo.outputs(small, case.batch()), torch.load(folder / "outputs.pt"), strict=True):
         assert torch.equal(mine, theirs)
@@ -116,6 +139,43 @@ def test_loads_without_the_package(loaded_without, base, form):
     back = getattr(transformers, case.auto).from_pretrained(again)  # saved without the package, loaded with it
     assert type(back) is type(small)
     assert torch.equal(zoo.outputs(back, case.batch())[0], zoo.outputs(small, case.batch())[0])
+
+
+def defined(statement):
+    """Names that a statement of a module defines, one each time."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", statement)]
+    return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+
+
+def test_no_name_of_one_module_hides_that_of_another(tmp_path):
+    """The file is put together of modules that each have names of their own, and import others under theirs."""
+    small = convert(zoo.BY_BASE["BertModel"].build(), LowRankConfig(rank=6, target_modules="query"))
+    small.save_pretrained(tmp_path, remote_code=True)
+    owners = {}
+    for statement in ast.parse((tmp_path / "modeling_reparam.py").read_text()).body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            for alias in statement.names:
+                origin = f"{getattr(statement, 'module', '')} {alias.name if alias.asname else ''}"
+                owners.setdefault(alias.asname or alias.name.partition(".")[0], set()).add(origin)
+        elif isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)):
+            for name in defined(statement):
+                owners.setdefault(name, set()).add(f"line {statement.lineno}")
+    assert len(owners) > 200
+    assert {name: found for name, found in owners.items() if len(found) > 1} == {}
+
+
+def test_every_name_in_the_file_is_defined(tmp_path):
+    small = convert(zoo.BY_BASE["BertModel"].build(), LowRankConfig(rank=6, target_modules="query"))
+    small.save_pretrained(tmp_path, remote_code=True)
+    nodes = list(ast.walk(ast.parse((tmp_path / "modeling_reparam.py").read_text())))
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    known = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    known |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    known |= {node.asname or node.name.partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    assert used - known - set(dir(builtins)) - {"__class__", "__file__", "__name__"} == set()
 
 
 @pytest.mark.parametrize("trust", [None, True])
@@ -163,7 +223,7 @@ def test_dense_types_of_ones_own_are_refused(tmp_path, own_linear):
     model = zoo.BY_BASE["BertModel"].build()
     model.pooler.dense = own_linear(32, 32)
     small = convert(model, LowRankConfig(rank=6, target_modules="pooler.dense"))
-    with pytest.raises(CheckpointError, match=r"pooler\.dense stands for a OwnLinear"):
+    with pytest.raises(CheckpointError, match=r"pooler\.dense is or stands for a OwnLinear"):
         small.save_pretrained(tmp_path, remote_code=True)
 
 
@@ -173,9 +233,8 @@ def test_attentions_of_ones_own_are_refused(tmp_path):
     register_attention(Own, AttentionType("q_proj", "k_proj", "v_proj", "out_proj"))
     model = zoo.BY_BASE["BartForConditionalGeneration"].build()
     model.model.encoder.layers[0].self_attn.__class__ = Own
-    widths = {"encoder.layers.0.self_attn": 4}
-    small = convert(model, RankPlan({}, "bart", head_widths=widths))
-    with pytest.raises(CheckpointError, match="is a Own with narrower heads"):
+    small = convert(model, RankPlan({"encoder.layers.0.self_attn": Entry(4, "heads")}, "bart"))
+    with pytest.raises(CheckpointError, match=r"encoder\.layers\.0\.self_attn is or stands for a Own"):
         small.save_pretrained(tmp_path, remote_code=True)
 
 
