@@ -137,7 +137,7 @@ def test_padding_does_not_matter():
 def test_heads_and_no_head(base):
     dense, batches = sharp(base), data()
     moments = calibrate(dense, batches)
-    small = convert(dense, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
+    small = convert(dense, LowRankConfig(keep=0.4, min_rank=1, heads=True), calibration=moments)
     report = refit(small, dense, batches, calibration=moments)
     assert report.after < report.before
     assert type(small).__name__ == f"Reparam{base}"

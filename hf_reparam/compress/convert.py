@@ -33,7 +33,7 @@ from hf_reparam.model.checks import (
 )
 from hf_reparam.model.host import check_model, layer_name, mark_offloaded, opened, unwrapped
 from hf_reparam.model.retype import retie, retype
-from hf_reparam.model.sites import Selection, check_forms, fit, no_site, select
+from hf_reparam.model.sites import Selection, check_forms, fit, live_sites, no_site, select
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord
 from hf_reparam.structures import STRUCTURES
@@ -144,7 +144,7 @@ def convert(
         if plan is None:
             plan = plan_for(work.model, asked, source)
         folder = _folder(workdir, scratch, temporary=inplace)
-        on_disk = any(map(is_offloaded, model.modules()))
+        on_disk = workdir is not None and any(map(is_offloaded, model.modules()))
         made, source = apply(work, plan, source, folder)
         if not plan.modules:
             warnings.warn("nothing was factored: the size leaves every layer dense", stacklevel=2)
@@ -205,6 +205,7 @@ def _check(model: nn.Module, *, inplace: bool) -> None:
     check_convertible(model, inplace=inplace)
     check_unquantized(model)
     check_loadable(model)
+    live_sites(model)
 
 
 def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> Selection:
