@@ -27,6 +27,7 @@ class Factored(nn.Module):
     """
 
     __jit_unused_properties__ = ("weight", "bias", "entry", "rank", "in_features", "out_features")  # TorchScript's
+    __jit_ignored_attributes__ = ("dense_type",)
 
     form = ""
     stands_for = "weight"
