@@ -23,7 +23,6 @@ FORMAT_VERSION = 1
 
 _MAX_MODULES = 100_000  # far above any model's count of dense layers; bounds the work a hostile file can ask for
 _MAX_NAME = 512
-_MAX_RANK = 1_000_000
 _NAME = re.compile(r"\.?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _FORM = re.compile(r"[a-z_]{1,32}")
 _PLAN_KEYS = frozenset({"format_version", "base_model_type", "metric", "modules", "record"})
@@ -51,7 +50,7 @@ class Entry:
     form: str = "pair"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or not 1 <= self.rank <= _MAX_RANK:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise PlanError(f"rank must be an int of at least 1, got {_short(self.rank)}")
         if not isinstance(self.form, str) or not _FORM.fullmatch(self.form):
             raise PlanError(f"form must be a word such as 'pair', got {_short(self.form)}")

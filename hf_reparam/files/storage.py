@@ -64,11 +64,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
     check_model(model)
     if isinstance(model, PreTrainedModel):
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
-    entries = entries_of(opened(model).model)
-    shared = [n for s in STRUCTURES if s.stays_in_memory for n in RankPlan(entries).of(s.forms)]
-    if shared:
+    work = opened(model).model
+    entries = entries_of(work)
+    tied = [s.name for kind in STRUCTURES if kind.stays_in_memory for s in kind.sites(work) if s.entry and s.parts == 1]
+    if tied:
         raise TargetError(
-            f"{shared[0]} is an embedding of low rank, which this format does not hold: save the PreTrainedModel that "
+            f"{tied[0]} is an embedding of low rank, which this format does not hold: save the PreTrainedModel that "
             "has it with its save_pretrained, or convert without embeddings=True"
         )
     if not entries:
@@ -110,7 +111,8 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
         for found, entry in fit(plan, work.model, structure, strict=True).values():
             shape = structure.skeleton(found.site, entry)
             shape.install(work.model)
-            made.modules += shape.modules.values()
+            made.modules += shape.new()
+            made.parts += shape.parts
             made.attributes += shape.attributes
     with undone_on_error(model):
         install(model, work, made)

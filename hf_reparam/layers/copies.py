@@ -1,5 +1,6 @@
 """A working copy of a model: other modules over the same memory, to be looked at and changed."""
 
+import copy
 import functools
 import types
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ __all__ = ["WorkingCopy", "frozen_copy", "working_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
+_OWN = vars(nn.Module()).keys()
+"""What every module has: its own dictionaries of parts, parameters and hooks."""
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), Tensor, type, types.FunctionType, types.BuiltinMethodType)
 
 
@@ -33,12 +36,14 @@ class WorkingCopy:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        copies = {module: _shell(module) for module in model.modules()}
-        self.originals = {made: module for module, made in copies.items()}
-        known: dict[int, Any] = {id(module): made for module, made in copies.items()}
-        for module, made in copies.items():
-            vars(made).update({key: _pointed(value, known) for key, value in vars(module).items()})
-        self.model: Any = copies[model]
+        made_of = {module: _shell(module) for module in model.modules()}
+        self.originals = {made: module for module, made in made_of.items()}
+        known: dict[int, Any] = {id(module): made for module, made in made_of.items()}
+        for module, made in made_of.items():
+            for key, value in vars(module).items():
+                pointed = _pointed(value, known)
+                vars(made)[key] = copy.copy(value) if pointed is value and key in _OWN else pointed
+        self.model: Any = made_of[model]
 
     def clear(self) -> None:
         """Forget the model and its original, so that what was replaced is freed."""
@@ -102,14 +107,16 @@ def _pointed(value: Any, known: dict[int, Any]) -> Any:
 
 
 def _container(value: Any, known: dict[int, Any]) -> Any:
-    if isinstance(value, dict):
-        items = {key: _pointed(v, known) for key, v in value.items()}
-        if type(value) is dict:
-            return items
-        made = value.copy()  # an OrderedDict, a defaultdict
-        made.update(items)
-        return made
-    return type(value)(_pointed(v, known) for v in value)
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    pointed = [(key, old, _pointed(old, known)) for key, old in items]
+    if all(new is old for _, old, new in pointed):
+        return value
+    if not isinstance(value, dict):
+        return type(value)(new for _, _, new in pointed)
+    made = copy.copy(value)  # an OrderedDict, a defaultdict
+    for key, _, new in pointed:
+        made[key] = new
+    return made
 
 
 def _holder(value: Any, held: Mapping[str, Any], known: dict[int, Any]) -> Any:

@@ -224,8 +224,16 @@ def _fits(name: str, structure: Structure, site: Site, entry: Entry) -> bool:
 
 
 def live_sites(model: nn.Module) -> list[Site]:
-    """What a live model holds in fewer numbers."""
-    return [site for structure in STRUCTURES for site in structure.sites(model) if site.entry is not None]
+    """What a live model holds in fewer numbers.
+
+    Raises:
+        TargetError: the plan of the whole has no place for a part of it.
+    """
+    sites = [site for structure in STRUCTURES for site in structure.sites(model) if site.entry is not None]
+    for site in sites:
+        if site.stray:
+            raise TargetError(str(site.reason))
+    return sites
 
 
 def entries_of(model: nn.Module) -> dict[str, Entry]:

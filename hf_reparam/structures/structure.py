@@ -41,6 +41,7 @@ class Site:
         reason: why it stays dense whatever is asked; None if it need not.
         aliases: other names by which patterns may mean it.
         parts: how many weights of this shape it has.
+        stray: whether a plan of the whole has no place for it, as `reason` says; it can be merged all the same.
     """
 
     names: tuple[str, ...]
@@ -54,6 +55,7 @@ class Site:
     reason: str | None = None
     aliases: tuple[str, ...] = ()
     parts: int = 1
+    stray: bool = False
 
     @property
     def name(self) -> str:

@@ -41,7 +41,7 @@ def test_config_round_trip(tmp_path):
     config = small_bert().config
     config.save_pretrained(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
-    assert data["model_type"] == "reparam"
+    assert data["model_type"] == "hf_reparam"
     assert data["reparam"]["base_model_type"] == config.model_type == "bert"
     for loaded in (AutoConfig.from_pretrained(tmp_path), hf_reparam.ReparamBertConfig.from_pretrained(tmp_path)):
         assert type(loaded) is type(config)
@@ -145,7 +145,7 @@ def put(name, rank):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put(LAYER, -4), f"layer '{LAYER}': rank must be an int of at least 1, got -4"),
+        (put(LAYER, -4), f"'{LAYER}': rank must be an int of at least 1, got -4"),
         (put(LAYER, 0), "at least 1, got 0"),
         (put(LAYER, 33), f"{LAYER}: the plan gives it rank 33, above min.in, out. = 32"),
         (put(LAYER, 10**12), "above min.in, out. = 32"),
@@ -157,9 +157,9 @@ def put(name, rank):
         (put("encoder.layer.1", 4), "is a BertLayer, no dense layer"),
         (put("cls.predictions.decoder", 4), "output embeddings"),
         (put("__class__.__init__", 4), None),
-        (lambda plan: plan.update(format_version=7), "format version 7, and this hf_reparam reads versions 1 to 2"),
+        (lambda plan: plan.update(format_version=7), "format version 7, and this hf_reparam reads version 1"),
         (lambda plan: plan.update(base_model_type="no-such"), "'no-such', which Transformers .* does not know"),
-        (lambda plan: plan.update(base_model_type="reparam"), "does not know"),
+        (lambda plan: plan.update(base_model_type="hf_reparam"), "does not know"),
         (lambda plan: plan.update(base_model_type=None), "does not know"),
         (lambda plan: plan.clear(), "format_version"),
         (lambda plan: plan.update(base_model_type="roberta"), "tensors of low-rank layers are missing"),

@@ -229,8 +229,7 @@ def test_converting_the_whole_with_a_low_rank_part(name, inplace, tmp_path):
     """The plan of the part becomes a part of the whole's; also where only another part is converted now."""
     model = with_low_rank_part(name)
     part = COMPOSITES[name].module
-    options = {"exclude": f"{part}.*"} if inplace else {}
-    small = convert(model, rank=3, inplace=inplace, **options)
+    small = convert(model, LowRankConfig(rank=3, exclude_modules=f"{part}.*" if inplace else ()), inplace=inplace)
     assert type(small).__name__ == f"Reparam{type(made(name)).__name__}"
     assert not hasattr(small.get_submodule(part), "base_class")
     assert "'reparam'" not in str([getattr(small.config, sub).to_dict() for sub in small.config.sub_configs])
@@ -269,7 +268,7 @@ def test_classes_that_know_no_embeddings(build, inplace, tmp_path):
     assert type(merge(small)) is type(small).base_class
 
 
-LATE = ["register", "model_class", "plan_of", "name_ties", "table_groups", "_new_configs", "_tied", "find_attentions"]
+LATE = ["register", "model_class", "plan_of", "entries_of", "_new_configs", "_tied", "retie"]
 
 
 class LateError(Exception):
@@ -311,8 +310,9 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch)
     config = inner.config
     before, shown, outputs = state(model), config.to_dict(), zoo.outputs(inner, batch)
     moments, plan, joint = planned(wrap)
-    monkeypatch.setattr(sys.modules["hf_reparam.model.retype"], step, fails)
-    for chosen in (plan, joint) if step != "name_ties" else (plan,):
+    module = "hf_reparam.compress.convert" if step == "retie" else "hf_reparam.model.retype"
+    monkeypatch.setattr(sys.modules[module], step, fails)
+    for chosen in (plan, joint) if step != "retie" else (plan,):
         with pytest.raises(LateError):
             convert(model, chosen, calibration=moments, inplace=True)
         assert state(model) == before
@@ -321,14 +321,15 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch)
         assert all(map(torch.equal, zoo.outputs(inner, batch), outputs))
 
 
-@pytest.mark.parametrize("step", ["_new_configs", "stock_model_class", "name_ties", "_tied"])
+@pytest.mark.parametrize("step", ["_new_configs", "stock_model_class", "retie", "_tied"])
 def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
     def fails(*args, **kwargs):
         raise LateError
 
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(keep=0.5, embeddings=True))
     before = state(small)
-    monkeypatch.setattr(sys.modules["hf_reparam.model.retype"], step, fails)
+    module = "hf_reparam.compress.merge" if step == "retie" else "hf_reparam.model.retype"
+    monkeypatch.setattr(sys.modules[module], step, fails)
     with pytest.raises(LateError):
         merge(small, inplace=True)
     assert state(small) == before

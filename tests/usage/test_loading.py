@@ -192,7 +192,7 @@ def test_a_state_dict_that_was_cast_or_averaged_is_refused(cast, assign):
     state = {name: cast(value) for name, value in pivoted().state_dict().items()}
     with pytest.raises(CheckpointError, match=r"^0\.order .*(int64|permutation)"):
         pivoted().load_state_dict(state, assign=assign)
-    spec = pivoted()[0].spec
+    spec = pivoted()[0].entry
     with torch.device("meta"):
         empty = hf_reparam.layers.surgery.low_rank_like(nn.Linear(298, 64), spec)
     mine = {name.removeprefix("0."): value for name, value in state.items() if name[0] == "0"}

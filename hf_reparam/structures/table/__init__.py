@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,11 +55,7 @@ class Tables:
     stays_in_memory: bool = True
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """The tables of a Transformers model, or of those in another object.
-
-        Raises:
-            TargetError: embeddings are of low rank that a plan of the whole Transformers model cannot name.
-        """
+        """The tables of a Transformers model, or of those in another object."""
         return [site for path, host in hosts(model).items() for site in _sites(f"{path}." if path else "", host)]
 
     def cost(self, site: Site, entry: Entry | None) -> int:
@@ -174,12 +170,15 @@ def _sites(start: str, host: PreTrainedModel) -> Iterator[TableSite]:
             members |= _sharing(host, members[path])
             known |= set(members)
             yield _site(start, path, host, members)
-    if low - known:
-        name = min(low - known)
-        raise TargetError(
-            f"{start}{name} is of low rank, and neither input nor output of the whole {type(host).__name__}, whose "
-            "plan has no place for it: merge this part first, hf_reparam.merge(part)"
-        )
+    for name in sorted(low - known):
+        if name not in known:
+            members = _sharing(host, host.get_submodule(name))
+            known |= set(members)
+            why = (
+                f"{start}{name} is of low rank, and neither input nor output of the whole {type(host).__name__}, whose "
+                "plan has no place for it: merge this part first, hf_reparam.merge(part)"
+            )
+            yield replace(_site(start, name, host, members), stray=True, reason=why)
 
 
 def _site(start: str, path: str, host: PreTrainedModel, members: Mapping[str, nn.Module]) -> TableSite:
