@@ -1,12 +1,13 @@
 """Sharded models in two processes against the same model in one: outputs, gradients, training, saving."""
 
 import pytest
+import transformers
 from torch import nn
 
 from hf_reparam import LowRankConfig, convert
 from hf_reparam.errors import PlanError
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.model.parallel import factor_rules, supported
+from hf_reparam.model.parallel import factor_rules
 from tests import zoo
 from tests.launch import launch
 
@@ -67,8 +68,9 @@ for mode in sys.argv[2:]:
         compare(sys.argv[1] + "/" + form, mode)
 dist.destroy_process_group()
 """
+SUPPORTED = hasattr(transformers.PreTrainedModel, "_expand_parallel_plan")
 MODES = [
-    pytest.param("tensor", marks=pytest.mark.skipif(not supported(), reason="Transformers has no hook for it")),
+    pytest.param("tensor", marks=pytest.mark.skipif(not SUPPORTED, reason="Transformers has no hook for it")),
     "fully_shard",
 ]
 
@@ -83,7 +85,7 @@ def sharded_in_two(tmp_path_factory):
             folder / form
         )
     (folder / "script.py").write_text(SCRIPT)
-    printed = launch(folder / "script.py", folder, *(["tensor"] if supported() else []), "fully_shard")
+    printed = launch(folder / "script.py", folder, *(["tensor"] if SUPPORTED else []), "fully_shard")
     return {tuple(line.split()[:2]): set(line.split()[2:]) for line in printed.splitlines()}
 
 
