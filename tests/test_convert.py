@@ -200,12 +200,22 @@ def test_patterns_over_whole_names():
         convert(model, LowRankConfig(rank=4, target_modules="querry"))
 
 
+class BareExperts(nn.Module):
+    """Fused experts of a class that nobody registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 48, 32))
+        self.down = nn.Parameter(torch.randn(4, 32, 48))
+
+
 def test_experts_that_are_no_modules_are_reported():
-    config = transformers.MixtralConfig(**zoo.LLAMA_LIKE, num_local_experts=4)
-    report = hf_reparam.report(convert(transformers.MixtralForCausalLM(config), rank=4))
-    bare = [s for s in report.skipped if "bare parameter" in s.reason]
-    assert sum(s.parameters for s in bare) == 2 * 4 * 3 * 32 * 48
+    small = convert(nn.ModuleDict({"fc": nn.Linear(32, 32), "experts": BareExperts()}), rank=4)
+    report = hf_reparam.report(small)
+    bare = [s for s in report.skipped if "a bare parameter of BareExperts" in s.reason]
+    assert sum(s.parameters for s in bare) == 2 * 4 * 32 * 48
     assert report.coverage < 0.5
+    assert "bare parameters:  92% of the parameters" in str(hf_reparam.report(merge(small)))
 
 
 def test_a_report_needs_no_weights():

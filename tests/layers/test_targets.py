@@ -53,7 +53,10 @@ def test_target_and_exclude():
     found = find(net, target_modules=["query", "re:[kv].*"], exclude_modules="value")
     assert names(found) == ["query", "key"]
     assert reasons(found) == {"value": "excluded by 'value'"}
-    assert reasons(find(net, target_modules="query")) == {"key": "not in target_modules", "value": "not in target_modules"}
+    assert reasons(find(net, target_modules="query")) == {
+        "key": "not in target_modules",
+        "value": "not in target_modules",
+    }
 
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
