@@ -63,5 +63,7 @@ def test_malformed_patterns(value):
     ],
 )
 def test_unused_pattern_lists_near_names(pattern, hint):
-    with pytest.raises(TargetError, match=f"target_modules: '{pattern.replace('*', '[*]')}' matches none of the 3 .*{hint}"):
+    with pytest.raises(
+        TargetError, match=f"target_modules: '{pattern.replace('*', '[*]')}' matches none of the 3 .*{hint}"
+    ):
         check_used([pattern], NAMES, "target_modules")
