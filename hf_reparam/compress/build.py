@@ -15,8 +15,7 @@ from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.linalg import LayerMoments, fingerprint
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
-from hf_reparam.structures import Structure
-from hf_reparam.structures.multihead import SplitMultiheadAttention, changed
+from hf_reparam.structures import Structure, changed
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built, Replacement
 
@@ -152,7 +151,7 @@ def changes(work: WorkingCopy) -> dict[nn.Module, nn.Module]:
             if child is None or old is None:
                 continue
             same = work.originals.get(child) is old
-            if not same or (isinstance(child, SplitMultiheadAttention) and changed(child)):
+            if not same or changed(child):
                 found[old] = child
     return found
 
@@ -168,5 +167,5 @@ def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:
             setattr(owner, name, part)
     for module, name, value in made.attributes:
         original = work.originals.get(module)
-        if original is not None and not isinstance(module, SplitMultiheadAttention):
+        if type(original) is type(module):  # not what is shown in split form, which comes in whole
             setattr(original, name, value)

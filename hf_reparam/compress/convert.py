@@ -36,8 +36,7 @@ from hf_reparam.model.retype import retie, retype
 from hf_reparam.model.sites import Selection, check_forms, fit, live_sites, no_site, select
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord
-from hf_reparam.structures import STRUCTURES
-from hf_reparam.structures.multihead import close_attentions
+from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 
 __all__ = ["apply", "convert", "wanted_layers"]

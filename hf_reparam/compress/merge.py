@@ -16,8 +16,7 @@ from hf_reparam.model.classes import ReparamMixin
 from hf_reparam.model.host import check_model, hosts, layer_name, mark_offloaded, opened, unwrapped
 from hf_reparam.model.retype import retie, to_stock
 from hf_reparam.model.sites import Found
-from hf_reparam.structures import STRUCTURES
-from hf_reparam.structures.multihead import close_attentions
+from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 
 __all__ = ["merge"]

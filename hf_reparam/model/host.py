@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.model.config import plan_name
+from hf_reparam.structures import open_attentions
 from hf_reparam.structures.hosts import embeddings_of, hosts
-from hf_reparam.structures.multihead import open_attentions
 
 __all__ = [
     "base_type",

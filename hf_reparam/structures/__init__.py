@@ -3,10 +3,11 @@
 from hf_reparam.structures.experts import Experts
 from hf_reparam.structures.heads import Heads
 from hf_reparam.structures.linear import Linears
+from hf_reparam.structures.multihead import changed, close_attentions, open_attentions
 from hf_reparam.structures.structure import Structure
 from hf_reparam.structures.table import Tables
 
-__all__ = ["STRUCTURES", "Structure"]
+__all__ = ["STRUCTURES", "Structure", "changed", "close_attentions", "open_attentions"]
 
 STRUCTURES: tuple[Structure, ...] = (Heads(), Tables(), Linears(), Experts())
 """Heads change the shapes of dense layers, and so come first; going back to dense, they come last."""

@@ -200,8 +200,10 @@ def open_attentions(model: nn.Module, kept: Collection[nn.Module] = ()) -> dict[
     return splits
 
 
-def changed(attention: SplitMultiheadAttention) -> bool:
-    """Whether it is no longer what `open_attentions` made: a projection is low-rank, or heads are narrower."""
+def changed(attention: nn.Module) -> bool:
+    """Whether it is an attention that is no longer what `open_attentions` made: low-rank, or with narrower heads."""
+    if not isinstance(attention, SplitMultiheadAttention):
+        return False
     low_rank = any(isinstance(child, Factored) for child in attention.children())
     return low_rank or attention.head_dim * attention.num_heads < attention.embed_dim
 
