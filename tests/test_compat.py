@@ -109,6 +109,8 @@ class WrongShapesError(Exception):
 class Seamed(loading.LoadingSeam, tf.BertModel):
     """Notes what is called of it."""
 
+    base_class = tf.BertModel
+
     def before_loading(self, state, files, *, ignore_mismatched_sizes):
         self.loaded = [*files], ignore_mismatched_sizes
 
