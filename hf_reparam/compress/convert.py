@@ -125,8 +125,7 @@ def convert(
     check_model(model)
     _check_calibration(calibration, tokenizer)
     with outside_inference_mode(), ExitStack() as scratch:
-        root = opened(nn.Sequential(model)) if _is_layer(model) else None
-        if root is not None:
+        if _is_layer(model):
             return _convert_layer(model, config, sizes, calibration, inplace=inplace)
         _check(model, inplace=inplace)
         work = opened(model)
