@@ -136,7 +136,7 @@ def test_other_names_than_stock_saving_gives_are_seen(monkeypatch):
 
 def test_a_conversion_that_raises_fails_unless_there_is_nothing_to_convert(monkeypatch):
     def raising(error):
-        def convert(model, **options):
+        def convert(*asked, **options):
             raise error
 
         monkeypatch.setattr(hf_reparam, "convert", convert)

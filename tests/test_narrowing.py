@@ -540,7 +540,7 @@ def heads(width):
         ({"encoder.layer.0.output": heads(4)}, "is a BertOutput; of such there are .*encoder.layer.0.attention"),
         ({"encoder.layer.0.attention": heads(0)}, "int of at least 1"),
         ({"encoder.layer.0.attention": heads(True)}, "int of at least 1"),
-        ({"encoder.layer.0.attention": heads(10**9)}, "int of at least 1"),
+        ({"encoder.layer.0.attention": heads(10**9)}, "heads 1000000000 wide, above the 8"),
         ({"..": heads(4)}, "module path"),
         ({"encoder.layer.0.attention": 4}, "must be an object"),
     ],

@@ -1,7 +1,7 @@
 """The long work of a conversion, and of the way back: every part made, stored and put in place in a working copy."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,13 +73,17 @@ def build(
         WeightError: a weight or its moments are not finite or not there.
         CheckpointError: as `build_layers`.
     """
-    results: dict[str, Built] = {}
+    place = None if folder is None or structure.stays_in_memory else folder / structure.forms[0]
     shapes: dict[str, Replacement] = {}
+    seen: dict[str, Built] = {}
 
     def make(name: str) -> tuple[nn.ModuleList, float | None]:
         found, entry = parts[name]
-        results[name] = built = structure.build(name, found.site, entry, source)
-        shapes[name] = built.replacement
+        built = structure.build(name, found.site, entry, source)
+        if structure.changes_moments:
+            seen[name] = replace(built, replacement=Replacement({}))
+        if place is None:  # else it is written, and not held
+            shapes[name] = built.replacement
         return built.replacement.new(), built.error
 
     def empty(name: str) -> nn.ModuleList:
@@ -92,7 +96,6 @@ def build(
 
     devices = {name: execution_device(found.site.module) for name, (found, _) in parts.items()}
     costs = {name: source.effort(found.site) for name, (found, _) in parts.items()}
-    place = None if folder is None or structure.stays_in_memory else folder / structure.forms[0]
     layers = build_layers(costs, make, empty, devices, place, made_of=made_of, desc=desc)
     moments: dict[str, Callable[[], LayerMoments]] = {}
     gone: frozenset[str] = frozenset()
@@ -102,7 +105,7 @@ def build(
     for name, (modules, error) in layers.items():
         found, entry = parts[name]
         if structure.changes_moments and entry is not None and source.calibration is not None:
-            built = results.get(name) or structure.build(name, found.site, entry, source)
+            built = seen.get(name) or structure.build(name, found.site, entry, source)
             moments |= built.moments
             gone |= built.gone
             origins |= dict.fromkeys(built.moments, made_of(name)) if place is not None else {}
@@ -114,7 +117,6 @@ def build(
         made.modules += list(modules)
         made.stored += found.site.names[:1] if place is not None else ()
         _note(found, entry, list(modules), error, source, made)
-    results.clear()
     Replacement(replaced, made.attributes, parts=made.parts[before:]).install(work.model)
     return source.with_layers(moments, gone, origins)
 

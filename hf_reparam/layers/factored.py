@@ -97,7 +97,7 @@ class Factored(nn.Module):
         skeleton which tensors it needs.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars and not self.factors()[0].is_meta:
+        if not keep_vars and not next(self.parameters()).is_meta:
             destination[f"{prefix}weight"] = torch.empty(0, dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
