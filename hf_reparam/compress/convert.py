@@ -126,12 +126,18 @@ def convert(
     _check_calibration(calibration, tokenizer)
     with outside_inference_mode(), ExitStack() as scratch:
         if _is_layer(model):
-            return _convert_layer(model, config, sizes, calibration, inplace=inplace)
+            if inplace:
+                raise TargetError(
+                    "a model that is itself one dense layer cannot be changed in place: use inplace=False"
+                )
+            reading: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "workdir": workdir}
+            whole: Any = convert(nn.Sequential(model), config, **sizes, **reading)  # type: ignore[arg-type]
+            return whole[0]
         _check(model, inplace=inplace)
         work = opened(model)
         selection = _selection(work.model, asked, plan)
         if not inplace:
-            check_copyable(unwrapped(model), [found.site.module for found in _originals(work, selection)])
+            check_copyable(unwrapped(model), _originals(work, selection))
         if not isinstance(calibration, Calibration) and calibration is not None:
             names = _calibrated(selection)
             metric = asked.metric or "fisher"
@@ -183,12 +189,6 @@ def _is_layer(model: nn.Module) -> bool:
     return any(site.name == "" for structure in STRUCTURES for site in structure.sites(model))
 
 
-def _convert_layer(model: Any, config: Any, sizes: dict[str, Any], calibration: Any, *, inplace: bool) -> Any:
-    if inplace:
-        raise TargetError("a model that is itself one dense layer cannot be changed in place: use inplace=False")
-    return convert(nn.Sequential(model), config, **sizes, calibration=calibration)[0]
-
-
 def _check_calibration(calibration: Data | None, tokenizer: Any) -> None:
     if calibration is None or isinstance(calibration, Calibration):
         if tokenizer is not None:
@@ -223,8 +223,10 @@ def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) ->
     return select(work, config, {name for name in optional_layers(work) if layer_name(work, name) in plan.modules})
 
 
-def _originals(work: WorkingCopy, selection: Selection) -> list[Any]:
-    return [found for found in selection.selected if found.site.module in work.originals]
+def _originals(work: WorkingCopy, selection: Selection) -> list[nn.Module]:
+    """The model's own modules at the sites; attentions that are shown in split form have none."""
+    modules = [found.site.module for found in selection.selected]
+    return [work.originals[module] for module in modules if module in work.originals]
 
 
 def _folder(given: str | os.PathLike[str] | None, scratch: ExitStack, *, temporary: bool) -> Path | None:

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.compat.marks import is_spread
-from hf_reparam.errors import PlanError, WeightError
+from hf_reparam.errors import PlanError
 from hf_reparam.linalg import LayerMoments, Metric, decompose, spectrum, working_device
 from hf_reparam.structures.experts.modules import LowRankExperts
 from hf_reparam.structures.source import Source
+from hf_reparam.structures.structure import named
 
 __all__ = [
     "EXPERTS",
@@ -201,7 +201,7 @@ def build(name: str, site: ExpertSite, rank: int, source: Source) -> tuple[LowRa
     """
     made, tail, energy = skeleton(site, rank), 0.0, 0.0
     for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
-        with _named(i):
+        with named(f"expert {i}"):
             found = decompose(weight, max_rank=rank, metric=metric, solver=source.solver)
         factors = found.truncate(rank)
         made.up[i].copy_(factors.up)
@@ -228,18 +228,9 @@ def losses(name: str, site: ExpertSite, source: Source) -> Tensor | None:
         return None
     total = torch.zeros(site.full_rank, dtype=torch.float64)
     for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
-        with _named(i):
+        with named(f"expert {i}"):
             total += spectrum(weight, metric).cpu() * tokens
     return total
-
-
-@contextmanager
-def _named(expert: int) -> Iterator[None]:
-    """A WeightError of the block says which expert it is about."""
-    try:
-        yield
-    except WeightError as error:
-        raise WeightError(f"expert {expert}: {error}") from None
 
 
 def expert_moments(moments: Sequence[LayerMoments | None], n_in: int) -> list[LayerMoments | None]:
