@@ -25,7 +25,7 @@ from hf_reparam import (
 from hf_reparam.errors import CheckpointError, PlanError, TargetError
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.structures.table import Tables
-from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead, LowRankTable, low_rank_tables
+from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankHead, LowRankTable, low_rank_table
 from tests import zoo
 
 NAMES = {
@@ -388,6 +388,6 @@ def test_report_names_the_table():
 
 def test_a_head_gets_a_bias_of_its_own():
     dense = nn.Linear(4, 9)
-    (low,) = low_rank_tables([dense], nn.Parameter(torch.ones(9, 2)), nn.Parameter(torch.ones(4, 2))).values()
+    low = low_rank_table(dense, nn.Parameter(torch.ones(9, 2)), nn.Parameter(torch.ones(4, 2)))
     assert torch.equal(low.bias, dense.bias)
     assert low.bias is not dense.bias

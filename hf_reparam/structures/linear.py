@@ -1,25 +1,16 @@
 """Dense layers as products of two smaller ones, as a pair or with pivots."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hf_reparam.compat.accelerate import aligned
 from hf_reparam.compat.marks import hook_of
 from hf_reparam.config import FORMS
 from hf_reparam.errors import RankError, WeightError
-from hf_reparam.layers.dense import (
-    build_dense,
-    dense_matrix,
-    dense_type,
-    not_whole,
-    registered_types,
-    shape_of,
-)
+from hf_reparam.layers.dense import build_dense, dense_matrix, dense_type, not_whole, registered_types, shape_of
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.processes import spread
@@ -28,34 +19,37 @@ from hf_reparam.linalg import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.multihead import unsplittable
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import Built, Choices, Replacement, Site, Steps, Way, choices_of, named
+from hf_reparam.structures.structure import (
+    Built,
+    Choices,
+    Replacement,
+    Site,
+    Steps,
+    Structure,
+    Way,
+    choices_of,
+    reading,
+)
 
 __all__ = ["Linears", "numbers"]
 
 
-@dataclass(frozen=True)
-class Linears:
-    """Every layer of a registered dense type: see `hf_reparam.register_dense`."""
+class Linears(Structure):
+    """Every layer of a registered dense type (see `hf_reparam.register_dense`): as a pair, or with pivots."""
 
-    forms: tuple[str, ...] = FORMS
-    option: str | None = None
-    changes_moments: bool = False
-    stays_in_memory: bool = False
+    forms = FORMS
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """All layers that are dense or low-rank; why a dense one cannot be replaced by a module with the same call."""
-        names: dict[nn.Module, list[str]] = {}
         modules = dict(model.named_modules(remove_duplicate=False))
         factors = {part for m in model.modules() if isinstance(m, Factored) for part in m.modules() if part is not m}
+        names: dict[nn.Module, list[str]] = defaultdict(list)
         for path, module in modules.items():
-            if module not in factors and (_looks_dense(module) or isinstance(module, nn.MultiheadAttention)):
-                names.setdefault(module, []).append(path)
-        owners = Counter(id(p) for m in set(modules.values()) for p in m._parameters.values() if p is not None)
-        found = (_site(tuple(paths), module, modules, owners) for module, paths in names.items())
-        return [site for site in found if site is not None]
+            if module not in factors and _looks_dense(module):
+                names[module].append(path)
+        owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        return [_site(paths, module, modules, owners) for module, paths in names.items()]
 
     def cost(self, site: Site, entry: Entry | None) -> int:
-        """Numbers of the factors; raises RankError for a rank above min(in, out), or min(in - 1, out) with pivots."""
         if entry is None:
             return site.weights
         pivoted = entry.form == "pivoted"
@@ -67,11 +61,9 @@ class Linears:
     def ways(
         self, sites: Mapping[str, Site], source: Source, steps: Steps, taken: Mapping[str, Choices]
     ) -> dict[str, list[Way]]:
-        """Every rank at which a layer is smaller than dense."""
-
         def work(name: str) -> Tensor | None:
             site = sites[name]
-            with named(site.name), aligned(site.module):
+            with reading(site.name, site.module):
                 return source.losses(name, lambda: dense_matrix(site.module), centred=site.others > 0)
 
         found = spread({name: source.effort(site) for name, site in sites.items()}, work, desc="Spectra")
@@ -82,32 +74,27 @@ class Linears:
             if losses is not None
         }
 
-    def choices(self, n_in: int, n_out: int, losses: Any, steps: Steps) -> Choices:
+    def choices(self, n_in: int, n_out: int, losses: Tensor, steps: Steps) -> Choices:
         """Every rank at which a layer of this shape is smaller than dense, and None for the dense layer itself."""
-        entries = [steps.entry(rank, self.forms) for rank in steps.up_to(min(n_in, n_out))]
-        costs = [numbers(n_in, n_out, entry) for entry in entries]
-        smaller = [(e, c) for e, c in zip(entries, costs, strict=True) if c < n_in * n_out]
-        return choices_of([e for e, _ in smaller], losses, [*(c for _, c in smaller), n_in * n_out])
+        return choices_of(
+            self.forms, steps, min(n_in, n_out), lambda entry: numbers(n_in, n_out, entry), n_in * n_out, losses
+        )
 
     def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
-        """Moments of what goes in and of the gradient that comes back."""
         return {name: LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients)}
 
     def watch(self, name: str, site: Site, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
-        """Hooks on the layer."""
         layer: LayerMoments = sums[name]
         back = None if layer.gradient_products is None else lambda g: layer.add_gradients(watcher.real(name, g))
         return list(watcher.watch(site.module, lambda x: layer.add_inputs(watcher.rows(name, x)), back))
 
     def skeleton(self, site: Site, entry: Entry | None) -> Replacement:
-        """An empty low-rank layer; an empty dense one for None."""
         layer: Any = site.module
         return Replacement({layer: layer.stand_in() if entry is None else low_rank_like(layer, entry)})
 
     def build(self, name: str, site: Site, entry: Entry | None, source: Source) -> Built:
-        """The low-rank layer of the smallest error in the metric; the product for None."""
         layer: Any = site.module
-        with named(site.name), aligned(layer):
+        with reading(site.name, layer):
             if entry is None:
                 return Built(Replacement({layer: build_dense(layer)}))
             bias = layer.bias
@@ -118,7 +105,7 @@ class Linears:
             mean = None if moments is None or bias is None else moments.mean()
             made = factor(layer, entry, found, mean=mean)
         error = None if isinstance(layer, LowRankLinear) else found.relative_error(entry.rank)
-        return Built(Replacement({layer: made}), error, source.metric_of(name))
+        return Built(Replacement({layer: made}), error)
 
 
 def numbers(n_in: int, n_out: int, entry: Entry) -> int:
@@ -131,56 +118,41 @@ def numbers(n_in: int, n_out: int, entry: Entry) -> int:
 
 
 def _looks_dense(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return module.in_proj_weight is not None
     return isinstance(module, (LowRankLinear, *registered_types())) or dense_type(module) is not None
 
 
-def _site(names: tuple[str, ...], module: Any, modules: Mapping[str, nn.Module], owners: Counter[int]) -> Site | None:
-    parent = modules.get(names[0].rpartition(".")[0])
-    if isinstance(module, nn.MultiheadAttention):
-        return _whole(names[0], module, owners) if module.in_proj_weight is not None else None
-    reason = _unfit(module, parent, owners)
-    n_in, n_out = shape_of(module) if reason is None and not_whole(module) is None else (0, 0)
-    low = isinstance(module, LowRankLinear)
-    bias = n_out if reason is None and module.bias is not None else 0
+def _site(names: list[str], module: Any, modules: Mapping[str, nn.Module], owners: Counter[int]) -> Site:
     parents = [name.rpartition(".")[0] for name in names]
+    low, reason = isinstance(module, LowRankLinear), _unfit(module, modules[parents[0]], owners)
+    n_in, n_out = shape_of(module) if reason is None and not_whole(module) is None else (0, 0)
+    if isinstance(module, nn.MultiheadAttention):  # its projections stay dense
+        names, others = [f"{names[0]}.in_proj_weight".lstrip(".")], module.in_proj_weight.numel()
+    elif n_in:
+        others = 0 if module.bias is None else n_out
+    else:
+        others = sum(p.numel() for p in module.parameters() if not is_lazy(p))
     return Site(
-        names=names,
+        names=tuple(names),
         module=module,
         kind=(module.dense_type if low else type(module)).__name__,
         in_features=n_in,
         out_features=n_out,
         weights=n_in * n_out,
-        others=bias if n_in else sum(p.numel() for p in module.parameters() if not is_lazy(p)),
+        others=others,
         entry=module.entry if low else None,
         reason=reason,
-        aliases=tuple(parents) if getattr(parent, "of_one_layer", False) else (),
+        aliases=tuple(parents) if getattr(modules[parents[0]], "of_one_layer", False) else (),
     )
 
 
-def _whole(name: str, attention: nn.MultiheadAttention, owners: Counter[int]) -> Site:
-    """The projections of an attention that is not split: they stay dense."""
-    weight: Any = attention.in_proj_weight
-    return Site(
-        names=(f"{name}.in_proj_weight".lstrip("."),),
-        module=attention,
-        kind=type(attention).__name__,
-        in_features=0,
-        out_features=0,
-        weights=0,
-        others=weight.numel(),
-        reason=_inside(attention, owners),
-    )
-
-
-def _inside(attention: nn.MultiheadAttention, owners: Counter[int]) -> str:
-    why = unsplittable(attention, owners)
-    return f"inside nn.MultiheadAttention{', which reads the weight itself' if why is None else f': {why}'}"
-
-
-def _unfit(module: nn.Module, parent: nn.Module | None, owners: Counter[int]) -> str | None:
+def _unfit(module: nn.Module, parent: nn.Module, owners: Counter[int]) -> str | None:
     """Why this dense-looking layer cannot be replaced by a module with the same call, or None."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return _inside(parent, owners)
+    for attention in (module, parent):
+        if isinstance(attention, nn.MultiheadAttention):
+            why = unsplittable(attention, owners)
+            return f"inside nn.MultiheadAttention{', which reads the weight itself' if why is None else f': {why}'}"
     if not isinstance(module, LowRankLinear):
         if dense_type(module) is None:
             return f"{type(module).__name__} is a subclass of a dense type; register_dense makes it known"

@@ -7,50 +7,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_reparam.layers.dense import shape_of
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import has_hooks, replace_modules
 
 __all__ = ["SplitMultiheadAttention", "changed", "close_attentions", "join", "open_attentions", "unsplittable"]
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
 
 class SplitMultiheadAttention(nn.Module):
-    """The same function of the same arguments as an `nn.MultiheadAttention`, through four projections.
+    """The function of an `nn.MultiheadAttention`, through four Linears that share its memory.
 
     PyTorch's encoder layers look for `in_proj_bias` before they take their fused path, which would read dense weights;
     it is None here, and they call `forward`.
 
     Args:
-        q_proj, k_proj, v_proj: Linear or LowRankLinear, (embed_dim -> embed_dim), from kdim, from vdim.
-        out_proj: (embed_dim -> embed_dim).
-        num_heads: heads, each embed_dim / num_heads wide unless they were made narrower.
-        dropout: of attention weights, in training.
-        batch_first: whether inputs are (batch, length, width) instead of (length, batch, width).
+        attention: without what `unsplittable` names.
     """
 
     in_proj_weight: None = None
     in_proj_bias: None = None
     _qkv_same_embed_dim = False
 
-    def __init__(
-        self,
-        q_proj: nn.Module,
-        k_proj: nn.Module,
-        v_proj: nn.Module,
-        out_proj: nn.Module,
-        *,
-        num_heads: int,
-        dropout: float,
-        batch_first: bool,
-    ) -> None:
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
-        self.num_heads, self.dropout, self.batch_first = num_heads, dropout, batch_first
-        self.embed_dim = shape_of(q_proj)[1]
-        self.head_dim = self.embed_dim // num_heads
+        self.num_heads, self.dropout = attention.num_heads, attention.dropout
+        self.embed_dim, self.batch_first = attention.embed_dim, attention.batch_first
+        self.head_dim = self.embed_dim // self.num_heads
         self.scale: float = self.head_dim**-0.5  # stays when heads become narrower
+        if attention.in_proj_weight is not None:
+            weights = attention.in_proj_weight.split(self.embed_dim)
+        else:
+            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        bias = attention.in_proj_bias
+        biases = (None,) * 3 if bias is None else bias.split(self.embed_dim)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.train(attention.training)
 
     def forward(
         self,
@@ -131,24 +122,9 @@ def unsplittable(attention: nn.MultiheadAttention, owners: Counter[int]) -> str 
     return "has hooks, which would be lost" if has_hooks(attention) else None
 
 
-def split(attention: nn.MultiheadAttention) -> SplitMultiheadAttention:
-    """The projections of an attention as Linears that share its memory."""
-    size = attention.embed_dim
-    if attention.in_proj_weight is not None:
-        parts = attention.in_proj_weight.split(size)
-    else:
-        parts = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-    biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.split(size)
-    q, k, v = (_linear(weight, bias) for weight, bias in zip(parts, biases, strict=True))
-    out = _linear(attention.out_proj.weight, attention.out_proj.bias)
-    options = {"dropout": attention.dropout, "batch_first": attention.batch_first}
-    made = SplitMultiheadAttention(q, k, v, out, num_heads=attention.num_heads, **options)
-    return made.train(attention.training)
-
-
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear of these very numbers."""
-    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.detach(), weight.requires_grad)
     if bias is not None:
@@ -159,43 +135,32 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 @torch.no_grad()
 def join(attention: SplitMultiheadAttention) -> nn.MultiheadAttention:
     """The `nn.MultiheadAttention` of four dense projections; its numbers are copies."""
-    q, k, v, out = (attention.get_submodule(name) for name in _PROJECTIONS)
-    like, bias = q.get_parameter("weight"), q.bias is not None
+    like = attention.q_proj.weight
     made = nn.MultiheadAttention(
-        out.in_features,
+        attention.embed_dim,
         attention.num_heads,
         attention.dropout,
-        bias=bias,
-        kdim=k.in_features,
-        vdim=v.in_features,
+        bias=attention.q_proj.bias is not None,
+        kdim=attention.k_proj.in_features,
+        vdim=attention.v_proj.in_features,
         batch_first=attention.batch_first,
         device=like.device,
         dtype=like.dtype,
     )
-    target = split(made)
-    for name in _PROJECTIONS:
-        source, place = attention.get_submodule(name), target.get_submodule(name)
-        place.get_parameter("weight").copy_(source.get_parameter("weight"))
-        if source.bias is not None:
-            place.get_parameter("bias").copy_(source.get_parameter("bias"))
-    for parameter in made.parameters():
-        parameter.requires_grad_(like.requires_grad)
-    return made.train(attention.training)
+    SplitMultiheadAttention(made).load_state_dict(attention.state_dict())  # the same memory
+    return made.requires_grad_(like.requires_grad).train(attention.training)
 
 
 def open_attentions(model: nn.Module, kept: Collection[nn.Module] = ()) -> dict[nn.Module, nn.Module]:
-    """Show every attention of a working copy in split form, over the same memory. Changes the copy.
-
-    Args:
-        model: the working copy.
-        kept: attentions that stay whole.
+    """Show the attentions of a working copy, but for those that are kept whole, in split form over the same memory.
 
     Returns:
         Attention -> what is in its place.
     """
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m is not model and m not in kept]
-    splits: dict[nn.Module, nn.Module] = {m: split(m) for m in found if unsplittable(m, owners) is None}
+    whole = [m for m in found if unsplittable(m, owners) is None]
+    splits: dict[nn.Module, nn.Module] = {attention: SplitMultiheadAttention(attention) for attention in whole}
     replace_modules(model, splits)
     return splits
 

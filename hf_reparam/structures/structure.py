@@ -1,26 +1,26 @@
 """What a structure is: one way to hold a part of a model in fewer numbers.
 
 Conversion, loading, merging and reports are loops over `hf_reparam.structures.STRUCTURES` and know nothing but this
-interface. A structure says where it can stand (`sites`), what that costs (`cost`) and loses (`ways`), and gives the
-modules that take the place of others: by shape alone (`skeleton`), or with their numbers (`build`).
+interface.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hf_reparam.compat.accelerate import aligned
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.linalg import LayerMoments, Options
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
 
-__all__ = ["Built", "Choices", "Replacement", "Site", "Steps", "Structure", "Way", "choices_of", "named"]
+__all__ = ["Built", "Choices", "Replacement", "Site", "Steps", "Structure", "Way", "choices_of", "reading"]
 
 CAUTION = 1.5
 """What narrower heads and tables lose counts for so much more: it meets the errors of other layers."""
@@ -95,10 +95,10 @@ class Replacement:
 
     def of(self, new: nn.ModuleList) -> "Replacement":
         """The same places with other new modules, as `new` gives them."""
-        modules = dict(zip(self.modules, list(new)[: len(self.modules)], strict=True))
-        held = [m[0] if isinstance(m, nn.ParameterList) else m for m in list(new)[len(self.modules) :]]
-        parts = [(owner, name, part) for (owner, name, _), part in zip(self.parts, held, strict=True)]
-        return replace(self, modules=modules, parts=parts)
+        held = [m[0] if isinstance(m, nn.ParameterList) else m for m in new]
+        places = zip(self.parts, held[len(self.modules) :], strict=True)
+        parts = [(owner, name, part) for (owner, name, _), part in places]
+        return replace(self, modules=dict(zip(self.modules, held, strict=False)), parts=parts)
 
     def install(self, model: nn.Module) -> None:
         """Put it in place. Changes the model."""
@@ -117,14 +117,12 @@ class Built:
     Args:
         replacement: the modules.
         error: ||W - W'|| / ||W|| in the norm of the metric; None where it is not known.
-        metric: in which it was made; None where it is not known.
         moments: name in a plan -> moments that new dense layers of it have, computed when they are asked for.
         gone: names in a plan of layers that are no more.
     """
 
     replacement: Replacement
     error: float | None = None
-    metric: str | None = None
     moments: Mapping[str, Callable[[], LayerMoments]] = field(default_factory=dict)
     gone: frozenset[str] = frozenset()
 
@@ -175,7 +173,7 @@ class Way:
 
 
 class Structure(Protocol):
-    """One way to hold a part of a model in fewer numbers.
+    """One way to hold a part of a model in fewer numbers. Its sites may be of a subclass of `Site`.
 
     Attributes:
         forms: what entries of a plan call it; the first is taken where a configuration says nothing.
@@ -184,26 +182,24 @@ class Structure(Protocol):
         stays_in_memory: whether its modules share tensors, and so cannot wait in files.
     """
 
-    @property
-    def forms(self) -> tuple[str, ...]: ...
-    @property
-    def option(self) -> str | None: ...
-    @property
-    def changes_moments(self) -> bool: ...
-    @property
-    def stays_in_memory(self) -> bool: ...
+    forms: tuple[str, ...]
+    option: str | None = None
+    changes_moments: bool = False
+    stays_in_memory: bool = False
 
-    def sites(self, model: nn.Module) -> list[Site]:
-        """Where it can stand or stands, and why not; reads shapes only, so it works on the meta device."""
+    def sites(self, model: nn.Module) -> list[Any]:
+        """Every `Site` where it can stand or stands; reads shapes only, so it works on the meta device."""
 
-    def cost(self, site: Site, entry: Entry | None) -> int:
+    def cost(self, site: Any, entry: Entry | None) -> int:
         """Numbers that a site holds so, biases not counted; None for dense.
 
         Raises:
             RankError: it cannot have this rank.
         """
 
-    def ways(self, sites: Mapping[str, Site], source: Source, steps: Steps, taken: Mapping[str, Choices]) -> Any:
+    def ways(
+        self, sites: Mapping[str, Any], source: Source, steps: Steps, taken: Mapping[str, Choices]
+    ) -> dict[str, list[Way]]:
         """Name -> ways to build what belongs to it, the first as it is in the model; what has no loss is left out.
 
         Args:
@@ -213,16 +209,18 @@ class Structure(Protocol):
             taken: name in a plan -> choices of the dense layers, which a way may offer otherwise.
         """
 
-    def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
+    def sums(self, name: str, site: Any, *, gradients: bool) -> dict[str, Any]:
         """Name -> empty sums over calibration data: LayerMoments, or TableMoments."""
+        return {}
 
-    def watch(self, name: str, site: Site, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
+    def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
         """Put hooks on what is there that add to the sums, with `Watcher.watch`; their handles."""
+        return []
 
-    def skeleton(self, site: Site, entry: Entry | None) -> Replacement:
+    def skeleton(self, site: Any, entry: Entry | None) -> Replacement:
         """What takes its place, by shape alone, on the device of what is there; dense again for None."""
 
-    def build(self, name: str, site: Site, entry: Entry | None, source: Source) -> Built:
+    def build(self, name: str, site: Any, entry: Entry | None, source: Source) -> Built:
         """As `skeleton`, with its numbers: from the dense weight, or multiplied out for None.
 
         Raises:
@@ -231,22 +229,31 @@ class Structure(Protocol):
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
-    """Put a site's name before a WeightError of the block."""
+def reading(name: str, *modules: nn.Module) -> Iterator[None]:
+    """Have the weights of modules in memory while the block runs; its WeightErrors begin with the name."""
     try:
-        yield
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(aligned(module))
+            yield
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from None
 
 
-def choices_of(entries: Sequence[Entry], losses: Tensor, costs: Sequence[int]) -> Choices:
-    """Entries and, last, dense, which loses nothing.
+def choices_of(
+    forms: Sequence[str], steps: Steps, most: int, cost: Callable[[Entry], int], dense: int, losses: Tensor
+) -> Choices:
+    """Entries at which a site is smaller than dense, by ascending rank, and, last, dense, which loses nothing.
 
     Args:
-        entries: by ascending rank.
+        forms: of the structure.
+        steps: the ranks that may be chosen.
+        most: the highest rank.
+        cost: numbers of an entry.
+        dense: numbers of the dense weight.
         losses: what dropping each direction loses, descending.
-        costs: of the entries, and of dense.
     """
+    entries = [entry for rank in steps.up_to(most) if cost(entry := steps.entry(rank, forms)) < dense]
     kept = losses.cumsum(0)[torch.tensor([entry.rank - 1 for entry in entries], dtype=torch.int64)]
     errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
-    return [*entries, None], Options(errors, torch.tensor(costs, dtype=torch.float64))
+    return [*entries, None], Options(errors, torch.tensor([*map(cost, entries), dense], dtype=torch.float64))

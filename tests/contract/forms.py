@@ -99,7 +99,7 @@ class Case:
         sites = {layer_name(work, site.name): site for site in structure.sites(work) if site.reason is None}
         entries = {name: Entry(SIZES[self.form], self.form) for name in sites}
         if self.form == "heads":  # and low-rank layers in them
-            outputs = {f"{n}.{s.attention.within('output', split=True)}" for n, s in sites.items()}
+            outputs = {f"{n}.{s.within('output', split=True)}" for n, s in sites.items()}
             entries |= dict.fromkeys(outputs, Entry(3, "pivoted"))
         return RankPlan(entries, None if self.plain else model.config.model_type)
 

@@ -14,7 +14,6 @@ from hf_reparam.structures.multihead import (
     close_attentions,
     join,
     open_attentions,
-    split,
     unsplittable,
 )
 
@@ -58,7 +57,7 @@ def masks(batched, dtype):
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_same_function(batch_first, bias, widths, dtype):
     made = attention(batch_first=batch_first, bias=bias, dtype=dtype, **widths)
-    parts = split(made)
+    parts = SplitMultiheadAttention(made)
     whole = join(parts)
     for batched, need, average in itertools.product((True, False), (True, False), (True, False)):
         query, key, value = inputs(made, batched)
@@ -81,15 +80,17 @@ def test_causal(need_weights):
     x = torch.randn(BATCH, LENGTH, SIZE)
     mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
     options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
-    torch.testing.assert_close(split(made)(x, x, x, **options)[0], made(x, x, x, **options)[0], atol=1e-6, rtol=0)
-    for each in (made, split(made)):
+    torch.testing.assert_close(
+        SplitMultiheadAttention(made)(x, x, x, **options)[0], made(x, x, x, **options)[0], atol=1e-6, rtol=0
+    )
+    for each in (made, SplitMultiheadAttention(made)):
         with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
             each(x, x, x, is_causal=True)
 
 
 def test_gradients_and_dropout():
     made = attention(batch_first=True, dropout=0.5).train()
-    parts = split(made)
+    parts = SplitMultiheadAttention(made)
     x = torch.randn(BATCH, LENGTH, SIZE)
     for need in (True, False):
         torch.manual_seed(1)
@@ -106,7 +107,7 @@ def test_gradients_and_dropout():
 
 def test_memory_is_shared_by_the_parts_and_not_by_the_whole():
     made = attention()
-    parts = split(made)
+    parts = SplitMultiheadAttention(made)
     whole = join(parts)
     with torch.no_grad():
         made.in_proj_weight.zero_()
@@ -117,7 +118,7 @@ def test_memory_is_shared_by_the_parts_and_not_by_the_whole():
 @pytest.mark.parametrize("trainable", [True, False])
 def test_what_is_kept(trainable):
     made = attention(dropout=0.1, batch_first=True, dtype=torch.float64).requires_grad_(trainable).train()
-    parts = split(made)
+    parts = SplitMultiheadAttention(made)
     assert {p.requires_grad for p in parts.parameters()} == {trainable}
     whole = join(parts)
     assert (whole.dropout, whole.batch_first, whole.training, whole.num_heads) == (0.1, True, True, HEADS)

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,20 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hf_reparam import convert
-from hf_reparam.errors import PlanError, WeightError
+from hf_reparam import Entry, convert
+from hf_reparam.errors import WeightError
 from hf_reparam.linalg import LayerMoments
+from hf_reparam.structures.experts import Experts, dense_experts, expert_losses, expert_moments
 from hf_reparam.structures.experts.modules import LowRankExperts
-from hf_reparam.structures.experts.structure import (
-    build,
-    every_parameter,
-    expert_moments,
-    losses,
-    skeleton,
-    stock,
-    why_not,
-)
-from hf_reparam.structures.experts.watch import Pass, watching
+from hf_reparam.structures.experts.watch import ExpertWatch
 
 SIZES = {
     "vocab_size": 99,
@@ -100,16 +93,37 @@ class Source:
 
 
 def sites(model):
-    return {site.name: site for site in every_parameter(model) if why_not(site, model) is None}
+    return {site.name: site for site in Experts().sites(model) if site.reason is None}
 
 
 def unserved(model):
-    return {site.name: why for site in every_parameter(model) if (why := why_not(site, model)) is not None}
+    return {site.name: site.reason for site in Experts().sites(model) if site.reason is not None}
 
 
-def put(site, replacement):
-    delattr(site.module, site.parameter)
-    setattr(site.module, site.parameter, replacement)
+def build(name, site, rank, source):
+    return Experts().build(name, site, Entry(rank, "experts"), source)
+
+
+def part(replacement):
+    ((_, _, new),) = replacement.parts
+    return new
+
+
+@dataclass
+class Pass:
+    """What calibration says of a batch."""
+
+    masks: tuple = ()
+    counting: bool = True
+
+
+@contextmanager
+def watching(site, moments, batch=None):
+    watch = ExpertWatch(site.owner, site.parameter, moments, batch or Pass())
+    try:
+        yield
+    finally:
+        watch.remove()
 
 
 def model_of(family, **kw):
@@ -129,7 +143,7 @@ def converted(model, rank, source=None):
     """A copy of the model with all experts of low rank."""
     small = copy.deepcopy(model)
     for name, site in sites(small).items():
-        put(site, build(name, site, min(rank, site.full_rank), source or Source("svd"))[0])
+        build(name, site, min(rank, site.full_rank), source or Source("svd")).replacement.install(small)
     return small
 
 
@@ -137,7 +151,7 @@ def multiplied_out(small):
     """A copy of a low-rank model with dense experts."""
     dense = copy.deepcopy(small)
     for site in sites(dense).values():
-        put(site, stock(site.held))
+        site.replaced(dense_experts(site.held)).install(dense)
     return dense
 
 
@@ -146,9 +160,7 @@ def moments_of(model, inputs, mask=None, gradients=True):
     seen = copy.deepcopy(model)
     found = sites(seen)
     moments = {
-        name: [
-            LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients) for _ in range(site.experts)
-        ]
+        name: [LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients) for _ in range(site.parts)]
         for name, site in found.items()
     }
     batch = Pass(() if mask is None else (mask.bool(),))
@@ -234,13 +246,16 @@ def test_sites_say_what_is_there():
     found = sites(model_of(mixtral))
     assert list(found) == [f"model.layers.{i}.mlp.experts.{p}" for i in (0, 1) for p in ("gate_up_proj", "down_proj")]
     up, down = list(found.values())[:2]
-    assert (up.experts, up.in_features, up.out_features, up.transposed, up.rank) == (4, 32, 48, False, None)
-    assert (down.in_features, down.out_features, down.dense_parameters) == (24, 32, 4 * 24 * 32)
-    assert (down.cost(None), down.cost(3)) == (4 * 24 * 32, 4 * 3 * (24 + 32))
-    across = next(iter(sites(model_of(gpt_oss)).values()))
+    assert (up.parts, up.in_features, up.out_features, up.transposed, up.entry) == (4, 32, 48, False, None)
+    assert (down.in_features, down.out_features, down.weights) == (24, 32, 4 * 24 * 32)
+    assert (Experts().cost(down, None), Experts().cost(down, Entry(3))) == (4 * 24 * 32, 4 * 3 * (24 + 32))
+    model = model_of(gpt_oss)
+    across = next(iter(sites(model).values()))
     assert (across.in_features, across.out_features, across.transposed) == (32, 48, True)
-    put(up, skeleton(up, 3))
-    assert (up.rank, up.shape, up.dense_parameters) == (3, (4, 48, 32), 4 * 48 * 32)
+    Experts().skeleton(across, Entry(3, "experts")).install(model)
+    across = sites(model)[across.name]
+    assert (across.entry, across.weights) == (Entry(3, "experts"), 4 * 48 * 32)
+    assert across.held.shape == (4, 32, 48)
 
 
 def test_experts_that_cannot_be_served_have_a_reason():
@@ -264,13 +279,10 @@ def test_a_skeleton_needs_no_numbers():
         model = tf.AutoModelForCausalLM.from_config(gpt_oss(), dtype=torch.bfloat16)
     site = next(iter(sites(model).values()))
     site.held.requires_grad_(False)
-    low = skeleton(site, 3)
+    low = part(Experts().skeleton(site, Entry(3, "experts")))
     assert (low.up.shape, low.down.shape) == ((4, 48, 3), (4, 3, 32))
     assert (low.up.is_meta, low.dtype, low.down.requires_grad) == (True, torch.bfloat16, False)
-    assert low.shape == site.shape == (4, 32, 48)
-    for rank in (0, 33):
-        with pytest.raises(PlanError, match="1..32"):
-            skeleton(site, rank)
+    assert low.shape == site.held.shape == (4, 32, 48)
 
 
 @pytest.mark.parametrize("family", [mixtral, gpt_oss])
@@ -326,23 +338,23 @@ def test_watching_changes_nothing(family):
     model = model_of(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = {
-        name: [LayerMoments.zeros(s.in_features, s.out_features, gradients=True) for _ in range(s.experts)]
+        name: [LayerMoments.zeros(s.in_features, s.out_features, gradients=True) for _ in range(s.parts)]
         for name, s in sites(model).items()
     }
     plain = model(ids()).logits
     name, site = next(iter(sites(model).items()))
-    config = site.module.__dict__.get("config")
+    config = site.owner.__dict__.get("config")
     with watching(site, found[name]):
         seen = model(ids()).logits
         seen.square().sum().backward()
     torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
     assert sum(m.tokens for m in found[name]) > 0
     assert all(m.has_gradient() for m in found[name] if m.tokens)
-    assert site.module.__dict__.get("config") is config
+    assert site.owner.__dict__.get("config") is config
     assert list(sites(model)) == list(found)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     torch.testing.assert_close(model(ids()).logits, plain, rtol=0, atol=0)
-    assert not site.module._forward_pre_hooks
+    assert not site.owner._forward_pre_hooks
 
 
 def test_of_experts_that_get_every_token_the_zeros_do_not_count():
@@ -369,7 +381,7 @@ def test_what_checkpointing_computes_again_does_not_count():
 def test_calibration_refuses_uses_that_it_does_not_know():
     site = next(iter(sites(model_of(mixtral)).values()))
     with watching(site, []), pytest.raises(WeightError, match="einsum"):
-        torch.einsum("eoi,ti->teo", site.module.gate_up_proj, torch.zeros(3, 32))
+        torch.einsum("eoi,ti->teo", site.owner.gate_up_proj, torch.zeros(3, 32))
 
 
 def test_gradient_moments_are_those_of_the_outputs():
@@ -422,11 +434,11 @@ def test_losses_are_what_the_error_adds_up_to():
     model = skewed(model_of(gpt_oss))
     name, site = next(iter(sites(model).items()))
     source = Source("activation", moments_of(model, ids(16, 32)))
-    lost = losses(name, site, source)
+    lost = expert_losses(name, site, source)
     assert (lost.shape, lost.dtype) == ((32,), torch.float64)
-    low, relative = build(name, site, 6, source)
-    assert math.isclose(relative**2, float(lost[6:].sum() / lost.sum()), rel_tol=1e-6)
-    difference = (site.held - stock(low)).detach().double()
+    built = build(name, site, 6, source)
+    assert math.isclose(built.error**2, float(lost[6:].sum() / lost.sum()), rel_tol=1e-6)
+    difference = (site.held - dense_experts(part(built.replacement))).detach().double()
     squares = 0.0
     for i in range(4):
         own = source.known[f"{name}.{i}"]
@@ -437,8 +449,8 @@ def test_losses_are_what_the_error_adds_up_to():
 def test_losses_need_gradients_in_the_fisher_metric():
     model = model_of(mixtral)
     name, site = next(iter(sites(model).items()))
-    assert losses(name, site, Source("fisher", moments_of(model, ids(), gradients=False))) is None
-    assert losses(name, site, Source("svd")) is not None
+    assert expert_losses(name, site, Source("fisher", moments_of(model, ids(), gradients=False))) is None
+    assert expert_losses(name, site, Source("svd")) is not None
 
 
 def test_experts_that_saw_little_take_what_all_saw():
@@ -530,7 +542,7 @@ def test_a_fresh_model_draws_products_of_the_familys_size():
     dense = model_of(mixtral, initializer_range=0.05)
     fresh = tf.AutoModelForCausalLM.from_config(convert(dense, rank=8).config)
     for site in sites(fresh).values():
-        assert math.isclose(float(stock(site.held).detach().std()), 0.05, rel_tol=0.2)
+        assert math.isclose(float(dense_experts(site.held).detach().std()), 0.05, rel_tol=0.2)
 
 
 def low_rank_class(base):
@@ -540,7 +552,7 @@ def low_rank_class(base):
         def __init__(self, config):
             super().__init__(config)
             for site in sites(self).values():
-                put(site, skeleton(site, 5))
+                Experts().skeleton(site, Entry(5, "experts")).install(self)
 
         @classmethod
         def is_custom_code(cls):  # Transformers converts checkpoints of its own classes

@@ -1,131 +1,250 @@
 """Fused experts of MoE layers: 3-D parameters, one matrix for each expert, held as low-rank products."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from hf_reparam.compat.accelerate import aligned
+from hf_reparam.compat.marks import is_spread
 from hf_reparam.errors import RankError
-from hf_reparam.linalg import LayerMoments
+from hf_reparam.linalg import LayerMoments, Metric, decompose, spectrum, working_device
 from hf_reparam.plan import Entry
-from hf_reparam.structures.experts.structure import (
-    EXPERTS,
-    ExpertSite,
-    build,
-    every_parameter,
-    losses,
-    skeleton,
-    stock,
-    why_not,
-)
-from hf_reparam.structures.experts.watch import watching
+from hf_reparam.structures.experts.modules import LowRankExperts
+from hf_reparam.structures.experts.watch import ExpertWatch
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import Built, Choices, Replacement, Site, Steps, Way, choices_of, named
+from hf_reparam.structures.structure import (
+    Built,
+    Choices,
+    Replacement,
+    Site,
+    Steps,
+    Structure,
+    Way,
+    choices_of,
+    reading,
+)
 
-__all__ = ["Experts"]
+__all__ = ["ExpertSite", "Experts", "dense_experts", "expert_losses", "expert_moments"]
+
+_UNMARKED = {
+    "llama4.modeling_llama4.Llama4TextExperts": True,
+    "longcat_flash.modeling_longcat_flash.LongcatFlashExperts": False,
+    "step3p7.modeling_step3p7.Step3p7Experts": False,
+    "jetmoe.modeling_jetmoe.JetMoeParallelExperts": False,
+    "inkling.modeling_inkling.InklingSharedExperts": False,
+}
+"""Classes of Transformers that do not say of themselves that they are experts: whether they hold (experts, in, out)."""
+
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Site(Site):
-    """A parameter of experts; `parts` is how many."""
+class ExpertSite(Site):
+    """A parameter with one matrix for each expert, dense or low-rank; `parts` is how many.
 
-    held: ExpertSite
+    Args:
+        owner: the experts that have it.
+        parameter: its name there.
+        transposed: whether it is (experts, in, out) and not (experts, out, in).
+    """
+
+    owner: nn.Module
+    parameter: str
+    transposed: bool
+
+    @property
+    def held(self) -> Any:
+        """The parameter, or the LowRankExperts in its place."""
+        return getattr(self.owner, self.parameter)
+
+    def replaced(self, new: nn.Module | nn.Parameter) -> Replacement:
+        """What puts something else in the parameter's place."""
+        return Replacement({}, parts=[(self.owner, self.parameter, new)])
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Parameters with a matrix for each expert, all of one rank."""
+class Experts(Structure):
+    """3-D parameters of modules that Transformers marks as experts, or that are known; all experts of one rank."""
 
-    forms: tuple[str, ...] = (EXPERTS,)
-    option: str | None = None
-    changes_moments: bool = False
-    stays_in_memory: bool = True  # a parameter, and no module that could wait in a file
+    forms = ("experts",)
+    stays_in_memory = True  # a parameter, and no module that could wait in a file
 
-    def sites(self, model: nn.Module) -> list[Site]:
-        """Every 3-D parameter of modules that Transformers marks as experts, or that are known to be."""
+    def sites(self, model: nn.Module) -> list[ExpertSite]:
+        paths: dict[nn.Module, list[str]] = defaultdict(list)
+        for path, module in model.named_modules(remove_duplicate=False):
+            paths[module].append(f"{path}." if path else "")
         return [
-            _Site(
-                names=held.names,
-                module=held.owner,
-                kind=type(held.module).__name__,
-                in_features=held.in_features,
-                out_features=held.out_features,
-                weights=held.dense_parameters,
-                entry=None if held.rank is None else Entry(held.rank, EXPERTS),
-                reason=why_not(held, model),
-                parts=held.experts,
-                held=held,
-            )
-            for held in every_parameter(model)
+            _site(model, module, starts, parameter, held, transposed)
+            for module, starts in paths.items()
+            if (transposed := _is_transposed(module)) is not None
+            for parameter, held in (*module._parameters.items(), *module._modules.items())
+            if isinstance(held, LowRankExperts) or (isinstance(held, nn.Parameter) and held.dim() == 3)
         ]
 
-    def cost(self, site: Site, entry: Entry | None) -> int:
-        """Numbers of the factors of all experts; raises RankError for a rank above min(in, out)."""
-        if entry is not None and entry.rank > site.full_rank:
+    def cost(self, site: ExpertSite, entry: Entry | None) -> int:
+        if entry is None:
+            return site.weights
+        if entry.rank > site.full_rank:
             raise RankError(f"rank {entry.rank}, above min(in, out) = {site.full_rank}")
-        return _held(site).cost(None if entry is None else entry.rank)
+        return site.parts * entry.rank * (site.in_features + site.out_features)
 
     def ways(
-        self, sites: Mapping[str, Site], source: Source, steps: Steps, taken: Mapping[str, Choices]
+        self, sites: Mapping[str, ExpertSite], source: Source, steps: Steps, taken: Mapping[str, Choices]
     ) -> dict[str, list[Way]]:
-        """Every rank at which the experts are smaller than dense."""
         ways = {}
         for name, site in sites.items():
-            with named(site.name), aligned(_held(site).module):
-                lost = losses(name, _held(site), source)
-            if lost is None:
-                continue
-            entries = [steps.entry(rank, self.forms) for rank in steps.up_to(site.full_rank)]
-            entries = [entry for entry in entries if self.cost(site, entry) < site.weights]
-            costs = [*(self.cost(site, entry) for entry in entries), site.weights]
-            ways[name] = [Way(0.0, {name: choices_of(entries, lost, costs)})]
+            with reading(site.name, site.owner):
+                losses = expert_losses(name, site, source)
+            if losses is not None:
+                cost = partial(self.cost, site)
+                choices = choices_of(self.forms, steps, site.full_rank, cost, site.weights, losses)
+                ways[name] = [Way(0.0, {name: choices})]
         return ways
 
-    def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
-        """Moments of what goes into each expert, and of the gradient that comes back."""
+    def sums(self, name: str, site: ExpertSite, *, gradients: bool) -> dict[str, Any]:
         shape = (site.in_features, site.out_features)
         dense = site.parts if site.entry is None else 0
         return {f"{name}.{i}": LayerMoments.zeros(*shape, gradients=gradients) for i in range(dense)}
 
-    def watch(self, name: str, site: Site, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
-        """A stand-in that tells what each expert multiplies."""
-        if not sums:
-            return []
-        stack = ExitStack()
-        stack.enter_context(watching(_held(site), list(sums.values()), watcher))
-        return [_Handle(stack)]
+    def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
+        return [ExpertWatch(site.owner, site.parameter, list(sums.values()), watcher)] if sums else []
 
-    def skeleton(self, site: Site, entry: Entry | None) -> Replacement:
-        """Empty factors; the empty parameter for None."""
-        held = _held(site)
-        if entry is not None:
-            return Replacement({}, parts=[(held.module, held.parameter, skeleton(held, entry.rank))])
-        low: Any = held.held
-        dense = nn.Parameter(low.up.new_empty(low.shape), low.up.requires_grad)
-        return Replacement({}, parts=[(held.module, held.parameter, dense)])
+    def skeleton(self, site: ExpertSite, entry: Entry | None) -> Replacement:
+        held = site.held
+        like = held.up if isinstance(held, LowRankExperts) else held
 
-    def build(self, name: str, site: Site, entry: Entry | None, source: Source) -> Built:
-        """The factors of the smallest error in the metric; the products for None."""
-        held, error = _held(site), None
-        with named(site.name), aligned(held.module), aligned(held.owner):
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(like.new_empty(shape), like.requires_grad)
+
+        if entry is None:
+            return site.replaced(empty(*held.shape))
+        down = empty(site.parts, entry.rank, site.in_features)
+        up = empty(site.parts, site.out_features, entry.rank)
+        return site.replaced(LowRankExperts(down, up, transposed=site.transposed).train(site.owner.training))
+
+    @torch.no_grad()
+    def build(self, name: str, site: ExpertSite, entry: Entry | None, source: Source) -> Built:
+        """Each expert's matrix is decomposed by itself; the error is that of all.
+
+        The metric is not centred, so that biases of experts stay as they are. Memory: one matrix in float64.
+        """
+        with reading(site.name, site.owner):
             if entry is None:
-                low: Any = held.held
-                made: Any = stock(low)
-            else:
-                made, error = build(name, held, entry.rank, source)
-        return Built(Replacement({}, parts=[(held.module, held.parameter, made)]), error)
+                return Built(site.replaced(dense_experts(site.held)))
+            made, tail, energy = self.skeleton(site, entry), 0.0, 0.0
+            low: Any = made.parts[0][2]
+            for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
+                with reading(f"expert {i}"):
+                    found = decompose(weight, max_rank=entry.rank, metric=metric, solver=source.solver)
+                factors = found.truncate(entry.rank)
+                low.up[i].copy_(factors.up)
+                low.down[i].copy_(factors.down)
+                energy += tokens * found.energy
+                tail += tokens * found.energy * found.relative_error(entry.rank) ** 2
+        return Built(made, (tail / energy) ** 0.5 if energy else 0.0)
 
 
-class _Handle:
-    """What takes a stand-in away again."""
+def _site(
+    model: nn.Module, module: nn.Module, starts: Sequence[str], parameter: str, held: Any, transposed: bool
+) -> ExpertSite:
+    low = isinstance(held, LowRankExperts)
+    experts, rows, columns = held.shape
+    return ExpertSite(
+        names=tuple(start + parameter for start in starts),
+        module=held if low else module,
+        kind=type(module).__name__,
+        in_features=rows if transposed else columns,
+        out_features=columns if transposed else rows,
+        weights=held.shape.numel(),
+        entry=held.entry if low else None,
+        reason=None if low else _why_not(held, module, model),
+        parts=experts,
+        owner=module,
+        parameter=parameter,
+        transposed=transposed,
+    )
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.remove = stack.close
+
+def _is_transposed(module: nn.Module) -> bool | None:
+    """Whether experts hold (experts, in, out); None for a module that is none.
+
+    What `use_experts_implementation` decorates says so itself.
+    """
+    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        return bool(module.is_transposed)
+    kind = type(module)
+    return _UNMARKED.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models."))
 
 
-def _held(site: Site) -> ExpertSite:
-    held: ExpertSite = site.held  # type: ignore[attr-defined]
-    return held
+def _why_not(held: nn.Parameter, module: nn.Module, model: nn.Module) -> str | None:
+    """Why a parameter cannot be of low rank, in the words of a report; None if it can."""
+    if type(held) is not nn.Parameter or held.dtype not in _DTYPES:
+        return f"experts in {type(held).__name__} of {held.dtype}: convert first, quantize or shard afterwards"
+    if is_spread(module):
+        return "experts that are spread over processes: convert first, distribute afterwards"
+    if min(held.shape[1:]) < 2:
+        return "experts of one row or column"
+    owners = {m for m in model.modules() for p in m._parameters.values() if p is held}
+    return "experts that are tied to others" if len(owners) > 1 else None
+
+
+def expert_losses(name: str, site: ExpertSite, source: Source) -> Tensor | None:
+    """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending: the sum over experts.
+
+    Squared singular values times the tokens that the expert saw, the unit of dense layers. None without gradients in
+    the fisher metric: there is no such unit.
+    """
+    if source.metric == "fisher" and not _has_gradient(_moments(name, site, source)):
+        return None
+    total = torch.zeros(site.full_rank, dtype=torch.float64)
+    for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
+        with reading(f"expert {i}"):
+            total += spectrum(weight, metric).cpu() * tokens
+    return total
+
+
+def expert_moments(moments: Sequence[LayerMoments | None], n_in: int) -> list[LayerMoments | None]:
+    """What each expert is decomposed with: its own moments, or those of all experts together.
+
+    An expert that saw fewer rows than it has inputs has a covariance without full rank, of mostly noise: it takes the
+    pooled moments. How much it counts beside other experts is still the number of rows that it saw.
+    """
+    known = [own for own in moments if own is not None]
+    together = reduce(add, known) if known else None
+    return [own if own is not None and own.tokens >= n_in else together for own in moments]
+
+
+def _moments(name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
+    return [source.moments(f"{name}.{i}") for i in range(site.parts)]
+
+
+def _has_gradient(moments: Sequence[LayerMoments | None]) -> bool:
+    return any(own is not None and own.has_gradient() for own in moments)
+
+
+def _coordinates(name: str, site: ExpertSite, source: Source) -> Iterator[tuple[Tensor, Metric, float]]:
+    """Weight (out, in), metric and how much it counts, of each expert."""
+    moments = _moments(name, site, source)
+    kind = "activation" if source.metric == "fisher" and not _has_gradient(moments) else source.metric
+    used_for_each = expert_moments(moments, site.in_features)
+    for weight, own, used in zip(site.held.detach(), moments, used_for_each, strict=True):
+        matrix = weight.mT if site.transposed else weight
+        if used is None:
+            yield matrix, Metric(), 1.0
+        else:
+            metric = used.metric(kind, centred=False, device=working_device(matrix))
+            yield matrix, metric, float(0 if own is None else own.tokens)
+
+
+@torch.no_grad()
+def dense_experts(low: LowRankExperts) -> nn.Parameter:
+    """The dense parameter: products in float64, cast back; memory of the parameter and one matrix in float64."""
+    dense, device = torch.empty(low.shape, dtype=low.dtype, device=low.device), working_device(low.up)
+    for made, up, down in zip(dense, low.up, low.down, strict=True):
+        product = up.to(device, torch.float64) @ down.to(device, torch.float64)
+        made.copy_(product.mT if low.transposed else product)
+    return nn.Parameter(dense, low.up.requires_grad)

@@ -17,13 +17,25 @@ from hf_reparam.layers.factored import Factored, Product
 
 __all__ = ["ExpertWeight", "LowRankExperts"]
 
-Use = Callable[[Any, Tensor, Tensor], Tensor]
-"""What to do with an input and the two factors of a weight, whose product it is in this order."""
-
 _ALIGNMENT = 16  # bytes: what grouped products ask of the length of a row
 
 
-class LowRankExperts(Factored):
+class _Weights:
+    """What tensor functions and experts ask alike of the whole parameter and of one expert's matrix."""
+
+    shape: torch.Size
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _call(func, args, kwargs or {})
+
+
+class LowRankExperts(_Weights, Factored):
     """W_i = up_i @ down_i for every expert i, in the place of a parameter (experts, out, in) or (experts, in, out).
 
     Answers what experts ask of that parameter: `[i]`, `transpose`, `shape`, `dtype`, `device`, and being multiplied.
@@ -52,8 +64,10 @@ class LowRankExperts(Factored):
         self.transposed = transposed
         self.down, self.up = down, up
 
-    def forward(self, x: Any, use: Use, index: Any = None, swapped: bool = False) -> Tensor:
-        """use(x, first, second) of the factors, of some experts. A call, so that hooks bring in offloaded ones.
+    def forward(
+        self, x: Any, use: Callable[[Any, Tensor, Tensor], Any], index: Any = None, swapped: bool = False
+    ) -> Any:
+        """use(x, first, second) of two factors, whose product is the weight. A call: hooks bring in offloaded ones.
 
         Args:
             x: an input, which hooks may move to the factors; or None.
@@ -65,23 +79,15 @@ class LowRankExperts(Factored):
         return use(x, down.mT, up.mT) if swapped else use(x, up, down)
 
     @property
-    def experts(self) -> int:
-        """How many matrices."""
-        return int(self.up.shape[0])
-
-    @property
     def rank(self) -> int:  # type: ignore[override]
-        """The inner width r of every product."""
         return int(self.up.shape[2])
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
-        """Inputs of an expert's matrix."""
         return int(self.down.shape[2])
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
-        """Outputs of an expert's matrix."""
         return int(self.up.shape[1])
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -93,7 +99,6 @@ class LowRankExperts(Factored):
         return torch.zeros(1, *self.shape[1:])
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
-        """Its tensors, with the deviation to draw each with."""
         yield self.down, deviation
         yield self.up, self.rank**-0.5
 
@@ -111,35 +116,26 @@ class LowRankExperts(Factored):
         return ExpertWeight(self, None, self.transposed)
 
     @property
-    def shape(self) -> torch.Size:
-        """Of the parameter that it stands for."""
+    def shape(self) -> torch.Size:  # type: ignore[override]
         return self.weight.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
         return self.up.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the factors."""
         return self.up.device
 
     @property
     def mT(self) -> "ExpertWeight":  # noqa: N802  # torch's name
-        """The matrices transposed."""
         return self.weight.mT
 
     def transpose(self, dim0: int, dim1: int) -> Any:
-        """As of a tensor."""
         return self.weight.transpose(dim0, dim1)
 
-    def size(self, dim: int | None = None) -> Any:
-        """As of a tensor."""
-        return self.shape if dim is None else self.shape[dim]
-
     def __len__(self) -> int:
-        return self.experts
+        return int(self.up.shape[0])
 
     def __getitem__(self, index: Any) -> Any:
         return self.weight[index]
@@ -147,17 +143,11 @@ class LowRankExperts(Factored):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.weight[index] = value
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return _call(func, args, kwargs or {})
-
     def extra_repr(self) -> str:
-        return f"{self.experts}, in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{len(self)}, in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class ExpertWeight:
+class ExpertWeight(_Weights):
     """The weight of one expert, of some or of all, not yet multiplied out.
 
     Writing into it raises WeightError: it would be lost. What is no product with it sees numbers formed for the call.
@@ -171,42 +161,37 @@ class ExpertWeight:
     def __init__(self, owner: LowRankExperts, index: Any, swapped: bool) -> None:
         self.owner, self.index, self.swapped = owner, index, swapped
 
-    def use(self, x: Any, how: Use) -> Any:
+    def use(self, x: Any, how: Callable[[Any, Tensor, Tensor], Any]) -> Any:
         """how(x, first, second) of the factors, whose product it is."""
         return self.owner(x, how, self.index, self.swapped)
 
-    def formed(self) -> Tensor:
+    def formed(self) -> Any:
         """Its numbers, with gradients into both factors."""
-        made: Tensor = self.use(None, lambda _, first, second: first @ second)
-        return made
+        return self.use(None, lambda _, first, second: first @ second)
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> torch.Size:  # type: ignore[override]
         """(experts, rows, columns), or (rows, columns) of one."""
-        rows, columns = self.owner.out_features, self.owner.in_features
-        if self.swapped:
-            rows, columns = columns, rows
+        sizes = (self.owner.out_features, self.owner.in_features)
         if self.index is None:
-            return torch.Size((self.owner.experts, rows, columns))
-        return torch.Size((*(self.index.shape if isinstance(self.index, Tensor) else ()), rows, columns))
+            start: tuple[int, ...] = (len(self.owner),)
+        else:
+            start = tuple(self.index.shape) if isinstance(self.index, Tensor) else ()
+        return torch.Size((*start, *(sizes[::-1] if self.swapped else sizes)))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
         return self.owner.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the factors."""
         return self.owner.device
 
     @property
     def mT(self) -> "ExpertWeight":  # noqa: N802  # torch's name
-        """The matrices transposed."""
         return ExpertWeight(self.owner, self.index, not self.swapped)
 
     def transpose(self, dim0: int, dim1: int) -> Any:
-        """As of a tensor."""
         dims = len(self.shape)
         if {dim0 % dims, dim1 % dims} == {dims - 2, dims - 1}:
             return self.mT
@@ -231,12 +216,6 @@ class ExpertWeight:
             raise AttributeError(name)
         return getattr(_numbers(self), name)
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return _call(func, args, kwargs or {})
-
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A function of torch that was given low-rank experts: by their factors if it multiplies by them."""
@@ -246,7 +225,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return right.use(args[0], lambda x, first, second: F.linear(F.linear(x, second), first, bias))
     if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback") and right is not None and left is None:
-        return right.use(args[0], lambda x, first, second: _grouped(func, x, first, second, args[2:], kwargs))
+        return right.use(args[0], lambda x, first, second: _grouped(func, x, first, second, *args[2:], **kwargs))
     if name in ("matmul", "bmm", "mm", "__matmul__") and len(args) == 2 and not kwargs:
         if right is not None and left is None:
             return right.use(args[0], lambda x, first, second: func(func(x, first), second))
@@ -255,15 +234,12 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return func(*map(_numbers, args), **{key: _numbers(value) for key, value in kwargs.items()})
 
 
-def _grouped(
-    func: Any, x: Tensor, first: Tensor, second: Tensor, rest: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Tensor:
+def _grouped(func: Any, x: Tensor, first: Tensor, second: Tensor, *rest: Any, **kwargs: Any) -> Any:
     """x @ first @ second, each row with the matrices of its group."""
     spare = -first.shape[-1] % (_ALIGNMENT // first.element_size())
     if spare:
         first, second = F.pad(first, (0, spare)), F.pad(second, (0, 0, 0, spare))
-    made: Tensor = func(func(x, first, *rest, **kwargs), second, *rest, **kwargs)
-    return made
+    return func(func(x, first, *rest, **kwargs), second, *rest, **kwargs)
 
 
 def _lazy(value: Any) -> ExpertWeight | None:

@@ -4,24 +4,19 @@ A type is matched by its exact class. Queries are compared with keys as the proj
 between would not commute with the maps of `hf_reparam.linalg.heads`.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_reparam.layers.dense import dense_like, shape_of
-from hf_reparam.structures.structure import Replacement
+from hf_reparam.layers.dense import dense_type, shape_of
+from hf_reparam.plan import Entry
+from hf_reparam.structures.structure import Replacement, Site
 
-__all__ = [
-    "Attention",
-    "AttentionType",
-    "FusedProjections",
-    "attention_types",
-    "find_attentions",
-    "register_attention",
-]
+__all__ = ["Attention", "AttentionType", "FusedProjections", "find_attentions", "register_attention"]
 
 INNER = ("query", "key", "value")
 """Roles of the projections into heads."""
@@ -76,11 +71,6 @@ def register_attention(module_type: type[nn.Module] | str, entry: AttentionType)
     _registry[module_type if isinstance(module_type, str) else _qualified(module_type)] = entry
 
 
-def attention_types() -> dict[str, AttentionType]:
-    """Qualified name of a class -> its entry."""
-    return dict(_registry)
-
-
 def _qualified(module_type: type[nn.Module]) -> str:
     return f"{module_type.__module__}.{module_type.__qualname__}"
 
@@ -102,52 +92,36 @@ class FusedProjections(nn.Module):
         self.query, self.key, self.value = query, key, value
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., 3 heads * width)."""
         return torch.cat([self.query(x), self.key(x), self.value(x)], -1)
 
 
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """An attention of a registered type in a model.
+@dataclass(frozen=True, kw_only=True)
+class Attention(Site):
+    """An attention of a registered type in a model; the rank of its entry is the width of each head.
 
     Args:
-        names: every path at which it hangs, the first one is its name.
-        module: the attention.
-        kind: its entry in the registry.
+        known: its entry in the registry.
         heads: how many it has.
-        width, stock_width: of one head, now and as its class was built.
+        width: of one head, now; `out_features` is the width that its class was built with.
     """
 
-    names: tuple[str, ...]
-    module: nn.Module
-    kind: AttentionType
+    known: AttentionType
     heads: int
     width: int
-    stock_width: int
-
-    @property
-    def name(self) -> str:
-        """The path under which it is stored in a plan."""
-        return self.names[0]
 
     @property
     def split(self) -> bool:
         """Whether three layers are in the place of a fused one."""
-        return isinstance(self.module.get_submodule(self.kind.query), FusedProjections)
-
-    @property
-    def narrowed(self) -> bool:
-        """Whether it differs from the stock attention, in the width of its heads or by a fused layer that is split."""
-        return self.width < self.stock_width or self.split
+        return isinstance(self.module.get_submodule(self.known.query), FusedProjections)
 
     def within(self, role: str, *, split: bool) -> str:
         """Where the layer of a role is in the attention; with `split`, of one of the three in a fused layer's place."""
-        path: str = getattr(self.kind, role)
-        return f"{path}.{role}" if split and self.kind.fused and role != "output" else path
+        path: str = getattr(self.known, role)
+        return f"{path}.{role}" if split and self.known.fused and role != "output" else path
 
-    def layer(self, role: str) -> nn.Module:
+    def layer(self, role: str) -> Any:
         """The layer of a role, or the fused one that it is of."""
-        module = self.module.get_submodule(getattr(self.kind, role))
+        module = self.module.get_submodule(getattr(self.known, role))
         return module.get_submodule(role) if isinstance(module, FusedProjections) else module
 
     def shape(self, role: str, width: int) -> tuple[int, int]:
@@ -155,50 +129,66 @@ class Attention:
         n_in, n_out = shape_of(self.layer(role))
         return (self.heads * width, n_out) if role == "output" else (n_in, self.heads * width)
 
-    def empty(self, width: int) -> dict[str, nn.Module]:
-        """Role -> dense layer of `shape(role, width)`, without numbers."""
-        return {role: dense_like(self.layer(role), self.shape(role, width)) for role in ROLES}
+    def dense_numbers(self, entry: Entry | None) -> int:
+        """Numbers that narrower heads leave out of its dense layers."""
+        return 0 if entry is None else self._numbers(self.out_features) - self._numbers(entry.rank)
 
-    def narrower(self, layers: Mapping[str, nn.Module], width: int) -> Replacement:
-        """These layers of `shape(role, width)` in the place of its own, by their roles; the heads are as wide then."""
-        old = {role: self.module.get_submodule(getattr(self.kind, role)) for role in ROLES}
-        modules = {old[role]: layers[role] for role in ROLES}
-        if self.kind.fused:
+    def _numbers(self, width: int) -> int:
+        shapes = {role: self.shape(role, width) for role in ROLES}
+        return sum(n_out * (n_in + (self.layer(role).bias is not None)) for role, (n_in, n_out) in shapes.items())
+
+    def replaced(self, layers: Mapping[str, nn.Module], width: int) -> Replacement:
+        """Layers of `shape(role, width)` in the place of its own, by their roles; the heads are as wide then.
+
+        In the place of a fused layer "query" is all three, or with "key" and "value" one of three.
+        """
+        if self.known.fused and "key" in layers:
             fused = FusedProjections(*(layers[role] for role in INNER))
-            modules = {old["query"]: fused, old["output"]: layers["output"]}
-        return Replacement(modules, self._attributes(width))
-
-    def stock(self, layers: Mapping[str, nn.Module]) -> Replacement:
-        """Layers of stock width in the place of its own, by their roles; "query" is all three of a fused one."""
-        old = {role: self.module.get_submodule(getattr(self.kind, role)) for role in layers}
-        return Replacement({old[role]: layer for role, layer in layers.items()}, self._attributes(self.stock_width))
-
-    def _attributes(self, width: int) -> list[tuple[nn.Module, str, Any]]:
-        holder = self.module.get_submodule(self.kind.holder)
-        split = [(holder, self.kind.split, self.heads * width)] if self.kind.split else []
-        return [(holder, self.kind.width, width), *split]
+            layers = {"query": fused, "output": layers["output"]}
+        modules = {self.module.get_submodule(getattr(self.known, role)): layer for role, layer in layers.items()}
+        holder = self.module.get_submodule(self.known.holder)
+        split = [(holder, self.known.split, self.heads * width)] if self.known.split else []
+        return Replacement(modules, [(holder, self.known.width, width), *split])
 
 
 def find_attentions(model: nn.Module) -> list[Attention]:
     """Every attention of a registered type whose parts are where its entry says, each once; reads shapes only."""
-    names: dict[nn.Module, list[str]] = {}
+    names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        if _qualified(type(module)) in _registry:
-            names.setdefault(module, []).append(name)
-    found = (_attention(tuple(paths), module) for module, paths in names.items())
+        names[module].append(name)
+    places = Counter({module: len(paths) for module, paths in names.items()})
+    found = (_attention(m, paths, places) for m, paths in names.items() if _qualified(type(m)) in _registry)
     return [attention for attention in found if attention is not None]
 
 
-def _attention(names: tuple[str, ...], module: nn.Module) -> Attention | None:
-    kind = _registry[_qualified(type(module))]
+def _attention(module: nn.Module, names: list[str], places: Counter[nn.Module]) -> Attention | None:
+    known = _registry[_qualified(type(module))]
     try:
-        holder: Any = module.get_submodule(kind.holder)
-        width, size = getattr(holder, kind.width), getattr(holder, kind.size)
-        inner = shape_of(module.get_submodule(kind.output))[0]
+        holder: Any = module.get_submodule(known.holder)
+        width, size = getattr(holder, known.width), getattr(holder, known.size)
+        inner = shape_of(module.get_submodule(known.output))[0]
         heads = inner // width
-        found = Attention(names, module, kind, heads, width, size // heads)
+        found = Attention(
+            names=tuple(names),
+            module=module,
+            kind=type(module).__name__,
+            in_features=size // heads,
+            out_features=size // heads,
+            weights=0,
+            known=known,
+            heads=heads,
+            width=width,
+        )
         outs = {shape_of(found.layer(role))[1] for role in INNER}
-        fused = kind.fused and not found.split
     except (AttributeError, ZeroDivisionError):  # another version's class of that name
         return None
-    return found if inner == heads * width and outs == {3 * inner if fused else inner} else None
+    if inner != heads * width or outs != {3 * inner if known.fused and not found.split else inner}:
+        return None
+    if width < found.out_features or found.split:
+        return replace(found, entry=Entry(width, "heads"))
+    layers = [found.layer(role) for role in ROLES]
+    if not all(map(dense_type, layers)):
+        return replace(found, reason="a projection is no dense layer")
+    if any(places[layer] != len(names) for layer in layers):
+        return replace(found, reason="a projection hangs elsewhere, too, and cannot change its shape")
+    return found

@@ -49,22 +49,24 @@ class NarrowHeads:
         Raises:
             WeightError: weights or moments are not finite.
         """
-        keys, key_mean = self._outputs("key")
-        seen, (weight, bias) = self.moments("output"), self.weight("output")
-        if seen is None:
-            values, gradient = self._outputs("value")[0], None
+        key, output = self.moments("key"), self.moments("output")
+        keys, mean = self._outputs("key")
+        if key is not None:
+            keys = keys - torch.outer(mean, mean)
+        if key is None or key.gradient_products is None:
+            queries = self._outputs("query")[0]
         else:
-            mean = seen.mean() * (bias is not None)
-            values = seen.input_products / seen.tokens - torch.outer(mean, mean)
-            gradient = seen.gradient_products
-        outputs = (
-            weight.T @ weight if gradient is None or seen is None else weight.T @ (gradient / seen.tokens) @ weight
-        )
-        seen = self.moments("key")
-        if seen is not None:
-            keys = keys - torch.outer(key_mean, key_mean)
-        scores = None if seen is None else seen.gradient_products
-        queries = self._outputs("query")[0] if scores is None or seen is None else scores / seen.tokens
+            queries = key.gradient_products / key.tokens
+        weight, bias = self.weight("output")
+        if output is None:
+            values = self._outputs("value")[0]
+        else:
+            mean = output.mean() * (bias is not None)
+            values = output.input_products / output.tokens - torch.outer(mean, mean)
+        if output is None or output.gradient_products is None:
+            outputs = weight.T @ weight
+        else:
+            outputs = weight.T @ (output.gradient_products / output.tokens) @ weight
         parts = (keys, queries, values, outputs)
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise WeightError(f"{self.name}: its weights or moments are not finite")
@@ -72,49 +74,47 @@ class NarrowHeads:
         return moments, moments.maps()
 
     def build(self, width: int) -> Built:
-        """Its layers with heads of this width, and the moments that they have.
-
-        Raises:
-            WeightError: weights or moments are not finite.
-        """
+        """Its layers with heads of this width, and the moments that they have."""
         moments, full = self.prepare()
         maps = full.cut(width)
-        layers = {role: self.layer(role, maps) for role in ROLES}
         seen = {
             f"{self.name}.{self.attention.within(role, split=True)}": partial(self.narrow_moments, role, maps)
             for role in ROLES
             if self.moments(role) is not None
         }
         gone = frozenset(f"{self.name}.{self.attention.within(role, split=False)}" for role in ROLES)
-        made = self.attention.narrower(layers, width)
-        return Built(made, moments.relative_error(maps), self.source.metric, seen, gone)
+        made = self.attention.replaced({role: self.layer(role, maps) for role in ROLES}, width)
+        return Built(made, moments.relative_error(maps), seen, gone)
 
     def _outputs(self, role: str) -> tuple[Tensor, Tensor]:
         """Second moment and mean of what a projection gives; for inputs of no mean and unit covariance without data."""
         weight, bias = self.weight(role)
         seen = self.moments(role)
-        identity, zero = torch.eye(weight.shape[1], dtype=torch.float64), weight.new_zeros(weight.shape[1])
-        products, mean = (identity, zero) if seen is None else (seen.input_products / seen.tokens, seen.mean())
+        if seen is None:
+            products, mean = torch.eye(weight.shape[1], dtype=torch.float64), weight.new_zeros(weight.shape[1])
+        else:
+            products, mean = seen.input_products / seen.tokens, seen.mean()
         return output_moment(weight, bias, products, mean), weight @ mean + (0 if bias is None else bias)
 
     def weight(self, role: str) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias (out,) of a role, dense, float64 on the CPU."""
-        layer: Any = self.attention.layer(role)
+        layer, rows = self.attention.layer(role), self._rows(role)
         with aligned(layer):
-            weight = dense_matrix(layer).detach().to("cpu", torch.float64)[self._rows(role)]
-            bias = None if layer.bias is None else layer.bias.detach().to("cpu", torch.float64)[self._rows(role)]
+            weight = dense_matrix(layer).detach().to("cpu", torch.float64)[rows]
+            bias = None if layer.bias is None else layer.bias.detach().to("cpu", torch.float64)[rows]
         return weight, bias
 
     def moments(self, role: str) -> LayerMoments | None:
         """Moments of the layer of a role as the metric uses them; None if there are none."""
-        layer = self.source.moments(f"{self.name}.{self.attention.within(role, split=False)}")
-        if layer is None or self.source.metric != "fisher" or not layer.has_gradient():
-            return None if layer is None else replace(layer, gradient_products=None)
-        return replace(layer, gradient_products=layer.gradient_products[self._rows(role), self._rows(role)])  # type: ignore[index]
+        layer, rows = self.source.moments(f"{self.name}.{self.attention.within(role, split=False)}"), self._rows(role)
+        if layer is None or layer.gradient_products is None:
+            return layer
+        used = self.source.metric == "fisher" and layer.has_gradient()
+        return replace(layer, gradient_products=layer.gradient_products[rows, rows] if used else None)
 
     def _rows(self, role: str) -> slice:
         """The outputs that belong to a role."""
-        if not self.attention.kind.fused or role == "output":
+        if not self.attention.known.fused or role == "output":
             return slice(None)
         size, place = self.attention.heads * self.attention.width, INNER.index(role)
         return slice(place * size, (place + 1) * size)
@@ -122,34 +122,29 @@ class NarrowHeads:
     def losses(self, widths: Iterable[int]) -> list[tuple[int, float, dict[str, Tensor]]]:
         """For every width, what it loses, and what dropping directions of its layers loses: role -> (min(in, out),).
 
-        In the unit of `Source.losses`; for the fisher metric.
+        In the unit of `Source.losses`; for the fisher metric, with moments of every layer.
         """
         moments, full = self.prepare()
-        seen = {role: self.moments(role) for role in ROLES}
-        tokens = [0 if (part := seen[role]) is None else part.tokens for role in ("key", "output")]
+        seen: dict[str, Any] = {role: self.moments(role) for role in ROLES}
         weights = {role: self.weight(role) for role in ROLES}
         device = execution_device(self.attention.layer("output"))
         found = []
         for width in widths:
             maps = full.cut(width)
-            error = sum(t * e for t, e in zip(tokens, moments.errors(maps), strict=True))
+            by_keys, by_values = moments.errors(maps)
             losses = {}
             for role, (weight, bias) in weights.items():
-                narrow = self._narrow(role, weight, maps).to(device)
+                narrow = _narrow(role, weight, maps).to(device)
                 layer = self.narrow_moments(role, maps)
                 metric = layer.metric(self.source.metric, centred=bias is not None, device=working_device(narrow))
                 losses[role] = spectrum(narrow, metric).cpu() * layer.tokens
-            found.append((width, error, losses))
+            found.append((width, seen["key"].tokens * by_keys + seen["output"].tokens * by_values, losses))
         return found
-
-    @staticmethod
-    def _narrow(role: str, weight: Tensor, maps: HeadMaps) -> Tensor:
-        return map_rows(weight.T, maps.output).T if role == "output" else map_rows(weight, getattr(maps, role))
 
     def layer(self, role: str, maps: HeadMaps) -> nn.Module:
         """The dense layer of a role with narrower heads, of the type, dtype and device of its original."""
         weight, bias = self.weight(role)
-        narrow = self._narrow(role, weight, maps)
+        narrow = _narrow(role, weight, maps)
         if bias is not None and role != "output":
             bias = map_rows(bias[:, None], getattr(maps, role))[:, 0]
         elif bias is not None and (seen := self.moments(role)) is not None:
@@ -163,14 +158,8 @@ class NarrowHeads:
         return made
 
     def narrow_moments(self, role: str, maps: HeadMaps) -> LayerMoments:
-        """The moments that the narrower layer of a role has.
-
-        Raises:
-            WeightError: there are none of the layer.
-        """
-        layer = self.moments(role)
-        if layer is None:
-            raise WeightError(f"{self.name}: there are no moments of its {role} projection")
+        """The moments that the narrower layer of a role has, from those that there are of the layer."""
+        layer: Any = self.moments(role)
         if role == "output":
             mean = map_rows(layer.input_sum[:, None], maps.value)[:, 0]
             return replace(layer, input_sum=mean, input_products=map_both(layer.input_products, maps.value))
@@ -180,41 +169,38 @@ class NarrowHeads:
         return replace(layer, gradient_products=map_both(layer.gradient_products, back))
 
 
-@torch.no_grad()
-def widened(attention: Attention) -> dict[str, nn.Module]:
-    """Role -> dense layer of stock width: heads filled up with zeros, which is exact, three layers fused again."""
-    made = {}
-    for role in ("query", "output") if attention.kind.fused else ROLES:
-        parts = INNER if attention.kind.fused and role == "query" else (role,)
-        layers: list[Any] = [attention.layer(part) for part in parts]
-        with aligned(layers[0]):
-            dense = _empty(attention, role, layers)
-        matrix, bias = dense_matrix(dense).zero_(), dense.bias
-        step = matrix.shape[0] // len(layers)
-        for i, layer in enumerate(layers):
-            with aligned(layer):
-                rows = slice(i * step, (i + 1) * step)
-                weight = dense_matrix(layer)
-                matrix[rows] = _fill(attention, weight.T).T if role == "output" else _fill(attention, weight)
-                if isinstance(bias, nn.Parameter):
-                    bias[rows] = layer.bias if role == "output" else _fill(attention, layer.bias[:, None])[:, 0]
-        made[role] = dense
-    return made
+def _narrow(role: str, weight: Tensor, maps: HeadMaps) -> Tensor:
+    return map_rows(weight.T, maps.output).T if role == "output" else map_rows(weight, getattr(maps, role))
 
 
 def stock_layers(attention: Attention) -> dict[str, nn.Module]:
-    """As `widened`, by shape alone."""
-    roles = ("query", "output") if attention.kind.fused else ROLES
-    parts = {r: INNER if attention.kind.fused and r == "query" else (r,) for r in roles}
-    return {role: _empty(attention, role, [attention.layer(part) for part in parts[role]]) for role in roles}
+    """Role -> dense layer of stock width, without numbers; "query" is all three of a fused one."""
+    made = {}
+    for role in ("query", "output") if attention.known.fused else ROLES:
+        n_in, n_out = attention.shape(role, attention.out_features)
+        made[role] = dense_like(attention.layer(role), (n_in, n_out * len(_parts(attention, role))))
+    return made
 
 
-def _empty(attention: Attention, role: str, layers: list[Any]) -> Any:
-    n_in, n_out = attention.shape(role, attention.stock_width)
-    return dense_like(layers[0], (n_in, n_out * len(layers)))
+def _parts(attention: Attention, role: str) -> tuple[str, ...]:
+    return INNER if attention.known.fused and role == "query" else (role,)
 
 
-def _fill(attention: Attention, matrix: Tensor) -> Tensor:
-    """Zeros after the rows of every head."""
-    heads, width, wide = attention.heads, attention.width, attention.stock_width
-    return F.pad(matrix.reshape(heads, width, -1), (0, 0, 0, wide - width)).flatten(0, 1)
+@torch.no_grad()
+def widened(attention: Attention) -> dict[str, nn.Module]:
+    """`stock_layers` with the numbers of narrower heads, filled up with zeros, which is exact."""
+    made: dict[str, Any] = stock_layers(attention)
+    heads, extra = attention.heads, attention.out_features - attention.width
+
+    def filled(matrix: Tensor) -> Tensor:  # after the rows of every head
+        return F.pad(matrix.reshape(heads, attention.width, -1), (0, 0, 0, extra)).flatten(0, 1)
+
+    for role, dense in made.items():
+        parts = [attention.layer(part) for part in _parts(attention, role)]
+        for rows, layer in zip(dense_matrix(dense).chunk(len(parts)), parts, strict=True):
+            weight = dense_matrix(layer)
+            rows.copy_(filled(weight.T).T if role == "output" else filled(weight))
+        if dense.bias is not None:
+            biases = [layer.bias if role == "output" else filled(layer.bias[:, None])[:, 0] for layer in parts]
+            dense.bias.copy_(torch.cat(biases))
+    return made

@@ -1,6 +1,6 @@
 """Embeddings of low rank: a table of r numbers for each token and one matrix up, shared with a tied output head."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,16 +8,13 @@ from torch.nn import functional as F
 
 from hf_reparam.layers.factored import Factored
 
-__all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "LowRankTable", "low_rank_tables", "stock_tables"]
+__all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "LowRankTable", "low_rank_table", "stock_table"]
 
 
 class Factor(nn.Module):
     """One matrix W (out, in), y = x W^T. No `nn.Linear`: adapters and quantizers would change one side of a tie only.
 
     It is called, not read: hooks that bring offloaded or partitioned parameters in wait for the call.
-
-    Args:
-        weight: its numbers.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -25,7 +22,6 @@ class Factor(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., in) -> (..., out)."""
         return F.linear(x, self.weight, bias)
 
 
@@ -33,24 +29,17 @@ class Transposed(Factor):
     """The same matrix the other way, y = x W."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(..., out) -> (..., in)."""
         return F.linear(x, self.weight.T, bias)
 
 
 class Rows(Factor):
-    """The same matrix as a table, W[ids].
-
-    Args:
-        weight: its numbers.
-        padding_idx: row that gets no gradient.
-    """
+    """The same matrix as a table, W[ids]."""
 
     def __init__(self, weight: nn.Parameter, padding_idx: int | None) -> None:
         super().__init__(weight)
         self.padding_idx = padding_idx
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(...) int -> (..., in)."""
         return F.embedding(x, self.weight, self.padding_idx)
 
 
@@ -65,17 +54,14 @@ class LowRankTable(Factored):
 
     @property
     def rank(self) -> int:  # type: ignore[override]
-        """Numbers for each token."""
         return int(self.table.weight.shape[1])
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
-        """Tokens."""
         return int(self.table.weight.shape[0])
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
-        """Width d."""
         return int(self.up.weight.shape[0])
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
@@ -85,7 +71,6 @@ class LowRankTable(Factored):
         return nn.utils.skip_init(nn.Embedding, tokens, width, dtype=like.dtype, device=like.device)
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
-        """Its tensors, with the deviation to draw each with."""
         yield self.table.weight, deviation
         yield self.up.weight, self.rank**-0.5
 
@@ -124,18 +109,15 @@ class LowRankEmbedding(LowRankTable):
 
     @property
     def num_embeddings(self) -> int:
-        """Tokens."""
         return self.out_features
 
     @property
     def embedding_dim(self) -> int:
-        """Width d."""
         return self.in_features
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
         """(...) int -> (..., d)."""
-        out: Tensor = self.up(self.table(input))
-        return out
+        return self.up(self.table(input))
 
 
 class LowRankHead(LowRankTable):
@@ -155,39 +137,28 @@ class LowRankHead(LowRankTable):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
         """(..., d) -> (..., tokens)."""
-        out: Tensor = self.table(self.up(input), self.bias)
-        return out
+        return self.table(self.up(input), self.bias)
 
 
-def low_rank_tables(members: Iterable[nn.Module], table: nn.Parameter, up: nn.Parameter) -> dict[nn.Module, nn.Module]:
-    """Dense module -> low-rank one, for all modules that hold one table; they share the factors."""
-    made: dict[nn.Module, nn.Module] = {}
-    for module in members:
-        if isinstance(module, nn.Embedding):
-            made[module] = LowRankEmbedding(table, up, padding_idx=module.padding_idx)
-        else:
-            made[module] = LowRankHead(table, up, _copied(module.bias))
-        made[module].train(module.training)
-    return made
+def low_rank_table(dense: Any, table: nn.Parameter, up: nn.Parameter) -> LowRankTable:
+    """The low-rank module for an Embedding or Linear; it shares the factors."""
+    if isinstance(dense, nn.Embedding):
+        return LowRankEmbedding(table, up, padding_idx=dense.padding_idx).train(dense.training)
+    return LowRankHead(table, up, _copied(dense.bias)).train(dense.training)
 
 
-def stock_tables(members: Iterable[nn.Module], weight: nn.Parameter) -> dict[nn.Module, nn.Module]:
-    """Low-rank module -> dense one, for all modules that share one pair of factors; they share the table."""
-    made: dict[nn.Module, nn.Module] = {}
-    for module in members:
-        dense: Any
-        if isinstance(module, LowRankEmbedding):
-            dense = nn.Embedding(1, 1, device="meta")
-            dense.num_embeddings, dense.embedding_dim = weight.shape
-            dense.padding_idx = module.padding_idx
-        else:
-            dense = nn.Linear(1, 1, bias=module.bias is not None, device="meta")
-            dense.out_features, dense.in_features = weight.shape
-            dense.bias = _copied(module.bias)
-        dense.weight = weight
-        made[module] = dense.train(module.training)
-    return made
+def stock_table(low: Any, weight: nn.Parameter) -> nn.Module:
+    """The Embedding or Linear for a low-rank module; it shares the table (tokens, d)."""
+    tokens, width = weight.shape
+    dense: Any
+    if isinstance(low, LowRankEmbedding):
+        dense = nn.Embedding(tokens, width, low.padding_idx, device="meta")
+    else:
+        dense = nn.Linear(width, tokens, bias=False, device="meta")
+        dense.bias = _copied(low.bias)
+    dense.weight = weight
+    return dense.train(low.training)
 
 
-def _copied(bias: Any) -> nn.Parameter | None:
+def _copied(bias: Tensor | None) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
