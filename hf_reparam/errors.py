@@ -1,11 +1,4 @@
-"""Everything this package raises on purpose.
-
-    ReparamError
-    ├── TargetError      which layers: a pattern that matches nothing, nothing left to convert or to merge
-    ├── RankError        which rank: zero, negative, not a number, above what the layer or its factors hold
-    ├── WeightError      which numbers: NaN or inf, on the meta device, quantized, wrapped by an adapter
-    ├── PlanError        a rank plan that is malformed or does not fit its model
-    └── CheckpointError  a folder: not there, not loadable, already there, factors missing from it
+"""Everything this package raises on purpose: `ReparamError` and its five kinds.
 
 Each is also a `ValueError`, except `CheckpointError`, which is an `OSError` as Transformers raises for folders.
 A message names the layer, what was got, what is allowed and what to do next.
@@ -19,7 +12,7 @@ class ReparamError(Exception):
 
 
 class TargetError(ReparamError, ValueError):
-    """The choice of layers is wrong: a pattern matches nothing, or nothing is left to do."""
+    """The choice of layers is wrong: a pattern matches nothing, or nothing is left to convert or to merge."""
 
 
 class RankError(ReparamError, ValueError):

@@ -14,7 +14,7 @@ from typing import Any
 from hf_reparam.errors import PlanError
 from hf_reparam.patterns import as_patterns, check_used, first_match
 from hf_reparam.record import ConversionRecord
-from hf_reparam.report import Report
+from hf_reparam.report import Report, aligned
 
 __all__ = ["FORMAT_VERSION", "Entry", "RankPlan"]
 
@@ -64,10 +64,9 @@ class Entry:
         """Read the JSON form; PlanError on anything else."""
         if not isinstance(data, Mapping):
             raise PlanError(f"an entry must be an object with 'form' and 'rank', got {_short(data)}")
-        unknown = sorted(map(str, set(data) - {"rank", "form"}))
-        if unknown:
+        if unknown := sorted(map(str, set(data) - {"rank", "form"})):
             raise PlanError(f"unknown keys {unknown[:3]}; an entry has 'form' and 'rank'")
-        if "rank" not in data or "form" not in data:
+        if len(data) != 2:
             raise PlanError("an entry needs 'form' and 'rank'")
         return cls(data["rank"], data["form"])
 
@@ -107,11 +106,7 @@ class RankPlan:
     report: Report | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.modules) > _MAX_MODULES:
-            raise PlanError(f"the plan names {len(self.modules)} modules; at most {_MAX_MODULES} are accepted")
-        for name in self.modules:
-            if not (isinstance(name, str) and len(name) <= _MAX_NAME and _NAME.fullmatch(name)):
-                raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
+        _check_names(self.modules)
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
@@ -130,19 +125,13 @@ class RankPlan:
         for name, entry in self.modules.items():
             if (pattern := first_match(ranks, [name])) is not None:
                 edited[name] = replace(entry, rank=ranks[pattern])
-        return self._with(edited)
+        return replace(self, modules=edited, report=None)
 
     def without(self, *patterns: str) -> "RankPlan":
-        """The same with these parts left dense.
-
-        Raises:
-            TargetError: a pattern matches no name of the plan.
-        """
+        """The same with these parts left dense; TargetError for a pattern that matches no name of the plan."""
         check_used(as_patterns(patterns, "without") or (), list(self.modules), "without")
-        return self._with({n: entry for n, entry in self.modules.items() if first_match(patterns, [n]) is None})
-
-    def _with(self, modules: Mapping[str, Entry]) -> "RankPlan":
-        return replace(self, modules=modules, report=None)
+        kept = {n: entry for n, entry in self.modules.items() if first_match(patterns, [n]) is None}
+        return replace(self, modules=kept, report=None)
 
     def of(self, forms: tuple[str, ...]) -> dict[str, Entry]:
         """The entries of these forms."""
@@ -151,10 +140,7 @@ class RankPlan:
     def __str__(self) -> str:
         if self.report is not None:
             return str(self.report)
-        rows = [("name", "form", "rank"), *((n, e.form, str(e.rank)) for n, e in self.modules.items())]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return aligned([["name", "form", "rank"], *([n, e.form, str(e.rank)] for n, e in self.modules.items())])
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""
@@ -175,39 +161,42 @@ class RankPlan:
         """
         if not isinstance(data, Mapping):
             raise PlanError(f"'reparam' must be an object, got {_short(data)}")
-        _check_version(data.get("format_version"))
-        unknown = sorted(map(str, set(data) - _PLAN_KEYS))
-        if unknown:
+        version = data.get("format_version")
+        if isinstance(version, bool) or not isinstance(version, int):
+            raise PlanError(f"'reparam.format_version' must be an int, got {_short(version)}")
+        if version != FORMAT_VERSION:
+            raise PlanError(
+                f"this model was saved in format version {_short(version)}, and this hf_reparam reads version "
+                f"{FORMAT_VERSION}: install the hf_reparam that wrote it (pip install -U hf-reparam)"
+            )
+        if unknown := sorted(map(str, set(data) - _PLAN_KEYS)):
             raise PlanError(f"'reparam' has unknown keys {unknown[:3]}; known are {sorted(_PLAN_KEYS)}")
-        base, metric, modules = data.get("base_model_type"), data.get("metric", "svd"), data.get("modules")
-        if base is not None and not isinstance(base, str):
-            raise PlanError(f"'reparam.base_model_type' must be a string, got {_short(base)}")
-        if not isinstance(metric, str):
-            raise PlanError(f"'reparam.metric' must be a string, got {_short(metric)}")
-        if not isinstance(modules, Mapping):
-            raise PlanError(f"'reparam.modules' must be an object of names, got {_short(modules)}")
-        if len(modules) > _MAX_MODULES:
-            raise PlanError(f"'reparam.modules' names {len(modules)} modules; at most {_MAX_MODULES} are accepted")
-        entries = {name: _read_entry(name, entry) for name, entry in modules.items()}
+        base, metric = data.get("base_model_type"), data.get("metric", "svd")
+        modules: Any = data.get("modules")
+        for key, value, kind, what in (
+            ("base_model_type", base, (str, type(None)), "a string"),
+            ("metric", metric, str, "a string"),
+            ("modules", modules, Mapping, "an object of names"),
+        ):
+            if not isinstance(value, kind):
+                raise PlanError(f"'reparam.{key}' must be {what}, got {_short(value)}")
+        _check_names(modules)
+        entries = {}
+        for name, entry in modules.items():
+            try:
+                entries[name] = Entry.from_dict(entry)
+            except PlanError as error:
+                raise PlanError(f"{_short(name)}: {error}") from None
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
         return cls(entries, base, metric, record)
 
 
-def _read_entry(name: object, data: object) -> Entry:
-    try:
-        return Entry.from_dict(data)
-    except PlanError as error:
-        raise PlanError(f"{_short(name)}: {error}") from None
-
-
-def _check_version(version: object) -> None:
-    if isinstance(version, bool) or not isinstance(version, int):
-        raise PlanError(f"'reparam.format_version' must be an int, got {_short(version)}")
-    if version != FORMAT_VERSION:
-        raise PlanError(
-            f"this model was saved in format version {_short(version)}, and this hf_reparam reads version "
-            f"{FORMAT_VERSION}: install the hf_reparam that wrote it (pip install -U hf-reparam)"
-        )
+def _check_names(modules: Any) -> None:
+    if len(modules) > _MAX_MODULES:
+        raise PlanError(f"the plan names {len(modules)} modules; at most {_MAX_MODULES} are accepted")
+    for name in modules:
+        if not (isinstance(name, str) and len(name) <= _MAX_NAME and _NAME.fullmatch(name)):
+            raise PlanError(f"{_short(name)} is not a module path like 'encoder.layer.0.output.dense'")
 
 
 def _short(value: object) -> str:

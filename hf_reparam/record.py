@@ -3,8 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_reparam.errors import PlanError
@@ -12,21 +11,19 @@ from hf_reparam.errors import PlanError
 __all__ = ["ConversionRecord"]
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
-_KEYS = frozenset({"base_model", "calibration_tokens", "refitted_layers", "errors", "metrics"})
 _METRICS = ("svd", "activation", "fisher")
 
 
 @dataclass(frozen=True)
 class ConversionRecord:
-    """Stored in `config.json` beside the plan, so that a model card can be written wherever the model is. Not needed
-    to load the model.
+    """Stored in `config.json` beside the plan, for model cards. Not needed to load the model.
 
     Args:
         base_model: Hub id of the dense model; None if it came from elsewhere.
         calibration_tokens: how many tokens the layers saw; None without calibration data.
         refitted_layers: how many layers were fitted once more after they were factored.
         errors: layer name -> ||W - up @ down|| / ||W|| in the metric's norm, before refitting and fine-tuning; None for
-            a layer that was low-rank already when it was converted: how far it is from its dense weight is not known.
+            a layer that was low-rank already when it was converted.
         metrics: layer name -> metric, of layers that were not factored in the plan's: "svd" for one that saw no data,
             "activation" for one to which no gradient came.
 
@@ -44,43 +41,31 @@ class ConversionRecord:
     metrics: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.base_model is not None and not is_hub_id(self.base_model):
-            raise PlanError("'reparam.record.base_model' must be a Hub id such as 'google-bert/bert-base-uncased'")
-        if self.calibration_tokens is not None and not _is_count(self.calibration_tokens):
-            raise PlanError("'reparam.record.calibration_tokens' must be an int of at least 0, or null")
-        if not _is_count(self.refitted_layers):
-            raise PlanError("'reparam.record.refitted_layers' must be an int of at least 0")
-        if not isinstance(self.errors, Mapping) or not all(map(_is_error, self.errors.values())):
-            raise PlanError("'reparam.record.errors' must be an object of finite numbers of at least 0, or null")
-        if not isinstance(self.metrics, Mapping) or not all(value in _METRICS for value in self.metrics.values()):
-            raise PlanError(f"'reparam.record.metrics' must be an object of {list(_METRICS)}")
-        object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
-        object.__setattr__(self, "errors", MappingProxyType(dict(self.errors)))
+        def check(name: str, ok: bool, what: str) -> None:
+            if not ok:
+                raise PlanError(f"'reparam.record.{name}' must be {what}")
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
-        errors, metrics = dict(self.errors), dict(self.metrics)
-        return type(self), (self.base_model, self.calibration_tokens, self.refitted_layers, errors, metrics)
+        base, tokens, errors, metrics = self.base_model, self.calibration_tokens, self.errors, self.metrics
+        check("base_model", base is None or is_hub_id(base), "a Hub id such as 'google-bert/bert-base-uncased'")
+        check("calibration_tokens", tokens is None or _is_count(tokens), "an int of at least 0, or null")
+        check("refitted_layers", _is_count(self.refitted_layers), "an int of at least 0")
+        finite = isinstance(errors, Mapping) and all(map(_is_error, errors.values()))
+        check("errors", finite, "an object of finite numbers of at least 0, or null")
+        known = isinstance(metrics, Mapping) and all(value in _METRICS for value in metrics.values())
+        check("metrics", known, f"an object of {list(_METRICS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metrics" or self.metrics}
         errors = {name: None if error is None else float(f"{error:.4g}") for name, error in self.errors.items()}
-        known = {
-            "base_model": self.base_model,
-            "calibration_tokens": self.calibration_tokens,
-            "refitted_layers": self.refitted_layers,
-            "errors": errors,
-        }
-        return {**known, "metrics": dict(self.metrics)} if self.metrics else known
+        return known | {"errors": errors}
 
     @classmethod
     def from_dict(cls, data: object) -> "ConversionRecord":
-        """Read the JSON form, believing nothing.
-
-        Raises:
-            PlanError: a wrong type or an unknown key.
-        """
-        if not isinstance(data, Mapping) or not set(data) <= _KEYS:
-            raise PlanError(f"'reparam.record' must be an object of {sorted(_KEYS)}, got {str(data)[:80]!r}")
+        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
+        known = sorted(f.name for f in fields(cls))
+        if not isinstance(data, Mapping) or not set(data) <= set(known):
+            raise PlanError(f"'reparam.record' must be an object of {known}, got {str(data)[:80]!r}")
         return cls(**data)
 
 
@@ -98,6 +83,5 @@ def _is_count(value: object) -> bool:
 
 
 def _is_error(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (number and 0 <= value < math.inf)  # type: ignore[operator]

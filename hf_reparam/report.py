@@ -1,17 +1,20 @@
 """What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeVar
 
 from hf_reparam.patterns import layer_kind
 
-__all__ = ["BARE", "LayerReport", "RefitReport", "Report", "SkippedReport"]
-
+__all__ = ["BARE", "LayerReport", "RefitReport", "Report", "SkippedReport", "aligned"]
 
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
+
+_HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
+_LEFT = ["left alone", "parameters", "why"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,11 @@ class RefitReport:
 
     def __str__(self) -> str:
         change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} per example"
-        reasons = dict.fromkeys(self.skipped.values())
-        names = {reason: [n for n, why in self.skipped.items() if why == reason] for reason in reasons}
-        left = [line for reason, found in names.items() for line in _line("not refitted:", found, f", {reason}")]
-        return "\n".join([f"refit:            {len(self.layers)} of {self.of} layers, {change}", *left])
+        lines = [f"refit:            {len(self.layers)} of {self.of} layers, {change}"]
+        for reason in dict.fromkeys(self.skipped.values()):
+            names = [name for name, why in self.skipped.items() if why == reason]
+            lines += _some("not refitted:", names, f", {reason}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -140,49 +144,49 @@ class Report:
 
     def to_markdown(self) -> str:
         """Two Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
-        left = [_markdown([_LEFT, *_fold_skipped(self.skipped)])] if self.skipped else []
+        left = [_markdown([_LEFT, *self._left_rows()])] if self.skipped else []
         return "\n\n".join([*self._headline(), self.layer_table(), *left])
 
     def layer_table(self) -> str:
         """The Markdown table of the layers alone."""
-        return _markdown([_HEADER, *_fold_layers(self.layers, self.metric)])
+        return _markdown([_HEADER, *self._layer_rows()])
 
     def __str__(self) -> str:
-        parts = ["\n".join(self._headline())]
-        if self.layers:
-            parts.append(_align([_HEADER, *_fold_layers(self.layers, self.metric)]))
-        if self.skipped:
-            parts.append(_align([_LEFT, *_fold_skipped(self.skipped)]))
-        return "\n\n".join(parts)
+        layers = [aligned([_HEADER, *self._layer_rows()])] if self.layers else []
+        left = [aligned([_LEFT, *self._left_rows()])] if self.skipped else []
+        return "\n\n".join(["\n".join(self._headline()), *layers, *left])
 
     def _headline(self) -> list[str]:
-        whole = f"whole model:      {_change(self.parameters_before, self.parameters_after)}"
-        if any(layer.rank is not None for layer in self.layers):
-            count = sum(layer.rank is not None for layer in self.layers)
-            layers = f"factored layers:  {_change(self.factored_before, self.factored_after)}"
-            refit = [f"refitted:         {self.refitted_layers} layers"] if self.refitted_layers else []
-            lines = [f"{self.model}: {count} low-rank layers ({self.metric})", layers, whole]
-            return [*lines, *self._exceptions(), *refit, *self._bare(), *self._dropped()]
-        whole = f"whole model:      {self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
-        found = f"{len(self.layers)} dense layers that can be converted" if self.layers else self._why_none()
-        return [f"{self.model}: {found}", whole, *self._bare(), *self._dropped()]
-
-    def _bare(self) -> list[str]:
-        """What to say where most of a model is in no layer: its experts, as a rule."""
+        count = sum(layer.rank is not None for layer in self.layers)
+        if count:
+            lines = [
+                f"{self.model}: {count} low-rank layers ({self.metric})",
+                f"factored layers:  {_change(self.factored_before, self.factored_after)}",
+                f"whole model:      {_change(self.parameters_before, self.parameters_after)}",
+                *self._exceptions(),
+            ]
+            if self.refitted_layers:
+                lines.append(f"refitted:         {self.refitted_layers} layers")
+        else:
+            found = f"{len(self.layers)} dense layers that can be converted" if self.layers else self._why_none()
+            whole = f"{self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
+            lines = [f"{self.model}: {found}", f"whole model:      {whole}"]
         bare = sum(item.parameters for item in self.skipped if item.reason.startswith(BARE))
-        if 2 * bare <= self.parameters_before:
-            return []
-        share = f"{bare / self.parameters_before:.0%} of the parameters"
-        return [f"bare parameters:  {share} are in no layer of their own (fused experts, as a rule) and stay"]
+        if 2 * bare > self.parameters_before:
+            share = f"{bare / self.parameters_before:.0%} of the parameters"
+            lines.append(f"bare parameters:  {share} are in no layer of their own (fused experts, as a rule) and stay")
+        if self.dropped:
+            lines.append(f"{len(self.dropped)} tensors of the source are not in the result: {_starts(self.dropped)}")
+        return lines
 
     def _exceptions(self) -> list[str]:
         """Layers of which the method or the error is not what one would expect."""
         other = {m: [x.name for x in self.layers if x.metric == m != self.metric] for m in ("svd", "activation")}
         again = [layer.name for layer in self.layers if layer.from_rank is not None]
         return [
-            *_line("no data:", other["svd"], ", by plain SVD"),
-            *_line("no gradient:", other["activation"], ", in the activation metric"),
-            *_line("converted again:", again, "; how far they are from their dense weights is not known"),
+            *_some("no data:", other["svd"], ", by plain SVD"),
+            *_some("no gradient:", other["activation"], ", in the activation metric"),
+            *_some("converted again:", again, "; how far they are from their dense weights is not known"),
         ]
 
     def _why_none(self) -> str:
@@ -190,50 +194,30 @@ class Report:
         reasons = ", ".join(f"{reason} (x{count})" for reason, count in counts.most_common(3))
         return f"no dense layer can be converted{reasons and ': '}{reasons}"
 
-    def _dropped(self) -> list[str]:
-        if not self.dropped:
-            return []
-        parts: dict[str, list[str]] = {}
-        for name in self.dropped:
-            parts.setdefault(name.partition(".")[0], []).append(name)
-        names = ", ".join(_common(group) for group in parts.values())
-        return [f"{len(self.dropped)} tensors of the source are not in the result: {names}"]
+    def _layer_rows(self) -> list[list[str]]:
+        def alike(x: LayerReport) -> tuple[object, ...]:
+            return x.kind, x.in_features, x.out_features, x.form, x.metric
+
+        return [[name, *_layer_cells(group, self.metric)] for name, group in _folded(self.layers, alike)]
+
+    def _left_rows(self) -> list[list[str]]:
+        groups = _folded(self.skipped, lambda item: item.reason)
+        return [[name, f"{sum(x.parameters for x in group):,}", group[0].reason] for name, group in groups]
 
 
-_HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
-_LEFT = ["left alone", "parameters", "why"]
+R = TypeVar("R", LayerReport, SkippedReport)
 
 
-def _common(names: Sequence[str]) -> str:
-    """What names have in common: `mtp.layers.*` for `mtp.layers.0.weight` and `mtp.layers.1.weight`."""
-    if len(names) == 1:
-        return names[0]
-    first, last = min(names).split("."), max(names).split(".")
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return ".".join([*first[:same], "*"])
+def _folded(rows: Sequence[R], alike: Callable[[R], object]) -> list[tuple[str, list[R]]]:
+    """Rows of layers that repeat in a model and are alike, with the name that they have together."""
+    groups: dict[tuple[str, object], list[R]] = {}
+    for row in rows:
+        groups.setdefault((layer_kind(row.name), alike(row)), []).append(row)
+    return [(g[0].name if len(g) == 1 else f"{kind} (x{len(g)})", g) for (kind, _), g in groups.items()]
 
 
-def _change(before: int, after: int) -> str:
-    share = f" ({after / before:.1%})" if before else ""
-    return f"{before:,} -> {after:,} parameters{share}"
-
-
-def _line(title: str, names: Sequence[str], text: str) -> list[str]:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{title:<18}{len(names)} layers{text}: {', '.join(names[:3])}{more}"] if names else []
-
-
-def _fold_layers(layers: Iterable[LayerReport], method: str) -> list[list[str]]:
-    groups: dict[tuple[object, ...], list[LayerReport]] = {}
-    for layer in layers:
-        key = (layer_kind(layer.name), layer.kind, layer.in_features, layer.out_features, layer.form, layer.metric)
-        groups.setdefault(key, []).append(layer)
-    return [_layer_row(group, method) for group in groups.values()]
-
-
-def _layer_row(group: list[LayerReport], method: str) -> list[str]:
+def _layer_cells(group: list[LayerReport], method: str) -> list[str]:
     first = group[0]
-    name = first.name if len(group) == 1 else f"{layer_kind(first.name)} (x{len(group)})"
     before, after = sum(x.parameters_before for x in group), sum(x.parameters_after for x in group)
     errors = [x.error for x in group if x.error is not None]
     error = _range(errors, ".3f") if errors else "-"
@@ -241,7 +225,7 @@ def _layer_row(group: list[LayerReport], method: str) -> list[str]:
     rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
     rank += f" {first.form}" if first.form not in (None, "pair") else ""
     count = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
-    return [name, first.kind, f"{first.in_features} x {first.out_features}", rank, count, error]
+    return [first.kind, f"{first.in_features} x {first.out_features}", rank, count, error]
 
 
 def _range(values: Sequence[float], style: str) -> str:
@@ -249,15 +233,25 @@ def _range(values: Sequence[float], style: str) -> str:
     return low if low == high else f"{low}..{high}"
 
 
-def _fold_skipped(skipped: Iterable[SkippedReport]) -> list[list[str]]:
-    groups: dict[tuple[str, str], list[SkippedReport]] = {}
-    for item in skipped:
-        groups.setdefault((layer_kind(item.name), item.reason), []).append(item)
-    rows = []
-    for group in groups.values():
-        name = group[0].name if len(group) == 1 else f"{layer_kind(group[0].name)} (x{len(group)})"
-        rows.append([name, f"{sum(x.parameters for x in group):,}", group[0].reason])
-    return rows
+def _change(before: int, after: int) -> str:
+    share = f" ({after / before:.1%})" if before else ""
+    return f"{before:,} -> {after:,} parameters{share}"
+
+
+def _some(title: str, names: Sequence[str], text: str) -> list[str]:
+    """A line that names three of the layers; none without layers."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{title:<18}{len(names)} layers{text}: {', '.join(names[:3])}{more}"] if names else []
+
+
+def _starts(names: Sequence[str]) -> str:
+    """What names have in common: `mtp.layers.*` for `mtp.layers.0.weight` and `mtp.layers.1.weight`."""
+    groups: dict[str, list[list[str]]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name.split("."))
+    same = (takewhile(lambda parts: len({*parts}) == 1, zip(*group, strict=False)) for group in groups.values())
+    ends = ([] if len(group) == 1 else ["*"] for group in groups.values())
+    return ", ".join(".".join([*(part for part, *_ in parts), *end]) for parts, end in zip(same, ends, strict=True))
 
 
 def _markdown(rows: list[list[str]]) -> str:
@@ -265,7 +259,8 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *body])
 
 
-def _align(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def aligned(rows: list[list[str]]) -> str:
+    """A table in plain text, a line under its first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * min(len(max(lines, key=len)), 120), *lines[1:]])
+    return "\n".join([lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]])
