@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import TextIO
+from typing import Any
 
 import transformers
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its list
@@ -19,10 +19,6 @@ from hf_reparam.report import Report
 
 __all__ = ["main"]
 
-_RANK_HELP = (
-    "an integer (64), a fraction of min(in, out) (0.25), or PATTERN=RANK ('*.query=32'); repeat it for several "
-    "patterns, the first that matches a layer decides"
-)
 _EXAMPLES = {
     "convert": """examples:
   hf-reparam convert SRC OUT --keep 0.6 --calibration TEXTS.txt
@@ -37,26 +33,64 @@ _EXAMPLES = {
   hf-reparam inspect OUT --json""",
 }
 _PATTERN = "the end of a name (query), a glob ('*.layer.0.*') or 're:' and a regular expression; may be repeated"
+_SWITCH = {"action": "store_true", "default": None}
 
-# options that are fields of LowRankConfig
-_FLAGS = {
-    "embeddings": "with a budget, choose a rank for the input embeddings, too",
-    "heads": "with a budget and --calibration, heads may become narrower where that is better",
-    "allow-larger": "with --rank, convert layers that do not become smaller, too",
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def _rank(text: str) -> tuple[str | None, int | float]:
+    pattern, _, number = text.rpartition("=")
+    try:
+        return pattern or None, _number(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer, fraction or PATTERN=RANK") from None
+
+
+_SIZES: Options = {
+    "rank": {
+        "metavar": "RANK",
+        "action": "append",
+        "type": _rank,
+        "help": "an integer (64), a fraction of min(in, out) (0.25), or PATTERN=RANK ('*.query=32'); repeat it for "
+        "several patterns, the first that matches a layer decides",
+    },
+    "keep": {"metavar": "SHARE", "type": float, "help": "share of the targeted layers' weights, in (0, 1]"},
+    "target-params": {"metavar": "N", "type": _number, "help": "parameters of the whole model, or a share (0.7)"},
 }
-_CHOICES = {
-    "form": (FORMS, "pair (default with --rank) or pivoted (default otherwise)"),
-    "metric": (METRICS, "in which factors are best; the richest that the data serve by default"),
-    "allocation": (ALLOCATIONS, "how a budget is shared among layers"),
-    "solver": (SOLVERS, "randomized: faster for small ranks"),
+_READING: Options = {
+    "calibration": {"metavar": "FILE", "help": "texts, one a line, or a calibration (.safetensors, or a folder)"},
+    "max-length": {"metavar": "TOKENS", "type": int, "help": "of a text in one row, the rest makes more rows (512)"},
+    "max-samples": {"metavar": "N", "type": int, "help": "use the first N texts"},
 }
-_NUMBERS = {
-    "multiple-of": "with a budget, ranks are multiples of this (1)",
-    "min-rank": "with a budget, choose no lower rank (8)",
+_ASKED: Options = {  # fields of LowRankConfig, as sizes are
+    "embeddings": {**_SWITCH, "help": "with a budget, choose a rank for the input embeddings, too"},
+    "heads": {**_SWITCH, "help": "with a budget and --calibration, heads may become narrower where that is better"},
+    "allow-larger": {**_SWITCH, "help": "with --rank, convert layers that do not become smaller, too"},
+    "form": {"choices": FORMS, "help": "pair (default with --rank) or pivoted (default otherwise)"},
+    "metric": {"choices": METRICS, "help": "in which factors are best; the richest that the data serve by default"},
+    "allocation": {"choices": ALLOCATIONS, "help": "how a budget is shared among layers"},
+    "solver": {"choices": SOLVERS, "help": "randomized: faster for small ranks"},
+    "multiple-of": {"metavar": "N", "type": int, "help": "with a budget, ranks are multiples of this (1)"},
+    "min-rank": {"metavar": "N", "type": int, "help": "with a budget, choose no lower rank (8)"},
+    "target-modules": {"metavar": "PATTERN", "action": "append", "help": f"layers to convert: {_PATTERN}"},
+    "exclude-modules": {"metavar": "PATTERN", "action": "append", "help": "layers to leave alone; likewise"},
 }
-_PATTERNS = {
-    "target-modules": f"layers to convert: {_PATTERN}",
-    "exclude-modules": "layers to leave alone; likewise",
+_WORK: Options = {
+    "refit": {**_SWITCH, "help": "fit the factors once more on the texts; slower, better"},
+    "max-memory": {"metavar": "SIZE", "help": "memory for moments, such as 8GB; more passes over the data"},
+    "remote-code": {**_SWITCH, "help": "OUT also loads where hf_reparam is not installed, if code is trusted"},
+}
+_WRITING: Options = {
+    "stream": {
+        "action": "store_true",
+        "help": "layer by layer from file to file, for models that exceed memory; goes on where a broken run stopped",
+    },
+    "max-shard-size": {"metavar": "SIZE", "help": "of the files written (500MB with --stream, else 50GB)"},
+    "force": {**_SWITCH, "help": "replace OUT if it exists"},
 }
 
 
@@ -73,16 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             disable_progress_bars()
         code, text = _run(args)
         if is_first():
-            _print(text, sys.stderr if code else sys.stdout)
+            stream = sys.stderr if code else sys.stdout
+            try:
+                print(text, file=stream, flush=True)
+            except BrokenPipeError:  # the reader has gone, as in `| head`; Python flushes once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
-
-
-def _print(text: str, stream: TextIO) -> None:
-    """Print; quietly not if the reader has gone, as in `| head`."""
-    try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes once more when it ends
 
 
 def _run(args: argparse.Namespace) -> tuple[int, str]:
@@ -111,123 +141,51 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf-reparam')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    convert = _command(commands, "convert", _convert, "convert SRC and save the result in OUT")
-    convert.add_argument("out", metavar="OUT", help="folder to make")
-    size = convert.add_mutually_exclusive_group(required=True)
-    size.add_argument("--rank", metavar="RANK", action="append", type=_rank, help=_RANK_HELP)
-    size.add_argument("--keep", metavar="SHARE", type=float, help="share of the targeted layers' weights, in (0, 1]")
-    size.add_argument(
-        "--target-params", metavar="N", type=_number, help="parameters of the whole model: an integer, or a share (0.7)"
-    )
-    convert.add_argument(
-        "--calibration", metavar="FILE", help="texts, one a line, or a calibration (.safetensors, or a folder of them)"
-    )
-    convert.add_argument(
-        "--max-length", metavar="TOKENS", type=int, help="of a text in one row, the rest goes into further rows (512)"
-    )
-    convert.add_argument("--max-samples", metavar="N", type=int, help="use the first N texts")
-    for option, text in _FLAGS.items():
-        convert.add_argument(f"--{option}", action="store_true", default=None, help=text)
-    for option, (choices, text) in _CHOICES.items():
-        convert.add_argument(f"--{option}", choices=choices, help=text)
-    for option, text in _NUMBERS.items():
-        convert.add_argument(f"--{option}", metavar="N", type=int, help=text)
-    for option, text in _PATTERNS.items():
-        convert.add_argument(f"--{option}", metavar="PATTERN", action="append", help=text)
-    convert.add_argument("--refit", action="store_true", help="fit the factors once more on the texts; slower, better")
-    convert.add_argument(
-        "--max-memory", metavar="SIZE", help="memory for moments, such as 8GB; more passes over the data"
-    )
-    convert.add_argument(
-        "--remote-code",
-        action="store_true",
-        help="OUT also loads where hf_reparam is not installed, if code is trusted",
-    )
-    _writing(convert)
+    def command(name: str, run: Callable[[argparse.Namespace], Report], text: str, options: Options) -> None:
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run)
+        made.add_argument("source", metavar="SRC", help="model folder or Hub id")
+        made.add_argument("--json", action="store_true", help="print the report as JSON")
+        made.add_argument("--quiet", action="store_true", help="no progress bars")
+        if options:
+            made.add_argument("out", metavar="OUT", help="folder to make")
+        size = made.add_mutually_exclusive_group(required=True) if name == "convert" else made
+        for option, settings in options.items():
+            (size if option in _SIZES else made).add_argument(f"--{option}", **settings)
 
-    merge = _command(commands, "merge", _merge, "multiply the factors of SRC out and save the dense model in OUT")
-    merge.add_argument("out", metavar="OUT", help="folder to make")
-    _writing(merge)
-
-    _command(
-        commands, "inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights"
-    )
+    options = {**_SIZES, **_READING, **_ASKED, **_WORK, **_WRITING}
+    command("convert", _convert, "convert SRC and save the result in OUT", options)
+    command("merge", _merge, "multiply the factors of SRC out and save the dense model in OUT", _WRITING)
+    command("inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights", {})
     return parser
-
-
-def _command(commands, name, run, text):  # type: ignore[no-untyped-def]  # argparse's own types are private
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=_EXAMPLES[name],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="SRC", help="model folder or Hub id")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _writing(parser: argparse.ArgumentParser) -> None:
-    """Options of commands that write a model."""
-    parser.add_argument(
-        "--stream",
-        action="store_true",
-        help="layer by layer from file to file, for models that exceed memory; goes on where a broken run stopped",
-    )
-    parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="of the files written (500MB with --stream, else 50GB)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
 def _convert(args: argparse.Namespace) -> Report:
-    rank = None
+    asked = _given(args, {**_SIZES, **_ASKED})
     if args.rank is not None:
         plain = [value for pattern, value in args.rank if pattern is None]
         if plain and len(args.rank) > 1:
             _parser().error("--rank: give one number, or PATTERN=RANK several times")
-        rank = plain[0] if plain else dict(args.rank)
-    options = {"rank": rank, "keep": args.keep, "target_params": args.target_params}
-    options |= {name: getattr(args, name) for name in map(_field, (*_FLAGS, *_CHOICES, *_NUMBERS, *_PATTERNS))}
-    return convert_folder(
-        args.source,
-        args.out,
-        LowRankConfig(**{name: value for name, value in options.items() if value is not None}),
-        calibration=args.calibration,
-        max_length=args.max_length,
-        max_samples=args.max_samples,
-        max_memory=args.max_memory,
-        refit=args.refit,
-        stream=args.stream,
-        max_shard_size=args.max_shard_size,
-        remote_code=args.remote_code,
-        force=args.force,
-    )
-
-
-def _field(option: str) -> str:
-    """The field of `LowRankConfig` that an option of the command line is."""
-    return option.replace("-", "_")
+        asked["rank"] = plain[0] if plain else dict(args.rank)
+    options = _given(args, {**_READING, **_WORK, **_WRITING})
+    return convert_folder(args.source, args.out, LowRankConfig(**asked), **options)
 
 
 def _merge(args: argparse.Namespace) -> Report:
-    return merge_folder(args.source, args.out, stream=args.stream, max_shard_size=args.max_shard_size, force=args.force)
+    return merge_folder(args.source, args.out, **_given(args, _WRITING))
 
 
 def _inspect(args: argparse.Namespace) -> Report:
     return inspect_folder(args.source)
 
 
-def _number(text: str) -> int | float:
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
-def _rank(text: str) -> tuple[str | None, int | float]:
-    pattern, _, number = text.rpartition("=")
-    try:
-        return pattern or None, _number(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer, fraction or PATTERN=RANK") from None
+def _given(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """The options that were given, by the names that they have in Python."""
+    values = {name: getattr(args, name) for name in (option.replace("-", "_") for option in options)}
+    return {name: value for name, value in values.items() if value is not None}
