@@ -1,6 +1,5 @@
 """The configuration: what is asked of a conversion. Frozen, valid in itself, JSON in and out."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,8 +18,7 @@ ALLOCATIONS = ("global", "uniform")
 SOLVERS = ("exact", "randomized")
 
 _CHOICES = {"form": FORMS, "metric": METRICS, "allocation": ALLOCATIONS, "solver": SOLVERS}
-_OF_BUDGETS = {"allocation": None, "multiple_of": 1, "min_rank": 8, "embeddings": False, "heads": False}
-"""Options that say how a budget is spent, with their defaults."""
+_OF_BUDGETS = {"allocation": None, "multiple_of": 1, "min_rank": 8, "embeddings": False, "heads": False}  # defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ class LowRankConfig:
     @property
     def sized(self) -> bool:
         """Whether it has a size."""
-        return not (self.rank is None and self.keep is None and self.target_params is None)
+        return any(size is not None for size in (self.rank, self.keep, self.target_params))
 
     @property
     def stored_form(self) -> str:
@@ -119,44 +117,46 @@ class LowRankConfig:
         return cls(**data)
 
     @classmethod
-    def asked(cls, config: "LowRankConfig | None", **sizes: Any) -> "LowRankConfig":
-        """A configuration, or one of a size alone; TargetError for both, or for neither."""
-        given = {key: value for key, value in sizes.items() if value is not None}
+    def asked(
+        cls,
+        config: "LowRankConfig | None",
+        *,
+        rank: Rank | None = None,
+        keep: float | None = None,
+        target_params: int | float | None = None,
+    ) -> "LowRankConfig":
+        """A configuration with one size, its own or one beside it; TargetError for none or several."""
         if config is not None and not isinstance(config, cls):
             raise TargetError(f"give a LowRankConfig or a RankPlan, got {type(config).__name__}")
+        sizes = {"rank": rank, "keep": keep, "target_params": target_params}
+        given = {name: size for name, size in sizes.items() if size is not None}
         if (config is not None and config.sized) + len(given) != 1:
             raise TargetError("give exactly one size: rank, keep, target_params, a plan or a LowRankConfig with one")
         return cls(**({} if config is None else config.to_dict()) | given)
 
 
 def _check_sizes(config: LowRankConfig) -> None:
-    sizes = [config.rank, config.keep, config.target_params]
-    if sum(size is not None for size in sizes) > 1:
+    rank, keep, target = config.rank, config.keep, config.target_params
+    if sum(size is not None for size in (rank, keep, target)) > 1:
         raise RankError("give one of rank, keep and target_params")
-    if isinstance(config.rank, Mapping):
-        as_patterns(config.rank, "rank")
-        if not config.rank:
+    ranks: dict[str, Any] = {} if rank is None else {"rank": rank}
+    if isinstance(rank, Mapping):
+        as_patterns(rank, "rank")
+        if not rank:
             raise RankError("rank is an empty mapping; give at least one pattern, such as {'query': 32}")
-        for pattern, value in config.rank.items():
-            _check_rank(value, f"rank[{pattern!r}]")
-    elif config.rank is not None:
-        _check_rank(config.rank, "rank")
-    keep, target = config.keep, config.target_params
-    if keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+        ranks = {f"rank[{pattern!r}]": value for pattern, value in rank.items()}
+    for where, value in ranks.items():
+        if not (_is_int(value) and value >= 1) and not _is_share(value):
+            raise RankError(
+                f"{where} must be an int of at least 1, or a float in (0, 1] for that fraction of min(in, out), got "
+                f"{value!r}"
+            )
+    if keep is not None and not _is_share(keep):
         raise RankError(f"keep must be in (0, 1], the share of the targeted layers' weights, got {keep!r}")
-    if target is not None and not (_is_int(target) or (_is_number(target) and 0 < target <= 1)):
+    if target is not None and not _is_int(target) and not _is_share(target):
         raise RankError(
             "target_params must be an int, the parameters of the whole model, or a float in (0, 1] for that share of "
             f"them, got {target!r}"
-        )
-
-
-def _check_rank(value: object, where: str) -> None:
-    whole = _is_int(value) and value >= 1  # type: ignore[operator]
-    if not whole and not (isinstance(value, float) and math.isfinite(value) and 0 < value <= 1):
-        raise RankError(
-            f"{where} must be an int of at least 1, or a float in (0, 1] for that fraction of min(in, out), got "
-            f"{value!r}"
         )
 
 
@@ -178,5 +178,5 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
