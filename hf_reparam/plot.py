@@ -15,6 +15,7 @@ from hf_reparam.model.host import opened
 from hf_reparam.model.sites import Found, select
 from hf_reparam.patterns import layer_kind
 from hf_reparam.plan import RankPlan
+from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 
 __all__ = ["frontier", "ranks", "spectrum"]
@@ -35,10 +36,7 @@ def spectrum(
         calibration: what `calibrate` returned; None for the weights alone.
         names: layers to draw, names as in a plan; None for all, with one colour for layers of one kind.
         plan: marks the ranks that it gives them.
-        ax: matplotlib Axes to draw into; None for a new figure.
-
-    Returns:
-        The Axes.
+        ax: matplotlib Axes to draw into, and returned; None for a new figure.
 
     Raises:
         TargetError: there is no such layer.
@@ -70,28 +68,12 @@ def spectrum(
     return ax
 
 
-def _left_out(found: Found, source: Source) -> list[float]:
-    """Relative error of rank 0, 1, 2 ... in the metric; of a layer without data that of its weight."""
-    site = found.site
-
-    def squares_in(metric: Source) -> Tensor | None:
-        return metric.losses(found.name, lambda: dense_matrix(site.module), centred=site.others > 0)
-
-    squares: Any = squares_in(source)
-    squares = squares_in(Source("svd")) if squares is None else squares
-    tail = squares.sum() - squares.cumsum(0)
-    return [1.0, *((tail.clamp_min(0) / squares.sum()) ** 0.5).tolist()]
-
-
 def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
     """A heat map of a plan: a row for each layer of the model, a column for each kind of dense layer, the rank inside.
 
     Args:
-        plan: from `make_plan`; layers that it leaves dense are blank.
-        ax: matplotlib Axes to draw into; None for a new figure.
-
-    Returns:
-        The Axes.
+        plan: from `make_plan`; layers that it leaves dense are blank. Its embeddings and heads are not drawn.
+        ax: matplotlib Axes to draw into, and returned; None for a new figure.
 
     Raises:
         PlanError: the plan names no layer.
@@ -101,21 +83,23 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
     >>> ranks(RankPlan({"h.0.fc": Entry(4), "h.1.fc": Entry(8)})).get_title()
     'ranks: 4 to 8'
     """
-    if not plan.modules:
+    layers = plan.of(tuple(form for structure in STRUCTURES if structure.option is None for form in structure.forms))
+    if not layers:
         raise PlanError("the plan makes no layer low-rank: there is nothing to draw")
-    kinds = list(dict.fromkeys(map(layer_kind, plan.modules)))
-    where = {name: ".".join(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) or "-" for name in plan.modules}
+    kinds = list(dict.fromkeys(map(layer_kind, layers)))
+    where = {name: ".".join(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) or "-" for name in layers}
     rows = sorted(set(where.values()), key=lambda row: [int(part) for part in row.split(".") if part != "-"])
-    place = {name: (rows.index(where[name]), kinds.index(layer_kind(name))) for name in plan.modules}
-    every = [spec.rank for spec in plan.modules.values()]
+    every = [entry.rank for entry in layers.values()]
     table = [[math.nan] * len(kinds) for _ in rows]
     ax = _axes(ax, (1.5 + 0.75 * len(kinds), 2.2 + 0.3 * len(rows)))
-    for name, (i, j) in place.items():
-        table[i][j] = rank = plan.modules[name].rank
-        color = "white" if rank < 0.6 * max(every) else "black"
-        ax.text(j, i, str(rank), ha="center", va="center", fontsize=8, color=color)
+    for name, entry in layers.items():
+        i, j = rows.index(where[name]), kinds.index(layer_kind(name))
+        table[i][j] = entry.rank
+        color = "white" if entry.rank < 0.6 * max(every) else "black"
+        ax.text(j, i, str(entry.rank), ha="center", va="center", fontsize=8, color=color)
     image = ax.imshow(table, aspect="auto", cmap="viridis", vmin=0)
-    ax.set_xticks(range(len(kinds)), [_short(kind) for kind in kinds], rotation=40, ha="right", fontsize=8)
+    short = [kind.rpartition("*.")[2] for kind in kinds]  # what follows the layer's number
+    ax.set_xticks(range(len(kinds)), short, rotation=40, ha="right", fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.set_ylabel("layer")
     ax.set_title(f"ranks: {min(every)} to {max(every)}", fontsize=10)
@@ -129,10 +113,7 @@ def frontier(results: Mapping[str, Mapping[float, float]], *, score: str = "scor
     Args:
         results: method -> {size: score}, such as {"svd": {0.8: 0.70, 0.4: 0.55}}.
         score: what the scores are, for the axis.
-        ax: matplotlib Axes to draw into; None for a new figure.
-
-    Returns:
-        The Axes.
+        ax: matplotlib Axes to draw into, and returned; None for a new figure.
 
     Raises:
         TargetError: there is nothing to draw.
@@ -166,10 +147,14 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
     return pyplot.subplots(figsize=size, layout="constrained")[1]
 
 
-def _short(kind: str) -> str:
-    """The part of a kind that tells it from others: what follows the layer's number.
+def _left_out(found: Found, source: Source) -> list[float]:
+    """Relative error of rank 0, 1, 2 ... in the metric; of a layer without data that of its weight."""
+    site = found.site
 
-    >>> _short("encoder.layer.*.attention.self.query"), _short("pooler.dense")
-    ('attention.self.query', 'pooler.dense')
-    """
-    return kind.rpartition("*.")[2]
+    def squares_in(metric: Source) -> Tensor | None:
+        return metric.losses(found.name, lambda: dense_matrix(site.module), centred=site.others > 0)
+
+    squares: Any = squares_in(source)
+    squares = squares_in(Source("svd")) if squares is None else squares
+    tail = squares.sum() - squares.cumsum(0)
+    return [1.0, *((tail.clamp_min(0) / squares.sum()) ** 0.5).tolist()]

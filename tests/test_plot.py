@@ -44,15 +44,17 @@ def test_spectrum_in_a_metric_of_data_is_what_conversion_reports(metric):
 
 def test_ranks_puts_every_rank_in_its_place():
     specs = {"h.0.a": Entry(2), "h.1.a": Entry(3), "h.10.b": Entry(5), "pooler.dense": Entry(7)}
-    ax = plot.ranks(RankPlan(specs))
+    wide = {"h.0": Entry(64, "heads"), "wte": Entry(999, "table")}  # no ranks of layers
+    ax = plot.ranks(RankPlan({**wide, **specs}))
     rows = [label.get_text() for label in ax.get_yticklabels()]
     columns = [label.get_text() for label in ax.get_xticklabels()]
     assert rows == ["-", "0", "1", "10"]
     assert columns == ["a", "b", "pooler.dense"]
     shown = {(rows[int(t.get_position()[1])], columns[int(t.get_position()[0])]): t.get_text() for t in ax.texts}
+    assert ax.get_title() == "ranks: 2 to 7"
     assert shown == {("0", "a"): "2", ("1", "a"): "3", ("10", "b"): "5", ("-", "pooler.dense"): "7"}
     with pytest.raises(PlanError, match="nothing to draw"):
-        plot.ranks(RankPlan())
+        plot.ranks(RankPlan(wide))
 
 
 def test_ranks_of_a_real_plan_and_own_axes():
