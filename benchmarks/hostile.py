@@ -222,7 +222,7 @@ def _built(folder: Path) -> str:
 
 def whole(folder: Path, stored: dict[str, torch.Tensor]) -> str:
     """Load a folder; "loaded" if every tensor of the model is the stored one."""
-    model = load(folder)
+    model = load(folder)[0]
     for name, tensor in model.state_dict().items():
         if name not in stored or not torch.equal(tensor, stored[name].to(tensor.dtype)):
             return WRONG

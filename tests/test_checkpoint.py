@@ -68,14 +68,14 @@ def hidden(folder):
 @pytest.mark.parametrize(("base", "form"), FAMILIES)
 def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
     source = saved(base, tmp_path / "dense")
-    hf_reparam.convert(load(source), LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path / "direct")
+    hf_reparam.convert(load(source)[0], LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path / "direct")
     report = hf_reparam.convert_folder(
         source, tmp_path / "out", LowRankConfig(rank=6, form=form), max_shard_size="20KB"
     )
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert report.factored_after < report.factored_before
-    hf_reparam.merge(load(tmp_path / "out")).save_pretrained(tmp_path / "direct-merged")
+    hf_reparam.merge(load(tmp_path / "out")[0]).save_pretrained(tmp_path / "direct-merged")
     hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged")
     assert_same_folder(tmp_path / "direct-merged", tmp_path / "merged")
     assert hidden(tmp_path) == []
@@ -83,7 +83,7 @@ def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
 
 def test_half_precision(tmp_path):
     source = saved("LlamaForCausalLM", tmp_path / "dense", torch.bfloat16)
-    hf_reparam.convert(load(source), rank=6).save_pretrained(tmp_path / "direct")
+    hf_reparam.convert(load(source)[0], rank=6).save_pretrained(tmp_path / "direct")
     hf_reparam.convert_folder(source, tmp_path / "out", rank=6)
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
@@ -93,14 +93,14 @@ def test_the_index_lists_every_tensor(tmp_path, bert):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(tmp_path / "out").keys()
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
-    direct = hf_reparam.convert(load(bert), rank=6)
+    direct = hf_reparam.convert(load(bert)[0], rank=6)
     batch = zoo.BY_BASE["BertForMaskedLM"].batch()
     assert all(map(torch.equal, zoo.outputs(model, batch), zoo.outputs(direct, batch)))
 
 
 @pytest.mark.slow
 def test_by_size_with_moments(tmp_path, bert):
-    model = load(bert)
+    model = load(bert)[0]
     moments = hf_reparam.calibrate(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
     moments.save(tmp_path / "moments.safetensors")
     direct = hf_reparam.convert(model, keep=0.5, calibration=moments)
@@ -133,7 +133,7 @@ def gpt2(tmp_path):
 def test_with_texts(tmp_path, gpt2, stream):
     tokenizer = load_tokenizer(gpt2)
     lines = (tmp_path / "texts.txt").read_text().splitlines()
-    direct = hf_reparam.convert(load(gpt2), keep=0.5, calibration=lines, tokenizer=tokenizer)
+    direct = hf_reparam.convert(load(gpt2)[0], keep=0.5, calibration=lines, tokenizer=tokenizer)
     direct.save_pretrained(tmp_path / "direct")
     options = {"keep": 0.5, "calibration": tmp_path / "texts.txt", "max_memory": "200KB", "stream": stream}
     hf_reparam.convert_folder(gpt2, tmp_path / "out", **options)
@@ -182,7 +182,7 @@ def test_a_broken_run_goes_on(tmp_path, bert, monkeypatch):
     made = breaking_after(99, monkeypatch)
     report = hf_reparam.convert_folder(bert, out, rank=6)
     assert len(made) == len(report.layers) - 5
-    direct = hf_reparam.convert(load(bert), rank=6)
+    direct = hf_reparam.convert(load(bert)[0], rank=6)
     expected = hf_reparam.report(direct)
     direct.save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", out)
@@ -214,7 +214,7 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
             hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
     between(bert)
     hf_reparam.convert_folder(bert, tmp_path / "out", **options)
-    hf_reparam.convert(load(bert), **options).save_pretrained(tmp_path / "direct")
+    hf_reparam.convert(load(bert)[0], **options).save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
 
@@ -241,7 +241,7 @@ def test_kill_and_go_on(tmp_path, bert):
     left = [p for p in (tmp_path / hidden(tmp_path)[0] / "layers" / "pair").iterdir() if (p / "layer.json").exists()]
     assert len(left) >= 5  # one of the first run at least, four of the second
     launch("-m", "hf_reparam", *options, processes=1)
-    hf_reparam.convert(load(bert), rank=6).save_pretrained(tmp_path / "direct")
+    hf_reparam.convert(load(bert)[0], rank=6).save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert hidden(tmp_path) == []
 
@@ -326,7 +326,7 @@ def test_older_formats_are_read(tmp_path):
     model.config.save_pretrained(tmp_path / "dense")
     torch.save(model.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
     hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=6)
-    hf_reparam.convert(load(tmp_path / "dense"), rank=6).save_pretrained(tmp_path / "direct")
+    hf_reparam.convert(load(tmp_path / "dense")[0], rank=6).save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
 

@@ -40,7 +40,7 @@ def tensors(model):
 def test_new_layers_stay_in_a_folder(tmp_path, case, form):
     """Of a model that is on disk itself."""
     case.build().save_pretrained(tmp_path / "dense")
-    model, expected = load(tmp_path / "dense", offload_folder=tmp_path / "scratch"), load(tmp_path / "dense")
+    model, expected = load(tmp_path / "dense", offload_folder=tmp_path / "scratch")[0], load(tmp_path / "dense")[0]
     expected = convert(expected, LowRankConfig(rank=6, form=form))
     small = convert(model, LowRankConfig(rank=6, form=form), inplace=True, workdir=tmp_path / "layers")
     low = {name: m for name, m in small.named_modules() if isinstance(m, LowRankLinear)}
@@ -130,7 +130,7 @@ def test_failure_leaves_neither_folders_nor_changes(temporary, monkeypatch):
 def test_calibrating_on_disk_keeps_ties_and_counts(tmp_path, base):
     case = zoo.BY_BASE[base]
     case.build().save_pretrained(tmp_path / "dense")
-    model, in_memory = load(tmp_path / "dense", offload_folder=tmp_path / "scratch"), load(tmp_path / "dense")
+    model, in_memory = load(tmp_path / "dense", offload_folder=tmp_path / "scratch")[0], load(tmp_path / "dense")[0]
     assert hf_reparam.report(model).to_dict() == hf_reparam.report(in_memory).to_dict()
     moments = hf_reparam.calibrate(model, [case.batch()])
     assert hf_reparam.report(model).to_dict() == hf_reparam.report(in_memory).to_dict()

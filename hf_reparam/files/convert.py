@@ -21,15 +21,7 @@ from hf_reparam.compress.merge import merge
 from hf_reparam.compress.planning import make_plan
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import CheckpointError, TargetError
-from hf_reparam.files.folder import (
-    copy_companions,
-    load_all,
-    load_tokenizer,
-    locate,
-    model_place,
-    new_folder,
-    skeleton,
-)
+from hf_reparam.files.folder import copy_companions, load, load_tokenizer, locate, model_place, new_folder, skeleton
 from hf_reparam.layers.processes import alone, is_first, own_share, wait_for_all
 from hf_reparam.linalg import Calibration, fingerprint
 from hf_reparam.model.card import model_card
@@ -40,7 +32,7 @@ from hf_reparam.report import Report
 
 __all__ = ["convert_folder", "inspect_folder", "merge_folder"]
 
-_STREAMED_SHARD = "500MB"
+_SHARD = {True: "500MB", False: "50GB"}  # when streaming, one is held in memory at a time
 
 
 def convert_folder(
@@ -63,13 +55,11 @@ def convert_folder(
 ) -> Report:
     """Convert a model folder into another, layer by layer: the model need not fit in memory.
 
-    Every weight stays in the source's files until its layer's turn, and every new layer goes to a work folder beside
-    `out`, from which the result is put together at the end. `out` appears whole or not at all. A run that was broken
-    off goes on where it stopped when it is started again with the same arguments on the same files. The tensors are
-    those that loading, `convert` and `save_pretrained` would give. Files beside the weights (tokenizer, pooling and
-    dense modules of sentence-transformers) are copied; tensors that the model's class does not load are not, and the
-    report names them. In a distributed run (`accelerate launch`) every process has to call this: texts and layers are
-    shared out, and the first process writes.
+    The tensors are those that loading, `convert` and `save_pretrained` would give. `out` appears whole or not at all. A
+    run that was broken off goes on where it stopped when it is started again with the same arguments on the same files.
+    Files beside the weights (tokenizer, pooling and dense modules of sentence-transformers) are copied; tensors that
+    the model's class does not load are not, and the report names them. In a distributed run (`accelerate launch`) every
+    process has to call this: texts and layers are shared out, and the first process writes.
 
     Args:
         source: a folder, or a Hub id; one of sentence-transformers may hold the model in a subfolder.
@@ -97,59 +87,13 @@ def convert_folder(
     layer in float64, in the metric of calibration data its moments, too, or two shards; at least twice the largest
     tensor.
     """
-    folder, target = _open(source, Path(out), force)
+    folder = _open(source, Path(out), force)
     place = model_place(folder)
-    _check_sizes(max_memory=max_memory, max_shard_size=max_shard_size)
+    _check_size("max_memory", max_memory)
+    _check_size("max_shard_size", max_shard_size)
     reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
     known, texts = _calibration(calibration)
-    _check_options(texts, reading, refit=refit, stream=stream)
-    plan = config if isinstance(config, RankPlan) else None
-    asked = LowRankConfig()
-    if not isinstance(config, RankPlan):
-        asked = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params)
-    elif any(size is not None for size in (rank, keep, target_params)):
-        raise TargetError("give exactly one size: a plan has ranks of its own")
-    reading["tokenizer"] = None if texts is None else load_tokenizer(place)
-    options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples]
-    same_work = _fingerprint(folder, known if texts is None else None, texts, options) if stream else None
-    with _work_folder(target, same_work, force) as work:
-        model, dropped = load_all(place, offload_folder=work / "source" if stream else None)
-        if not os.path.isdir(source):
-            model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
-        if texts is not None:
-            known = _calibrate(model, texts, reading, max_memory, work, asked, plan, shared=stream)
-        elif known is not None and not isinstance(known, Calibration):
-            known = Calibration.load(known)
-        plan = plan or _plan(model, asked, known, work)
-        layers = work / "layers" if stream else None
-        small = convert(model, plan, calibration=known, inplace=not refit, workdir=layers)
-        if refit and texts is not None:
-            refit_factors(small, model, texts, calibration=known, **reading)
-        done = replace(report(small), dropped=dropped)
-        saving = {**_sharding(stream, max_shard_size), "remote_code": remote_code}
-        if _save(small, folder, work, saving):
-            model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
-    return done
-
-
-def _check_sizes(**sizes: int | str | None) -> None:
-    for option, size in sizes.items():
-        if size is not None and size_in_bytes(option, size) < 1:
-            raise TargetError(f"{option} must be above 0, got {size!r}")
-
-
-def _calibration(given: Any) -> tuple[Any, list[str] | None]:
-    """A calibration, or where it is stored; or the lines of a text file."""
-    if given is None or isinstance(given, Calibration):
-        return given, None
-    path = Path(given)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return path, None
-    return None, _read_lines(path)
-
-
-def _check_options(texts: object, reading: dict[str, Any], *, refit: bool, stream: bool) -> None:
-    if texts is None and any(value is not None for value in reading.values()):
+    if texts is None and (max_length is not None or max_samples is not None):
         raise TargetError(
             "max_length and max_samples say how texts are read: give calibration=FILE of texts (--calibration FILE)"
         )
@@ -157,6 +101,39 @@ def _check_options(texts: object, reading: dict[str, Any], *, refit: bool, strea
         raise TargetError("refit needs the calibration texts themselves: give calibration=FILE of texts")
     if refit and stream:
         raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
+    plan, asked = None, LowRankConfig()
+    if not isinstance(config, RankPlan):
+        asked = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params)
+    elif rank is not None or keep is not None or target_params is not None:
+        raise TargetError("give exactly one size: a plan has ranks of its own")
+    else:
+        plan = config
+    if texts is not None:
+        reading["tokenizer"] = load_tokenizer(place)
+    options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples]
+    with _work_folder(Path(out), force, _same_work(folder, known, texts, options) if stream else None) as work:
+        model, dropped = load(place, offload_folder=work / "source" if stream else None)
+        if not os.path.isdir(source):
+            model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
+        if texts is not None:
+            metric = (plan.metric if plan is not None and plan.metric != "svd" else asked.metric) or "fisher"
+            collect = {"metric": metric, "max_memory": max_memory}
+            collect["target_modules"] = wanted_layers(model, asked, plan)
+            mine = own_share(list(batched(model, texts, **reading)))  # whole batches round as in one process
+            if stream:
+                known = _kept_calibration(model, mine, work, collect)
+            else:
+                known = calibrate(model, mine, folder=None if max_memory is None else work / "moments", **collect)
+        elif known is not None and not isinstance(known, Calibration):
+            known = Calibration.load(known)
+        plan = plan or _kept_plan(model, asked, known, work)
+        small = convert(model, plan, calibration=known, inplace=not refit, workdir=work / "layers" if stream else None)
+        if refit and texts is not None:
+            refit_factors(small, model, texts, calibration=known, **reading)
+        done = replace(report(small), dropped=dropped)
+        if _save(small, folder, work, {"max_shard_size": max_shard_size or _SHARD[stream], "remote_code": remote_code}):
+            model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
+    return done
 
 
 def merge_folder(
@@ -174,14 +151,13 @@ def merge_folder(
     Returns:
         The report of the model before it was merged.
     """
-    folder, target = _open(source, Path(out), force)
-    _check_sizes(max_shard_size=max_shard_size)
-    same_work = _fingerprint(folder, None, None, ["merge"]) if stream else None
-    with _work_folder(target, same_work, force) as work:
-        model, dropped = load_all(model_place(folder), offload_folder=work / "source" if stream else None)
+    folder = _open(source, Path(out), force)
+    _check_size("max_shard_size", max_shard_size)
+    with _work_folder(Path(out), force, _same_work(folder, None, None, ["merge"]) if stream else None) as work:
+        model, dropped = load(model_place(folder), offload_folder=work / "source" if stream else None)
         done = replace(report(model), dropped=dropped)
         dense = merge(model, inplace=True, workdir=work / "layers" if stream else None)
-        _save(dense, folder, work, _sharding(stream, max_shard_size))
+        _save(dense, folder, work, {"max_shard_size": max_shard_size or _SHARD[stream]})
     return done
 
 
@@ -195,17 +171,36 @@ def inspect_folder(source: str | os.PathLike[str]) -> Report:
     return report(skeleton(str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)))
 
 
-def _open(source: str | os.PathLike[str], out: Path, force: bool) -> tuple[Path, Path]:
+def _check_size(option: str, size: int | str | None) -> None:
+    if size is not None and size_in_bytes(option, size) < 1:
+        raise TargetError(f"{option} must be above 0, got {size!r}")
+
+
+def _calibration(given: Any) -> tuple[Any, list[str] | None]:
+    """A calibration, or where it is stored; or the lines of a text file."""
+    if given is None or isinstance(given, Calibration):
+        return given, None
+    path = Path(given)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return path, None
+    try:
+        return None, [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
+
+
+def _open(source: str | os.PathLike[str], out: Path, force: bool) -> Path:
+    """The source's folder, after `out` was judged."""
     if out.name in ("", ".."):
         raise CheckpointError(f"{out} is a place, no name: give the folder to make")
     _check_absent(out, force)
     folder = locate(os.fspath(source))
-    ends = out.resolve(), folder.resolve()
-    if ends[1].is_relative_to(ends[0]):
+    made, read = out.resolve(), folder.resolve()
+    if read.is_relative_to(made):
         raise CheckpointError(f"{out} is the source or holds it; choose another place")
-    if ends[0].is_relative_to(ends[1]) and (model_place(folder) / "config.json").is_file():
+    if made.is_relative_to(read) and (model_place(folder) / "config.json").is_file():
         raise CheckpointError(f"{out} is inside the source, {folder}; choose another place")
-    return folder, out
+    return folder
 
 
 def _check_absent(out: Path, force: bool) -> None:
@@ -214,7 +209,7 @@ def _check_absent(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def _work_folder(out: Path, same_work: str | None, force: bool) -> Iterator[Path]:
+def _work_folder(out: Path, force: bool, same_work: str | None) -> Iterator[Path]:
     """As `new_folder`, for one run at a time."""
     refusal = f"another process is converting into {out}; wait until it has finished, or choose another place"
     with alone(out.parent / f".{out.name}.lock", refusal):
@@ -223,36 +218,14 @@ def _work_folder(out: Path, same_work: str | None, force: bool) -> Iterator[Path
             yield work
 
 
-def _read_lines(path: str | os.PathLike[str]) -> list[str]:
-    try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
-
-
-def _calibrate(
-    model: Any,
-    lines: list[str],
-    reading: dict[str, Any],
-    max_memory: int | str | None,
-    work: Path,
-    config: LowRankConfig,
-    plan: RankPlan | None,
-    *,
-    shared: bool,
-) -> Calibration:
-    """What the texts say; in a work folder that all processes share it is kept there."""
+def _kept_calibration(model: Any, data: Any, work: Path, options: dict[str, Any]) -> Calibration:
+    """As `calibrate`, in the work folder that all processes share; an earlier, broken run may have left it there."""
     place, unfinished = work / "moments", work / "moments~"
-    options: dict[str, Any] = {"max_memory": max_memory, "target_modules": wanted_layers(model, config, plan)}
-    options["metric"] = (plan.metric if plan is not None and plan.metric != "svd" else config.metric) or "fisher"
-    mine = own_share(list(batched(model, lines, **reading)))  # whole batches, for the same rounding as in one process
-    if not shared:
-        return calibrate(model, mine, folder=None if max_memory is None else place, **options)
     if not place.exists():
         if is_first():
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a broken run
+            shutil.rmtree(unfinished, ignore_errors=True)
         wait_for_all()
-        calibrate(model, mine, folder=unfinished, **options)
+        calibrate(model, data, folder=unfinished, **options)
         wait_for_all()
         if is_first():
             unfinished.rename(place)
@@ -260,14 +233,13 @@ def _calibrate(
     return Calibration.load(place)
 
 
-def _plan(model: Any, config: LowRankConfig, calibration: Calibration | None, work: Path) -> RankPlan:
-    """The plan of this size; an earlier, broken run may have left it in the work folder."""
-    place = work / "plan.json"
+def _kept_plan(model: Any, config: LowRankConfig, calibration: Calibration | None, work: Path) -> RankPlan:
+    """As `make_plan`; an earlier, broken run may have left the plan in the work folder."""
+    place, unfinished = work / "plan.json", work / "plan.json~"
     if place.exists():
         return RankPlan.from_dict(json.loads(place.read_text()))
     plan = make_plan(model, config, calibration)
     if is_first():
-        unfinished = work / "plan.json~"
         unfinished.write_text(json.dumps(plan.to_dict()))
         unfinished.rename(place)
     return plan
@@ -279,12 +251,6 @@ def _card(folder: Path) -> ModelCard:
         return ModelCard.load(folder / "README.md")
     except (OSError, ValueError, YAMLError):
         return ModelCard("")
-
-
-def _sharding(stream: bool, max_shard_size: int | str | None) -> dict[str, Any]:
-    """What `save_pretrained` is told of shards."""
-    size = max_shard_size or (_STREAMED_SHARD if stream else None)
-    return {} if size is None else {"max_shard_size": size}
 
 
 def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool:
@@ -301,14 +267,14 @@ def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool
     return True
 
 
-def _fingerprint(source: Path, calibration: Any, lines: list[str] | None, options: list[Any]) -> str:
+def _same_work(source: Path, calibration: Any, lines: list[str] | None, options: list[Any]) -> str:
     """The same for the same work: source files, calibration data and options."""
     parts: list[Any] = [version("hf-reparam"), options, lines]
     parts += map(_stamp, sorted({*_files(source), *_files(model_place(source))}))
     if isinstance(calibration, Calibration):
         parts.append(calibration.fingerprint())
     elif calibration is not None:
-        parts += map(_stamp, _files(Path(calibration)))
+        parts += map(_stamp, _files(calibration))
     return fingerprint(parts)[:12]
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -29,7 +29,7 @@ from hf_reparam.model.config import PREFIX, ReparamConfigMixin
 from hf_reparam.model.remote import FILE
 from hf_reparam.model.validate import check_folder
 
-__all__ = ["copy_companions", "load", "load_all", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
+__all__ = ["copy_companions", "load", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
 
 _OWN = ("config.json", "generation_config.json", "README.md", FILE)  # written by the model, or true of the source alone
 _OWN_WEIGHTS = (
@@ -44,11 +44,7 @@ _OTHER_FORMATS += [f"{name}/*" for name in _OTHER_FOLDERS]
 
 
 def locate(source: str) -> Path:
-    """The folder of a model: itself, or the local snapshot of a Hub id (downloaded, or from the cache when offline).
-
-    Raises:
-        CheckpointError: there is no such folder, and no such model on the Hub or in the cache.
-    """
+    """The folder of a model: itself, or the local snapshot of a Hub id (downloaded, or from the cache when offline)."""
     if os.path.isdir(source):
         return Path(source)
     if os.path.exists(source):
@@ -56,35 +52,10 @@ def locate(source: str) -> Path:
     _check_name(source)
     try:
         return Path(snapshot_download(source, ignore_patterns=_OTHER_FORMATS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # all that the Hub raises
         raise CheckpointError(
             f"{source} is neither a folder nor a model that the Hub or its cache has: {_line(error)}"
         ) from None
-
-
-def model_place(folder: Path) -> Path:
-    """Where in a folder the Transformers model is: the folder itself, or a subfolder that sentence-transformers lists.
-
-    Raises:
-        CheckpointError: the list names several models.
-    """
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        paths = [Path(entry["path"]) for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
-        places = [folder / path for path in paths if str(path) == path.name != ".." and _has_model(folder / path)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return folder
-    if len(places) > 1:
-        raise CheckpointError(
-            f"{folder} holds {len(places)} models, {[place.name for place in places]}: convert each by its own path"
-        )
-    return places[0] if places else folder
-
-
-def _has_model(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _check_name(source: str) -> None:
@@ -95,7 +66,32 @@ def _check_name(source: str) -> None:
         raise CheckpointError(message) from None
 
 
-def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel:
+def model_place(folder: Path) -> Path:
+    """Where in a folder the Transformers model is: the folder itself, or a subfolder that sentence-transformers lists.
+
+    Raises CheckpointError if it lists several models.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        paths = [Path(entry["path"]) for entry in _read_json(folder / "modules.json")]
+        inside = [folder / path for path in paths if str(path) == path.name != ".."]
+        configs = [place / "config.json" for place in inside]
+        places = [c.parent for c in configs if c.is_file() and "model_type" in _read_json(c)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return folder
+    if len(places) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(places)} models, {[place.name for place in places]}: convert each by its own path"
+        )
+    return places[0] if places else folder
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load a model as the class that saved it, with the dtype it was saved in.
 
     Args:
@@ -103,15 +99,13 @@ def load(folder: Path, *, offload_folder: Path | None = None) -> PreTrainedModel
         offload_folder: leave every weight on disk until it is used: in the model's own files where it is used as it is
             stored, else in this folder. None to load all into memory.
 
+    Returns:
+        The model, and the names of tensors in the folder for which its class has no place.
+
     Raises:
         CheckpointError: not a loadable model folder, or weights are missing, which would leave random layers.
         PlanError: the folder's plan is malformed or does not fit.
     """
-    return load_all(folder, offload_folder=offload_folder)[0]
-
-
-def load_all(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """As `load`, with the names of tensors in the folder for which the class has no place."""
     check_folder(folder)
     try:
         kind = _saved_class(AutoConfig.from_pretrained(folder))
@@ -142,29 +136,20 @@ def _left_out(model: PreTrainedModel, unexpected: set[str], found: set[str]) -> 
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, with a padding token.
-
-    Raises:
-        CheckpointError: there is none that can be loaded.
-    """
+    """The tokenizer of a model folder, with a padding token; CheckpointError without one that can be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
+            raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: {_line(error)}") from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
-        raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: its vocabulary is empty")
     if tokenizer.pad_token is None:  # GPT-2 and Llama; padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def skeleton(source: str) -> PreTrainedModel:
-    """The model of a folder or Hub id on the meta device: every shape, no weight read.
-
-    Raises:
-        CheckpointError: no readable configuration.
-        PlanError: the plan is malformed or does not fit.
-    """
+    """The model of a folder or Hub id on the meta device: every shape, no weight read. Raises as `load`."""
     if not os.path.exists(source):
         _check_name(source)
     check_folder(Path(source))
@@ -184,12 +169,14 @@ def _saved_class(config: PreTrainedConfig) -> Any:
     names = config.architectures or [None]
     name = names[0] if isinstance(names, list) else names
     if name is None:
-        return _headless(config)
-    name = str(name)[:80]
-    try:
+        found: Any = default_model(type(config))
+        if found is None:
+            kind = type(config).__name__
+            raise CheckpointError(f"config.json names no architecture, and {kind} has no default model")
+        return found
+    name, found = str(name)[:80], None
+    with suppress(AttributeError):
         found = generated_class(name) if name.startswith(PREFIX) else getattr(transformers, name, None)
-    except AttributeError:
-        found = None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise CheckpointError(
             f"its architecture {name!r} is no class of Transformers {transformers.__version__}; if it is one of yours, "
@@ -197,13 +184,6 @@ def _saved_class(config: PreTrainedConfig) -> Any:
         )
     if isinstance(config, ReparamConfigMixin) and not name.startswith(PREFIX):
         raise PlanError(f"config.json has a plan, and its architecture {name!r} is a stock class")
-    return found
-
-
-def _headless(config: PreTrainedConfig) -> Any:
-    found = default_model(type(config))
-    if found is None:
-        raise CheckpointError(f"config.json names no architecture, and {type(config).__name__} has no default model")
     return found
 
 
@@ -217,13 +197,8 @@ def _line(error: BaseException) -> str:
 def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
     """A work folder beside `out`; its subfolder `new` takes the place of `out` when the block ends well.
 
-    Args:
-        out: the folder to make. In a distributed run the first process makes it.
-        resume: a fingerprint of the work. A work folder that a broken run of the same work left is taken up again, and
-            this one is left when the block fails, unless for a ReparamError. None for a new one that always vanishes.
-
-    Raises:
-        CheckpointError: `out` or its parent cannot be written.
+    `resume` is a fingerprint of the work. A work folder that a broken run of the same work left is taken up again, and
+    this one is left when the block fails, unless for a ReparamError. None for a new one that always vanishes.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -258,14 +233,12 @@ def copy_companions(source: Path, target: Path, model: Path) -> None:
     """Copy what belongs to a model beside its weights and configuration: tokenizer, pooling and dense modules, voices.
 
     Files that the target has are kept. Not copied are the model's own weights, in whatever format, what a Trainer
-    left, hidden files and the source's model card.
-
-    Args:
-        source: the folder.
-        target: where to.
-        model: where in the source the model is, as `model_place` says.
+    left, hidden files and the source's model card. `model` is where in the source the model is.
     """
-    shards = {name for index in model.glob("*.index.json") for name in _listed(index)}
+    shards: set[str] = set()
+    for index in model.glob("*.index.json"):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is another file
+            shards |= set(_read_json(index)["weight_map"].values())
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if any(part.startswith(".") for part in relative.parts) or str(relative) == "README.md":
@@ -282,11 +255,3 @@ def _is_own(place: Path, shards: set[str]) -> bool:
         return any(fnmatchcase(place.parts[0], pattern) for pattern in _OTHER_FOLDERS)
     name = place.name
     return name in _OWN or name in shards or any(fnmatchcase(name, p) for p in (*_OWN_WEIGHTS, *_TRAINING))
-
-
-def _listed(index: Path) -> set[str]:
-    """The files that an index of weights lists; none if it is another file."""
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()

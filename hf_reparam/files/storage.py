@@ -52,14 +52,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
     >>> small = convert(nn.Sequential(nn.Linear(64, 64)), rank=8)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(small, f"{folder}/small")
-    ...     load(nn.Sequential(nn.Linear(64, 64)), f"{folder}/small")
-    Sequential(
-      (0): LowRankLinear(
-        in_features=64, out_features=64, rank=8, form=pair
-        (down): Linear(in_features=64, out_features=8, bias=False)
-        (up): Linear(in_features=8, out_features=64, bias=True)
-      )
-    )
+    ...     load(nn.Sequential(nn.Linear(64, 64)), f"{folder}/small")[0].rank
+    8
     """
     check_model(model)
     if isinstance(model, PreTrainedModel):
@@ -74,15 +68,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         )
     if not entries:
         raise TargetError(f"{type(model).__name__} has nothing of low rank: save it as any module")
-    known = {module.metric for module in model.modules() if isinstance(module, Factored)}
-    metric = next((name for name in reversed(METRICS) if name in known), "svd")
-    plan = RankPlan(entries, metric=metric_of(model) if hosts(model) else metric)
+    if hosts(model):
+        metric = metric_of(model)
+    else:
+        known = {module.metric for module in model.modules() if isinstance(module, Factored)}
+        metric = next((name for name in reversed(METRICS) if name in known), "svd")
     out = Path(path)
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists; choose another place, or replace it with force=True")
     with new_folder(out) as work:
         (work / "new").mkdir()
-        (work / "new" / _PLAN).write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+        (work / "new" / _PLAN).write_text(json.dumps(RankPlan(entries, metric=metric).to_dict(), indent=1) + "\n")
         save_model(model, str(work / "new" / _TENSORS))
 
 
@@ -104,7 +100,10 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
     if isinstance(model, PreTrainedModel):
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use from_pretrained")
     folder = Path(path)
-    plan = _plan(folder)
+    try:
+        plan = RankPlan.from_dict(json.loads((folder / _PLAN).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} holds no model that `save` wrote: {error}") from None
     check_forms(plan)
     work, made = opened(model), Made()
     for structure in STRUCTURES:
@@ -122,10 +121,3 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
             raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {error}") from None
         retype(model, made.modules, plan.metric, plan.record or ConversionRecord())
     return model
-
-
-def _plan(folder: Path) -> RankPlan:
-    try:
-        return RankPlan.from_dict(json.loads((folder / _PLAN).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} holds no model that `save` wrote: {error}") from None
