@@ -117,7 +117,7 @@ def convert_folder(
             model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         if texts is not None:
             metric = (plan.metric if plan is not None and plan.metric != "svd" else asked.metric) or "fisher"
-            collect = {"metric": metric, "max_memory": max_memory}
+            collect: dict[str, Any] = {"metric": metric, "max_memory": max_memory}
             collect["target_modules"] = wanted_layers(model, asked, plan)
             mine = own_share(list(batched(model, texts, **reading)))  # whole batches round as in one process
             if stream:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import types
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ M = TypeVar("M", bound=nn.Module)
 
 _OWN = vars(nn.Module()).keys()
 """What every module has: its own dictionaries of parts, parameters and hooks."""
-_PLAIN = (str, bytes, int, float, bool, complex, type(None), Tensor, type, types.FunctionType, types.BuiltinMethodType)
 
 
 class WorkingCopy:
@@ -24,9 +22,6 @@ class WorkingCopy:
 
     Whatever is replaced or set in it leaves the original as it is. What its modules hold beside other modules
     (configurations, hooks, tokenizers) is shared.
-
-    Args:
-        model: the original.
 
     Attributes:
         model: the copy.
@@ -36,8 +31,8 @@ class WorkingCopy:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        made_of = {module: _shell(module) for module in model.modules()}
-        self.originals = {made: module for module, made in made_of.items()}
+        made_of = {module: type(module).__new__(type(module)) for module in model.modules()}
+        self.originals: dict[nn.Module, nn.Module] = {made: module for module, made in made_of.items()}
         known: dict[int, Any] = {id(module): made for module, made in made_of.items()}
         for module, made in made_of.items():
             for key, value in vars(module).items():
@@ -59,11 +54,10 @@ def working_copy(model: M) -> M:
 def frozen_copy(model: M) -> M:
     """A working copy in evaluation mode, of which no parameter takes a gradient.
 
-    Raises:
-        WeightError: the weights were made inside `torch.inference_mode()`, which knows no gradients.
+    Raises WeightError if the weights were made inside `torch.inference_mode()`, which knows no gradients.
     """
     made: Any = working_copy(model)
-    views: dict[nn.Parameter, nn.Parameter] = {}
+    views: dict[nn.Parameter | None, nn.Parameter | None] = {None: None}
     for name, parameter in made.named_parameters():
         if parameter.is_inference():
             raise WeightError(
@@ -74,12 +68,7 @@ def frozen_copy(model: M) -> M:
     for module in made.modules():
         module.training = False
         for key, parameter in module._parameters.items():
-            module._parameters[key] = None if parameter is None else views[parameter]
-    return made
-
-
-def _shell(module: nn.Module) -> nn.Module:
-    made: nn.Module = type(module).__new__(type(module))
+            module._parameters[key] = views[parameter]
     return made
 
 
@@ -87,44 +76,29 @@ def _pointed(value: Any, known: dict[int, Any]) -> Any:
     """A value in which modules are the copies; shared where it holds none."""
     if id(value) in known:
         return known[id(value)]
-    if isinstance(value, _PLAIN):
-        return value
-    if type(value) in (dict, list, tuple, set) or isinstance(value, dict):
-        return _container(value, known)
+    if type(value) in (list, tuple, set):
+        pointed = [_pointed(item, known) for item in value]
+        return value if all(new is old for new, old in zip(pointed, value, strict=True)) else type(value)(pointed)
+    if isinstance(value, dict):
+        changed = {key: new for key, old in value.items() if (new := _pointed(old, known)) is not old}
+        made: Any = copy.copy(value) if changed else value  # an OrderedDict, a defaultdict
+        for key, new in changed.items():
+            made[key] = new
+        return made
     if isinstance(value, functools.partial):
-        keywords = {key: _pointed(v, known) for key, v in value.keywords.items()}
-        made: Any = functools.partial(
-            _pointed(value.func, known), *(_pointed(v, known) for v in value.args), **keywords
-        )
+        func, args, keywords = (_pointed(part, known) for part in (value.func, value.args, value.keywords))
+        made = functools.partial(func, *args, **keywords)
         vars(made).update(vars(value))
         return made
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, _pointed(value.__self__, known))
-    held = getattr(value, "__dict__", None)
-    if isinstance(held, dict) and any(id(v) in known for v in held.values()):
-        return _holder(value, held, known)
-    return value
-
-
-def _container(value: Any, known: dict[int, Any]) -> Any:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    pointed = [(key, old, _pointed(old, known)) for key, old in items]
-    if all(new is old for _, old, new in pointed):
+    held = None if isinstance(value, Tensor) else getattr(value, "__dict__", None)
+    if not isinstance(held, dict) or not any(id(item) in known for item in held.values()):
         return value
-    if not isinstance(value, dict):
-        return type(value)(new for _, _, new in pointed)
-    made = copy.copy(value)  # an OrderedDict, a defaultdict
-    for key, _, new in pointed:
-        made[key] = new
-    return made
-
-
-def _holder(value: Any, held: Mapping[str, Any], known: dict[int, Any]) -> Any:
-    """An object that holds modules, as another that holds the copies; shared where that cannot be made."""
     try:
         made = object.__new__(type(value))
-    except TypeError:
+    except TypeError:  # cannot be made: it is shared
         return value
     known[id(value)] = made
-    vars(made).update({key: _pointed(v, known) for key, v in held.items()})
+    vars(made).update({key: _pointed(item, known) for key, item in held.items()})
     return made

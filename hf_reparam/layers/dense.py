@@ -17,7 +17,6 @@ from hf_reparam.layers.factored import Factored
 __all__ = [
     "DenseType",
     "build_dense",
-    "build_like",
     "dense_like",
     "dense_matrix",
     "dense_type",
@@ -30,13 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class DenseType:
-    """How to read and rebuild one class of dense layer, y = x W^T + b with parameters `weight` and optionally `bias`.
-
-    Args:
-        module_type: the exact class, or its qualified name.
-        matrix: module -> its weight as a *view* of shape (out, in), so that copying into it fills the module.
-        build: (in_features, out_features, bias, device, dtype) -> a new module of that shape.
-    """
+    """How to read and rebuild one class of dense layer: see `register_dense`."""
 
     module_type: type[nn.Module] | str
     matrix: Callable[[Any], Tensor]
@@ -57,7 +50,7 @@ def register_dense(
     Args:
         module_type: the exact class, or its qualified name "package.module.Class", which imports nothing; its
             parameters must be `weight` and optionally `bias` (out,).
-        matrix: module -> view of its weight of shape (out, in).
+        matrix: module -> a *view* of its weight of shape (out, in), so that copying into it fills the module.
         build: (in_features, out_features, bias, device, dtype) -> a new module.
 
     Raises:
@@ -85,6 +78,13 @@ def dense_type(module: nn.Module) -> DenseType | None:
 
 def _entry(kind: type[nn.Module]) -> DenseType | None:
     return _registry.get(kind) or _registry.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _known(kind: type[nn.Module]) -> DenseType:
+    entry = _entry(kind)
+    if entry is None:
+        raise TargetError(f"{kind.__name__} is no registered dense type: register_dense makes it known")
+    return entry
 
 
 def registered_types() -> tuple[type[nn.Module], ...]:
@@ -117,8 +117,7 @@ def not_whole(module: nn.Module) -> str | None:
 def dense_matrix(module: nn.Module) -> Tensor:
     """The weight (out, in) of a registered dense layer, or of a low-rank one, whose product is formed in float64.
 
-    Raises:
-        WeightError: its weights are in parts, as `not_whole` says, or its factors are no plain Linears.
+    Raises WeightError if its weights are in parts, as `not_whole` says, or its factors are no plain Linears.
     """
     if isinstance(module, Factored):
         return module.matrix()
@@ -127,19 +126,11 @@ def dense_matrix(module: nn.Module) -> Tensor:
     return _known(type(module)).matrix(module)
 
 
-def _known(kind: type[nn.Module]) -> DenseType:
-    entry = _entry(kind)
-    if entry is None:
-        raise TargetError(f"{kind.__name__} is no registered dense type: register_dense makes it known")
-    return entry
-
-
 @torch.no_grad()
 def build_dense(layer: Factored) -> nn.Module:
     """The dense layer that a low-rank one stands for: W = up @ down, multiplied in float64, cast back.
 
-    Raises:
-        WeightError: its factors are wrapped, quantized or without data.
+    Raises WeightError if its factors are wrapped, quantized or without data.
     """
     weight = dense_matrix(layer)
     if weight.is_meta:
@@ -152,25 +143,19 @@ def build_dense(layer: Factored) -> nn.Module:
     return dense
 
 
-def dense_like(layer: nn.Module, shape: tuple[int, int] | None = None) -> nn.Module:
-    """A dense layer with the type, dtype, device, mode and `requires_grad` of this one; it has no numbers.
-
-    Args:
-        layer: dense, or low-rank for a layer of the type that it stands for.
-        shape: (in, out), if another than the layer's.
+def dense_like(layer: nn.Module, shape: tuple[int, int] | None = None, kind: type[nn.Module] | None = None) -> Any:
+    """A dense layer with dtype, device, mode and `requires_grad` of this one, and its type and shape (in, out) unless
+    others are given; it has no numbers. For a low-rank layer, one of the type that it stands for.
     """
     if isinstance(layer, Factored):
         return layer.stand_in(shape)
-    return build_like(type(layer), layer, shape or shape_of(layer)).train(layer.training)
-
-
-def build_like(kind: type[nn.Module], part: Any, shape: tuple[int, int]) -> nn.Module:
-    """A dense layer of a registered type and shape (in, out), with bias, dtype and device as those of `part`."""
-    dense = _known(kind).build(*shape, part.bias is not None, part.weight.device, part.weight.dtype)
-    dense.get_parameter("weight").requires_grad_(part.weight.requires_grad)
-    if part.bias is not None:
-        dense.get_parameter("bias").requires_grad_(part.bias.requires_grad)
-    return dense
+    part: Any = layer
+    weight, bias = part.weight, part.bias
+    built = _known(kind or type(layer)).build(*shape or shape_of(layer), bias is not None, weight.device, weight.dtype)
+    built.get_parameter("weight").requires_grad_(weight.requires_grad)
+    if bias is not None:
+        built.get_parameter("bias").requires_grad_(bias.requires_grad)
+    return built.train(layer.training)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -178,9 +163,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Factored):
         return module.in_features, module.out_features
     entry = dense_type(module)
-    if entry is None:
-        return 0, 0
-    n_out, n_in = entry.matrix(module).shape
+    n_out, n_in = entry.matrix(module).shape if entry is not None else (0, 0)
     return n_in, n_out
 
 

@@ -108,14 +108,12 @@ class Factored(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_METADATA = frozenset(
-    {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse"}
-)
-_WRITING = frozenset(
-    {"__set__", "__setitem__", "__delitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
-    | {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__imatmul__"}
-    | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
-)
+_METADATA = {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse"}
+_WRITING = {
+    *("__set__", "__setitem__", "__delitem__", "register_hook", "register_post_accumulate_grad_hook", "retain_grad"),
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__imatmul__"),
+    *("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+}
 
 
 def _lost(what: str) -> WeightError:
@@ -129,14 +127,9 @@ def _lost(what: str) -> WeightError:
 class Product(Tensor):
     """up @ down, not yet multiplied: a tensor of the right shape, dtype and device that holds no numbers.
 
-    What is written into it, or into a view of it, would be lost, and raises WeightError; but a number that it is
-    multiplied or divided by in place, as RWKV does between training and inference, goes to `up`.
-
-    Args:
-        form: gives the numbers.
-        like: a tensor of their dtype and device.
-        shape: theirs.
-        up: the factor that stands for the whole in such a product.
+    `form` gives the numbers, which are of a shape, with the dtype and device of `like`. What is written into it, or
+    into a view of it, would be lost, and raises WeightError; but a number that it is multiplied or divided by in place,
+    as RWKV does between training and inference, goes to the factor `up`.
     """
 
     _form: Callable[[], Tensor]
@@ -150,11 +143,6 @@ class Product(Tensor):
         self._form, self._up = form, up
         return self
 
-    def __init__(
-        self, form: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...], up: Tensor | None = None
-    ) -> None:
-        super().__init__()
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -163,11 +151,10 @@ class Product(Tensor):
         getter = name == "__get__" and func.__self__.__name__
         if getter in _METADATA or func in (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point):
             return super().__torch_function__(func, types, args, kwargs)
-        if name in ("mul_", "div_") and [type(value) for value in args[1:]] in ([int], [float]) and not kwargs:
-            into = args[0]
-            if isinstance(into, Product) and into._up is not None:
-                getattr(into._up, name)(args[1])
-                return into
+        up = args[0]._up if args and isinstance(args[0], Product) else None
+        if up is not None and name in ("mul_", "div_") and [*map(type, args[1:])] in ([int], [float]) and not kwargs:
+            getattr(up, name)(args[1])
+            return args[0]
         if name in _WRITING or (name.endswith("_") and not name.endswith("__")):
             _refuse_writing(name, args, kwargs)
         if "out" in kwargs:
@@ -211,8 +198,6 @@ def _root(tensor: Any) -> Any:
 
 
 def _formed(value: Any) -> Any:
-    if isinstance(value, Product):
-        return value._form()
     if isinstance(value, (list, tuple)):
         return type(value)(map(_formed, value))
-    return value
+    return value._form() if isinstance(value, Product) else value

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hf_reparam.errors import CheckpointError, WeightError
-from hf_reparam.layers.dense import build_like, not_whole
+from hf_reparam.layers.dense import dense_like, not_whole
 from hf_reparam.layers.factored import Factored
 
 __all__ = ["LowRankLinear", "PivotedLinear"]
@@ -49,17 +49,13 @@ class LowRankLinear(Factored):
         return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that nn.Linear gives it
-        """(..., in) -> (..., out)."""
-        out: Tensor = self.up(self.hidden(input))
-        return out
+        return cast(Tensor, self.up(self.hidden(input)))
 
     def hidden(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., r), what `up` gets."""
-        out: Tensor = self.down(x)
-        return out
+        return cast(Tensor, self.down(x))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(out, r) and (r, in), whose product is the weight."""
         return self.up.weight, self.basis()
 
     def basis(self) -> Tensor:
@@ -67,35 +63,27 @@ class LowRankLinear(Factored):
         return self.down.weight
 
     def matrix(self) -> Tensor:
-        """The product (out, in), formed in float64, detached.
-
-        Raises:
-            WeightError: the factors are in parts, or no plain Linears.
-        """
-        factors = (self.down, self.up)
-        if any(type(factor) is not nn.Linear for factor in factors):
+        kinds = [type(factor) for factor in (self.down, self.up)]
+        if kinds != [nn.Linear, nn.Linear]:
             raise WeightError(
-                f"its factors are {' and '.join(type(factor).__name__ for factor in factors)}, not plain Linears: "
-                "merge or unload the adapter (`merge_and_unload()`), or load the model without quantization"
+                f"its factors are {' and '.join(kind.__name__ for kind in kinds)}, not plain Linears: merge or unload "
+                "the adapter (`merge_and_unload()`), or load the model without quantization"
             )
         if (reason := not_whole(self)) is not None:
             raise WeightError(reason)
         return super().matrix()
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
-        """A dense layer of its type and shape, or of another (in, out); its numbers are not set."""
-        dense = build_like(self.dense_type, self.up, shape or (self.in_features, self.out_features))
+        dense: nn.Module = dense_like(self.up, shape or (self.in_features, self.out_features), self.dense_type)
         return dense.train(self.training)
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
-        """Its tensors, with the deviation to draw each with."""
         yield self.down.weight, deviation
         yield self.up.weight, self.rank**-0.5
         if self.up.bias is not None:
             yield self.up.bias, 0.0
 
     def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
-        """(in, out) of the layer that a file has under a path; None if it has none."""
         down, up = stored.get(f"{path}.down.weight", ()), stored.get(f"{path}.up.weight", ())
         if len(down) != 2 or len(up) != 2:
             return None
@@ -149,13 +137,10 @@ class PivotedLinear(LowRankLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., r), what `up` gets."""
         ordered = x.gather(-1, self.order.expand_as(x))
-        out: Tensor = ordered[..., : self.rank] + self.down(ordered[..., self.rank :])
-        return out
+        return ordered[..., : self.rank] + cast(Tensor, self.down(ordered[..., self.rank :]))
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
-        """Its tensors, with the deviation to draw each with; the identity for the order."""
         yield self.up.weight, deviation
         yield self.down.weight, self.rank**-0.5
         if self.up.bias is not None:
@@ -163,15 +148,10 @@ class PivotedLinear(LowRankLinear):
         yield self.order, torch.arange(self.in_features)
 
     def check_loaded(self, name: str) -> None:
-        """Raise CheckpointError for pivots that are no permutation."""
-        if self.order.is_meta:
-            return
         self.order = self.order.to(torch.int64)  # families that keep layers in float32 cast this, too
-        if not torch.equal(self.order.sort()[0], torch.arange(self.in_features, device=self.order.device)):
-            raise CheckpointError(f"{name}.order is no permutation of its {self.in_features} inputs")
+        _check_order(self.order, f"{name}.order")
 
     def basis(self) -> Tensor:
-        """(r, in), `down` and the pivots as one matrix."""
         combinations = self.down.weight
         identity = torch.eye(self.rank, dtype=combinations.dtype, device=combinations.device)
         return torch.cat([identity, combinations], 1)[:, self.order.argsort()]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,7 +46,6 @@ def build_layers(
     Raises:
         CheckpointError: the folder holds a layer that was made from something else, or another run is filling it.
     """
-
     if folder is None:
 
         def in_memory(name: str) -> tuple[L, float | None]:
@@ -56,16 +55,25 @@ def build_layers(
         made = spread(costs, in_memory, desc=desc)
         return {name: (layer.to(devices[name]), error) for name, (layer, error) in made.items()}
 
+    places = {name: folder / (name or "(root)") for name in costs}  # a model that is itself one layer has no name
+
     def in_folder(name: str) -> float | None:
-        place, origin = _place(folder, name), made_of(name)
-        if not place.exists():
-            _write(place, *make(name), origin)
-        return _stored_error(place, origin)
+        origin = made_of(name)
+        if not places[name].exists():
+            _write(places[name], *make(name), origin)
+        return _stored_error(places[name], origin)
 
     with alone(folder / ".lock", f"another process is filling {folder} with layers: give each its own folder"):
-        _check_names(folder, costs)
+        for path in sorted({*folder.iterdir()} - {*places.values()}):  # other files are none of its business
+            if not path.name.endswith("~") and (path / _RECORD).is_file():
+                raise _foreign(path)
         errors = spread(costs, in_folder, desc=desc)
-    return {name: (_read_from(_place(folder, name), empty(name), devices[name]), errors[name]) for name in errors}
+    stored = {}
+    for name, error in errors.items():
+        layer = empty(name)
+        leave_in(places[name], layer, devices[name])
+        stored[name] = layer, error
+    return stored
 
 
 def check_stored(model: nn.Module) -> None:
@@ -80,11 +88,6 @@ def check_stored(model: nn.Module) -> None:
                     raise ValueError(f"size mismatch for {path}: {list(found)} in the file, {list(shape)} in the model")
 
 
-def _place(folder: Path, name: str) -> Path:
-    """The folder of one layer; a model that is itself one layer has no name."""
-    return folder / (name or "(root)")
-
-
 def _write(place: Path, layer: nn.Module, error: float | None, origin: str) -> None:
     """Fill the folder of one layer; it appears whole or not at all."""
     unfinished = place.with_name(f"{place.name}~")
@@ -94,20 +97,12 @@ def _write(place: Path, layer: nn.Module, error: float | None, origin: str) -> N
     unfinished.rename(place)
 
 
-def _check_names(folder: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError for a layer that this conversion does not make; other files are none of its business."""
-    known = {_place(folder, name) for name in names}
-    for path in sorted(folder.iterdir()):
-        if path not in known and not path.name.endswith("~") and (path / _RECORD).is_file():
-            raise _foreign(path)
-
-
 def _stored_error(place: Path, origin: str) -> float | None:
     """The error that a stored layer has; raises CheckpointError if it was not made from this."""
     try:
         record = json.loads((place / _RECORD).read_text())
         if record["made_of"] != origin:
-            raise _foreign(place)
+            raise ValueError
         return None if record["error"] is None else float(record["error"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         raise _foreign(place) from None
@@ -118,9 +113,3 @@ def _foreign(place: Path) -> CheckpointError:
         f"{place.parent} holds layers of another conversion (model, data or options differ), among them {place.name}: "
         "give an empty folder or delete it"
     )
-
-
-def _read_from(place: Path, layer: L, device: torch.device) -> L:
-    """A layer that reads its tensors from its folder whenever it computes."""
-    leave_in(place, layer, device)
-    return layer

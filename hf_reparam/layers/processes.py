@@ -62,25 +62,20 @@ def total(tensor: Tensor) -> Tensor:
 def alone(lock: Path, refusal: str) -> Iterator[None]:
     """Keep other runs out while the block lasts; the processes of one distributed run come in together.
 
-    The system frees the lock of a process that was killed.
-
-    Args:
-        lock: a file that is locked; its folder is made where it is missing. It is gone afterwards.
-        refusal: what to say if another run holds it.
-
-    Raises:
-        CheckpointError: another run holds it, or it cannot be written.
+    The file `lock` is locked, which the system undoes for a process that was killed, and its folder made. Raises
+    CheckpointError with `refusal` if another run holds it, and if it cannot be written.
     """
-    held, failure = FileLock(lock), None
+    held, message = FileLock(lock), ""
     if is_first():
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             held.acquire(timeout=0)
-        except OSError as error:  # Timeout is one
-            failure = error
-    if int(total(torch.tensor(int(failure is not None)))):  # the other processes know nothing more
-        taken = failure is None or isinstance(failure, Timeout)
-        raise CheckpointError(refusal if taken else f"{lock.parent} cannot be written: {failure.strerror or failure}")  # type: ignore[union-attr]
+        except Timeout:
+            message = refusal
+        except OSError as error:
+            message = f"{lock.parent} cannot be written: {error.strerror or error}"
+    if int(total(torch.tensor(len(message)))):
+        raise CheckpointError(message or refusal)  # the other processes know nothing more
     try:
         yield
     finally:
@@ -109,34 +104,24 @@ def spread(costs: Mapping[str, float], work: Callable[[str], T], *, desc: str) -
     Returns:
         name -> result, in the order of `costs`.
     """
-    mine = _share(costs)
-    results: dict[str, T] = {}
-    failure: Exception | None = None
-    try:
-        for name in tqdm(mine, desc=desc, unit="layer"):
-            results[name] = work(name)
-    except Exception as error:
-        if not distributed():
-            raise
-        failure = error
-    if distributed():
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, (results, failure))
-        failure = next((error for _, error in gathered if error is not None), None)
-        if failure is not None:
-            raise failure
-        results = {name: result for part, _ in gathered for name, result in part.items()}
-    return {name: results[name] for name in costs}
-
-
-def _share(costs: Mapping[str, float]) -> list[str]:
-    """The names that this process works on."""
     if not distributed():
-        return list(costs)
+        return {name: work(name) for name in tqdm(costs, desc=desc, unit="layer")}
     loads = [0.0] * torch.distributed.get_world_size()
     shares: list[list[str]] = [[] for _ in loads]
     for name in sorted(costs, key=lambda name: -costs[name]):
         least = loads.index(min(loads))
         loads[least] += costs[name]
         shares[least].append(name)
-    return shares[torch.distributed.get_rank()]
+    results: dict[str, T] = {}
+    failure: Exception | None = None
+    try:
+        for name in tqdm(shares[torch.distributed.get_rank()], desc=desc, unit="layer"):
+            results[name] = work(name)
+    except Exception as error:
+        failure = error
+    gathered: list[Any] = [None] * len(loads)
+    torch.distributed.all_gather_object(gathered, (results, failure))
+    for _, failure in gathered:
+        if failure is not None:
+            raise failure
+    return {name: next(part[name] for part, _ in gathered if name in part) for name in costs}

@@ -28,15 +28,11 @@ __all__ = [
 
 M = TypeVar("M", bound=nn.Module)
 
-_HELD = ("_modules", "_parameters", "_buffers")  # what an nn.Module keeps in dictionaries of their own
-
 
 def low_rank_like(dense: nn.Module, entry: Entry) -> LowRankLinear:
     """A low-rank layer of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
 
-    Args:
-        dense: a registered dense layer, or a LowRankLinear (to change its rank or form).
-        entry: rank and form; a pivoted layer needs more inputs than its rank.
+    The layer is dense, or low-rank of another rank or form. A pivoted layer needs more inputs than its rank.
     """
     if isinstance(dense, LowRankLinear):
         n_out, n_in, kind, like = dense.out_features, dense.in_features, dense.dense_type, dense.up.weight
@@ -59,12 +55,9 @@ def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = n_in, n_out
     linear.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=like.dtype, device=like.device), like.requires_grad)
-    linear.register_parameter(
-        "bias",
-        None
-        if bias is None
-        else nn.Parameter(torch.empty_like(bias, memory_format=torch.contiguous_format), bias.requires_grad),
-    )
+    linear.register_parameter("bias", None)
+    if bias is not None:
+        linear.bias = nn.Parameter(torch.empty(n_out, dtype=bias.dtype, device=bias.device), bias.requires_grad)
     return linear
 
 
@@ -72,13 +65,9 @@ def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None
 def factor(
     dense: nn.Module, entry: Entry, decomposition: Decomposition, *, mean: Tensor | None = None
 ) -> LowRankLinear:
-    """The low-rank layer that a decomposition gives in place of a layer.
+    """The low-rank layer that a decomposition of its weight, in any metric, gives in place of a dense or low-rank one.
 
-    Args:
-        dense: the layer, dense or low-rank.
-        entry: rank and form.
-        decomposition: of its weight, in any metric.
-        mean: E x (in,), for b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
+    With a mean E x (in,) the bias is b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
     """
     layer = low_rank_like(dense, entry)
     set_factors(layer, decomposition.cut(entry.rank))
@@ -102,23 +91,17 @@ def set_bias(layer: LowRankLinear, dense: nn.Module, mean: Tensor, low_mean: Ten
 @torch.no_grad()
 def set_factors(layer: LowRankLinear, factors: Factors) -> None:
     """Make a layer's product that of factors (float64) of its rank."""
+    up, down = factors.up, factors.down
     if isinstance(layer, PivotedLinear):
-        pivots = pivot(factors.up, factors.down)
-        layer.up.weight.copy_(pivots.columns)
-        layer.down.weight.copy_(pivots.combinations)
+        pivots = pivot(up, down)
+        up, down = pivots.columns, pivots.combinations
         layer.order.copy_(pivots.order)
-    else:
-        layer.up.weight.copy_(factors.up)
-        layer.down.weight.copy_(factors.down)
+    layer.up.weight.copy_(up)
+    layer.down.weight.copy_(down)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules where old ones hang, at every path at which they hang. Changes the model.
-
-    Args:
-        model: the root.
-        replacements: old module -> new module.
-    """
+    """Put new modules where old ones hang, at every path at which they hang. Changes the model."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and child in replacements:
@@ -132,10 +115,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 def independent_copy(model: M, new: Iterable[nn.Module]) -> M:
     """A deep copy, in which the modules `new` and their tensors are those of the model itself.
 
-    Raises:
-        TargetError: the model cannot be copied.
+    Raises TargetError if the model cannot be copied.
     """
-    return _copied(model, {id(part): part for module in new for part in module.modules()})
+    return _copied(model, (part for module in new for part in module.modules()))
 
 
 def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:
@@ -143,14 +125,13 @@ def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:
 
     No parameter or buffer is copied to find out.
     """
-    kept = [*model.parameters(), *model.buffers(), *replaced]
-    _copied(model, {id(item): item for item in kept})
+    _copied(model, [*model.parameters(), *model.buffers(), *replaced])
 
 
-def _copied(model: M, memo: dict[int, Any]) -> M:
-    """A deep copy in which what `memo` knows by its id stands for the original."""
+def _copied(model: M, shared: Iterable[Any]) -> M:
+    """A deep copy that shares some modules and tensors with the original."""
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, {id(item): item for item in shared})
     except Exception as error:  # whatever the model's own attributes raise
         raise TargetError(
             f"{type(model).__name__} cannot be copied: use inplace=True. The copy failed with: {error}"
@@ -165,7 +146,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     """
     before = []
     for module in model.modules():
-        contents: list[dict[str, Any]] = [vars(module), *(vars(module)[key] for key in _HELD)]
+        contents: list[Any] = [vars(module), module._modules, module._parameters, module._buffers]
         before.append((module, type(module), [(held, dict(held)) for held in contents]))
     try:
         yield
