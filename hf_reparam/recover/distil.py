@@ -80,7 +80,22 @@ def distillation_loss(
             raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
         theirs = judge.to(student.device)(*called["args"], **called["kwargs"])
         masks = batch_masks(called["kwargs"])
-        mean, count = _predictions(student, outputs, theirs, labels, masks, alpha, temperature)
+        logits = logits_of(outputs)
+        if not logits:
+            raise TargetError("the model returned no logits to compare with the teacher's")
+        own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
+        if alpha < 1 and labels is None and own is None:
+            raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
+        multi_label = is_multi_label(student)
+        hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
+        for key, value in logits.items():
+            answers = labels if key == "logits" else None
+            mine, target, answers = _positions(student, value.float(), theirs[key].float(), answers, masks)
+            count = len(mine)
+            soft = _soft_loss(mine, target, temperature, multi_label) + soft
+            if answers is not None and alpha < 1:
+                hard = _hard_loss(mine, answers, multi_label)
+        mean = (1 - alpha) * hard + alpha * soft
         if hidden:
             mean = mean + hidden * _hidden_error(outputs, theirs, masks)
         return mean if num_items_in_batch is None or labels is None else mean * count / num_items_in_batch
@@ -91,33 +106,6 @@ def distillation_loss(
         yield loss
     finally:
         handle.remove()
-
-
-def _predictions(
-    student: PreTrainedModel,
-    outputs: Any,
-    theirs: Any,
-    labels: Tensor | None,
-    masks: tuple[Tensor, ...],
-    alpha: float,
-    temperature: float,
-) -> tuple[Tensor, int]:
-    """Mean of the losses against labels and against the teacher, weighed by alpha, and over how many positions."""
-    logits = logits_of(outputs)
-    if not logits:
-        raise TargetError("the model returned no logits to compare with the teacher's")
-    own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
-    if alpha < 1 and labels is None and own is None:
-        raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
-    hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
-    for key, value in logits.items():
-        answers = labels if key == "logits" else None
-        mine, target, answers = _positions(student, value.float(), theirs[key].float(), answers, masks)
-        count = len(mine)
-        soft = _soft_loss(mine, target, temperature, is_multi_label(student)) + soft
-        if answers is not None and alpha < 1:
-            hard = _hard_loss(mine, answers, is_multi_label(student))
-    return (1 - alpha) * hard + alpha * soft, count
 
 
 def _positions(
@@ -141,13 +129,13 @@ def _real(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
 
 
 def _soft_loss(mine: Tensor, theirs: Tensor, temperature: float, multi_label: bool) -> Tensor:
+    if mine.shape[-1] == 1 and not multi_label:
+        return (mine - theirs).square().mean() / 2
+    theirs, mine = theirs / temperature, mine / temperature
     if multi_label:
-        theirs, mine = theirs / temperature, mine / temperature
         cross = F.binary_cross_entropy_with_logits(mine, theirs.sigmoid())
         return temperature**2 * (cross - F.binary_cross_entropy_with_logits(theirs, theirs.sigmoid()))
-    if mine.shape[-1] == 1:
-        return (mine - theirs).square().mean() / 2
-    log_p, log_q = (theirs / temperature).log_softmax(-1), (mine / temperature).log_softmax(-1)
+    log_p, log_q = theirs.log_softmax(-1), mine.log_softmax(-1)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
@@ -161,16 +149,13 @@ def _hard_loss(mine: Tensor, labels: Tensor, multi_label: bool) -> Tensor:
 
 def _hidden_error(outputs: Any, theirs: Any, masks: tuple[Tensor, ...]) -> Tensor:
     """Mean over the hidden states of every layer of ||h_s - h_t||^2 / ||h_t||^2, over real tokens."""
-    pairs = [
-        pair
-        for key, value in outputs.items()
-        if key.endswith("hidden_states") and isinstance(value, tuple)
-        for pair in zip(value, theirs[key], strict=True)
-    ]
-    if not pairs:
-        raise TargetError("the model returned no hidden states: leave hidden= out")
     errors = []
-    for mine, target in pairs:
-        kept, wanted = _real(mine.float(), masks), _real(target.float(), masks)
-        errors.append((kept - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(wanted.dtype).tiny))
+    for key, value in outputs.items():
+        if key.endswith("hidden_states") and isinstance(value, tuple):
+            for mine, target in zip(value, theirs[key], strict=True):
+                kept, wanted = _real(mine.float(), masks), _real(target.float(), masks)
+                least = torch.finfo(wanted.dtype).tiny
+                errors.append((kept - wanted).square().sum() / wanted.square().sum().clamp_min(least))
+    if not errors:
+        raise TargetError("the model returned no hidden states: leave hidden= out")
     return torch.stack(errors).mean()

@@ -1,6 +1,7 @@
 """`refit`: fit the factors once more, layer by layer, to what the low-rank layers before them really give."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,16 +138,18 @@ def _refit(
         data = _prepared(full, originals, batches)
         judging, fitting = data[::_HOLD_OUT], [part for i, part in enumerate(data) if i % _HOLD_OUT]
         before = best = _divergence(low, full, judging, distance)
-        order = order_of(layers, lambda: low(**data[0].batch))
+        order = order_of(layers, partial(low, **data[0].batch))
         skipped = dict.fromkeys(layers.keys() - {name for names in order for name in names}, _NOT_ONCE)
         for names in tqdm(order, desc="Refitting", unit="group"):
             group = {name: layers[name] for name in names}
             paired, uneven = _collect(low, full, group, originals, fitting)
             skipped |= dict.fromkeys(uneven, _UNEVEN)
-            saved = {name: _copy(layers[name]) for name in paired}
+            saved = {n: {key: value.clone() for key, value in layers[n].state_dict().items()} for n in paired}
             try:
                 for name, pairs in paired.items():
-                    _fit(layers[name], originals[name], pairs, _gradient(model, calibration, name))
+                    known = calibration.layers.get(layer_name(model, name)) if calibration is not None else None
+                    weights = known.gradient_products if known is not None and known.has_gradient() else None
+                    _fit(layers[name], originals[name], pairs, weights)
                 now = _divergence(low, full, judging, distance)
                 if now < best:
                     best, kept, saved = now, [*kept, *paired], {}
@@ -179,10 +182,6 @@ def _originals(layers: Mapping[str, LowRankLinear], dense: nn.Module) -> dict[st
     return {name: modules[name] for name in layers}
 
 
-def _copy(layer: nn.Module) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in layer.state_dict().items()}
-
-
 def _divergence(model: nn.Module, dense: nn.Module, data: list[Part], distance: Distance | None) -> float:
     total = 0.0
     for part in data:
@@ -203,18 +202,13 @@ def _collect(
     uneven: set[str] = set()
     dense_layers = {name: originals[name] for name in layers}
     for part in data:
-        low = inputs_of(layers, lambda part=part: model(**part.batch))  # type: ignore[misc]
-        full = inputs_of(dense_layers, lambda part=part: dense(**part.batch))  # type: ignore[misc]
+        low = inputs_of(layers, partial(model, **part.batch))
+        full = inputs_of(dense_layers, partial(dense, **part.batch))
         uneven |= {n for n in layers if n not in low or n not in full or low[n].shape != full[n].shape}
         for name in layers.keys() - uneven:
             follows = None if part.follows is None else part.follows.get(name)
             paired[name].add(rows(full[name], part.masks, follows), rows(low[name], part.masks, follows))
     return {name: paired[name] for name in layers if name not in uneven}, uneven
-
-
-def _gradient(model: nn.Module, calibration: Calibration | None, name: str) -> Tensor | None:
-    layer = calibration.layers.get(layer_name(model, name)) if calibration is not None else None
-    return layer.gradient_products if layer is not None and layer.has_gradient() else None
 
 
 def _fit(layer: LowRankLinear, original: nn.Module, paired: PairedMoments, gradient: Tensor | None) -> None:
