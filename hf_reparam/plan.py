@@ -14,7 +14,7 @@ from typing import Any
 from hf_reparam.errors import PlanError
 from hf_reparam.patterns import as_patterns, check_used, first_match
 from hf_reparam.record import ConversionRecord
-from hf_reparam.report import Report, aligned
+from hf_reparam.report import Report, text_table
 
 __all__ = ["FORMAT_VERSION", "Entry", "RankPlan"]
 
@@ -140,7 +140,7 @@ class RankPlan:
     def __str__(self) -> str:
         if self.report is not None:
             return str(self.report)
-        return aligned([["name", "form", "rank"], *([n, e.form, str(e.rank)] for n, e in self.modules.items())])
+        return text_table([["name", "form", "rank"], *([n, e.form, str(e.rank)] for n, e in self.modules.items())])
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""

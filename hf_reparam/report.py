@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from hf_reparam.patterns import layer_kind
 
-__all__ = ["BARE", "LayerReport", "RefitReport", "Report", "SkippedReport", "aligned"]
+__all__ = ["BARE", "LayerReport", "RefitReport", "Report", "SkippedReport", "text_table"]
 
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
@@ -152,8 +152,8 @@ class Report:
         return _markdown([_HEADER, *self._layer_rows()])
 
     def __str__(self) -> str:
-        layers = [aligned([_HEADER, *self._layer_rows()])] if self.layers else []
-        left = [aligned([_LEFT, *self._left_rows()])] if self.skipped else []
+        layers = [text_table([_HEADER, *self._layer_rows()])] if self.layers else []
+        left = [text_table([_LEFT, *self._left_rows()])] if self.skipped else []
         return "\n\n".join(["\n".join(self._headline()), *layers, *left])
 
     def _headline(self) -> list[str]:
@@ -259,7 +259,7 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *body])
 
 
-def aligned(rows: list[list[str]]) -> str:
+def text_table(rows: list[list[str]]) -> str:
     """A table in plain text, a line under its first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
