@@ -13,9 +13,6 @@ __all__ = ["BARE", "LayerReport", "RefitReport", "Report", "SkippedReport", "tex
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
 
-_HEADER = ["layer", "type", "in x out", "rank", "parameters", "error"]
-_LEFT = ["left alone", "parameters", "why"]
-
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -144,31 +141,46 @@ class Report:
 
     def to_markdown(self) -> str:
         """Two Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
-        left = [_markdown([_LEFT, *self._left_rows()])] if self.skipped else []
+        left = [_markdown(self._left_alone())] if self.skipped else []
         return "\n\n".join([*self._headline(), self.layer_table(), *left])
 
     def layer_table(self) -> str:
         """The Markdown table of the layers alone."""
-        return _markdown([_HEADER, *self._layer_rows()])
+        return _markdown(self._layers())
 
     def __str__(self) -> str:
-        layers = [text_table([_HEADER, *self._layer_rows()])] if self.layers else []
-        left = [text_table([_LEFT, *self._left_rows()])] if self.skipped else []
-        return "\n\n".join(["\n".join(self._headline()), *layers, *left])
+        tables = [*([self._layers()] if self.layers else []), *([self._left_alone()] if self.skipped else [])]
+        return "\n\n".join(["\n".join(self._headline()), *map(text_table, tables)])
+
+    def _layers(self) -> list[list[str]]:
+        def alike(x: LayerReport) -> tuple[object, ...]:
+            return x.kind, x.in_features, x.out_features, x.form, x.metric
+
+        rows = [[name, *_layer_cells(group, self.metric)] for name, group in _folded(self.layers, alike)]
+        return [["layer", "type", "in x out", "rank", "parameters", "error"], *rows]
+
+    def _left_alone(self) -> list[list[str]]:
+        groups = _folded(self.skipped, lambda item: item.reason)
+        rows = [[name, f"{sum(x.parameters for x in group):,}", group[0].reason] for name, group in groups]
+        return [["left alone", "parameters", "why"], *rows]
 
     def _headline(self) -> list[str]:
-        count = sum(layer.rank is not None for layer in self.layers)
-        if count:
+        if count := sum(layer.rank is not None for layer in self.layers):
             lines = [
                 f"{self.model}: {count} low-rank layers ({self.metric})",
                 f"factored layers:  {_change(self.factored_before, self.factored_after)}",
                 f"whole model:      {_change(self.parameters_before, self.parameters_after)}",
-                *self._exceptions(),
+                *_some("no data:", self._others("svd"), ", by plain SVD"),
+                *_some("no gradient:", self._others("activation"), ", in the activation metric"),
             ]
-            if self.refitted_layers:
-                lines.append(f"refitted:         {self.refitted_layers} layers")
+            again = [layer.name for layer in self.layers if layer.from_rank is not None]
+            lines += _some("converted again:", again, "; how far they are from their dense weights is not known")
+            lines += [f"refitted:         {self.refitted_layers} layers"] if self.refitted_layers else []
         else:
-            found = f"{len(self.layers)} dense layers that can be converted" if self.layers else self._why_none()
+            why = Counter(item.reason for item in self.skipped).most_common(3)
+            reasons = ", ".join(f"{reason} (x{number})" for reason, number in why)
+            none = f"no dense layer can be converted{reasons and ': '}{reasons}"
+            found = f"{len(self.layers)} dense layers that can be converted" if self.layers else none
             whole = f"{self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
             lines = [f"{self.model}: {found}", f"whole model:      {whole}"]
         bare = sum(item.parameters for item in self.skipped if item.reason.startswith(BARE))
@@ -179,30 +191,9 @@ class Report:
             lines.append(f"{len(self.dropped)} tensors of the source are not in the result: {_starts(self.dropped)}")
         return lines
 
-    def _exceptions(self) -> list[str]:
-        """Layers of which the method or the error is not what one would expect."""
-        other = {m: [x.name for x in self.layers if x.metric == m != self.metric] for m in ("svd", "activation")}
-        again = [layer.name for layer in self.layers if layer.from_rank is not None]
-        return [
-            *_some("no data:", other["svd"], ", by plain SVD"),
-            *_some("no gradient:", other["activation"], ", in the activation metric"),
-            *_some("converted again:", again, "; how far they are from their dense weights is not known"),
-        ]
-
-    def _why_none(self) -> str:
-        counts = Counter(item.reason for item in self.skipped)
-        reasons = ", ".join(f"{reason} (x{count})" for reason, count in counts.most_common(3))
-        return f"no dense layer can be converted{reasons and ': '}{reasons}"
-
-    def _layer_rows(self) -> list[list[str]]:
-        def alike(x: LayerReport) -> tuple[object, ...]:
-            return x.kind, x.in_features, x.out_features, x.form, x.metric
-
-        return [[name, *_layer_cells(group, self.metric)] for name, group in _folded(self.layers, alike)]
-
-    def _left_rows(self) -> list[list[str]]:
-        groups = _folded(self.skipped, lambda item: item.reason)
-        return [[name, f"{sum(x.parameters for x in group):,}", group[0].reason] for name, group in groups]
+    def _others(self, metric: str) -> list[str]:
+        """Layers that were factored in this metric, which is not the plan's."""
+        return [layer.name for layer in self.layers if layer.metric == metric != self.metric]
 
 
 R = TypeVar("R", LayerReport, SkippedReport)

@@ -60,7 +60,7 @@ class Factored(nn.Module):
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         """Its tensors, each with the deviation to draw it with, or with the numbers that it is to have.
 
-        One factor has the deviation of the product, and the other mixes its r rows or columns with variance 1 / r.
+        One factor has the deviation of the product, the other mixes its r rows or columns with variance 1 / r.
         """
         raise NotImplementedError
 
@@ -74,34 +74,32 @@ class Factored(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The product (out, in), formed when arithmetic asks for it, with gradients into both factors."""
-        if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
-            return self._product()
-        like: Any = self
-        return Product(self._product, like.up.weight, (like.out_features, like.in_features), like.up.weight)
 
-    def _product(self) -> Tensor:
-        up, down = self.factors()
-        return up @ down
+        def product() -> Tensor:
+            up, down = self.factors()
+            return up @ down
+
+        if torch.compiler.is_compiling():  # the compiler drops a product that nobody reads
+            return product()
+        like: Any = self
+        return Product(product, like.up.weight, (self.out_features, self.in_features), like.up.weight)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As the base's. Raises WeightError for `weight`, which is up @ down."""
         if name == "weight":
             raise _lost("setting it")
         super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Add an empty marker under the dense weight's name.
+        """Add an empty marker under the dense weight's name, on whose shape fails what expects a dense weight there.
 
-        What expects a dense weight there fails on the marker's shape, whoever wrote the state dict: without it, loading
-        that does not mind missing keys would go on with random numbers. Not on the meta device, where loaders ask a
-        skeleton which tensors it needs.
+        Without it, loading that does not mind missing keys would go on with random numbers. Not on the meta device,
+        where loaders ask a skeleton which tensors it needs.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars and not next(self.parameters()).is_meta:
             destination[f"{prefix}weight"] = torch.empty(0, dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Ignore the empty marker that saved checkpoints carry under the dense weight's name."""
         marker = state_dict.get(f"{prefix}weight")
         if marker is not None and marker.numel() == 0:
             del state_dict[f"{prefix}weight"]
@@ -187,7 +185,7 @@ def _unwritable(value: Any, formed: list[Tensor], *, shared: bool) -> Any:
     """A value as it is, or as a Product if it is, or shares memory with, numbers that were formed for this call."""
     if type(value) in (list, tuple):
         return type(value)(_unwritable(item, formed, shared=shared) for item in value)
-    if type(value) is Tensor and (shared or any(value is new or _root(value) is _root(new) for new in formed)):
+    if type(value) is Tensor and (shared or any(_root(value) is _root(new) for new in formed)):
         return Product(lambda: value, value, tuple(value.shape))
     return value
 

@@ -78,8 +78,9 @@ class LowRankLinear(Factored):
         return dense.train(self.training)
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
-        yield self.down.weight, deviation
-        yield self.up.weight, self.rank**-0.5
+        first, mixing = (self.down, self.up) if self.form == "pair" else (self.up, self.down)
+        yield first.weight, deviation
+        yield mixing.weight, self.rank**-0.5
         if self.up.bias is not None:
             yield self.up.bias, 0.0
 
@@ -91,7 +92,6 @@ class LowRankLinear(Factored):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (out,), or None."""
         return self.up.bias
 
     def extra_repr(self) -> str:
@@ -130,7 +130,6 @@ class PivotedLinear(LowRankLinear):
         self.register_buffer("order", order)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """As the base's. Raises CheckpointError for an `order` that is no permutation, as after a cast."""
         order = state_dict.get(f"{prefix}order")
         if isinstance(order, Tensor) and order.shape == self.order.shape:
             _check_order(order, f"{prefix}order")
@@ -141,10 +140,7 @@ class PivotedLinear(LowRankLinear):
         return ordered[..., : self.rank] + cast(Tensor, self.down(ordered[..., self.rank :]))
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
-        yield self.up.weight, deviation
-        yield self.down.weight, self.rank**-0.5
-        if self.up.bias is not None:
-            yield self.up.bias, 0.0
+        yield from super().fresh(deviation)
         yield self.order, torch.arange(self.in_features)
 
     def check_loaded(self, name: str) -> None:
