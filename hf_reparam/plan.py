@@ -1,8 +1,6 @@
 """The rank plan: what is decided. Which parts of a model are held in fewer numbers, how, and of which rank.
 
-A plan is the hinge between deciding and applying. It can be printed, edited, stored and compared, and together with
-the base configuration it is all that is needed to build the skeleton of a converted model: loading runs no SVD.
-Whatever comes from disk passes through `RankPlan.from_dict`, which accepts nothing it does not understand.
+With the base configuration it is all that is needed to build the skeleton of a converted model: loading runs no SVD.
 """
 
 import re
@@ -115,17 +113,13 @@ class RankPlan:
     def with_ranks(self, ranks: Mapping[str, int]) -> "RankPlan":
         """The same with other ranks: pattern -> rank, the first match decides. Forms stay.
 
-        Raises:
-            TargetError: a pattern matches no name of the plan.
-            PlanError: a rank is not a positive int.
+        Raises TargetError for a pattern that matches no name of the plan, PlanError for a rank that is no positive int.
         """
         as_patterns(ranks, "with_ranks")
         check_used(ranks, list(self.modules), "with_ranks")
-        edited = dict(self.modules)
-        for name, entry in self.modules.items():
-            if (pattern := first_match(ranks, [name])) is not None:
-                edited[name] = replace(entry, rank=ranks[pattern])
-        return replace(self, modules=edited, report=None)
+        found = {name: first_match(ranks, [name]) for name in self.modules}
+        edited = {n: replace(self.modules[n], rank=ranks[p]) for n, p in found.items() if p is not None}
+        return replace(self, modules={**self.modules, **edited}, report=None)
 
     def without(self, *patterns: str) -> "RankPlan":
         """The same with these parts left dense; TargetError for a pattern that matches no name of the plan."""
@@ -154,11 +148,7 @@ class RankPlan:
 
     @classmethod
     def from_dict(cls, data: object) -> "RankPlan":
-        """Read the JSON form, believing nothing.
-
-        Raises:
-            PlanError: a wrong type, an unknown key, an unknown `format_version`, a bad name or a bad entry.
-        """
+        """Read the JSON form, believing nothing; PlanError for anything that it does not understand."""
         if not isinstance(data, Mapping):
             raise PlanError(f"'reparam' must be an object, got {_short(data)}")
         version = data.get("format_version")

@@ -162,12 +162,7 @@ def merge_folder(
 
 
 def inspect_folder(source: str | os.PathLike[str]) -> Report:
-    """Report on a folder or Hub id from its configuration alone: low-rank layers, or what could be converted.
-
-    Raises:
-        CheckpointError: no readable configuration.
-        PlanError: its plan is malformed or does not fit.
-    """
+    """Report on a folder or Hub id from its configuration alone: low-rank layers, or what could be converted."""
     return report(skeleton(str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)))
 
 

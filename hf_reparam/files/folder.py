@@ -92,19 +92,11 @@ def _read_json(path: Path) -> Any:
 
 
 def load(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load a model as the class that saved it, with the dtype it was saved in.
+    """A model as the class that saved it, with the dtype it was saved in, and the names of tensors it has no place for.
 
-    Args:
-        folder: of the model.
-        offload_folder: leave every weight on disk until it is used: in the model's own files where it is used as it is
-            stored, else in this folder. None to load all into memory.
-
-    Returns:
-        The model, and the names of tensors in the folder for which its class has no place.
-
-    Raises:
-        CheckpointError: not a loadable model folder, or weights are missing, which would leave random layers.
-        PlanError: the folder's plan is malformed or does not fit.
+    With an `offload_folder` every weight stays on disk until it is used: in the model's own files where it is used as
+    it is stored, else in this folder. Raises CheckpointError for a folder that cannot be loaded, or lacks weights, and
+    PlanError for a plan that is malformed or does not fit.
     """
     check_folder(folder)
     try:

@@ -21,11 +21,7 @@ class WorkingCopy:
     """A model whose modules are new and whose parameters and buffers are those of the original.
 
     Whatever is replaced or set in it leaves the original as it is. What its modules hold beside other modules
-    (configurations, hooks, tokenizers) is shared.
-
-    Attributes:
-        model: the copy.
-        originals: module of the copy -> module of the original.
+    (configurations, hooks, tokenizers) is shared. `originals` says of which module each is the copy.
 
     Cost: about 1 MB and a tenth of a second for a BERT; no number is copied.
     """

@@ -18,13 +18,8 @@ class LowRankLinear(Factored):
     """y = up(down(x)): a dense layer with W (out, in) = up.weight (out, r) @ down.weight (r, in).
 
     The children are plain `nn.Linear`s, so that LoRA, quantizers, FSDP and tensor-parallel plans see what they know.
-    The bias lives in `up`. `weight` and `bias` answer as the dense layer's would, because modelling code asks for
-    them ("cast to `wo.weight.dtype`"): shape, dtype and device cost nothing, arithmetic on `weight` forms the product.
-
-    Args:
-        down: Linear (in -> r) without a bias.
-        up: Linear (r -> out), with the layer's bias or none.
-        dense_type: class of the dense layer it stands for, to which `merge` returns.
+    The bias lives in `up`. `weight` and `bias` answer as those of the dense layer would, of class `dense_type`, because
+    modelling code asks for them ("cast to `wo.weight.dtype`"): arithmetic alone forms the product.
 
     Cost: r (in + out) multiply-adds for each row of x, against in * out for the dense layer.
 
@@ -104,11 +99,7 @@ class PivotedLinear(LowRankLinear):
     The columns of `up` are r columns of the product W, the pivots p; `down` says how every other column is combined
     from them. No entry of a fresh `down` is above 1.05, so that low precision and quantizers keep their range.
 
-    Args:
-        down: Linear (in - r -> r) without a bias.
-        up: Linear (r -> out), with the layer's bias or none.
-        order: (in,) int64, a permutation of the inputs: pivots first. A buffer, stored with the weights.
-        dense_type: class of the dense layer it stands for, to which `merge` returns.
+    `order` (in,), int64, is a permutation of the inputs, pivots first; a buffer, stored with the weights.
 
     Cost: r (in + out - r) multiply-adds for each row of x, and one gather of x.
 

@@ -31,20 +31,11 @@ def build_layers(
     made_of: Callable[[str], str],
     desc: str,
 ) -> dict[str, tuple[L, float | None]]:
-    """New layers and their errors, made one after the other, and by all processes of a distributed run together.
+    """New layers and their errors, as `make` gives them, by all processes of a distributed run together.
 
-    Args:
-        costs: name -> relative cost of making the layer.
-        make: name -> the layer and the error it has.
-        empty: name -> a layer of the same shape, without its numbers.
-        devices: name -> where the layer computes.
-        folder: where the layers go; each stays there and is read whenever it computes, so that one at a time is in
-            memory, and one that is there already is not made again. None to have all in memory.
-        made_of: name -> fingerprint of all that the layer is made from; asked for with a folder alone.
-        desc: what the progress bar says.
-
-    Raises:
-        CheckpointError: the folder holds a layer that was made from something else, or another run is filling it.
+    With a folder each layer stays there and is read into an `empty` one whenever it computes, so that one at a time is
+    in memory. One that is there already, made of what has the fingerprint `made_of`, is not made again. Raises
+    CheckpointError for one that was made of something else, and if another run is filling the folder.
     """
     if folder is None:
 
@@ -77,10 +68,7 @@ def build_layers(
 
 
 def check_stored(model: nn.Module) -> None:
-    """Raise ValueError if a weight that a model will read from a file has another shape there; reads headers alone.
-
-    Transformers compares shapes of weights that it loads, not of those that it leaves on disk.
-    """
+    """Raise ValueError if a weight that a model will read from a file has another shape there; reads headers alone."""
     for file, names in places_in_files(model).items():
         with safe_open(file, framework="pt") as tensors:
             for name, (path, shape) in names.items():

@@ -91,18 +91,10 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
 
 
 def spread(costs: Mapping[str, float], work: Callable[[str], T], *, desc: str) -> dict[str, T]:
-    """`work(name)` for every name, done by one process each; shows progress.
+    """name -> `work(name)`, in the order of `costs`, done by one process each; shows progress.
 
-    Every process has to call this. The longest tasks are dealt out first, each to the process with the least to do. An
-    error in one process is raised in all of them.
-
-    Args:
-        costs: name -> cost, in any unit; the same in all processes.
-        work: gives what pickles, tensors on the CPU, if there are several processes.
-        desc: what the progress bar says.
-
-    Returns:
-        name -> result, in the order of `costs`.
+    Every process has to call this. The costliest tasks are dealt out first, each to the process with the least to do.
+    Results have to pickle, tensors on the CPU. An error in one process is raised in all of them.
     """
     if not distributed():
         return {name: work(name) for name in tqdm(costs, desc=desc, unit="layer")}

@@ -113,18 +113,12 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def independent_copy(model: M, new: Iterable[nn.Module]) -> M:
-    """A deep copy, in which the modules `new` and their tensors are those of the model itself.
-
-    Raises TargetError if the model cannot be copied.
-    """
+    """A deep copy, in which the modules `new` and their tensors are those of the model itself."""
     return _copied(model, (part for module in new for part in module.modules()))
 
 
 def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:
-    """Raise TargetError for a model that cannot be copied without the modules that are to be replaced.
-
-    No parameter or buffer is copied to find out.
-    """
+    """Raise TargetError for a model that cannot be copied without what is to be replaced; no parameter is copied."""
     _copied(model, [*model.parameters(), *model.buffers(), *replaced])
 
 
