@@ -159,10 +159,12 @@ def _parser() -> argparse.ArgumentParser:
         for option, settings in options.items():
             (size if option in _SIZES else made).add_argument(f"--{option}", **settings)
 
-    options = {**_SIZES, **_READING, **_ASKED, **_WORK, **_WRITING}
-    command("convert", _convert, "convert SRC and save the result in OUT", options)
-    command("merge", _merge, "multiply the factors of SRC out and save the dense model in OUT", _WRITING)
-    command("inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights", {})
+    converting = {**_SIZES, **_READING, **_ASKED, **_WORK, **_WRITING}
+    command("convert", _convert, "convert SRC and save the result in OUT", converting)
+    merging = "multiply the factors of SRC out and save the dense model in OUT"
+    command("merge", lambda args: merge_folder(args.source, args.out, **_given(args, _WRITING)), merging, _WRITING)
+    inspecting = "show the low-rank layers of SRC, or what could be converted; reads no weights"
+    command("inspect", lambda args: inspect_folder(args.source), inspecting, {})
     return parser
 
 
@@ -177,15 +179,7 @@ def _convert(args: argparse.Namespace) -> Report:
     return convert_folder(args.source, args.out, LowRankConfig(**asked), **options)
 
 
-def _merge(args: argparse.Namespace) -> Report:
-    return merge_folder(args.source, args.out, **_given(args, _WRITING))
-
-
-def _inspect(args: argparse.Namespace) -> Report:
-    return inspect_folder(args.source)
-
-
 def _given(args: argparse.Namespace, options: Options) -> dict[str, Any]:
     """The options that were given, by the names that they have in Python."""
-    values = {name: getattr(args, name) for name in (option.replace("-", "_") for option in options)}
-    return {name: value for name, value in values.items() if value is not None}
+    names = [option.replace("-", "_") for option in options]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -54,10 +54,10 @@ def spectrum(
     ax = _axes(ax, (6.4, 4.2))
     kinds = list(dict.fromkeys(map(layer_kind, chosen)))
     for name in chosen:
-        left = _left_out(found[name], source)
-        color = f"C{kinds.index(layer_kind(name)) % 10}"
-        known = any(line.get_label() == layer_kind(name) for line in ax.lines)
-        ax.plot(range(len(left)), left, color=color, linewidth=1, label=None if known else layer_kind(name))
+        left, kind = _left_out(found[name], source), layer_kind(name)
+        color = f"C{kinds.index(kind) % 10}"
+        known = any(line.get_label() == kind for line in ax.lines)
+        ax.plot(range(len(left)), left, color=color, linewidth=1, label=None if known else kind)
         if plan is not None and name in plan.modules:
             rank = plan.modules[name].rank
             ax.scatter([rank], [left[min(rank, len(left) - 1)]], color=color, s=18, zorder=3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.errors import TargetError
-from hf_reparam.layers.dense import dense_matrix
+from hf_reparam.layers.dense import dense_matrix, shape_of
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 from hf_reparam.linalg import Decomposition, Factors, pivot
 from hf_reparam.plan import Entry
@@ -34,11 +34,10 @@ def low_rank_like(dense: nn.Module, entry: Entry) -> LowRankLinear:
 
     The layer is dense, or low-rank of another rank or form. A pivoted layer needs more inputs than its rank.
     """
-    if isinstance(dense, LowRankLinear):
-        n_out, n_in, kind, like = dense.out_features, dense.in_features, dense.dense_type, dense.up.weight
-    else:
-        (n_out, n_in), kind, like = dense_matrix(dense).shape, type(dense), dense.get_parameter("weight")
-    bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
+    part: Any = dense.up if isinstance(dense, LowRankLinear) else dense
+    kind = dense.dense_type if isinstance(dense, LowRankLinear) else type(dense)
+    (n_in, n_out), like = shape_of(dense), part.weight
+    bias = part.bias if isinstance(part.bias, nn.Parameter) else None
     up = _empty_linear(entry.rank, n_out, like, bias)
     low: LowRankLinear
     if entry.form == "pair":
