@@ -26,7 +26,7 @@ from benchmarks.solvers import factoring
 from benchmarks.timing import medians
 from hf_reparam import LowRankConfig, make_plan
 from hf_reparam.layers.surgery import low_rank_like
-from hf_reparam.structures.linear import numbers
+from hf_reparam.structures.linear import Linears
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -72,11 +72,11 @@ def layer_ratios(compiled: bool) -> list[dict[str, Any]]:
                 continue  # compiled, a Conv1D is a Linear
             for keep in KEEPS:
                 made = layers(build(), keep, dtype)
-                n_in, n_out = (made["pair"].in_features, made["pair"].out_features)
-                kept = {form: numbers(n_in, n_out, made[form].entry) / (n_in * n_out) for form in FORMS}
+                (site,) = Linears().sites(made["pair"])
+                kept = {form: Linears().cost(site, made[form].entry) / site.weights for form in FORMS}
                 called = {n: torch.compile(m, dynamic=False) if compiled else m for n, m in made.items()}
                 for tokens, rounds in ROUNDS.items():
-                    x = torch.randn(tokens, n_in, dtype=dtype)
+                    x = torch.randn(tokens, site.in_features, dtype=dtype)
                     seconds = medians({n: lambda c=c, x=x: c(x) for n, c in called.items()}, rounds, warmup=5)
                     ratios = {form: seconds[form] / seconds["dense"] for form in FORMS}
                     row = {"layer": name, "dtype": str(dtype)[6:], "keep": keep, "tokens": tokens}

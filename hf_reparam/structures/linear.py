@@ -1,6 +1,6 @@
 """Dense layers as products of two smaller ones, as a pair or with pivots."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,29 +9,18 @@ from torch.nn.parameter import is_lazy
 
 from hf_reparam.compat.marks import hook_of
 from hf_reparam.config import FORMS
-from hf_reparam.errors import RankError, WeightError
+from hf_reparam.errors import WeightError
 from hf_reparam.layers.dense import build_dense, dense_matrix, dense_type, not_whole, registered_types, shape_of
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import factor, has_hooks, low_rank_like
 from hf_reparam.linalg import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.multihead import unsplittable
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import (
-    Built,
-    Choices,
-    Replacement,
-    Site,
-    Steps,
-    Structure,
-    Way,
-    choices_of,
-    reading,
-)
+from hf_reparam.structures.structure import Built, Replacement, Site, Structure, paths_of, reading
 
-__all__ = ["Linears", "numbers"]
+__all__ = ["Linears"]
 
 
 class Linears(Structure):
@@ -40,45 +29,13 @@ class Linears(Structure):
     forms = FORMS
 
     def sites(self, model: nn.Module) -> list[Site]:
-        modules = dict(model.named_modules(remove_duplicate=False))
         factors = {part for m in model.modules() if isinstance(m, Factored) for part in m.modules() if part is not m}
-        names: dict[nn.Module, list[str]] = defaultdict(list)
-        for path, module in modules.items():
-            if module not in factors and _looks_dense(module):
-                names[module].append(path)
         owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-        return [_site(paths, module, modules, owners) for module, paths in names.items()]
+        paths = {m: names for m, names in paths_of(model).items() if m not in factors and _looks_dense(m)}
+        return [_site(model, module, names, owners) for module, names in paths.items()]
 
-    def cost(self, site: Site, entry: Entry | None) -> int:
-        if entry is None:
-            return site.weights
-        pivoted = entry.form == "pivoted"
-        most = min(site.in_features - pivoted, site.out_features)
-        if entry.rank > most:
-            raise RankError(f"rank {entry.rank}, above {'min(in - 1, out)' if pivoted else 'min(in, out)'} = {most}")
-        return numbers(site.in_features, site.out_features, entry)
-
-    def ways(
-        self, sites: Mapping[str, Site], source: Source, steps: Steps, taken: Mapping[str, Choices]
-    ) -> dict[str, list[Way]]:
-        def work(name: str) -> Tensor | None:
-            site = sites[name]
-            with reading(site.name, site.module):
-                return source.losses(name, lambda: dense_matrix(site.module), centred=site.others > 0)
-
-        found = spread({name: source.effort(site) for name, site in sites.items()}, work, desc="Spectra")
-        shapes = {name: (site.in_features, site.out_features) for name, site in sites.items()}
-        return {
-            name: [Way(0.0, {name: self.choices(*shapes[name], losses, steps)})]
-            for name, losses in found.items()
-            if losses is not None
-        }
-
-    def choices(self, n_in: int, n_out: int, losses: Tensor, steps: Steps) -> Choices:
-        """Every rank at which a layer of this shape is smaller than dense, and None for the dense layer itself."""
-        return choices_of(
-            self.forms, steps, min(n_in, n_out), lambda entry: numbers(n_in, n_out, entry), n_in * n_out, losses
-        )
+    def losses(self, name: str, site: Site, source: Source) -> Tensor | None:
+        return source.losses(name, lambda: dense_matrix(site.module), centred=site.others > 0)
 
     def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
         return {name: LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients)}
@@ -108,24 +65,16 @@ class Linears(Structure):
         return Built(Replacement({layer: made}), error)
 
 
-def numbers(n_in: int, n_out: int, entry: Entry) -> int:
-    """Numbers in the factors of a layer (in, out), its bias not counted.
-
-    >>> [numbers(16, 8, entry) for entry in (Entry(2), Entry(2, "pivoted"))]
-    [48, 44]
-    """
-    return entry.rank * (n_in + n_out - (entry.rank if entry.form == "pivoted" else 0))
-
-
 def _looks_dense(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight is not None
     return isinstance(module, (LowRankLinear, *registered_types())) or dense_type(module) is not None
 
 
-def _site(names: list[str], module: Any, modules: Mapping[str, nn.Module], owners: Counter[int]) -> Site:
+def _site(model: nn.Module, module: Any, names: list[str], owners: Counter[int]) -> Site:
     parents = [name.rpartition(".")[0] for name in names]
-    low, reason = isinstance(module, LowRankLinear), _unfit(module, modules[parents[0]], owners)
+    parent, low = model.get_submodule(parents[0]), isinstance(module, LowRankLinear)
+    reason = _unfit(module, parent, owners)
     n_in, n_out = shape_of(module) if reason is None and not_whole(module) is None else (0, 0)
     if isinstance(module, nn.MultiheadAttention):  # its projections stay dense
         names, others = [f"{names[0]}.in_proj_weight".lstrip(".")], module.in_proj_weight.numel()
@@ -143,7 +92,7 @@ def _site(names: list[str], module: Any, modules: Mapping[str, nn.Module], owner
         others=others,
         entry=module.entry if low else None,
         reason=reason,
-        aliases=tuple(parents) if getattr(modules[parents[0]], "of_one_layer", False) else (),
+        aliases=tuple(parents) if getattr(parent, "of_one_layer", False) else (),
     )
 
 
@@ -168,6 +117,4 @@ def _unfit(module: nn.Module, parent: nn.Module, owners: Counter[int]) -> str | 
         if weight.dim() == 2 and weight.numel() == 0:
             return "its weight holds no numbers"
     wrapped = "forward" in vars(module) and hook_of(module) is None  # accelerate's may be replaced
-    if has_hooks(module) or wrapped:
-        return "has hooks, which would be lost"
-    return None
+    return "has hooks, which would be lost" if has_hooks(module) or wrapped else None

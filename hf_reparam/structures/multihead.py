@@ -54,19 +54,24 @@ class SplitMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: shapes, masks, weights and errors.
-
-        Raises:
-            RuntimeError: is_causal without attn_mask, as there.
-        """
+        """As `nn.MultiheadAttention.forward`: shapes, masks, weights and errors."""
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        batched, first = query.dim() == 3, self.batch_first
-        q, k, v = (
-            self._heads(projection(x if not batched or first else x.transpose(0, 1)))
-            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
-        mask = self._mask(q, k, attn_mask, key_padding_mask)
+        batched = query.dim() == 3
+        turned = batched and not self.batch_first
+
+        def heads(projection: nn.Module, x: Tensor) -> Tensor:  # (batch, heads, length, width)
+            x = projection(x.transpose(0, 1) if turned else x)
+            return (x if batched else x[None]).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+        q, k, v = heads(self.q_proj, query), heads(self.k_proj, key), heads(self.v_proj, value)
+        mask = None  # of (batch, heads, length, source length), or what broadcasts to it
+        if attn_mask is not None:
+            mask = _as_added(attn_mask, q.dtype)
+            mask = mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask
+        if key_padding_mask is not None:
+            columns = _as_added(key_padding_mask, q.dtype).reshape(-1, 1, 1, k.shape[2])
+            mask = columns if mask is None else mask + columns
         dropped = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -80,23 +85,7 @@ class SplitMultiheadAttention(nn.Module):
         out = self.out_proj(mixed.transpose(1, 2).flatten(2))
         if not batched:
             return out[0], None if weights is None else weights[0]
-        return out if first else out.transpose(0, 1), weights
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(batch, length, embed_dim) or (length, embed_dim) -> (batch, heads, length, width)."""
-        x = x if x.dim() == 3 else x[None]
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-    def _mask(self, q: Tensor, k: Tensor, attention: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Both masks as one to be added to scores, (batch, heads, length, source length) or what broadcasts to it."""
-        added = None
-        if attention is not None:
-            added = _as_added(attention, q.dtype)
-            added = added.unflatten(0, (-1, self.num_heads)) if added.dim() == 3 else added
-        if padding is not None:
-            columns = _as_added(padding, q.dtype).reshape(-1, 1, 1, k.shape[2])
-            added = columns if added is None else added + columns
-        return added
+        return out.transpose(0, 1) if turned else out, weights
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, dropout={self.dropout}, batch_first={self.batch_first}"
@@ -152,11 +141,7 @@ def join(attention: SplitMultiheadAttention) -> nn.MultiheadAttention:
 
 
 def open_attentions(model: nn.Module, kept: Collection[nn.Module] = ()) -> dict[nn.Module, nn.Module]:
-    """Show the attentions of a working copy, but for those that are kept whole, in split form over the same memory.
-
-    Returns:
-        Attention -> what is in its place.
-    """
+    """Show the attentions of a working copy, but for `kept`, in split form over the same memory: old -> new module."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m is not model and m not in kept]
     whole = [m for m in found if unsplittable(m, owners) is None]

@@ -5,6 +5,7 @@ interface.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.compat.accelerate import aligned
-from hf_reparam.errors import WeightError
+from hf_reparam.errors import RankError, WeightError
+from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.linalg import LayerMoments, Options
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
 
-__all__ = ["Built", "Choices", "Replacement", "Site", "Steps", "Structure", "Way", "choices_of", "reading"]
+__all__ = ["Built", "Choices", "Replacement", "Site", "Steps", "Structure", "Way", "paths_of", "reading"]
 
-CAUTION = 1.5
-"""What narrower heads and tables lose counts for so much more: it meets the errors of other layers."""
+CAUTION = 1.5  # what narrower heads and tables lose counts for so much more: it meets the errors of other layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Site:
     """A place in a model that a structure can hold in fewer numbers, or holds so already.
 
     Args:
-        names: every module path at which it hangs; the first is its name.
+        names: every path at which it hangs; under the first it is reported.
         module: what is there.
         kind: class of what is there in the dense model.
         in_features, out_features: of the dense weight.
@@ -59,12 +60,10 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The path under which it is reported."""
         return self.names[0]
 
     @property
     def full_rank(self) -> int:
-        """min(in, out)."""
         return min(self.in_features, self.out_features)
 
     def dense_numbers(self, entry: Entry | None) -> int:
@@ -77,10 +76,10 @@ class Replacement:
     """What a site becomes.
 
     Args:
-        modules: old module -> new one; a module that hangs in several places is replaced in all of them.
+        modules: old module -> new one, wherever it hangs.
         attributes: (module, name, value) of what is set beside, such as the width of heads.
         retie: whether a Transformers model has to tie its parameters anew.
-        parts: (module, name, new part) of modules and parameters that take the place of a parameter or of its like.
+        parts: (module, name, new part) of what takes the place of a parameter or of its like.
     """
 
     modules: Mapping[nn.Module, nn.Module]
@@ -101,7 +100,6 @@ class Replacement:
         return replace(self, modules=dict(zip(self.modules, held, strict=False)), parts=parts)
 
     def install(self, model: nn.Module) -> None:
-        """Put it in place. Changes the model."""
         replace_modules(model, self.modules)
         for module, name, part in self.parts:
             delattr(module, name)
@@ -141,15 +139,12 @@ class Steps:
 
     @property
     def least(self) -> int:
-        """The first rank."""
         return math.ceil(self.min_rank / self.multiple_of) * self.multiple_of
 
     def up_to(self, most: int) -> range:
-        """The ranks up to this one."""
         return range(self.least, most + 1, self.multiple_of)
 
     def entry(self, rank: int, forms: Sequence[str]) -> Entry:
-        """The entry of a rank in a structure of these forms."""
         return Entry(rank, self.form if self.form in forms else forms[0])
 
 
@@ -196,6 +191,13 @@ class Structure(Protocol):
         Raises:
             RankError: it cannot have this rank.
         """
+        if entry is None:
+            return int(site.weights)
+        pivoted = entry.form == "pivoted"
+        most = min(site.in_features - pivoted, site.out_features)
+        if entry.rank > most:
+            raise RankError(f"rank {entry.rank}, above {'min(in - 1, out)' if pivoted else 'min(in, out)'} = {most}")
+        return int(site.parts * entry.rank * (site.in_features + site.out_features - pivoted * entry.rank))
 
     def ways(
         self, sites: Mapping[str, Any], source: Source, steps: Steps, taken: Mapping[str, Choices]
@@ -208,6 +210,27 @@ class Structure(Protocol):
             steps: the ranks that may be chosen.
             taken: name in a plan -> choices of the dense layers, which a way may offer otherwise.
         """
+
+        def work(name: str) -> Tensor | None:
+            with reading(sites[name].name, sites[name].module):
+                return self.losses(name, sites[name], source)
+
+        found = spread({name: source.effort(site) for name, site in sites.items()}, work, desc="Spectra")
+        known = {name: losses for name, losses in found.items() if losses is not None}
+        return {name: [Way(0.0, {name: self.choices(sites[name], lost, steps)})] for name, lost in known.items()}
+
+    def losses(self, name: str, site: Any, source: Source) -> Tensor | None:
+        """What dropping each direction costs, as `Source.losses`; None where there is nothing in that unit."""
+        return None
+
+    def choices(self, site: Any, losses: Tensor, steps: Steps) -> Choices:
+        """Entries at which a site is smaller than dense, by ascending rank, and, last, dense, which loses nothing."""
+        entries = [steps.entry(rank, self.forms) for rank in steps.up_to(site.full_rank - 1)]
+        entries = [entry for entry in entries if self.cost(site, entry) < site.weights]
+        costs = [float(self.cost(site, entry)) for entry in (*entries, None)]
+        kept = losses.cumsum(0)[torch.tensor([entry.rank - 1 for entry in entries], dtype=torch.int64)]
+        errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
+        return [*entries, None], Options(errors, torch.tensor(costs, dtype=torch.float64))
 
     def sums(self, name: str, site: Any, *, gradients: bool) -> dict[str, Any]:
         """Name -> empty sums over calibration data: LayerMoments, or TableMoments."""
@@ -228,6 +251,14 @@ class Structure(Protocol):
         """
 
 
+def paths_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module of a model -> the paths at which it hangs."""
+    paths: dict[nn.Module, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[module].append(path)
+    return paths
+
+
 @contextmanager
 def reading(name: str, *modules: nn.Module) -> Iterator[None]:
     """Have the weights of modules in memory while the block runs; its WeightErrors begin with the name."""
@@ -238,22 +269,3 @@ def reading(name: str, *modules: nn.Module) -> Iterator[None]:
             yield
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from None
-
-
-def choices_of(
-    forms: Sequence[str], steps: Steps, most: int, cost: Callable[[Entry], int], dense: int, losses: Tensor
-) -> Choices:
-    """Entries at which a site is smaller than dense, by ascending rank, and, last, dense, which loses nothing.
-
-    Args:
-        forms: of the structure.
-        steps: the ranks that may be chosen.
-        most: the highest rank.
-        cost: numbers of an entry.
-        dense: numbers of the dense weight.
-        losses: what dropping each direction loses, descending.
-    """
-    entries = [entry for rank in steps.up_to(most) if cost(entry := steps.entry(rank, forms)) < dense]
-    kept = losses.cumsum(0)[torch.tensor([entry.rank - 1 for entry in entries], dtype=torch.int64)]
-    errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
-    return [*entries, None], Options(errors, torch.tensor([*map(cost, entries), dense], dtype=torch.float64))

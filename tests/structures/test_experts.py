@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from hf_reparam import Entry, convert
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg import LayerMoments
-from hf_reparam.structures.experts import Experts, dense_experts, expert_losses, expert_moments
+from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
 from hf_reparam.structures.experts.modules import LowRankExperts
 from hf_reparam.structures.experts.watch import ExpertWatch
 
@@ -434,7 +434,7 @@ def test_losses_are_what_the_error_adds_up_to():
     model = skewed(model_of(gpt_oss))
     name, site = next(iter(sites(model).items()))
     source = Source("activation", moments_of(model, ids(16, 32)))
-    lost = expert_losses(name, site, source)
+    lost = Experts().losses(name, site, source)
     assert (lost.shape, lost.dtype) == ((32,), torch.float64)
     built = build(name, site, 6, source)
     assert math.isclose(built.error**2, float(lost[6:].sum() / lost.sum()), rel_tol=1e-6)
@@ -449,8 +449,8 @@ def test_losses_are_what_the_error_adds_up_to():
 def test_losses_need_gradients_in_the_fisher_metric():
     model = model_of(mixtral)
     name, site = next(iter(sites(model).items()))
-    assert expert_losses(name, site, Source("fisher", moments_of(model, ids(), gradients=False))) is None
-    assert expert_losses(name, site, Source("svd")) is not None
+    assert Experts().losses(name, site, Source("fisher", moments_of(model, ids(), gradients=False))) is None
+    assert Experts().losses(name, site, Source("svd")) is not None
 
 
 def test_experts_that_saw_little_take_what_all_saw():

@@ -1,9 +1,8 @@
 """Fused experts of MoE layers: 3-D parameters, one matrix for each expert, held as low-rank products."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import Any
 
@@ -11,25 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.compat.marks import is_spread
-from hf_reparam.errors import RankError
 from hf_reparam.linalg import LayerMoments, Metric, decompose, spectrum, working_device
 from hf_reparam.plan import Entry
 from hf_reparam.structures.experts.modules import LowRankExperts
 from hf_reparam.structures.experts.watch import ExpertWatch
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import (
-    Built,
-    Choices,
-    Replacement,
-    Site,
-    Steps,
-    Structure,
-    Way,
-    choices_of,
-    reading,
-)
+from hf_reparam.structures.structure import Built, Replacement, Site, Structure, paths_of, reading
 
-__all__ = ["ExpertSite", "Experts", "dense_experts", "expert_losses", "expert_moments"]
+__all__ = ["ExpertSite", "Experts", "dense_experts", "expert_moments"]
 
 _UNMARKED = {
     "llama4.modeling_llama4.Llama4TextExperts": True,
@@ -74,36 +62,23 @@ class Experts(Structure):
     stays_in_memory = True  # a parameter, and no module that could wait in a file
 
     def sites(self, model: nn.Module) -> list[ExpertSite]:
-        paths: dict[nn.Module, list[str]] = defaultdict(list)
-        for path, module in model.named_modules(remove_duplicate=False):
-            paths[module].append(f"{path}." if path else "")
+        experts = {module: paths for module, paths in paths_of(model).items() if _is_transposed(module) is not None}
         return [
-            _site(model, module, starts, parameter, held, transposed)
-            for module, starts in paths.items()
-            if (transposed := _is_transposed(module)) is not None
-            for parameter, held in (*module._parameters.items(), *module._modules.items())
+            _site(model, module, name, held, paths)
+            for module, paths in experts.items()
+            for name, held in (*module._parameters.items(), *module._modules.items())
             if isinstance(held, LowRankExperts) or (isinstance(held, nn.Parameter) and held.dim() == 3)
         ]
 
-    def cost(self, site: ExpertSite, entry: Entry | None) -> int:
-        if entry is None:
-            return site.weights
-        if entry.rank > site.full_rank:
-            raise RankError(f"rank {entry.rank}, above min(in, out) = {site.full_rank}")
-        return site.parts * entry.rank * (site.in_features + site.out_features)
-
-    def ways(
-        self, sites: Mapping[str, ExpertSite], source: Source, steps: Steps, taken: Mapping[str, Choices]
-    ) -> dict[str, list[Way]]:
-        ways = {}
-        for name, site in sites.items():
-            with reading(site.name, site.owner):
-                losses = expert_losses(name, site, source)
-            if losses is not None:
-                cost = partial(self.cost, site)
-                choices = choices_of(self.forms, steps, site.full_rank, cost, site.weights, losses)
-                ways[name] = [Way(0.0, {name: choices})]
-        return ways
+    def losses(self, name: str, site: ExpertSite, source: Source) -> Tensor | None:
+        """The sum over experts; None without gradients in the fisher metric: there is no unit of other layers then."""
+        if source.metric == "fisher" and not _has_gradient(_moments(name, site, source)):
+            return None
+        total = torch.zeros(site.full_rank, dtype=torch.float64)
+        for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
+            with reading(f"expert {i}"):
+                total += spectrum(weight, metric).cpu() * tokens
+        return total
 
     def sums(self, name: str, site: ExpertSite, *, gradients: bool) -> dict[str, Any]:
         shape = (site.in_features, site.out_features)
@@ -128,10 +103,7 @@ class Experts(Structure):
 
     @torch.no_grad()
     def build(self, name: str, site: ExpertSite, entry: Entry | None, source: Source) -> Built:
-        """Each expert's matrix is decomposed by itself; the error is that of all.
-
-        The metric is not centred, so that biases of experts stay as they are. Memory: one matrix in float64.
-        """
+        """Each expert's matrix is decomposed by itself, in float64; the error is that of all."""
         with reading(site.name, site.owner):
             if entry is None:
                 return Built(site.replaced(dense_experts(site.held)))
@@ -148,17 +120,17 @@ class Experts(Structure):
         return Built(made, (tail / energy) ** 0.5 if energy else 0.0)
 
 
-def _site(
-    model: nn.Module, module: nn.Module, starts: Sequence[str], parameter: str, held: Any, transposed: bool
-) -> ExpertSite:
-    low = isinstance(held, LowRankExperts)
-    experts, rows, columns = held.shape
+def _site(model: nn.Module, module: nn.Module, parameter: str, held: Any, paths: Sequence[str]) -> ExpertSite:
+    low, transposed = isinstance(held, LowRankExperts), bool(_is_transposed(module))
+    experts, n_out, n_in = held.shape
+    if transposed:
+        n_out, n_in = n_in, n_out
     return ExpertSite(
-        names=tuple(start + parameter for start in starts),
+        names=tuple(f"{path}.{parameter}".lstrip(".") for path in paths),
         module=held if low else module,
         kind=type(module).__name__,
-        in_features=rows if transposed else columns,
-        out_features=columns if transposed else rows,
+        in_features=n_in,
+        out_features=n_out,
         weights=held.shape.numel(),
         entry=held.entry if low else None,
         reason=None if low else _why_not(held, module, model),
@@ -170,18 +142,14 @@ def _site(
 
 
 def _is_transposed(module: nn.Module) -> bool | None:
-    """Whether experts hold (experts, in, out); None for a module that is none.
-
-    What `use_experts_implementation` decorates says so itself.
-    """
-    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+    """Whether experts hold (experts, in, out); None for a module that is none."""
+    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # by `use_experts_implementation`
         return bool(module.is_transposed)
     kind = type(module)
     return _UNMARKED.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models."))
 
 
 def _why_not(held: nn.Parameter, module: nn.Module, model: nn.Module) -> str | None:
-    """Why a parameter cannot be of low rank, in the words of a report; None if it can."""
     if type(held) is not nn.Parameter or held.dtype not in _DTYPES:
         return f"experts in {type(held).__name__} of {held.dtype}: convert first, quantize or shard afterwards"
     if is_spread(module):
@@ -190,21 +158,6 @@ def _why_not(held: nn.Parameter, module: nn.Module, model: nn.Module) -> str | N
         return "experts of one row or column"
     owners = {m for m in model.modules() for p in m._parameters.values() if p is held}
     return "experts that are tied to others" if len(owners) > 1 else None
-
-
-def expert_losses(name: str, site: ExpertSite, source: Source) -> Tensor | None:
-    """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending: the sum over experts.
-
-    Squared singular values times the tokens that the expert saw, the unit of dense layers. None without gradients in
-    the fisher metric: there is no such unit.
-    """
-    if source.metric == "fisher" and not _has_gradient(_moments(name, site, source)):
-        return None
-    total = torch.zeros(site.full_rank, dtype=torch.float64)
-    for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
-        with reading(f"expert {i}"):
-            total += spectrum(weight, metric).cpu() * tokens
-    return total
 
 
 def expert_moments(moments: Sequence[LayerMoments | None], n_in: int) -> list[LayerMoments | None]:
@@ -227,7 +180,7 @@ def _has_gradient(moments: Sequence[LayerMoments | None]) -> bool:
 
 
 def _coordinates(name: str, site: ExpertSite, source: Source) -> Iterator[tuple[Tensor, Metric, float]]:
-    """Weight (out, in), metric and how much it counts, of each expert."""
+    """Weight (out, in), metric and how much it counts, of each expert. Not centred: biases of experts stay."""
     moments = _moments(name, site, source)
     kind = "activation" if source.metric == "fisher" and not _has_gradient(moments) else source.metric
     used_for_each = expert_moments(moments, site.in_features)

@@ -17,21 +17,64 @@ from hf_reparam.layers.factored import Factored, Product
 
 __all__ = ["ExpertWeight", "LowRankExperts"]
 
+Use = Callable[[Any, Tensor, Tensor], Any]  # of an input, and the two factors of a weight in the order of their product
+
 _ALIGNMENT = 16  # bytes: what grouped products ask of the length of a row
 
 
 class _Weights:
-    """What tensor functions and experts ask alike of the whole parameter and of one expert's matrix."""
+    """What experts ask of their parameter, and of one expert's matrix in it: `weight` says which it is."""
 
-    shape: torch.Size
+    weight: Any
+
+    @property
+    def shape(self) -> torch.Size:
+        """(experts, rows, columns), or (rows, columns) of one."""
+        owner, index = self.weight.owner, self.weight.index
+        sizes = (owner.out_features, owner.in_features)
+        if index is None:
+            start: tuple[int, ...] = (len(owner),)
+        else:
+            start = tuple(index.shape) if isinstance(index, Tensor) else ()
+        return torch.Size((*start, *(sizes[::-1] if self.weight.swapped else sizes)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.owner.up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.owner.up.device
+
+    @property
+    def mT(self) -> "ExpertWeight":  # noqa: N802  # torch's name
+        return ExpertWeight(self.weight.owner, self.weight.index, not self.weight.swapped)
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        dims = len(self.shape)
+        if {dim0 % dims, dim1 % dims} == {dims - 2, dims - 1}:
+            return self.mT
+        return _numbers(self).transpose(dim0, dim1)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point():
+            index = int(index)  # once, where each factor would wait for the device
+        whole = isinstance(index, int) or (isinstance(index, Tensor) and index.dtype == torch.int64)
+        if self.weight.index is None and whole:
+            return ExpertWeight(self.weight.owner, index, self.weight.swapped)
+        return _numbers(self)[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise WeightError(
+            "setting numbers would be lost: weights of low-rank experts are up @ down, formed whenever they are read. "
+            "Change the factors, up and down, or merge the model first"
+        )
+
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
 
 
@@ -63,39 +106,19 @@ class LowRankExperts(_Weights, Factored):
         super().__init__()
         self.transposed = transposed
         self.down, self.up = down, up
+        _, self.rank, self.in_features = down.shape
+        self.out_features = up.shape[1]
 
-    def forward(
-        self, x: Any, use: Callable[[Any, Tensor, Tensor], Any], index: Any = None, swapped: bool = False
-    ) -> Any:
-        """use(x, first, second) of two factors, whose product is the weight. A call: hooks bring in offloaded ones.
-
-        Args:
-            x: an input, which hooks may move to the factors; or None.
-            use: what to do with them.
-            index: an int or int64 tensor, which experts; None for all.
-            swapped: whether first @ second is to be (in, out).
-        """
+    def forward(self, x: Any, use: Use, index: Any = None, swapped: bool = False) -> Any:
+        """use(x, first, second) of the factors of an `ExpertWeight`. A call: hooks bring in offloaded ones."""
         up, down = (self.up, self.down) if index is None else (self.up[index], self.down[index])
         return use(x, down.mT, up.mT) if swapped else use(x, up, down)
 
-    @property
-    def rank(self) -> int:  # type: ignore[override]
-        return int(self.up.shape[2])
-
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        return int(self.down.shape[2])
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        return int(self.up.shape[1])
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(experts, out, r) and (experts, r, in)."""
         return self.up, self.down
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> Any:
-        """A parameter of the shape that it stands for, of one expert; its numbers are zeros."""
+        """Zeros of the shape that it stands for, for one expert."""
         return torch.zeros(1, *self.shape[1:])
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
@@ -103,45 +126,17 @@ class LowRankExperts(_Weights, Factored):
         yield self.up, self.rank**-0.5
 
     def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
-        """Its own: experts are in no head."""
-        return self.in_features, self.out_features
+        return self.in_features, self.out_features  # experts are in no head
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As of any module: the marker of `Factored` has the name of a weight."""
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # no marker: it has the name of a weight
 
     @property
     def weight(self) -> "ExpertWeight":  # type: ignore[override]
-        """What experts take for the parameter."""
         return ExpertWeight(self, None, self.transposed)
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.up.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.up.device
-
-    @property
-    def mT(self) -> "ExpertWeight":  # noqa: N802  # torch's name
-        return self.weight.mT
-
-    def transpose(self, dim0: int, dim1: int) -> Any:
-        return self.weight.transpose(dim0, dim1)
 
     def __len__(self) -> int:
         return int(self.up.shape[0])
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.weight[index]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.weight[index] = value
 
     def extra_repr(self) -> str:
         return f"{len(self)}, in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -161,55 +156,17 @@ class ExpertWeight(_Weights):
     def __init__(self, owner: LowRankExperts, index: Any, swapped: bool) -> None:
         self.owner, self.index, self.swapped = owner, index, swapped
 
-    def use(self, x: Any, how: Callable[[Any, Tensor, Tensor], Any]) -> Any:
+    @property
+    def weight(self) -> "ExpertWeight":
+        return self
+
+    def use(self, x: Any, how: Use) -> Any:
         """how(x, first, second) of the factors, whose product it is."""
         return self.owner(x, how, self.index, self.swapped)
 
     def formed(self) -> Any:
         """Its numbers, with gradients into both factors."""
         return self.use(None, lambda _, first, second: first @ second)
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """(experts, rows, columns), or (rows, columns) of one."""
-        sizes = (self.owner.out_features, self.owner.in_features)
-        if self.index is None:
-            start: tuple[int, ...] = (len(self.owner),)
-        else:
-            start = tuple(self.index.shape) if isinstance(self.index, Tensor) else ()
-        return torch.Size((*start, *(sizes[::-1] if self.swapped else sizes)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.owner.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.owner.device
-
-    @property
-    def mT(self) -> "ExpertWeight":  # noqa: N802  # torch's name
-        return ExpertWeight(self.owner, self.index, not self.swapped)
-
-    def transpose(self, dim0: int, dim1: int) -> Any:
-        dims = len(self.shape)
-        if {dim0 % dims, dim1 % dims} == {dims - 2, dims - 1}:
-            return self.mT
-        return _numbers(self).transpose(dim0, dim1)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point():
-            index = int(index)  # once, where each factor would wait for the device
-        whole = isinstance(index, int) or (isinstance(index, Tensor) and index.dtype == torch.int64)
-        if self.index is None and whole:
-            return ExpertWeight(self.owner, index, self.swapped)
-        return _numbers(self)[index]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise WeightError(
-            "setting numbers would be lost: weights of low-rank experts are up @ down, formed whenever they are read. "
-            "Change the factors, up and down, or merge the model first"
-        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -243,8 +200,7 @@ def _grouped(func: Any, x: Tensor, first: Tensor, second: Tensor, *rest: Any, **
 
 
 def _lazy(value: Any) -> ExpertWeight | None:
-    """A value that stands for weights of experts; None for any other."""
-    return value.weight if isinstance(value, LowRankExperts) else value if isinstance(value, ExpertWeight) else None
+    return value.weight if isinstance(value, _Weights) else None
 
 
 def _numbers(value: Any) -> Any:

@@ -100,9 +100,7 @@ class _Watched:
         return value
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         x, self, *rest = args
         if isinstance(self, cls) and self.expert is not None and name in ("linear", "matmul"):

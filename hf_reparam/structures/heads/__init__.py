@@ -14,7 +14,7 @@ from hf_reparam.structures.heads.attention import ROLES, Attention, AttentionTyp
 from hf_reparam.structures.heads.narrow import NarrowHeads, stock_layers, widened
 from hf_reparam.structures.linear import Linears
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import CAUTION, Built, Choices, Replacement, Steps, Structure, Way, reading
+from hf_reparam.structures.structure import CAUTION, Built, Choices, Replacement, Site, Steps, Structure, Way, reading
 
 __all__ = ["AttentionType", "Heads", "register_attention"]
 
@@ -45,7 +45,9 @@ class Heads(Structure):
         heads = {name: a for name, a in sites.items() if all(part in taken for part in parts[name])}
 
         def work(name: str) -> list[tuple[int, float, dict[str, Tensor]]]:
-            return NarrowHeads(name, heads[name], source).losses(_widths(heads[name], steps.multiple_of))
+            a = heads[name]  # widths in equal steps; the full one only where it splits a fused layer
+            step = math.ceil(a.width / _WIDTHS / steps.multiple_of) * steps.multiple_of
+            return NarrowHeads(name, a, source).losses(range(step, a.width + a.known.fused, step))
 
         costs = {name: float(a.heads * a.width) ** 3 for name, a in heads.items()}
         ways = {}
@@ -55,9 +57,9 @@ class Heads(Structure):
             for width, error, losses in narrow:
                 layers = {}
                 for role in ROLES:
-                    path = f"{name}.{a.within(role, split=True)}"
-                    layers[path] = Linears().choices(*a.shape(role, width), losses[role], steps)
-                ways[name].append(Way(CAUTION * error, layers, {name: Entry(width, self.forms[0])}))
+                    choices = Linears().choices(_dense(a, role, width), losses[role], steps)
+                    layers[f"{name}.{a.within(role, split=True)}"] = choices
+                ways[name].append(Way(CAUTION * error, layers, {name: Entry(width, "heads")}))
         return ways
 
     def skeleton(self, site: Attention, entry: Entry | None) -> Replacement:
@@ -73,7 +75,8 @@ class Heads(Structure):
             return Built(site.replaced(widened(site), site.out_features))
 
 
-def _widths(attention: Attention, multiple_of: int) -> list[int]:
-    """Widths in equal steps; the full one only where it splits a fused layer."""
-    step = math.ceil(attention.width / _WIDTHS / multiple_of) * multiple_of
-    return list(range(step, attention.width + attention.known.fused, step))
+def _dense(attention: Attention, role: str, width: int) -> Site:
+    """The dense layer of a role, as it is with heads of this width."""
+    n_in, n_out = attention.shape(role, width)
+    layer = attention.layer(role)
+    return Site(names=(role,), module=layer, kind="", in_features=n_in, out_features=n_out, weights=n_in * n_out)

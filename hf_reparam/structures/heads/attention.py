@@ -4,7 +4,6 @@ A type is matched by its exact class. Queries are compared with keys as the proj
 between would not commute with the maps of `hf_reparam.linalg.heads`.
 """
 
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,14 +13,12 @@ from torch import Tensor, nn
 
 from hf_reparam.layers.dense import dense_type, shape_of
 from hf_reparam.plan import Entry
-from hf_reparam.structures.structure import Replacement, Site
+from hf_reparam.structures.structure import Replacement, Site, paths_of
 
 __all__ = ["Attention", "AttentionType", "FusedProjections", "find_attentions", "register_attention"]
 
-INNER = ("query", "key", "value")
-"""Roles of the projections into heads."""
-ROLES = (*INNER, "output")
-"""Roles of all projections of an attention."""
+INNER = ("query", "key", "value")  # roles of the projections into heads
+ROLES = (*INNER, "output")  # and of all projections of an attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,6 @@ class AttentionType:
 
     @property
     def fused(self) -> bool:
-        """Whether queries, keys and values come out of one layer."""
         return self.query == self.key
 
 
@@ -76,10 +72,7 @@ def _qualified(module_type: type[nn.Module]) -> str:
 
 
 class FusedProjections(nn.Module):
-    """Queries, keys and values from three layers, in the place of the one fused layer that gave all of them.
-
-    Args:
-        query, key, value: layers (in -> heads * width).
+    """Queries, keys and values from three layers (in -> heads * width), in the place of one that gave all of them.
 
     >>> FusedProjections(nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 4))(torch.zeros(5, 8)).shape
     torch.Size([5, 12])
@@ -153,15 +146,12 @@ class Attention(Site):
 
 def find_attentions(model: nn.Module) -> list[Attention]:
     """Every attention of a registered type whose parts are where its entry says, each once; reads shapes only."""
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[module].append(name)
-    places = Counter({module: len(paths) for module, paths in names.items()})
-    found = (_attention(m, paths, places) for m, paths in names.items() if _qualified(type(m)) in _registry)
+    paths = paths_of(model)
+    found = (_attention(m, names, paths) for m, names in paths.items() if _qualified(type(m)) in _registry)
     return [attention for attention in found if attention is not None]
 
 
-def _attention(module: nn.Module, names: list[str], places: Counter[nn.Module]) -> Attention | None:
+def _attention(module: nn.Module, names: list[str], paths: Mapping[nn.Module, list[str]]) -> Attention | None:
     known = _registry[_qualified(type(module))]
     try:
         holder: Any = module.get_submodule(known.holder)
@@ -189,6 +179,6 @@ def _attention(module: nn.Module, names: list[str], places: Counter[nn.Module]) 
     layers = [found.layer(role) for role in ROLES]
     if not all(map(dense_type, layers)):
         return replace(found, reason="a projection is no dense layer")
-    if any(places[layer] != len(names) for layer in layers):
+    if any(len(paths[layer]) != len(names) for layer in layers):
         return replace(found, reason="a projection hangs elsewhere, too, and cannot change its shape")
     return found

@@ -44,11 +44,7 @@ class NarrowHeads:
     source: Source
 
     def prepare(self) -> tuple[HeadMoments, HeadMaps]:
-        """Moments of the heads, and maps of full width.
-
-        Raises:
-            WeightError: weights or moments are not finite.
-        """
+        """Moments of the heads, and maps of full width; raises WeightError where weights or moments are not finite."""
         key, output = self.moments("key"), self.moments("output")
         keys, mean = self._outputs("key")
         if key is not None:

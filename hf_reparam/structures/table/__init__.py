@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +14,7 @@ from hf_reparam.linalg import TableMoments, decompose_table
 from hf_reparam.plan import Entry
 from hf_reparam.structures.hosts import embeddings_of, hosts
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import (
-    CAUTION,
-    Built,
-    Choices,
-    Replacement,
-    Site,
-    Steps,
-    Structure,
-    Way,
-    choices_of,
-    reading,
-)
+from hf_reparam.structures.structure import CAUTION, Built, Replacement, Site, Structure, reading
 from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankTable, low_rank_table, stock_table
 
 __all__ = ["Tables"]
@@ -56,26 +44,15 @@ class Tables(Structure):
         return [site for path, host in hosts(model).items() for site in _sites(f"{path}." if path else "", host)]
 
     def cost(self, site: TableSite, entry: Entry | None) -> int:
-        if entry is None:
-            return site.weights
-        if entry.rank > site.full_rank - 1:
+        if entry is not None and entry.rank >= site.full_rank:
             raise RankError(f"rank {entry.rank}, above the {site.full_rank - 1} that it can have")
-        return entry.rank * (site.in_features + site.out_features)
+        return super().cost(site, entry)
 
-    def ways(
-        self, sites: Mapping[str, TableSite], source: Source, steps: Steps, taken: Mapping[str, Choices]
-    ) -> dict[str, list[Way]]:
-        ways = {}
-        for name, site in sites.items():
-            seen = source.table_moments(name)
-            if seen is None:
-                continue
-            with reading(site.name, site.module):
-                losses = decompose_table(site.module.get_parameter("weight"), seen).squares * seen.tokens * CAUTION
-            cost = partial(self.cost, site)
-            choices = choices_of(self.forms, steps, site.full_rank - 1, cost, site.weights, losses)
-            ways[name] = [Way(0.0, {name: choices})]
-        return ways
+    def losses(self, name: str, site: TableSite, source: Source) -> Tensor | None:
+        seen = source.table_moments(name)
+        if seen is None:
+            return None
+        return decompose_table(site.module.get_parameter("weight"), seen).squares * seen.tokens * CAUTION
 
     def sums(self, name: str, site: TableSite, *, gradients: bool) -> dict[str, Any]:
         return {} if site.entry is not None else {name: TableMoments.zeros(*_shape(site.module))}

@@ -51,18 +51,7 @@ class LowRankTable(Factored):
     def __init__(self, table: Factor, up: Factor) -> None:
         super().__init__()
         self.table, self.up = table, up
-
-    @property
-    def rank(self) -> int:  # type: ignore[override]
-        return int(self.table.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        return int(self.table.weight.shape[0])
-
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        return int(self.up.weight.shape[0])
+        (self.out_features, self.rank), self.in_features = table.weight.shape, len(up.weight)
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
         """An embedding of its or another shape (width, tokens); its numbers are not set."""
@@ -88,12 +77,7 @@ class LowRankTable(Factored):
 
 
 class LowRankEmbedding(LowRankTable):
-    """ids -> up (table[ids]): an embedding of r numbers for each token.
-
-    Args:
-        table: (tokens, r).
-        up: (d, r).
-        padding_idx: token whose row gets no gradient.
+    """ids -> up (table[ids]): an embedding of r numbers for each token, from a table (tokens, r) and an up (d, r).
 
     Cost: r d multiply-adds for each token.
 
@@ -116,17 +100,11 @@ class LowRankEmbedding(LowRankTable):
         return self.in_features
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
-        """(...) int -> (..., d)."""
         return self.up(self.table(input))
 
 
 class LowRankHead(LowRankTable):
-    """h -> table (up^T h) + bias: the output layer that shares an embedding's factors.
-
-    Args:
-        table: (tokens, r).
-        up: (d, r).
-        bias: (tokens,), or none.
+    """h -> table (up^T h) + bias (tokens,): the output layer that shares an embedding's factors.
 
     Cost: r (d + tokens) multiply-adds for each row.
     """
@@ -136,7 +114,6 @@ class LowRankHead(LowRankTable):
         self.bias = bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
-        """(..., d) -> (..., tokens)."""
         return self.table(self.up(input), self.bias)
 
 
