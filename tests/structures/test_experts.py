@@ -295,6 +295,16 @@ def test_stock_is_the_dense_parameter(family):
     assert all(p.requires_grad for p in back.parameters())
 
 
+@pytest.mark.parametrize("family", [mixtral, gpt_oss])
+def test_a_converted_model_becomes_smaller(family):
+    small = convert(model_of(family), rank=12)
+    smaller = convert(small, rank=6)
+    assert {site.entry.rank for site in sites(smaller).values()} == {6}
+    once = converted(small, 6)
+    for name, site in sites(smaller).items():
+        torch.testing.assert_close(dense_experts(site.held), dense_experts(sites(once)[name].held))
+
+
 def test_numbers_of_half_precision():
     model = model_of(mixtral).to(torch.bfloat16)
     small = converted(model, 10**6)

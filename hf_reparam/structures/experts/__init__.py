@@ -50,6 +50,13 @@ class ExpertSite(Site):
         """The parameter, or the LowRankExperts in its place."""
         return getattr(self.owner, self.parameter)
 
+    def matrix(self, expert: int) -> Tensor:
+        """(out, in) of one expert; of a low-rank one the product, in float64."""
+        if isinstance(self.held, LowRankExperts):
+            return self.held.product(expert)
+        weight: Tensor = self.held.detach()[expert]
+        return weight.mT if self.transposed else weight
+
     def replaced(self, new: nn.Module | nn.Parameter) -> Replacement:
         """What puts something else in the parameter's place."""
         return Replacement({}, parts=[(self.owner, self.parameter, new)])
@@ -117,7 +124,8 @@ class Experts(Structure):
                 low.down[i].copy_(factors.down)
                 energy += tokens * found.energy
                 tail += tokens * found.energy * found.relative_error(entry.rank) ** 2
-        return Built(made, (tail / energy) ** 0.5 if energy else 0.0)
+        error = (tail / energy) ** 0.5 if energy else 0.0
+        return Built(made, error if site.entry is None else None)
 
 
 def _site(model: nn.Module, module: nn.Module, parameter: str, held: Any, paths: Sequence[str]) -> ExpertSite:
@@ -183,9 +191,8 @@ def _coordinates(name: str, site: ExpertSite, source: Source) -> Iterator[tuple[
     """Weight (out, in), metric and how much it counts, of each expert. Not centred: biases of experts stay."""
     moments = _moments(name, site, source)
     kind = "activation" if source.metric == "fisher" and not _has_gradient(moments) else source.metric
-    used_for_each = expert_moments(moments, site.in_features)
-    for weight, own, used in zip(site.held.detach(), moments, used_for_each, strict=True):
-        matrix = weight.mT if site.transposed else weight
+    for i, used in enumerate(expert_moments(moments, site.in_features)):
+        matrix, own = site.matrix(i), moments[i]
         if used is None:
             yield matrix, Metric(), 1.0
         else:
@@ -196,8 +203,8 @@ def _coordinates(name: str, site: ExpertSite, source: Source) -> Iterator[tuple[
 @torch.no_grad()
 def dense_experts(low: LowRankExperts) -> nn.Parameter:
     """The dense parameter: products in float64, cast back; memory of the parameter and one matrix in float64."""
-    dense, device = torch.empty(low.shape, dtype=low.dtype, device=low.device), working_device(low.up)
-    for made, up, down in zip(dense, low.up, low.down, strict=True):
-        product = up.to(device, torch.float64) @ down.to(device, torch.float64)
+    dense = torch.empty(low.shape, dtype=low.dtype, device=low.device)
+    for i, made in enumerate(dense):
+        product = low.product(i)
         made.copy_(product.mT if low.transposed else product)
     return nn.Parameter(dense, low.up.requires_grad)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from hf_reparam.compat.marks import set_initialized
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.factored import Factored, Product
+from hf_reparam.linalg import working_device
 
 __all__ = ["ExpertWeight", "LowRankExperts"]
 
@@ -116,6 +117,11 @@ class LowRankExperts(_Weights, Factored):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up, self.down
+
+    def product(self, expert: int) -> Tensor:
+        """(out, in) of one expert, formed in float64 on its working device, detached."""
+        up, down = (part.detach()[expert].to(working_device(part), torch.float64) for part in self.factors())
+        return up @ down
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> Any:
         """Zeros of the shape that it stands for, for one expert."""
