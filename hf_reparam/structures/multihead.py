@@ -18,9 +18,6 @@ class SplitMultiheadAttention(nn.Module):
 
     PyTorch's encoder layers look for `in_proj_bias` before they take their fused path, which would read dense weights;
     it is None here, and they call `forward`.
-
-    Args:
-        attention: without what `unsplittable` names.
     """
 
     in_proj_weight: None = None

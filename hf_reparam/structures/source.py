@@ -84,11 +84,7 @@ class Source:
         return moments.metric(self.metric_of(name), centred=centred, device=working_device(weight))
 
     def decomposition(self, name: str, weight: Tensor, *, centred: bool, max_rank: int) -> Decomposition:
-        """The decomposition of a weight (out, in), up to `max_rank` or further.
-
-        Raises:
-            WeightError: the weight or its moments are not finite, or it has no data.
-        """
+        """The decomposition of a weight (out, in), up to `max_rank` or further; errors as of `decompose`."""
         key = (name, weight.shape)
         if self.kept is not None and key in self.kept:
             return self.kept[key]

@@ -127,11 +127,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Steps:
-    """Which ranks a site may get: multiples of a number, from the first that is not below the least.
-
-    Args:
-        form, multiple_of, min_rank: as in `LowRankConfig`.
-    """
+    """Which ranks a site may get, by what `LowRankConfig` says: multiples of a number that are not below `min_rank`."""
 
     form: str
     multiple_of: int

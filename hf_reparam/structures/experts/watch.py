@@ -1,8 +1,4 @@
-"""Calibration of fused experts: the rows that each expert gets and the gradients that come back, the forward unchanged.
-
-A stand-in shadows the parameter in the experts' own attributes: it multiplies by the same numbers, and tells what it
-multiplied.
-"""
+"""Calibration of fused experts: the rows that each gets and the gradients that come back, the forward unchanged."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,6 +17,7 @@ __all__ = ["ExpertWatch"]
 class ExpertWatch:
     """Adds what each expert multiplies, and the gradients of that, to its moments until `remove` is called.
 
+    A stand-in shadows the parameter in the experts' own attributes: it multiplies by the same numbers, and tells of it.
     The experts run in the eager implementation meanwhile, which asks for one expert's weight at a time. Rows that are
     padding are told by the routing: the eager forward takes the tokens of an expert in the order of the choices, and
     of the tokens in each. Where the rows are not those, as of classes with a forward of their own, all of them count.

@@ -31,13 +31,7 @@ __all__ = ["NarrowHeads", "stock_layers", "widened"]
 
 @dataclass(frozen=True)
 class NarrowHeads:
-    """One attention, and the maps that make its heads narrower.
-
-    Args:
-        name: of the attention in a plan.
-        attention: the attention, as its class built it.
-        source: moments of its layers, and the metric.
-    """
+    """One attention, as its class built it, its name in a plan, and what is known of its layers."""
 
     name: str
     attention: Attention
