@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
@@ -13,12 +14,8 @@ __all__ = ["auto_class_of", "auto_classes", "default_model", "name_lora_targets"
 _PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
 
 
-def auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, tuple[type[Any], ...]]]:
-    """(name of the Auto class, model classes that it has for the configuration class)."""
-    return ((name, classes) for name, _, classes in _auto_classes(config))
-
-
-def _auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, Any, tuple[type[Any], ...]]]:
+def auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, Any, tuple[type[Any], ...]]]:
+    """(name of an Auto class, its mapping, model classes there for a configuration class), for each that has some."""
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
         if isinstance(mapping, auto_factory._LazyAutoMapping) and config in mapping:
@@ -28,7 +25,7 @@ def _auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, Any, tu
 
 def auto_class_of(model: type[PreTrainedModel]) -> str | None:
     """The Auto class to load a model class with; None if there is none."""
-    names = [name for name, found in auto_classes(model.config_class) if model in found and name[0] != "_"]
+    names = [name for name, _, found in auto_classes(model.config_class) if model in found and name[0] != "_"]
     return min(names, key=lambda name: name == "AutoModelForPreTraining", default=None)
 
 
@@ -40,31 +37,21 @@ def default_model(config: type[PreTrainedConfig]) -> Any:
 def register_like(
     base: type[PreTrainedConfig], derived: type[PreTrainedConfig], model_of: Callable[[type[Any]], type[Any]]
 ) -> None:
-    """Make a configuration class known to every Auto class, of models or preprocessors, that knows another.
+    """Make a new configuration class known to every Auto class, of models or preprocessors, that knows another.
 
     Args:
-        base: the known one.
-        derived: the new one.
+        base, derived: the known one and the new one.
         model_of: model class of `base` -> that of `derived`.
     """
-    for _, mapping, found in list(_auto_classes(base)):
+    for _, mapping, found in list(auto_classes(base)):
         classes = tuple(map(model_of, found))
         mapping.register(derived, classes if len(classes) > 1 else classes[0], exist_ok=True)
     for kind in _PREPROCESSORS:
-        _register_preprocessor(f"transformers.models.auto.{kind}_auto", base, derived)
-
-
-def _register_preprocessor(module: str, base: type[PreTrainedConfig], derived: type[PreTrainedConfig]) -> None:
-    try:
-        names = vars(importlib.import_module(module))
-    except ImportError:  # a backend such as torchvision is not installed; nothing to register
-        return
-    for mapping in [v for v in names.values() if isinstance(v, auto_factory._LazyAutoMapping)]:
-        if base in mapping:
-            try:
-                mapping.register(derived, mapping[base], exist_ok=True)
-            except (ImportError, KeyError, ValueError):  # listed, and its backend is missing
-                continue
+        with suppress(ImportError):  # a backend such as torchvision is not installed; nothing to register
+            names = vars(importlib.import_module(f"transformers.models.auto.{kind}_auto"))
+            for mapping in [v for v in names.values() if isinstance(v, auto_factory._LazyAutoMapping) and base in v]:
+                with suppress(ImportError, KeyError, ValueError):  # listed, and its backend is missing
+                    mapping.register(derived, mapping[base], exist_ok=True)
 
 
 def name_lora_targets(model_type: str, targets: Sequence[str]) -> None:

@@ -1,43 +1,44 @@
-"""Where a derived model class takes part in its base class's loading, initialisation and sharding."""
+"""Where a derived model class takes part in its base class's loading, renaming, initialisation and sharding."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, initialization, modeling_utils
+from transformers import PreTrainedModel, conversion_mapping, core_model_loading, initialization, modeling_utils
 
-__all__ = ["LoadingSeam", "draw_as_class", "drawing_nothing", "fill", "record_outputs_as", "unexpected_names"]
+__all__ = [
+    "LoadingSeam",
+    "draw_as_class",
+    "drawing_nothing",
+    "fill",
+    "inherit_conversions",
+    "record_outputs_as",
+    "register_style",
+    "renaming_for",
+    "unexpected_names",
+]
 
 
 class LoadingSeam:
-    """Private methods of `PreTrainedModel`, overridden to call methods that a subclass defines.
+    """Private methods of `PreTrainedModel`, overridden to call methods that a subclass defines:
+
+    `before_loading(state, files, ignore_mismatched_sizes=)` on the built model, with what is about to be loaded:
+    tensors, or paths of safetensors files; `on_wrong_shapes(wrong)` with (name, shape in the file, shape in the
+    model), sorted, where other shapes are not allowed; `parallel_rules(rules)` with tensor-parallel rules, path of a
+    module or parameter -> style, which gives the rules to apply.
 
     Before the base class in the order of resolution, so that the base's method is the next one.
     """
-
-    def before_loading(
-        self, state: Mapping[str, Any] | None, files: Iterable[str] | None, *, ignore_mismatched_sizes: bool
-    ) -> None:
-        """Called on the built model with what is about to be loaded: tensors, or paths of safetensors files."""
-        raise NotImplementedError
-
-    def on_wrong_shapes(self, wrong: Sequence[tuple[str, Any, Any]]) -> None:
-        """Called with (name, shape in the file, shape in the model), sorted, where other shapes are not allowed."""
-        raise NotImplementedError
-
-    def parallel_rules(self, rules: dict[str, str]) -> dict[str, str]:
-        """The tensor-parallel rules to apply, of those that the base gives: path of a module or parameter -> style."""
-        raise NotImplementedError
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         """As of the base class, whose code is looked at."""
         return bool(cls.base_class._can_set_experts_implementation())  # type: ignore[attr-defined]
 
-    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
-        return self.parallel_rules(super()._expand_parallel_plan(plan))  # type: ignore[misc]
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> Any:
+        return self.parallel_rules(super()._expand_parallel_plan(plan))  # type: ignore[misc,attr-defined]
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
@@ -72,6 +73,26 @@ def unexpected_names(kind: Any) -> Iterator[set[str]]:
         del kind._adjust_missing_and_unexpected_keys  # the base class has it
 
 
+def inherit_conversions(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
+    """Let Transformers rename tensors for a derived class as for its base, where it goes by the name of the class."""
+    known = conversion_mapping.get_checkpoint_conversion_mapping(base.__name__)
+    if known is not None and base.__module__.startswith("transformers."):
+        conversion_mapping.register_checkpoint_conversion_mapping(derived.__name__, known, overwrite=True)
+
+
+def renaming_for(model: PreTrainedModel, tensors: Mapping[str, Any]) -> Callable[[str], str]:
+    """What gives a checkpoint's tensor its name in the model, where Transformers changes nothing but names.
+
+    Args:
+        model: that is loaded.
+        tensors: by the names that the model has; none is None.
+    """
+    known = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+    changes = [change for change in known if isinstance(change, core_model_loading.WeightRenaming)]
+    prefix = model.base_model_prefix
+    return lambda name: core_model_loading.rename_source_key(name, changes, [], prefix, tensors)[0]
+
+
 def record_outputs_as(base: type[PreTrainedModel], derived: type[PreTrainedModel]) -> None:
     """Let `output_hidden_states` and the like work on instances that no constructor made: retyped, or unpickled.
 
@@ -80,6 +101,21 @@ def record_outputs_as(base: type[PreTrainedModel], derived: type[PreTrainedModel
     registry = vars(modeling_utils).get("_CAN_RECORD_REGISTRY")
     if registry is not None:
         dict.__setitem__(registry, str(derived), base._can_record_outputs)
+
+
+def register_style(style: str, prepare: Callable[[Any, Any, Any], Any]) -> None:
+    """Add a style to those that tensor-parallel rules may name, in which a module's first input is prepared by
+    (module, input, device mesh) -> the input to go on with."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+    class Prepared(TensorParallelLayer):
+        """Prepares a module's first input."""
+
+        def transform_inputs_pre_forward(self, module: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
+            return (prepare(module, args[0], mesh), *args[1:]), kwargs
+
+    if style not in ALL_PARALLEL_STYLES:
+        ALL_PARALLEL_STYLES.register(style, Prepared())
 
 
 def drawing_nothing() -> AbstractContextManager[None]:

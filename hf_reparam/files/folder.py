@@ -27,7 +27,7 @@ from hf_reparam.layers.processes import is_first
 from hf_reparam.model.auto import generated_class
 from hf_reparam.model.config import PREFIX, ReparamConfigMixin
 from hf_reparam.model.remote import FILE
-from hf_reparam.model.validate import check_folder
+from hf_reparam.model.stored import check_folder
 
 __all__ = ["copy_companions", "load", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
 

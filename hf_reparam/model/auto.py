@@ -5,19 +5,21 @@ class of the base that it names, and makes the Auto classes, tokenizer and proce
 the derived class too. There is no table of families.
 """
 
+from importlib import import_module
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-import hf_reparam.model.dense_types  # noqa: F401  # registers them
 from hf_reparam.compat.auto import auto_class_of, register_like
 from hf_reparam.errors import PlanError, TargetError
+from hf_reparam.layers.dense import register_dense
 from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
-from hf_reparam.model.config import MODEL_TYPE, PREFIX, PUBLIC_MODULE, config_class, stock_config_class
+from hf_reparam.model.config import MODEL_TYPE, PREFIX, PUBLIC_MODULE, check_entries, config_class, stock_config_class
 from hf_reparam.model.host import hosts
-from hf_reparam.model.validate import check_entries
 from hf_reparam.plan import RankPlan
 
 __all__ = ["ReparamConfig", "check_loadable", "generated_class", "register"]
@@ -53,14 +55,13 @@ _registered: set[type[PreTrainedConfig]] = set()
 def register(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Make the derived configuration class of a stock one known wherever the stock one is, and return it."""
     derived: type[PreTrainedConfig] = config_class(base)  # type: ignore[arg-type]  # a class is hashable
-    if derived is base or base in _registered:
-        return derived
-    _registered.add(base)
-    register_like(base, derived, _derived_model)
+    if derived is not base and base not in _registered:
+        _registered.add(base)
+        register_like(base, derived, _derived_model)
     return derived
 
 
-def _derived_model(base: type[Any]) -> type[Any]:
+def _derived_model(base: Any) -> Any:
     return model_class(base) if issubclass(base, PreTrainedModel) else base
 
 
@@ -104,5 +105,27 @@ def _imported(name: str) -> type[PreTrainedModel] | None:
     return next((kind for kind in reversed(found) if kind.__name__ == name), None)
 
 
+_LINEARS = {  # y = x W^T + b; other subclasses of nn.Linear compute something else
+    "transformers.models.falcon.modeling_falcon": "FalconLinear",
+    "transformers.models.esm.modeling_esmfold": "EsmFoldLinear",
+}
+
+
+def _register_linear(module: str, name: str) -> None:
+    """By name, so that its module is not imported before a model has it."""
+
+    def build(n_in: int, n_out: int, bias: bool, device: torch.device, dtype: torch.dtype) -> Any:
+        return getattr(import_module(module), name)(n_in, n_out, bias=bias).to(device=device, dtype=dtype)
+
+    register_dense(f"{module}.{name}", matrix=lambda linear: linear.weight, build=build)
+
+
+register_dense(
+    Conv1D,
+    matrix=lambda module: module.weight.T,
+    build=lambda n_in, n_out, bias, device, dtype: Conv1D(n_out, n_in).to(device=device, dtype=dtype),
+)
+for _module, _name in _LINEARS.items():
+    _register_linear(_module, _name)
 if PUBLIC_MODULE == "hf_reparam":
     AutoConfig.register(MODEL_TYPE, ReparamConfig, exist_ok=True)

@@ -1,13 +1,17 @@
-"""Model cards: what a converted model is, from its plan and its record, in one marked section of `README.md`."""
+"""Model cards, and one commit to the Hub of a model with its card.
+
+A card says what a converted model is, from its plan and its record, in one marked section of `README.md`.
+"""
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from hf_reparam.compat.auto import auto_class_of
@@ -17,9 +21,9 @@ from hf_reparam.model.summary import report
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
-__all__ = ["add_tags", "model_card", "published_card"]
+__all__ = ["model_card", "prepare_upload"]
 
-TAGS = ("hf_reparam", "low-rank")
+_TAGS = ("hf_reparam", "low-rank")
 _START = "<!-- hf_reparam: this section is written anew with the model; text outside of it is yours -->"
 _END = "<!-- hf_reparam: end -->"
 _METHODS = {
@@ -46,9 +50,6 @@ def model_card(
         base_card: the dense model's card, whose licence, pipeline and language are taken over; None to read it from
             the Hub, if that can be reached.
 
-    Returns:
-        The card.
-
     Raises:
         TargetError: the model is not a converted one, or `base_model` is no Hub id.
 
@@ -73,7 +74,7 @@ def model_card(
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}, low-rank\n\n{section}\n")
     for key, value in data.to_dict().items():
         if key == "tags":
-            add_tags(card, TAGS)
+            _add_tags(card, _TAGS)
         elif card.data.get(key) is None:
             card.data[key] = value
     pattern = re.escape(_START) + ".*?" + re.escape(_END)
@@ -82,19 +83,61 @@ def model_card(
     return card
 
 
-def add_tags(card: ModelCard, tags: Iterable[str]) -> None:
-    """Add tags that a card does not have."""
+def prepare_upload(
+    model: Any,
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: Collection[str] = (),
+) -> Callable[[], Any]:
+    """Make a repository where it is not there, and the card, from the one that it has: what can fail before the long
+    work fails here. What it returns commits the card and what has been written into the folder since."""
+    api = HfApi(token=token, library_name="hf_reparam")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    card = model_card(model, card=_published_card(repo_id, token))
+    _add_tags(card, [*(model.model_tags or ()), *tags])
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = _written(folder)
+
+    def send() -> Any:
+        card.save(folder / "README.md")
+        changed = sorted(path for path, time in _written(folder).items() if before.get(path) != time)
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in changed],
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    return send
+
+
+def _written(folder: Path) -> dict[Path, int]:
+    """When every file of a folder was written, in nanoseconds."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def _add_tags(card: ModelCard, tags: Iterable[str]) -> None:
     known = card.data.get("tags") or []
     card.data["tags"] = [*known, *(tag for tag in dict.fromkeys(tags) if tag not in known)]
 
 
-def published_card(repo_id: str, token: Any = None) -> ModelCard | None:
+def _published_card(repo_id: str, token: Any) -> ModelCard | None:
     """The card that a repository has; None if it has none. Raises if the Hub cannot be asked."""
     try:
         return ModelCard.load(repo_id, token=token)
-    except LocalEntryNotFoundError:  # an EntryNotFoundError, too: the Hub was not reached
-        raise
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):  # the Hub was not reached
+            raise
         return None
 
 
@@ -104,14 +147,18 @@ def _metadata(base_model: str | None, base_card: ModelCard | None) -> ModelCardD
             base_card = ModelCard.load(base_model)
     theirs = {} if base_card is None else base_card.data.to_dict()
     known = {key: theirs[key] for key in _FROM_BASE if key in theirs}
-    return ModelCardData(base_model=base_model, library_name="transformers", tags=list(TAGS), **known)
+    return ModelCardData(base_model=base_model, library_name="transformers", tags=list(_TAGS), **known)
 
 
 def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
     whole = report(model)
     named = {plan_name(model, row.name): row for row in whole.layers}
-    metrics = {name: record.metrics.get(name, plan.metric) for name in named}
-    layers = [replace(row, error=record.errors.get(n), metric=metrics[n]) for n, row in named.items()]
+    layers = [
+        replace(row, error=record.errors.get(name), metric=record.metrics.get(name, plan.metric))
+        for name, row in named.items()
+    ]
+    auto = auto_class_of(model.base_class)
+    kind = auto or type(model).__name__
     source = "a dense model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
     errors = sorted(error for error in record.errors.values() if error is not None)
     measured = (
@@ -137,7 +184,10 @@ def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: s
 ### Load
 
 ```python
-{_loading(model)}
+import hf_reparam  # pip install hf-reparam
+from {"transformers" if auto else "hf_reparam"} import {kind}
+
+model = {kind}.from_pretrained("THIS_REPOSITORY")
 ```
 
 ### Merge
@@ -158,14 +208,6 @@ def _without_data(record: ConversionRecord) -> dict[str, str]:
     texts = {"svd": "layers that saw no data, by plain SVD", "activation": "layers without a gradient, by inputs alone"}
     found = {text: [n for n, metric in record.metrics.items() if metric == key] for key, text in texts.items()}
     return {text: f"{len(names)}, among them {', '.join(names[:3])}" for text, names in found.items() if names}
-
-
-def _loading(model: Any) -> str:
-    auto = auto_class_of(model.base_class)
-    name = auto or type(model).__name__
-    where = "transformers" if auto else "hf_reparam"
-    lines = ["import hf_reparam  # pip install hf-reparam", f"from {where} import {name}"]
-    return "\n".join([*lines, "", f'model = {name}.from_pretrained("THIS_REPOSITORY")'])
 
 
 def _change(before: int, after: int) -> str:

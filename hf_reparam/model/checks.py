@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_reparam.compat.auto import auto_classes
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.model.config import stock_config_class
-from hf_reparam.model.host import embeddings_of, hosts, saved_otherwise, unwrapped
+from hf_reparam.model.host import embeddings_of, hosts, hosts_by_start, saved_otherwise, ties_of, unwrapped
 
 __all__ = [
     "check_convertible",
@@ -51,8 +51,7 @@ def _has_head(model: Any) -> bool:
     if not any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model):
         return False
     found = auto_classes(stock_config_class(model.config))
-    bodies = {kind for auto, kinds in found if auto == "AutoModel" for kind in kinds}
-    return not any(kind in bodies for kind in type(model).__mro__)
+    return not any(kind in type(model).__mro__ for auto, _, kinds in found if auto == "AutoModel" for kind in kinds)
 
 
 def _role(name: str, modules: Mapping[str, nn.Module]) -> str | None:
@@ -68,27 +67,20 @@ def protected_layers(model: nn.Module) -> dict[str, str]:
     """Layers that stay dense, and why: the output embeddings, whatever a Transformers model declares as tied, and what
     an object around it saves by itself; none of a plain module."""
     reasons: dict[str, str] = {}
-    for path, host in hosts(model).items():
-        start = f"{path}." if path else ""
+    for start, host in hosts_by_start(model).items():
         _, output = embeddings_of(host)
         for name, module in host.named_modules(remove_duplicate=False):
-            if output is not None and module is output:
+            if module is output:
                 reasons[start + name] = "output embeddings"
-        for target, source in (getattr(host, "all_tied_weights_keys", None) or {}).items():
-            for key in (target, source):
-                owner = start + key.rpartition(".")[0]
-                reasons.setdefault(owner, "tied: another module holds the same parameter")
+        for key in (key for pair in ties_of(host).items() for key in pair):
+            reasons.setdefault(start + key.rpartition(".")[0], "tied: another module holds the same parameter")
     return {**reasons, **dict(saved_otherwise(model))}
 
 
 def check_unquantized(model: nn.Module) -> None:
-    """Raise WeightError for a Transformers model, or one in another object, with quantized weights.
-
-    The weights decide, and a quantizer that still belongs to the model; an entry left over in the configuration does
-    not.
-    """
+    """Raise WeightError for quantized weights in Transformers models, whatever is left over in their configuration."""
     for path, host in hosts(model).items():
-        where = _quantized(host)
+        where = next(_quantized(host), "" if getattr(host, "hf_quantizer", None) is not None else None)
         if where is not None:
             place = f"{path}: " if path else ""
             raise WeightError(
@@ -97,20 +89,18 @@ def check_unquantized(model: nn.Module) -> None:
             )
 
 
-def _quantized(model: PreTrainedModel) -> str | None:
-    """Where a model is quantized, for a message; None if it is not."""
+def _quantized(model: PreTrainedModel) -> Iterator[str]:
+    """Where a model is quantized, for a message."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTIZERS):
-            return f" ({name} is a {type(module).__module__}.{type(module).__name__})"
-        weights = dict(module._parameters)
-        weights.update((key, value) for key, value in module._buffers.items() if key in _PACKED)
-        for key, value in weights.items():
+            yield f" ({name} is a {type(module).__module__}.{type(module).__name__})"
+        packed = {key: value for key, value in module._buffers.items() if key in _PACKED}
+        for key, value in (module._parameters | packed).items():
             if value is None or value.dim() < 2 or value.dtype is torch.bool:
                 continue
             foreign = type(value).__module__.startswith(_QUANTIZERS)
             if foreign or value.dtype.itemsize == 1 or value.dtype in _PACKED_TYPES:
-                return f" ({name}.{key} is a {type(value).__name__} of {value.dtype})"
-    return "" if getattr(model, "hf_quantizer", None) is not None else None
+                yield f" ({name}.{key} is a {type(value).__name__} of {value.dtype})"
 
 
 def check_no_adapters(model: nn.Module) -> None:
@@ -137,22 +127,18 @@ def check_unsharded(model: nn.Module) -> None:
 
 
 def check_convertible(model: nn.Module, *, inplace: bool) -> None:
-    """Raise for a model that cannot be converted or merged as a whole, before any work.
-
-    Raises:
-        TargetError: it is sharded or compiled in parts, or replicas know its parameters.
-    """
+    """Raise TargetError for a model that is sharded or compiled in parts, or whose parameters replicas know."""
     check_unsharded(model)
     if inplace and any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise TargetError(
             "DistributedDataParallel would go on with the old parameters: change model.module in place and wrap it "
             "anew, or use inplace=False"
         )
-    for path, host in hosts(model).items():
+    for start, host in hosts_by_start(model).items():
         for name, module in host.named_modules():
             if unwrapped(module) is not module:
                 raise TargetError(
-                    f"{f'{path}.' if path else ''}{name} is wrapped by {type(module).__name__} inside of "
+                    f"{start}{name} is wrapped by {type(module).__name__} inside of "
                     f"{type(host).__name__}, whose folder would have names that nothing loads: unwrap it first"
                 )
 
@@ -160,14 +146,11 @@ def check_convertible(model: nn.Module, *, inplace: bool) -> None:
 def count_parameters(model: nn.Module) -> int:
     """Numbers in a model's parameters, shared ones counted once."""
     known = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
-    tied: set[str] = set()  # on the meta device sharing cannot be seen
-    for path, host in hosts(model).items():
-        start = f"{path}." if path else ""
-        for target, source in (getattr(host, "all_tied_weights_keys", None) or {}).items():
-            pair = [known.get(start + target), known.get(start + source)]
-            if any(p is not None and p.is_meta for p in pair):
-                tied.add(start + target)
-    return sum(p.numel() for name, p in known.items() if name not in tied)
+    for start, host in hosts_by_start(model).items():
+        for target, source in ties_of(host).items():  # on the meta device sharing cannot be seen
+            if any(p is not None and p.is_meta for p in (known.get(start + target), known.get(start + source))):
+                known.pop(start + target, None)
+    return sum(p.numel() for p in known.values())
 
 
 @contextmanager

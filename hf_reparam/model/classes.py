@@ -14,21 +14,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_reparam.compat.loading import LoadingSeam, drawing_nothing, record_outputs_as
+from hf_reparam.compat.loading import LoadingSeam, drawing_nothing, inherit_conversions, record_outputs_as
 from hf_reparam.compat.marks import NO_CODE_FILE, has_numbers, ignore_in_files
-from hf_reparam.compat.renaming import inherit_conversions
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.layers.factored import Factored
-from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, plan_of
+from hf_reparam.model.card import prepare_upload
+from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, made_anew, plan_of
 from hf_reparam.model.drawing import deviations, draw, draw_new, out_of_sight
-from hf_reparam.model.hub import Upload, written
-from hf_reparam.model.markers import marker_patterns, markers
-from hf_reparam.model.naming import check_absent, while_loading
+from hf_reparam.model.naming import check_absent, low_rank, while_loading
 from hf_reparam.model.parallel import factor_rules
 from hf_reparam.model.remote import named_in_config, write_module
 from hf_reparam.model.sites import check_forms, fit, note_plan
-from hf_reparam.model.stored import check_factors, check_loaded, renew_layers, stored_shapes
-from hf_reparam.model.validate import check_folder
+from hf_reparam.model.stored import (
+    check_factors,
+    check_folder,
+    marker_patterns,
+    markers,
+    renew_layers,
+    stored_shapes,
+)
 from hf_reparam.structures import STRUCTURES
 
 __all__ = ["ReparamMixin", "model_class", "stock_model_class"]
@@ -56,7 +60,7 @@ class ReparamMixin(LoadingSeam):
 
     def initialize_weights(self) -> None:
         """As the base's, but for low-rank layers, which it does not know. Numbers that were loaded are left alone."""
-        layers = [m for m in self.modules() if isinstance(m, Factored)]  # type: ignore[attr-defined]
+        layers = [layer for _, layer in low_rank(self)]  # type: ignore[arg-type]
         drawn = [layer for layer in layers if not has_numbers(layer)]
         present = [layer for layer in drawn if not next(layer.parameters()).is_meta]
         with out_of_sight(layers):
@@ -77,9 +81,8 @@ class ReparamMixin(LoadingSeam):
 
     def parallel_rules(self, rules: dict[str, str]) -> dict[str, str]:
         """The base's tensor-parallel rules, with a low-rank layer's rule for its factors."""
-        for name, module in self.named_modules():  # type: ignore[attr-defined]
-            if isinstance(module, Factored):
-                rules = factor_rules(rules, name, module)
+        for name, layer in low_rank(self):  # type: ignore[arg-type]
+            rules = factor_rules(rules, name, layer)
         return rules
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # base's contract
@@ -114,21 +117,18 @@ class ReparamMixin(LoadingSeam):
                 where hf_reparam is not installed.
         """
         folder, hub = Path(save_directory), {key: kwargs.pop(key) for key in _HUB_OPTIONS & kwargs.keys()}
-        upload = None
+        send = None
         if push_to_hub and is_main_process:
-            hub |= {"repo_id": hub.get("repo_id", folder.name), "token": kwargs.get("token")}
-            upload, before = Upload.prepare(self, **hub), written(folder)
-        state = dict(state_dict or self.state_dict())
-        for name, marker in markers(self).items():
-            state.setdefault(name, marker)
+            send = prepare_upload(self, folder, **{"repo_id": folder.name, "token": kwargs.get("token"), **hub})
+        state = markers(self) | dict(state_dict or self.state_dict())
         kwargs["save_original_format"] = False
         note_plan(self)
         with named_in_config(self, remote_code=remote_code):
             super().save_pretrained(save_directory, is_main_process, state, **kwargs)  # type: ignore[misc]
         if remote_code and is_main_process:
             write_module(folder)
-        if upload is not None:
-            upload.send(folder, before)
+        if send is not None:
+            send()
 
     def push_to_hub(  # base's contract
         self, repo_id: str, *, max_shard_size: int | str = "50GB", remote_code: bool = False, **options: Any
@@ -142,15 +142,15 @@ class ReparamMixin(LoadingSeam):
             max_shard_size, remote_code: as for `save_pretrained`.
             options: the base's commit_message, commit_description, private, token, revision, create_pr and tags.
         """
-        upload = Upload.prepare(self, repo_id, **options)
         with TemporaryDirectory() as folder:
+            send = prepare_upload(self, Path(folder), repo_id, **options)
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
-            return upload.send(Path(folder), {})
+            return send()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
         made: Any = super().__reduce_ex__(max(protocol, 2))
-        return (_instance_of, (self.base_class,), *made[2:])
+        return (made_anew, (model_class, self.base_class), *made[2:])
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
@@ -164,7 +164,8 @@ class ReparamMixin(LoadingSeam):
             if kwargs.get("state_dict") is None:
                 check_factors(model, info["missing_keys"], info["unexpected_keys"], source, **sizes)
             note_plan(model)
-        check_loaded(model, source)
+        for name, layer in low_rank(model):
+            layer.check_loaded(f"{source}: {name}")
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -188,38 +189,28 @@ class ReparamMixin(LoadingSeam):
         )
 
 
-_model_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
-
-
-def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+@functools.cache
+def model_class(base: Any) -> Any:
     """The derived model class of a stock one; a derived one is returned as it is."""
     if issubclass(base, ReparamMixin):
         return base
-    if base not in _model_classes:
 
-        @functools.wraps(base.__init__)
-        def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807  # shows the base's signature
-            ReparamMixin.__init__(self, *args, **kwargs)
+    @functools.wraps(base.__init__)
+    def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807  # shows the base's signature
+        ReparamMixin.__init__(self, *args, **kwargs)
 
-        body = {
-            "__init__": __init__,
-            "__module__": PUBLIC_MODULE,
-            "__doc__": f"`{base.__name__}` with low-rank layers.",
-            "config_class": config_class(base.config_class),
-            "base_class": base,
-            **NO_CODE_FILE,  # its code is this package's
-        }
-        make: Any = type(base)
-        _model_classes[base] = make(f"{PREFIX}{base.__name__}", (ReparamMixin, base), body)
-        record_outputs_as(base, _model_classes[base])
-        inherit_conversions(base, _model_classes[base])
-    return _model_classes[base]
-
-
-def _instance_of(base: type[PreTrainedModel]) -> Any:
-    """An empty object of the derived class, for unpickling and copying."""
-    derived: Any = model_class(base)
-    return derived.__new__(derived)
+    body = {
+        "__init__": __init__,
+        "__module__": PUBLIC_MODULE,
+        "__doc__": f"`{base.__name__}` with low-rank layers.",
+        "config_class": config_class(base.config_class),
+        "base_class": base,
+    }
+    make: Any = type(base)
+    derived = make(f"{PREFIX}{base.__name__}", (ReparamMixin, base), {**NO_CODE_FILE, **body})
+    record_outputs_as(base, derived)
+    inherit_conversions(base, derived)
+    return derived
 
 
 def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:

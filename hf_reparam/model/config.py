@@ -1,15 +1,16 @@
 """Configurations: for any `BertConfig` a `ReparamBertConfig(BertConfig)`, made on demand, that carries a rank plan."""
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from hf_reparam.compat.auto import name_lora_targets
 from hf_reparam.compat.marks import NO_CODE_FILE
 from hf_reparam.errors import PlanError
-from hf_reparam.model.validate import check_entries
 from hf_reparam.plan import RankPlan
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "PUBLIC_MODULE",
     "ReparamConfigMixin",
     "base_prefix",
+    "check_entries",
     "config_class",
+    "made_anew",
     "note_refit",
     "plan_name",
     "plan_of",
@@ -39,6 +42,31 @@ HEAD = "."
 """Before the name of a head's layer in a plan where the base model has a module that begins with the same name."""
 
 
+_MOST = {"layers": 1000, "n_layer": 1000, "num_labels": 100_000}  # ends of names; more is an attack on time and memory
+
+
+def check_entries(data: Mapping[str, Any]) -> None:
+    """Refuse what no saved configuration of a low-rank model holds; its plan and the base's fields are checked later.
+
+    Raises:
+        PlanError: an entry names an attention implementation, which may be code to download, or is a private name, no
+            dtype, or a number of layers or labels that no model has.
+    """
+    for key, value in data.items():
+        if key.startswith("__") or key.endswith("attn_implementation"):
+            raise PlanError(f"config.json has the entry {key[:80]!r}, which is never saved")
+        most = next((most for end, most in _MOST.items() if key.endswith(end)), None)
+        number = isinstance(value, (int, float))
+        if (number and most is not None and not -1 <= value <= most) or (key == "num_labels" and not number):
+            raise PlanError(f"config.json has {key!r} = {str(value)[:80]}; at most {most} are accepted")
+    if not isinstance(data.get("quantization_config") or {}, dict):
+        raise PlanError("config.json has a 'quantization_config' that is no object")
+    dtype = data.get("dtype", data.get("torch_dtype"))
+    known = isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)
+    if not (known or dtype is None or isinstance(dtype, (dict, torch.dtype))):
+        raise PlanError(f"config.json has 'dtype' = {str(dtype)[:80]!r}, which is none of torch's")
+
+
 class ReparamConfigMixin:
     """What a derived configuration adds to its base: the entry `reparam`, a rank plan as JSON."""
 
@@ -49,7 +77,7 @@ class ReparamConfigMixin:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
         made: Any = super().__reduce_ex__(max(protocol, 2))
-        return (_instance_of, (self.base_class,), *made[2:])
+        return (made_anew, (config_class, self.base_class), *made[2:])
 
     def to_dict(self) -> dict[str, Any]:
         """All fields of the base, the plan, and `model_type` "hf_reparam"."""
@@ -82,12 +110,18 @@ class ReparamConfigMixin:
         return {**data, "model_type": whole}, rest
 
 
+def made_anew(derive: Callable[[Any], Any], base: type[Any]) -> Any:
+    """An empty object of the class that is derived from another, for unpickling and copying."""
+    derived = derive(base)
+    return derived.__new__(derived)
+
+
 @functools.cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The derived configuration class of a stock one; a derived one is returned as it is.
 
-    The derived class takes the base's fields and `reparam`, the JSON form of a RankPlan (empty if absent). Its
-    constructor raises PlanError for a plan that is malformed or made for another model type.
+    Its constructor takes the base's fields and `reparam`, the JSON form of a RankPlan (empty if absent), and raises
+    PlanError for a plan that is malformed or made for another model type.
     """
     if issubclass(base, ReparamConfigMixin):
         return base
@@ -103,16 +137,9 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             )
         self.reparam = plan.to_dict()
 
-    body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", "__init__": __init__}
-    body |= NO_CODE_FILE  # its code is this package's
+    body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", "base_class": base}
     make: Any = type(base)
-    return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**body, "base_class": base})
-
-
-def _instance_of(base: type[PreTrainedConfig]) -> Any:
-    """An empty object of the derived class, for unpickling and copying."""
-    derived: Any = config_class(base)  # type: ignore[arg-type]  # a class is hashable
-    return derived.__new__(derived)
+    return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**NO_CODE_FILE, **body, "__init__": __init__})
 
 
 def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:

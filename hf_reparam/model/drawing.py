@@ -24,7 +24,7 @@ def draw(layer: Factored, config: Any, deviation: float | None = None) -> None:
 
 @torch.no_grad()
 def draw_new(module: nn.Module, config: Any) -> None:
-    """Give numbers to the factors and dense layers in a module that is not on the meta device."""
+    """Give numbers to the factors and dense layers in a module, where they are not on the meta device."""
     outer = [part for part in module.modules() if isinstance(part, Factored)]
     inside = {factor for part in outer for factor in part.modules() if factor is not part}
     for part in module.modules():
@@ -33,15 +33,11 @@ def draw_new(module: nn.Module, config: Any) -> None:
             continue
         if isinstance(part, Factored):
             draw(part, config)
-        elif dense_type(part) is not None:
-            _draw_dense(part, config)
-
-
-def _draw_dense(layer: Any, config: Any) -> None:
-    """As the base class may not do it again."""
-    fill(layer.weight, _deviation(config, layer.weight.numel() // shape_of(layer)[1]))
-    if layer.bias is not None:
-        fill(layer.bias, 0.0)
+        elif dense_type(part) is not None:  # the base class may not draw it again
+            layer: Any = part
+            fill(layer.weight, _deviation(config, layer.weight.numel() // shape_of(layer)[1]))
+            if layer.bias is not None:
+                fill(layer.bias, 0.0)
 
 
 def _deviation(config: Any, n_in: int) -> float:
@@ -63,7 +59,7 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
     for name, owner in model.named_modules():
         holder = owner if isinstance(owner, PreTrainedModel) else model_of[name.rpartition(".")[0]]
         model_of[name] = holder
-        mine = {key: child for key, child in owner._modules.items() if any(child is layer for layer in layers)}
+        mine: dict[str, Any] = {key: child for key, child in owner._modules.items() if child in layers}
         if not mine:
             continue
         stand_ins: dict[str, Any] = {key: low.stand_in() for key, low in mine.items()}
@@ -71,11 +67,10 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
         owner._modules.update({key: None if key in tensors else value for key, value in stand_ins.items()})
         vars(owner).update(tensors)
         try:
-            for part in stand_ins.values():
+            for part in [*stand_ins.values(), owner]:
                 if isinstance(part, nn.Module):
                     draw_as_class(holder, part)
-            draw_as_class(holder, owner)
-            found |= {low: _spread(stand_ins[key]) for key, low in mine.items() if isinstance(low, nn.Module)}
+            found |= {low: _spread(stand_ins[key]) for key, low in mine.items()}
         finally:
             owner._modules.update(mine)
             for key in tensors:
@@ -100,7 +95,6 @@ def out_of_sight(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _spread(dense: Any) -> float:
-    if isinstance(dense, torch.Tensor):
-        return float(dense.float().std())
-    matrix = dense.weight if isinstance(dense, nn.Embedding) else dense_matrix(dense)
-    return float(matrix.float().std())
+    if not isinstance(dense, torch.Tensor):
+        dense = dense.weight if isinstance(dense, nn.Embedding) else dense_matrix(dense)
+    return float(dense.float().std())

@@ -19,12 +19,14 @@ __all__ = [
     "check_model",
     "embeddings_of",
     "hosts",
+    "hosts_by_start",
     "layer_name",
     "mark_offloaded",
     "metric_of",
     "opened",
     "own_tokenizer",
     "saved_otherwise",
+    "ties_of",
     "unwrapped",
 ]
 
@@ -46,6 +48,16 @@ def check_model(model: object) -> None:
     else:
         hint = "give what AutoModel.from_pretrained(...) returns, or any nn.Module"
     raise TargetError(f"a model is an nn.Module, {got}: {hint}")
+
+
+def hosts_by_start(model: nn.Module) -> dict[str, Any]:
+    """As `hosts`, by what paths of modules inside of it begin with: "0.model.", or nothing for a model itself."""
+    return {f"{path}." if path else "": host for path, host in hosts(model).items()}
+
+
+def ties_of(host: Any) -> dict[str, str]:
+    """Tied parameters of a Transformers model, target -> source, as it declares them."""
+    return getattr(host, "all_tied_weights_keys", None) or {}
 
 
 def layer_name(model: nn.Module, name: str) -> str:
@@ -92,8 +104,7 @@ def opened(model: nn.Module) -> WorkingCopy:
 def mark_offloaded(model: nn.Module, names: Iterable[str]) -> None:
     """Tell Transformers, which asks when it saves a model, that layers, by their paths, are in files."""
     offloaded = list(names)
-    for path, host in hosts(model).items():
-        start = f"{path}." if path else ""
+    for start, host in hosts_by_start(model).items():
         mine = [name.removeprefix(start) for name in offloaded if name.startswith(start)]
         if mine:
             known = getattr(host, "hf_device_map", None) or {"": "cpu"}
@@ -140,11 +151,10 @@ def saved_otherwise(model: nn.Module) -> Iterator[tuple[str, str]]:
 
     Such an object saves a Transformers model by that model's `save_pretrained`, and the rest as it knows it: dense.
     """
-    inner = {id(part) for host in hosts(model).values() for part in host.modules()}
+    inner = {part for host in hosts(model).values() for part in host.modules()}
     if not inner or isinstance(model, PreTrainedModel):
         return
     for path, module in model.named_modules():
-        if id(module) not in inner and hasattr(module, "save_pretrained"):
+        if module not in inner and hasattr(module, "save_pretrained"):
             reason = f"{type(module).__name__} saves it by itself, as a dense layer"
-            start = f"{path}." if path else ""
-            yield from ((start + n, reason) for n, part in module.named_modules() if id(part) not in inner)
+            yield from ((f"{path}.{n}".strip("."), reason) for n, part in module.named_modules() if part not in inner)

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.compat.renaming import renaming_for
+from hf_reparam.compat.loading import renaming_for
 from hf_reparam.errors import PlanError
+from hf_reparam.layers.factored import Factored
 from hf_reparam.model.config import HEAD, base_prefix, plan_name, plan_of
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "find_paths",
     "loading",
     "local_names",
+    "low_rank",
     "renamed",
     "shapes_may_differ",
     "while_loading",
@@ -29,8 +32,7 @@ _loading: ContextVar[bool | None] = ContextVar("loading", default=None)
 def while_loading(*, ignore_mismatched_sizes: bool) -> Iterator[None]:
     """In the block a plan is judged by the file that a model is loaded from, which is read after the model is built.
 
-    Args:
-        ignore_mismatched_sizes: layers of other shapes than those in the file are new ones, and dense.
+    With `ignore_mismatched_sizes`, layers of other shapes than those in the file are new ones, and dense.
     """
     token = _loading.set(ignore_mismatched_sizes)
     try:
@@ -49,24 +51,28 @@ def shapes_may_differ() -> bool:
     return bool(_loading.get())
 
 
+def low_rank(model: nn.Module) -> list[tuple[str, Factored]]:
+    """(path, layer) of the low-rank layers in a model."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Factored)]
+
+
 def find_paths(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Plan name -> module path, for names that lead somewhere in this model.
 
     A plan that another class of the family wrote names its layers as that class does: where tensors of a checkpoint are
     renamed for this class, the same renaming leads to the layer.
     """
-    modules = _weights(model)
-    prefix, rename = base_prefix(model), None
+    weights, prefix, rename = _weights(model), base_prefix(model), None
     found = {}
     for name in names:
         keys = [prefix + name, name]
         if name.startswith(HEAD):
             keys = [name.removeprefix(HEAD)] if prefix else []
-        key = next((f"{key}.weight" for key in keys if f"{key}.weight" in modules), None)
+        key = next((f"{key}.weight" for key in keys if f"{key}.weight" in weights), None)
         if key is None and not name.startswith(HEAD):
-            rename = renaming_for(model, modules) if rename is None else rename
+            rename = rename or renaming_for(model, weights)
             key = rename(f"{name}.weight")
-        if key in modules:
+        if key in weights:
             found[name] = key.removesuffix(".weight")
     return found
 
@@ -95,28 +101,18 @@ def local_names(model: PreTrainedModel, entries: Mapping[str, V]) -> dict[str, V
 
 
 def check_absent(model: PreTrainedModel, stored: Iterable[str]) -> None:
-    """Refuse a plan with a layer of the base model that neither the model has nor the file.
+    """Raise PlanError for a plan with a layer of the base model that neither the model has nor the file.
 
     Args:
         model: with the plan.
         stored: names of the tensors in the file.
-
-    Raises:
-        PlanError: there is one.
     """
     plan = plan_of(model.config)
     children = {name for name, _ in model.base_model.named_children()}
     paths = find_paths(model, plan.modules)
     absent = {name for name in plan.modules if name not in paths and name.partition(".")[0] in children}
-    if not absent:
-        return
-    owners = {part for key in stored for part in _ends(key.removesuffix(".weight").removesuffix(".down"))}
-    for name in sorted(absent - owners):
+    if absent:
+        owners = [key.removesuffix(".weight").removesuffix(".down").split(".") for key in stored]
+        absent -= {".".join(parts[i:]) for parts in owners for i in range(len(parts))}
+    for name in sorted(absent):
         raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
-
-
-def _ends(path: str) -> Iterator[str]:
-    """A path, and what is left of it without its first component, without its first two, and so on."""
-    while path:
-        yield path
-        path = path.partition(".")[2]

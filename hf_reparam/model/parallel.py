@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_reparam.compat.parallel import register_style
+from hf_reparam.compat.loading import register_style
 from hf_reparam.errors import PlanError
 
 __all__ = ["factor_rules"]
@@ -18,16 +18,8 @@ _GATHER_INPUT = "hf_reparam_gather_input"
 
 
 def factor_rules(rules: dict[str, str], name: str, layer: Any) -> dict[str, str]:
-    """The rules with that of one low-rank layer replaced by rules for its factors.
-
-    Args:
-        rules: path of a module or parameter -> style, as Transformers has expanded them.
-        name: path of the layer.
-        layer: the layer.
-
-    Raises:
-        PlanError: its style shards packed inputs, and it has pivots.
-    """
+    """The rules, path of a module or parameter -> style, with that of a low-rank layer moved to its factors. Raises
+    PlanError for a style that shards packed inputs, where the layer has pivots."""
     style = rules.get(name, "") if hasattr(layer, "down") else ""
     if "colwise" in style:
         moved = _rules(f"{name}.up", layer.up, style)

@@ -5,10 +5,6 @@ model, one after the other. What only conversions need is left out.
 """
 
 import ast
-import io
-import itertools
-import re
-import tokenize
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -70,14 +66,23 @@ def write_module(folder: Path) -> None:
 
 def _composed() -> str:
     """The modules behind the front door, in the order in which they import each other."""
-    sources: dict[str, str] = {}
-    _gather(_FIRST, sources)
+    trees: dict[str, ast.Module] = {}
+    _gather(_FIRST, trees)
     imports, absent, bodies = set(), set(), []
-    for name, source in sources.items():
-        body, outer, gone = _taken_apart(source)
-        imports |= outer
-        absent |= gone
-        bodies.append(f"# {name}\n\n{_with_own_names(body, name)}")
+    for name, tree in trees.items():
+        body: list[ast.stmt] = []
+        for node in tree.body:
+            own = _own_imports(node)
+            if isinstance(node, ast.ImportFrom) and any(map(_is_left_out, own)):
+                absent |= {alias.asname or alias.name for alias in node.names}
+            if own:
+                continue
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imports.add(ast.unparse(node))
+            elif "__all__" not in _defined(node):
+                body.append(node)
+        _rename_private(body, name.removeprefix("hf_reparam.").replace(".", "_"))
+        bodies.append(f"# {name}\n\n{ast.unparse(ast.Module(body, []))}")
     head = _HEAD.format(
         version=version("hf-reparam"),
         imports="\n".join(sorted(imports, key=lambda line: (line.startswith("from"), line))),
@@ -87,87 +92,45 @@ def _composed() -> str:
     return "\n\n\n".join([head.rstrip(), *bodies]) + _TAIL
 
 
-def _gather(name: str, sources: dict[str, str]) -> None:
+def _gather(name: str, trees: dict[str, ast.Module]) -> None:
     """Add a module of the package and, before it, all that it imports."""
-    if name in sources or _is_left_out(name):
+    if name in trees or _is_left_out(name):
         return
     place = files("hf_reparam").joinpath(*name.split(".")[1:])
-    package = place.is_dir()
-    file = place / "__init__.py" if package else place.with_name(f"{place.name}.py")  # type: ignore[attr-defined]
-    source = file.read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import) and node.names[0].name.startswith("hf_reparam"):
-            _gather(node.names[0].name, sources)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_reparam"):
-            _gather(str(node.module), sources)
-            for alias in node.names:  # a module, imported as such
-                if files("hf_reparam").joinpath(*str(node.module).split(".")[1:], f"{alias.name}.py").is_file():
-                    _gather(f"{node.module}.{alias.name}", sources)
-    sources[name] = source
+    file = place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")  # type: ignore[attr-defined]
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in tree.body:
+        for module in _own_imports(node):
+            _gather(module, trees)
+    trees[name] = tree
+
+
+def _own_imports(node: ast.stmt) -> list[str]:
+    """Modules of the package that a statement imports."""
+    names = [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+    names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    return [name for name in names if name.startswith("hf_reparam.")]
 
 
 def _is_left_out(name: str) -> bool:
-    inner = name.removeprefix("hf_reparam.")
-    return any(inner == part or inner.startswith(f"{part}.") for part in _LEFT_OUT)
+    return f"{name}.".startswith(tuple(f"hf_reparam.{part}." for part in _LEFT_OUT))
 
 
-def _taken_apart(source: str) -> tuple[str, set[str], set[str]]:
-    """A module without its imports and `__all__`; the imports of other packages; names that are left out."""
-    lines, imports, absent = source.splitlines(), set(), set()
-    for node in ast.parse(source).body:
-        span = range(node.lineno - 1, node.end_lineno or node.lineno)
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and "hf_reparam" in ast.unparse(node):
-            if isinstance(node, ast.ImportFrom) and _is_left_out(str(node.module)):
-                absent |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            imports.add(ast.unparse(node))
-        elif not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"):
-            continue
-        for i in span:
-            lines[i] = ""
-    return "\n".join(lines).strip(), imports, absent
+def _rename_private(body: list[ast.stmt], start: str) -> None:
+    """Let a module's private names, which others may have too, begin with the module's."""
+    private = {name for node in body for name in _defined(node) if name.startswith("_") or len(name) == 1}
+    for node in ast.walk(ast.Module(body, [])):
+        for field in ("id", "name", "arg"):
+            if (name := getattr(node, field, None)) in private:
+                setattr(node, field, f"_{start}_{name.strip('_')}")
 
 
-def _with_own_names(source: str, module: str) -> str:
-    """A module whose private names, which others may have too, begin with the module's."""
-    tree = ast.parse(source)
-    private = {name for node in tree.body for name in _defined(node) if name.startswith("_") or len(name) == 1}
-    start = module.removeprefix("hf_reparam.").replace(".", "_")
-    names = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, sorted(private)))})(?!\w)")
-    changes, before = [], ""
-    for token in tokenize.generate_tokens(io.StringIO(source).readline) if private else ():
-        text = token.string
-        if token.type == tokenize.NAME and text in private and before != ".":
-            text = _renamed(text, start)
-        elif token.type == tokenize.STRING and "f" in re.split("['\"]", text, maxsplit=1)[0].lower():
-            # before Python 3.12 one token with all that is between its braces
-            text = re.sub(r"\{[^{}]+", lambda part: names.sub(lambda name: _renamed(name[0], start), part[0]), text)
-        if text != token.string:
-            changes.append((token, text))
-        before = token.string
-    return _replaced(source, changes)
-
-
-def _renamed(name: str, start: str) -> str:
-    return f"_{start}_{name.strip('_')}"
-
-
-def _replaced(source: str, changes: list[tuple[tokenize.TokenInfo, str]]) -> str:
-    starts = [0, *itertools.accumulate(len(line) for line in source.splitlines(keepends=True))]
-    for token, text in reversed(changes):
-        begin, end = (starts[row - 1] + column for row, column in (token.start, token.end))
-        source = source[:begin] + text + source[end:]
-    return source
-
-
-def _defined(node: ast.stmt) -> Iterator[str]:
+def _defined(node: ast.stmt) -> list[str]:
     """Names that a statement of a module defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        yield node.name
-    elif isinstance(node, ast.Assign):
-        yield from (name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name))
-    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-        yield node.target.id
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 @contextmanager
@@ -210,7 +173,7 @@ def _other_code(auto_map: Mapping[str, Any] | None) -> dict[str, Any]:
 def _auto_map(base: Any) -> dict[str, str]:
     names = {
         auto: found[0].__name__
-        for auto, found in auto_classes(base)
+        for auto, _, found in auto_classes(base)
         if auto[0] != "_" and found[0].__module__.startswith("transformers.")
     }
     names["AutoConfig"] = base.__name__

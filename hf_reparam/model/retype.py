@@ -58,7 +58,8 @@ def to_reparam(model: Any, metric: str, record: ConversionRecord) -> Any:
     configs = _new_configs(model, register(base))
     config = configs[id(model.config)]
     config.reparam = RankPlan(entries, base.model_type, metric, _remembered(model.config, old, record)).to_dict()
-    return _retype(model, configs, model_class(type(model)))
+    kind: Any = type(model)
+    return _retype(model, configs, model_class(kind))
 
 
 def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecord) -> ConversionRecord:

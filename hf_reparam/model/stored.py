@@ -1,20 +1,67 @@
-"""What a file holds against what a model was built for: factors that are missing or left over, heads that are new."""
+"""What a folder holds against what a model was built for: markers, factors that are missing or left over, new heads."""
 
+import json
+import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
 from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import replace_modules
-from hf_reparam.model.config import base_prefix
+from hf_reparam.model.config import HEAD, base_prefix, plan_of
+from hf_reparam.model.naming import loading, local_names, low_rank, renamed
+from hf_reparam.model.sites import live_sites
+from hf_reparam.patterns import layer_kind
 
-__all__ = ["check_factors", "check_loaded", "renew_layers", "stored_shapes"]
+__all__ = ["check_factors", "check_folder", "marker_patterns", "markers", "renew_layers", "stored_shapes"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 _FIRST = (".down.weight", ".table.weight", ".down")  # one for each low-rank part
+_INDICES = ("model.safetensors.index*.json", "pytorch_model.bin.index*.json")  # a variant's name comes before .json
+_LARGEST_CONFIG = 16 * 2**20  # bytes; a plan of 100000 layers takes 6 MB
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a configuration that only an attack would be so long for, and an index that leads out of the folder.
+
+    Raises:
+        CheckpointError: one of these, or an index that is no list of files.
+    """
+    config = folder / "config.json"
+    if config.is_file() and config.stat().st_size > _LARGEST_CONFIG:
+        raise CheckpointError(f"{config} has {config.stat().st_size:,} bytes; at most {_LARGEST_CONFIG:,} are accepted")
+    for index in sorted(path for name in _INDICES for path in folder.glob(name)):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = [name for name in files if Path(name).name != name or "\\" in name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index} is no index of weight files: {error!r}") from None
+        if outside:
+            raise CheckpointError(f"{index} names {outside[0][:80]!r}, which is no file of this folder")
+
+
+def markers(model: Any) -> dict[str, torch.Tensor]:
+    """Name -> empty tensor, under the dense weight's name of the first low-rank layer of each kind.
+
+    By these a stock class finds that a folder is none of its own.
+    """
+    low = {site.name: site.module for site in live_sites(model) if isinstance(site.module, Factored)}
+    first = {layer_kind(name): f"{name}.{low[name].stands_for}".rstrip(".") for name in reversed(low)}
+    return {name: torch.empty(0, dtype=torch.uint8) for name in first.values()}
+
+
+def marker_patterns(model: Any) -> set[str]:
+    """Regular expressions for the names of the empty markers, as the file has them and as they are here."""
+    plan = plan_of(model.config)
+    names = [*plan.modules, *local_names(model, plan.modules)]
+    names += renamed(model, names) if loading() else []
+    kinds = {layer_kind(name.removeprefix(HEAD)) for name in names}
+    return {r"(^|\.)" + re.escape(kind).replace(r"\*", r"\d+") + r"(\.weight)?$" for kind in kinds}
 
 
 def stored_shapes(state: Mapping[str, Any] | None, files: Iterable[str] | None) -> Shapes:
@@ -37,27 +84,24 @@ def renew_layers(model: Any, stored: Shapes, *, ignore_mismatched_sizes: bool) -
         ignore_mismatched_sizes: layers of other shapes than those in the file are new, too.
     """
     prefix = base_prefix(model)
-    low: dict[nn.Module, nn.Module] = {}
-    for path, layer in model.named_modules():
-        if not isinstance(layer, Factored):
-            continue
+    new: dict[nn.Module, nn.Module] = {}
+    for path, layer in low_rank(model):
         head = bool(prefix) and not path.startswith(prefix)
         places = [path, path.removeprefix(prefix), f"{model.base_model_prefix}.{path}"]
         sizes = next((found for place in places if (found := layer.stored_shape(stored, place)) is not None), None)
-        shape = layer.in_features, layer.out_features
-        if (sizes is None and head) or (ignore_mismatched_sizes and sizes is not None and sizes != shape):
-            low[layer] = layer.stand_in()
-    replace_modules(model, low)
+        other = sizes is not None and sizes != (layer.in_features, layer.out_features)
+        if (sizes is None and head) or (ignore_mismatched_sizes and other):
+            new[layer] = layer.stand_in()
+    replace_modules(model, new)
 
 
 def check_factors(
     model: Any, missing: Collection[str], unexpected: Collection[str], source: str, *, ignore_mismatched_sizes: bool
 ) -> None:
     """Raise CheckpointError for factors that the base model lacks, and for factors that found no low-rank layer."""
-    base, prefix = model.base_model, base_prefix(model)
+    prefix = base_prefix(model)
     absent = {key.removeprefix(prefix) for key in missing}
-    factored = [(name, module) for name, module in base.named_modules() if isinstance(module, Factored)]
-    needed = {f"{name}.{part}" for name, module in factored for part in module.state_dict()}
+    needed = {f"{name}.{part}" for name, layer in low_rank(model.base_model) for part in layer.state_dict()}
     lost = sorted(absent & needed) or _homeless(absent, unexpected, prefix, exact=not ignore_mismatched_sizes)
     if not lost and any(key.endswith(_FIRST) for key in unexpected) and set(model.state_dict()) <= set(missing):
         lost = sorted(missing)
@@ -71,14 +115,8 @@ def check_factors(
 
 
 def _homeless(absent: Collection[str], unexpected: Iterable[str], prefix: str, *, exact: bool) -> list[str]:
-    """Dense weights that are missing, and of which the file has factors, under this path or a longer or shorter one.
-
-    Args:
-        absent: names of what is missing.
-        unexpected: names of what was left over.
-        prefix: of the base model.
-        exact: also under the very same path.
-    """
+    """Dense weights that are absent, of which the file has factors: under a longer or shorter path, or if `exact`
+    under this very path."""
     lost = set()
     for key in unexpected:
         first = next((end for end in _FIRST if key.endswith(end)), None)
@@ -92,10 +130,3 @@ def _ends_alike(name: str, other: str) -> bool:
     """Whether one is the other with more in front; "dense.weight" is too short to tell."""
     short, long = sorted((name, other), key=len)
     return short.count(".") > 1 and long.endswith(f".{short}")
-
-
-def check_loaded(model: nn.Module, source: str) -> None:
-    """Raise CheckpointError for numbers of factors that cannot be."""
-    for name, module in model.named_modules():
-        if isinstance(module, Factored):
-            module.check_loaded(f"{source}: {name}")
