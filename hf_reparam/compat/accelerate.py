@@ -42,11 +42,9 @@ def aligned(module: nn.Module) -> Iterator[None]:
 
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module computes: accelerate's word for one that it has dispatched, else where its weights are."""
-    for part in module.modules():
-        for single in _single_hooks(part):
-            if getattr(single, "execution_device", None) is not None:
-                return torch.device(single.execution_device)
-    return next(module.parameters()).device
+    said = (getattr(hook, "execution_device", None) for part in module.modules() for hook in _single_hooks(part))
+    device = next((device for device in said if device is not None), None)
+    return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -18,28 +18,24 @@ __all__ = [
     "tied_keys",
 ]
 
-_INITIALIZED = "_is_hf_initialized"
 NO_CODE_FILE: Mapping[str, Any] = {"_auto_class": None}
 """Attributes of a generated class, beside whose weights and configuration no file of code goes."""
 
 
 def set_initialized(target: Any) -> None:
     """Keep Transformers from drawing numbers for a module, a tensor, or all objects of a class."""
-    setattr(target, _INITIALIZED, True)
+    target._is_hf_initialized = True
 
 
 def has_numbers(module: nn.Module) -> bool:
     """Whether Transformers has loaded or drawn a module, or all of its tensors."""
     tensors = (*module.parameters(), *module.buffers())
-    return vars(module).get(_INITIALIZED, False) or all(getattr(tensor, _INITIALIZED, False) for tensor in tensors)
+    return "_is_hf_initialized" in vars(module) or all(hasattr(tensor, "_is_hf_initialized") for tensor in tensors)
 
 
 def tied_keys(model: nn.Module) -> dict[str, Mapping[str, str]]:
     """Attribute -> tied parameters, target -> source: as a model's class declares them, and as they were found."""
-    known = {
-        "_tied_weights_keys": getattr(model, "_tied_weights_keys", None),
-        "all_tied_weights_keys": vars(model).get("all_tied_weights_keys"),
-    }
+    known = {key: getattr(model, key, None) for key in ("_tied_weights_keys", "all_tied_weights_keys")}
     return {attribute: keys for attribute, keys in known.items() if isinstance(keys, Mapping)}
 
 

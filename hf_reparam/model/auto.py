@@ -1,8 +1,8 @@
 """The front door: one name in `AutoConfig`, behind which any family's derived classes are made and registered.
 
-Importing this package registers "hf_reparam" and nothing else. Building a configuration of that type yields the derived
-class of the base that it names, and makes the Auto classes, tokenizer and processor mappings that know the base know
-the derived class too. There is no table of families.
+Importing this package registers "hf_reparam" and the dense layers of Transformers. Building a configuration of that
+type yields the derived class of the base that it names, and makes the Auto classes, tokenizer and processor mappings
+that know the base know the derived class too. There is no table of families.
 """
 
 from importlib import import_module
@@ -26,8 +26,7 @@ __all__ = ["ReparamConfig", "check_loadable", "generated_class", "register"]
 
 
 class ReparamConfig(PreTrainedConfig):
-    """What `AutoConfig` knows: called with a saved configuration it returns the derived class, such as
-    `ReparamBertConfig`."""
+    """What `AutoConfig` knows: called with a saved configuration it makes one of the derived class."""
 
     model_type = MODEL_TYPE
 
@@ -82,11 +81,8 @@ def check_loadable(model: nn.Module) -> None:
 
 
 def generated_class(name: str) -> type[Any]:
-    """The generated class of this name: `ReparamBertForMaskedLM`, `ReparamBertConfig`.
-
-    Raises:
-        AttributeError: neither Transformers nor a module that was imported has a class behind the name.
-    """
+    """The generated class of this name: `ReparamBertForMaskedLM`, `ReparamBertConfig`. Raises AttributeError where
+    neither Transformers nor a module that was imported has a class behind it."""
     own = name.removeprefix(PREFIX)
     base: Any = (getattr(transformers, own, None) or _imported(own)) if name.startswith(PREFIX) and own else None
     if isinstance(base, type) and issubclass(base, PreTrainedConfig):

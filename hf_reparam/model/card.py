@@ -104,11 +104,15 @@ def prepare_upload(
     _add_tags(card, [*(model.model_tags or ()), *tags])
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    before = _written(folder)
+
+    def written() -> set[tuple[Path, int]]:
+        return {(path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+    before = written()
 
     def send() -> Any:
         card.save(folder / "README.md")
-        changed = sorted(path for path, time in _written(folder).items() if before.get(path) != time)
+        changed = sorted(path for path, _ in written() - before)
         return api.create_commit(
             repo_id,
             [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in changed],
@@ -121,14 +125,8 @@ def prepare_upload(
     return send
 
 
-def _written(folder: Path) -> dict[Path, int]:
-    """When every file of a folder was written, in nanoseconds."""
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 def _add_tags(card: ModelCard, tags: Iterable[str]) -> None:
-    known = card.data.get("tags") or []
-    card.data["tags"] = [*known, *(tag for tag in dict.fromkeys(tags) if tag not in known)]
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *tags]))
 
 
 def _published_card(repo_id: str, token: Any) -> ModelCard | None:

@@ -48,10 +48,9 @@ def optional_layers(model: nn.Module) -> dict[str, str]:
 
 
 def _has_head(model: Any) -> bool:
-    if not any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model):
-        return False
-    found = auto_classes(stock_config_class(model.config))
-    return not any(kind in type(model).__mro__ for auto, _, kinds in found if auto == "AutoModel" for kind in kinds)
+    inner = any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model)
+    known = (kinds for auto, _, kinds in auto_classes(stock_config_class(model.config)) if auto == "AutoModel")
+    return inner and all(set(kinds).isdisjoint(type(model).__mro__) for kinds in known)
 
 
 def _role(name: str, modules: Mapping[str, nn.Module]) -> str | None:

@@ -1,8 +1,7 @@
 """Models: for any `BertForMaskedLM` a `ReparamBertForMaskedLM(ReparamMixin, BertForMaskedLM)`, made on demand.
 
 The base class builds its usual skeleton; the mixin then swaps the layers that the plan names for empty low-rank ones
-of the same shape, before anything is initialised, tied or sharded, on whatever device the skeleton is built. Weights
-arrive by Transformers' own loading.
+of the same shape, before anything is initialised, tied or sharded. Weights arrive by Transformers' own loading.
 """
 
 import contextlib
@@ -111,16 +110,15 @@ class ReparamMixin(LoadingSeam):
         The stock class would otherwise find its weights missing and go on with random numbers; the marker's shape makes
         it raise. Names are those of the live modules: conversions to older checkpoint layouts know no factors.
 
-        Args:
-            save_directory, is_main_process, state_dict, push_to_hub: as the base's; more options of the base's follow.
-            remote_code: also write one Python file, with which `from_pretrained(..., trust_remote_code=True)` works
-                where hf_reparam is not installed.
+        With `remote_code` it also writes one Python file, with which `from_pretrained(..., trust_remote_code=True)`
+        works where hf_reparam is not installed.
         """
         folder, hub = Path(save_directory), {key: kwargs.pop(key) for key in _HUB_OPTIONS & kwargs.keys()}
         send = None
         if push_to_hub and is_main_process:
             send = prepare_upload(self, folder, **{"repo_id": folder.name, "token": kwargs.get("token"), **hub})
-        state = markers(self) | dict(state_dict or self.state_dict())
+        state = dict(state_dict or self.state_dict())
+        state |= {name: marker for name, marker in markers(self).items() if name not in state}
         kwargs["save_original_format"] = False
         note_plan(self)
         with named_in_config(self, remote_code=remote_code):
@@ -133,14 +131,9 @@ class ReparamMixin(LoadingSeam):
     def push_to_hub(  # base's contract
         self, repo_id: str, *, max_shard_size: int | str = "50GB", remote_code: bool = False, **options: Any
     ) -> Any:
-        """As the base's, with a model card that says what was converted and how; see `hf_reparam.model_card`.
+        """As the base's, with its options, and with a model card that says what was converted and how.
 
         A card that the repository has is kept: only the section between this package's marks is replaced.
-
-        Args:
-            repo_id: where to.
-            max_shard_size, remote_code: as for `save_pretrained`.
-            options: the base's commit_message, commit_description, private, token, revision, create_pr and tags.
         """
         with TemporaryDirectory() as folder:
             send = prepare_upload(self, Path(folder), repo_id, **options)
@@ -219,14 +212,8 @@ def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 
 def _swap(model: Any, *, strict: bool) -> None:
-    """Replace what the plan names by empty modules in fewer numbers, and draw numbers where there is memory for them.
-
-    Raises:
-        PlanError: as `fit`.
-    """
+    """Replace what the plan names by empty modules, and draw numbers for them where there is memory."""
     plan = plan_of(model.config)
-    if not plan.modules:
-        return
     check_forms(plan)
     for structure in STRUCTURES:
         for found, entry in fit(plan, model, structure, strict=strict, other_heads=True).values():

@@ -30,14 +30,10 @@ __all__ = [
 ]
 
 MODEL_TYPE = "hf_reparam"
-"""`model_type` on disk, by which whoever meets it finds the package. In memory a configuration has its base's
-`model_type`, by which Transformers chooses code."""
-
+"""`model_type` on disk. In memory a configuration has its base's, by which Transformers chooses code."""
 PREFIX = "Reparam"
 PUBLIC_MODULE = __name__.partition(".model.")[0]
-"""Module under whose name generated classes are published, imported and unpickled: the package, or the one file that
-is written for where it is not installed."""
-
+"""Where generated classes are published: the package, or the one file for where it is not installed."""
 HEAD = "."
 """Before the name of a head's layer in a plan where the base model has a module that begins with the same name."""
 
@@ -46,12 +42,8 @@ _MOST = {"layers": 1000, "n_layer": 1000, "num_labels": 100_000}  # ends of name
 
 
 def check_entries(data: Mapping[str, Any]) -> None:
-    """Refuse what no saved configuration of a low-rank model holds; its plan and the base's fields are checked later.
-
-    Raises:
-        PlanError: an entry names an attention implementation, which may be code to download, or is a private name, no
-            dtype, or a number of layers or labels that no model has.
-    """
+    """Raise PlanError for what no saved configuration holds: an attention implementation, which may be code to
+    download, a private name, no dtype, a number of layers or labels that no model has."""
     for key, value in data.items():
         if key.startswith("__") or key.endswith("attn_implementation"):
             raise PlanError(f"config.json has the entry {key[:80]!r}, which is never saved")
@@ -147,10 +139,10 @@ def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
     return config.base_class if isinstance(config, ReparamConfigMixin) else type(config)
 
 
-def note_refit(config: PreTrainedConfig, layers: int) -> None:
+def note_refit(config: Any, layers: int) -> None:
     """Remember in a derived configuration how many layers were refitted."""
     plan = plan_of(config)
-    if plan.record is not None and isinstance(config, ReparamConfigMixin):
+    if plan.record is not None:
         config.reparam = replace(plan, record=replace(plan.record, refitted_layers=layers)).to_dict()
 
 

@@ -66,14 +66,12 @@ def layer_name(model: nn.Module, name: str) -> str:
     In a Transformers model it is relative to the base model. Inside another object it is the path of the Transformers
     model there, and the name that the layer has in that: "0.model." + "encoder.layer.0.output.dense".
     """
-    parts, module = name.split("."), model
+    parts = name.split(".")
+    module: nn.Module | None = model
     for i, part in enumerate(parts):
         if isinstance(module, PreTrainedModel):
             return ".".join([*parts[:i], plan_name(module, ".".join(parts[i:]))])
-        child = module._modules.get(part)
-        if child is None:
-            break
-        module = child
+        module = None if module is None else module._modules.get(part)
     return name
 
 
@@ -120,11 +118,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def called(model: nn.Module) -> nn.Module:
     """What calibration calls with batches: the model itself, or the only Transformers model of an object that cannot be
-    called with them: a wrapper of a whole model, a container, a SentenceTransformer or CrossEncoder.
-
-    Raises:
-        TargetError: such an object holds several.
-    """
+    called with them: a wrapper of a whole model, a container, a SentenceTransformer or CrossEncoder. Raises TargetError
+    where that holds several."""
     model = unwrapped(model)
     container = isinstance(model, (nn.ModuleDict, nn.ModuleList)) or (type(model) is nn.Sequential and len(model) == 1)
     found = hosts(model) if container or _of_sentence_transformers(model) else {}
@@ -147,10 +142,8 @@ def _of_sentence_transformers(model: nn.Module) -> bool:
 
 
 def saved_otherwise(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(path, reason) of the modules outside of Transformers models in objects that have a way of saving of their own.
-
-    Such an object saves a Transformers model by that model's `save_pretrained`, and the rest as it knows it: dense.
-    """
+    """(path, reason) of the modules outside of Transformers models in objects that have a way of saving of their own:
+    by the `save_pretrained` of a Transformers model there, and the rest as they know it: dense."""
     inner = {part for host in hosts(model).values() for part in host.modules()}
     if not inner or isinstance(model, PreTrainedModel):
         return

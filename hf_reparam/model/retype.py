@@ -15,58 +15,43 @@ from hf_reparam.compat.marks import forget_conversions, set_initialized
 from hf_reparam.model.auto import register
 from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
 from hf_reparam.model.config import ReparamConfigMixin, plan_of, stock_config_class
-from hf_reparam.model.host import embeddings_of, hosts
+from hf_reparam.model.host import embeddings_of, hosts, hosts_by_start, ties_of
 from hf_reparam.model.remote import forget_file
 from hf_reparam.model.sites import entries_of
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
-__all__ = ["retie", "retype", "to_reparam", "to_stock"]
+__all__ = ["retie", "retype", "to_stock"]
 
 
 def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: ConversionRecord) -> None:
-    """Give the Transformers models in an object, or the object itself, their derived classes and plans. Changes them.
-
-    Models in another object that have nothing new stay as they are.
+    """Give the Transformers models in an object, or the object itself, their derived classes, and configurations with
+    their plans. Changes them. Models in another object that have nothing new stay as they are.
 
     Args:
         model: a Transformers model, or an object with such models in it.
         new: modules that were put in.
-        metric, record: as for `to_reparam`; errors by the names that layers have in a plan of the whole object.
+        metric: in which the new factors were made.
+        record: what is to be remembered, with errors by the names that layers have in a plan of the whole object; those
+            of layers that were low-rank before are kept beside.
     """
     known = set(new)
-    for path, host in hosts(model).items():
-        if path and known.isdisjoint(host.modules()):
+    for start, host in hosts_by_start(model).items():
+        if start and known.isdisjoint(host.modules()):
             continue
-        start = f"{path}." if path else ""
+        base, old = stock_config_class(host.config), plan_of(host.config)
         errors = {name.removeprefix(start): e for name, e in record.errors.items() if name.startswith(start)}
-        to_reparam(host, metric, replace(record, errors=errors))
-
-
-def to_reparam(model: Any, metric: str, record: ConversionRecord) -> Any:
-    """Give a model of which parts were replaced its derived class, and a configuration with the plan. Changes it.
-
-    Args:
-        model: the model.
-        metric: in which the new factors were made.
-        record: what is to be remembered of it; errors of layers that were low-rank before are kept beside.
-    """
-    base = stock_config_class(model.config)
-    register(base)
-    old = plan_of(model.config)
-    entries = {**old.modules, **entries_of(model)}  # of another head, too
-    configs = _new_configs(model, register(base))
-    config = configs[id(model.config)]
-    config.reparam = RankPlan(entries, base.model_type, metric, _remembered(model.config, old, record)).to_dict()
-    kind: Any = type(model)
-    return _retype(model, configs, model_class(kind))
-
-
-def _remembered(config: PreTrainedConfig, old: RankPlan, record: ConversionRecord) -> ConversionRecord:
-    if old.record is not None:
-        return replace(record, base_model=old.record.base_model, errors={**old.record.errors, **record.errors})
-    source = config.name_or_path
-    return replace(record, base_model=source if is_hub_id(source) and not os.path.exists(source) else None)
+        source = host.config.name_or_path
+        if old.record is not None:
+            source, errors = old.record.base_model, {**old.record.errors, **errors}
+        elif not is_hub_id(source) or os.path.exists(source):
+            source = None
+        entries = {**old.modules, **entries_of(host)}  # of another head, too
+        plan = RankPlan(entries, base.model_type, metric, replace(record, base_model=source, errors=errors))
+        configs = _new_configs(host, register(base))
+        configs[id(host.config)].reparam = plan.to_dict()
+        kind: Any = type(host)
+        _retype(host, configs, model_class(kind))
 
 
 def retie(model: nn.Module, new: Collection[nn.Module]) -> None:
@@ -80,13 +65,13 @@ def retie(model: nn.Module, new: Collection[nn.Module]) -> None:
             module._parameters["bias"] = bias
 
 
-def to_stock(model: Any) -> Any:
+def to_stock(model: Any) -> None:
     """Give a model whose layers are dense again its stock class and configuration. Changes the model."""
     configs = _new_configs(model, stock_config_class(model.config))
     for config in configs.values():
         forget_file(config)
     forget_conversions(model)  # of the derived class, which saves the names that it has
-    return _retype(model, configs, stock_model_class(model))
+    _retype(model, configs, stock_model_class(model))
 
 
 def _new_configs(model: Any, kind: type[PreTrainedConfig]) -> dict[int, Any]:
@@ -95,24 +80,22 @@ def _new_configs(model: Any, kind: type[PreTrainedConfig]) -> dict[int, Any]:
     The model's own becomes one of `kind`. Parts of it stay parts of it, and so the very objects that modules hold: what
     is set on one is seen, and saved, by the other. Only the model's own has a plan.
     """
-    old = model.config
-    config = copy.copy(old)
-    new: dict[int, Any] = {id(old): config}  # copy.deepcopy adds every object that it reaches
-    config.__dict__ = copy.deepcopy(vars(old), new)
-    held = [v for m in model.modules() for v in vars(m).values() if isinstance(v, ReparamConfigMixin)]
-    for other in held:  # copies that a class made for a part of it
-        copy.deepcopy(other, new)
-    made = {id(value): value for value in new.values() if isinstance(value, PreTrainedConfig)}
+    config = copy.copy(model.config)
+    new: dict[int, Any] = {id(model.config): config}  # copy.deepcopy adds every object that it reaches
+    config.__dict__ = copy.deepcopy(vars(model.config), new)
+    for other in [v for m in model.modules() for v in vars(m).values() if isinstance(v, ReparamConfigMixin)]:
+        copy.deepcopy(other, new)  # one that a class made for a part of it
+    made = {key: value for key, value in new.items() if isinstance(value, PreTrainedConfig)}
     for value in made.values():
         vars(value).pop("quantization_config", None)  # left over: the weights are not quantized
         if isinstance(value, ReparamConfigMixin):
             vars(value).pop("reparam", None)
             value.__class__ = stock_config_class(value)
     config.__class__ = kind
-    return {key: value for key, value in new.items() if id(value) in made}
+    return made
 
 
-def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel]) -> Any:
+def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel]) -> None:
     """New configuration objects for the model and every part of it; other models keep theirs. Parts become stock."""
     config = configs[id(model.config)]
     config.architectures = [kind.__name__]
@@ -127,7 +110,6 @@ def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel]) ->
             module.__class__ = stock_model_class(module)
             module.config.architectures = [type(module).__name__]
     model.__class__ = kind
-    return model
 
 
 def _tied(model: PreTrainedModel) -> bool:
@@ -135,11 +117,8 @@ def _tied(model: PreTrainedModel) -> bool:
     declared to be tied: other modules may be."""
     outputs: Any = embeddings_of(model)[1]
     modules = dict(model.named_modules())
-    declared = getattr(model, "all_tied_weights_keys", None) or {}
     key = next((f"{name}.weight" for name, module in modules.items() if module is outputs), "")
-    if key not in declared:
-        return True
-    source: Any = modules.get(declared[key].removesuffix(".weight"))
+    source: Any = modules.get(ties_of(model).get(key, "").removesuffix(".weight"))
     if not isinstance(source, nn.Embedding) or source.weight is outputs.weight:
         return True
     with aligned(source), aligned(outputs):

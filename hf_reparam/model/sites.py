@@ -1,7 +1,7 @@
 """The sites of a model under their names in a plan: which of them a configuration means, and which a plan."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
 from hf_reparam.layers.dense import not_whole
-from hf_reparam.layers.factored import Factored
 from hf_reparam.model.checks import optional_layers, protected_layers
 from hf_reparam.model.config import ReparamConfigMixin, plan_of
 from hf_reparam.model.host import layer_name
-from hf_reparam.model.naming import find_paths, loading, local_names, shapes_may_differ
+from hf_reparam.model.naming import find_paths, loading, local_names, low_rank, shapes_may_differ
 from hf_reparam.patterns import check_used, first_match
 from hf_reparam.plan import Entry, RankPlan
 from hf_reparam.report import BARE, SkippedReport
@@ -43,11 +42,10 @@ class Selection:
 
 
 def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) -> Selection:
-    """The sites that a configuration means.
+    """The sites that a configuration means, in a model as `opened` shows it.
 
     Args:
-        model: as `opened` shows it.
-        config: patterns, and which structures.
+        model, config: patterns, and which structures, are read from the configuration.
         asked: paths of layers that were asked for otherwise than by patterns, which brings optional ones in.
 
     Raises:
@@ -56,59 +54,53 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
     """
     active = [s for s in STRUCTURES if s.option is None or getattr(config, s.option)]
     found = [(structure, site) for structure in active for site in structure.sites(model)]
-    names = [name for _, site in found for name in (*site.names, *site.aliases)]
     wanted: tuple[str, ...] | None = config.target_modules  # type: ignore[assignment]
     unwanted: tuple[str, ...] = config.exclude_modules  # type: ignore[assignment]
+    names = [name for _, site in found for name in (*site.names, *site.aliases)]
     check_used(wanted or (), names, "target_modules")
     check_used(unwanted, names, "exclude_modules")
-    reason = _Reasons(model, wanted, unwanted, asked)
+    reason_for = _reasons(model, wanted, unwanted, asked)
     selected, skipped = [], []
     for structure, site in found:
-        why = reason.of(structure, site)
-        if why is not None:
-            if structure.option is None or site.weights + site.others:  # heads hold numbers in their layers alone
-                skipped.append(SkippedReport(site.name, site.kind, site.weights + site.others, why))
-            continue
-        if (parts := not_whole(site.module)) is not None:
-            raise WeightError(f"{site.name}: {parts}")
-        selected.append(Found(layer_name(model, site.name), structure, site))
+        reason = reason_for(structure, site)
+        if reason is None:
+            if (parts := not_whole(site.module)) is not None:
+                raise WeightError(f"{site.name}: {parts}")
+            selected.append(Found(layer_name(model, site.name), structure, site))
+        elif structure.option is None or site.weights + site.others:  # heads hold numbers in their layers alone
+            skipped.append(SkippedReport(site.name, site.kind, site.weights + site.others, reason))
     taken = {name for item in selected for name in item.site.names}
-    others = _other_weights(model, [site.module for _, site in found])
+    others = _other_weights(model, {site.module for _, site in found})
     left = [row for row in (*skipped, *others) if row.name not in taken]
     order = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     left.sort(key=lambda row: order.get(row.name, order.get(row.name.rpartition(".")[0], 0)))
     return Selection(tuple(selected), tuple(left))
 
 
-class _Reasons:
-    """Why sites stay dense."""
+def _reasons(
+    model: nn.Module, wanted: tuple[str, ...] | None, unwanted: tuple[str, ...], asked: Container[str]
+) -> Callable[[Structure, Site], str | None]:
+    """What says why a site stays dense."""
+    literal = frozenset(wanted or ())  # long lists of names are common, and slow as patterns
+    protected = protected_layers(model)
+    optional = {name: why for name, why in optional_layers(model).items() if name not in asked}
 
-    def __init__(
-        self, model: nn.Module, wanted: tuple[str, ...] | None, unwanted: tuple[str, ...], asked: Container[str]
-    ) -> None:
-        self.wanted, self.unwanted = wanted, unwanted
-        self.literal = frozenset(wanted or ())  # long lists of names are common, and slow as patterns
-        self.protected = protected_layers(model)
-        self.optional = {name: why for name, why in optional_layers(model).items() if name not in asked}
-
-    def of(self, structure: Structure, site: Site) -> str | None:
+    def reason_for(structure: Structure, site: Site) -> str | None:
         names = (*site.names, *site.aliases)
-        if structure.option is None:
-            reason = next((self.protected[name] for name in site.names if name in self.protected), None)
-            if reason is not None:
-                return reason
-        if site.reason is not None:
-            return site.reason
-        if (pattern := first_match(self.unwanted, names)) is not None:
+        reasons = [protected[name] for name in site.names if name in protected] if structure.option is None else []
+        if reasons or site.reason is not None:
+            return next(iter(reasons), site.reason)
+        if (pattern := first_match(unwanted, names)) is not None:
             return f"excluded by {pattern!r}"
         if structure.option is not None:  # the option asks for it
             return None
-        if self.wanted is not None:
-            named = not self.literal.isdisjoint(names) or first_match(self.wanted, names) is not None
+        if wanted is not None:
+            named = not literal.isdisjoint(names) or first_match(wanted, names) is not None
             return None if named else "not in target_modules"
-        if site.entry is None and all(name in self.optional for name in site.names):
-            return self.optional[site.name]
-        return None
+        stays = site.entry is None and all(name in optional for name in site.names)
+        return optional[site.name] if stays else None
+
+    return reason_for
 
 
 def no_site(selection: Selection) -> TargetError:
@@ -118,10 +110,9 @@ def no_site(selection: Selection) -> TargetError:
     return TargetError(f"the model has no dense layer that can be factored{': ' if why else ''}{why}")
 
 
-def _other_weights(model: nn.Module, held: Iterable[nn.Module]) -> Iterator[SkippedReport]:
+def _other_weights(model: nn.Module, known: Container[nn.Module]) -> Iterator[SkippedReport]:
     """Weights of two or more dimensions in modules that are no sites."""
-    known = set(held)
-    inside = {part for module in model.modules() if isinstance(module, Factored) for part in module.modules()}
+    inside = {part for _, layer in low_rank(model) for part in layer.modules()}
     for name, module in model.named_modules():
         if module in known or module in inside:
             continue
@@ -151,7 +142,7 @@ def fit(
 
     Args:
         plan: the plan.
-        model: a model whose sites of earlier structures are as the plan says.
+        model, structure: a model whose sites of earlier structures are as the plan says.
         strict: names that lead nowhere are errors; otherwise, and while a model is loaded, only such that lead to
             what cannot be held so.
         other_heads: a name whose first component the base model does not have may be one of another head.
@@ -162,15 +153,21 @@ def fit(
     entries = plan.of(structure.forms)
     if not entries:
         return {}
-    sites = {path: site for site in structure.sites(model) for path in site.names}
-    paths = _paths(model, entries, sites)
-    protected = protected_layers(model) if structure.option is None else {}
     modules = dict(model.named_modules(remove_duplicate=False))
+    sites = {path: site for site in structure.sites(model) for path in site.names}
+    base: set[str] = set()
+    if isinstance(model, PreTrainedModel):
+        paths, strict = find_paths(model, entries), strict and not loading()
+        base = {child for child, _ in model.base_model.named_children()}
+    else:
+        paths, other_heads = {layer_name(model, path): path for path in (*modules, *sites)}, False
+    protected = protected_layers(model) if structure.option is None else {}
     found: dict[str, tuple[Found, Entry]] = {}
     for name, entry in entries.items():
         path = paths.get(name)
         if path is None:
-            _check_absent(name, model, strict=strict, other_heads=other_heads)
+            if strict and (not other_heads or name.partition(".")[0] in base):
+                raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
             continue
         site = sites.get(path)
         if site is None:
@@ -183,52 +180,23 @@ def fit(
         if reason is not None:
             stays = "dense" if site.entry is None else "as it is"
             raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it stays {stays}: {reason}")
-        if _fits(name, structure, site, entry):
-            found[name] = (Found(name, structure, site), entry)
+        try:
+            structure.cost(site, entry)
+        except RankError as error:
+            if shapes_may_differ():
+                continue  # a new layer of another shape than the plan was made for
+            raise PlanError(
+                f"{name}: the plan gives it {error}. If another size is meant, as for a new head, "
+                "ignore_mismatched_sizes=True makes a new, dense layer"
+            ) from None
+        if site.entry is not None and entry.rank > site.entry.rank:  # which cannot be won back
+            raise PlanError(f"{name}: the plan gives it rank {entry.rank}, above the {site.entry.rank} it has already")
+        found[name] = (Found(name, structure, site), entry)
     return found
 
 
-def _paths(model: nn.Module, entries: Mapping[str, Entry], sites: Mapping[str, Site]) -> dict[str, str]:
-    if isinstance(model, PreTrainedModel):
-        return find_paths(model, entries)
-    named = {layer_name(model, path): path for path in (*dict(model.named_modules(remove_duplicate=False)), *sites)}
-    return {name: named[name] for name in entries if name in named}
-
-
-def _check_absent(name: str, model: nn.Module, *, strict: bool, other_heads: bool) -> None:
-    if isinstance(model, PreTrainedModel):
-        known = {child for child, _ in model.base_model.named_children()}
-        strict = strict and not loading() and (not other_heads or name.partition(".")[0] in known)
-    if strict:
-        raise PlanError(f"{name}: the plan names it, and {type(model).__name__} has no such module")
-
-
-def _fits(name: str, structure: Structure, site: Site, entry: Entry) -> bool:
-    """Whether a site can have an entry; False for a new layer of another shape than the plan was made for.
-
-    Raises:
-        PlanError: its rank is too high, or it has another entry already, which a higher rank cannot be won back from.
-    """
-    try:
-        structure.cost(site, entry)
-    except RankError as error:
-        if shapes_may_differ():
-            return False
-        raise PlanError(
-            f"{name}: the plan gives it {error}. If another size is meant, as for a new head, "
-            "ignore_mismatched_sizes=True makes a new, dense layer"
-        ) from None
-    if site.entry is not None and entry.rank > site.entry.rank:
-        raise PlanError(f"{name}: the plan gives it rank {entry.rank}, above the {site.entry.rank} it has already")
-    return True
-
-
 def live_sites(model: nn.Module) -> list[Site]:
-    """What a live model holds in fewer numbers.
-
-    Raises:
-        TargetError: the plan of the whole has no place for a part of it.
-    """
+    """What a live model holds in fewer numbers. Raises TargetError where its plan has no place for a part of it."""
     sites = [site for structure in STRUCTURES for site in structure.sites(model) if site.entry is not None]
     for site in sites:
         if site.stray:
@@ -247,6 +215,5 @@ def note_plan(model: PreTrainedModel) -> None:
         return
     plan = replace(plan_of(model.config), modules=entries_of(model))
     if plan.record is not None and plan.record.errors:
-        errors = local_names(model, plan.record.errors)
-        plan = replace(plan, record=replace(plan.record, errors=errors))
+        plan = replace(plan, record=replace(plan.record, errors=local_names(model, plan.record.errors)))
     model.config.reparam = plan.to_dict()
