@@ -19,17 +19,6 @@ from torch import nn
 
 from hf_reparam.compat.marks import hook_of
 
-__all__ = [
-    "aligned",
-    "execution_device",
-    "is_offloaded",
-    "leave_in",
-    "meant_for_disk",
-    "places_in_files",
-    "recall",
-    "write_tensors",
-]
-
 
 @contextmanager
 def aligned(module: nn.Module) -> Iterator[None]:

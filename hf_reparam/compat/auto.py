@@ -9,8 +9,6 @@ from typing import Any
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
-__all__ = ["auto_class_of", "auto_classes", "default_model", "name_lora_targets", "register_like"]
-
 _PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
 
 

@@ -8,18 +8,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, conversion_mapping, core_model_loading, initialization, modeling_utils
 
-__all__ = [
-    "LoadingSeam",
-    "draw_as_class",
-    "drawing_nothing",
-    "fill",
-    "inherit_conversions",
-    "record_outputs_as",
-    "register_style",
-    "renaming_for",
-    "unexpected_names",
-]
-
 
 class LoadingSeam:
     """Private methods of `PreTrainedModel`, overridden to call methods that a subclass defines:

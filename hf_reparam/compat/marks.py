@@ -6,18 +6,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = [
-    "NO_CODE_FILE",
-    "forget_conversions",
-    "has_numbers",
-    "hook_of",
-    "ignore_in_files",
-    "is_spread",
-    "one_by_one",
-    "set_initialized",
-    "tied_keys",
-]
-
 NO_CODE_FILE: Mapping[str, Any] = {"_auto_class": None}
 """Attributes of a generated class, beside whose weights and configuration no file of code goes."""
 

@@ -5,6 +5,7 @@ type yields the derived class of the base that it names, and makes the Auto clas
 that know the base know the derived class too. There is no table of families.
 """
 
+import functools
 from importlib import import_module
 from typing import Any
 
@@ -21,8 +22,6 @@ from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_clas
 from hf_reparam.model.config import MODEL_TYPE, PREFIX, PUBLIC_MODULE, check_entries, config_class, stock_config_class
 from hf_reparam.model.host import hosts
 from hf_reparam.plan import RankPlan
-
-__all__ = ["ReparamConfig", "check_loadable", "generated_class", "register"]
 
 
 class ReparamConfig(PreTrainedConfig):
@@ -48,20 +47,17 @@ class ReparamConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
-_registered: set[type[PreTrainedConfig]] = set()
-
-
-def register(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+@functools.cache
+def register(base: Any) -> Any:
     """Make the derived configuration class of a stock one known wherever the stock one is, and return it."""
-    derived: type[PreTrainedConfig] = config_class(base)  # type: ignore[arg-type]  # a class is hashable
-    if derived is not base and base not in _registered:
-        _registered.add(base)
-        register_like(base, derived, _derived_model)
+
+    def derived_model(kind: Any) -> Any:
+        return model_class(kind) if issubclass(kind, PreTrainedModel) else kind
+
+    derived = config_class(base)
+    if derived is not base:
+        register_like(base, derived, derived_model)
     return derived
-
-
-def _derived_model(base: Any) -> Any:
-    return model_class(base) if issubclass(base, PreTrainedModel) else base
 
 
 def check_loadable(model: nn.Module) -> None:
@@ -101,19 +97,15 @@ def _imported(name: str) -> type[PreTrainedModel] | None:
     return next((kind for kind in reversed(found) if kind.__name__ == name), None)
 
 
-_LINEARS = {  # y = x W^T + b; other subclasses of nn.Linear compute something else
-    "transformers.models.falcon.modeling_falcon": "FalconLinear",
-    "transformers.models.esm.modeling_esmfold": "EsmFoldLinear",
-}
+_LINEARS = (  # y = x W^T + b; other subclasses of nn.Linear compute something else
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
+)
 
 
-def _register_linear(module: str, name: str) -> None:
-    """By name, so that its module is not imported before a model has it."""
-
-    def build(n_in: int, n_out: int, bias: bool, device: torch.device, dtype: torch.dtype) -> Any:
-        return getattr(import_module(module), name)(n_in, n_out, bias=bias).to(device=device, dtype=dtype)
-
-    register_dense(f"{module}.{name}", matrix=lambda linear: linear.weight, build=build)
+def _linear(path: str, n_in: int, n_out: int, bias: bool, device: torch.device, dtype: torch.dtype) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)(n_in, n_out, bias=bias).to(device=device, dtype=dtype)
 
 
 register_dense(
@@ -121,7 +113,7 @@ register_dense(
     matrix=lambda module: module.weight.T,
     build=lambda n_in, n_out, bias, device, dtype: Conv1D(n_out, n_in).to(device=device, dtype=dtype),
 )
-for _module, _name in _LINEARS.items():
-    _register_linear(_module, _name)
+for _path in _LINEARS:  # by name, so that modules are not imported before a model has them
+    register_dense(_path, matrix=lambda linear: linear.weight, build=functools.partial(_linear, _path))
 if PUBLIC_MODULE == "hf_reparam":
     AutoConfig.register(MODEL_TYPE, ReparamConfig, exist_ok=True)

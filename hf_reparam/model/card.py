@@ -21,8 +21,6 @@ from hf_reparam.model.summary import report
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
-__all__ = ["model_card", "prepare_upload"]
-
 _TAGS = ("hf_reparam", "low-rank")
 _START = "<!-- hf_reparam: this section is written anew with the model; text outside of it is yours -->"
 _END = "<!-- hf_reparam: end -->"
@@ -39,8 +37,7 @@ def model_card(
 ) -> ModelCard:
     """The card of a converted model, for `card.save("OUT/README.md")` or `card.push_to_hub("me/small")`.
 
-    It says what the model was made from and how, what became of the parameters, the rank and the measured error of
-    every kind of layer, how to load and how to merge. `push_to_hub` and `hf-reparam convert` write it themselves.
+    `push_to_hub` and `hf-reparam convert` write it themselves.
 
     Args:
         model: a converted `PreTrainedModel`.

@@ -14,17 +14,6 @@ from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.model.config import stock_config_class
 from hf_reparam.model.host import embeddings_of, hosts, hosts_by_start, saved_otherwise, ties_of, unwrapped
 
-__all__ = [
-    "check_convertible",
-    "check_no_adapters",
-    "check_unquantized",
-    "check_unsharded",
-    "count_parameters",
-    "optional_layers",
-    "outside_inference_mode",
-    "protected_layers",
-]
-
 _QUANTIZERS = ("torchao.", "bitsandbytes.", "torch.ao.nn.quantized.", "hqq.", "optimum.quanto.", "compressed_tensors.")
 _PACKED = ("weight", "qweight", "weight_packed", "W_q")  # buffers that hold quantized weights
 _PACKED_TYPES = (torch.int16, torch.int32)

@@ -34,8 +34,6 @@ from hf_reparam.model.stored import (
 )
 from hf_reparam.structures import STRUCTURES
 
-__all__ = ["ReparamMixin", "model_class", "stock_model_class"]
-
 _HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
 

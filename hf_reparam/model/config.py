@@ -13,22 +13,6 @@ from hf_reparam.compat.marks import NO_CODE_FILE
 from hf_reparam.errors import PlanError
 from hf_reparam.plan import RankPlan
 
-__all__ = [
-    "HEAD",
-    "MODEL_TYPE",
-    "PREFIX",
-    "PUBLIC_MODULE",
-    "ReparamConfigMixin",
-    "base_prefix",
-    "check_entries",
-    "config_class",
-    "made_anew",
-    "note_refit",
-    "plan_name",
-    "plan_of",
-    "stock_config_class",
-]
-
 MODEL_TYPE = "hf_reparam"
 """`model_type` on disk. In memory a configuration has its base's, by which Transformers chooses code."""
 PREFIX = "Reparam"
@@ -109,7 +93,7 @@ def made_anew(derive: Callable[[Any], Any], base: type[Any]) -> Any:
 
 
 @functools.cache
-def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def config_class(base: Any) -> Any:
     """The derived configuration class of a stock one; a derived one is returned as it is.
 
     Its constructor takes the base's fields and `reparam`, the JSON form of a RankPlan (empty if absent), and raises
@@ -134,7 +118,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**NO_CODE_FILE, **body, "__init__": __init__})
 
 
-def stock_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
+def stock_config_class(config: PreTrainedConfig) -> Any:
     """The dense class behind a configuration."""
     return config.base_class if isinstance(config, ReparamConfigMixin) else type(config)
 

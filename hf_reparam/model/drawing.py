@@ -12,8 +12,6 @@ from hf_reparam.compat.loading import draw_as_class, fill
 from hf_reparam.layers.dense import dense_matrix, dense_type, shape_of
 from hf_reparam.layers.factored import Factored
 
-__all__ = ["deviations", "draw", "draw_new", "out_of_sight"]
-
 
 @torch.no_grad()
 def draw(layer: Factored, config: Any, deviation: float | None = None) -> None:

@@ -11,24 +11,8 @@ from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.model.config import plan_name
 from hf_reparam.structures import open_attentions
-from hf_reparam.structures.hosts import embeddings_of, hosts
-
-__all__ = [
-    "base_type",
-    "called",
-    "check_model",
-    "embeddings_of",
-    "hosts",
-    "hosts_by_start",
-    "layer_name",
-    "mark_offloaded",
-    "metric_of",
-    "opened",
-    "own_tokenizer",
-    "saved_otherwise",
-    "ties_of",
-    "unwrapped",
-]
+from hf_reparam.structures.hosts import embeddings_of as embeddings_of
+from hf_reparam.structures.hosts import hosts as hosts
 
 _REPLICAS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _WRAPPED = ["_orig_mod", "_checkpoint_wrapped_module"]  # of torch.compile and of activation checkpointing

@@ -13,27 +13,14 @@ from hf_reparam.errors import PlanError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.config import HEAD, base_prefix, plan_name, plan_of
 
-__all__ = [
-    "check_absent",
-    "find_paths",
-    "loading",
-    "local_names",
-    "low_rank",
-    "renamed",
-    "shapes_may_differ",
-    "while_loading",
-]
-
 V = TypeVar("V")
 _loading: ContextVar[bool | None] = ContextVar("loading", default=None)
 
 
 @contextmanager
 def while_loading(*, ignore_mismatched_sizes: bool) -> Iterator[None]:
-    """In the block a plan is judged by the file that a model is loaded from, which is read after the model is built.
-
-    With `ignore_mismatched_sizes`, layers of other shapes than those in the file are new ones, and dense.
-    """
+    """In the block a plan is judged by the file that a model is loaded from, which is read after the model is built;
+    with `ignore_mismatched_sizes`, layers of other shapes than those in the file are new ones, and dense."""
     token = _loading.set(ignore_mismatched_sizes)
     try:
         yield
@@ -95,18 +82,13 @@ def local_names(model: PreTrainedModel, entries: Mapping[str, V]) -> dict[str, V
 
     Those that the model does not have keep theirs, but not while it is loaded: there `check_absent` judges them.
     """
-    paths = find_paths(model, entries) if entries else {}
-    kept = {name: plan_name(model, paths[name]) if name in paths else name for name in entries}
-    return {kept[name]: entry for name, entry in entries.items() if name in paths or not loading()}
+    paths = {name: plan_name(model, path) for name, path in find_paths(model, entries).items()}
+    return {paths.get(name, name): entry for name, entry in entries.items() if name in paths or not loading()}
 
 
 def check_absent(model: PreTrainedModel, stored: Iterable[str]) -> None:
-    """Raise PlanError for a plan with a layer of the base model that neither the model has nor the file.
-
-    Args:
-        model: with the plan.
-        stored: names of the tensors in the file.
-    """
+    """Raise PlanError if a model's plan names a layer of the base model that neither it has nor the file; `stored` are
+    the names of the file's tensors."""
     plan = plan_of(model.config)
     children = {name for name, _ in model.base_model.named_children()}
     paths = find_paths(model, plan.modules)

@@ -12,8 +12,6 @@ import torch
 from hf_reparam.compat.loading import register_style
 from hf_reparam.errors import PlanError
 
-__all__ = ["factor_rules"]
-
 _GATHER_INPUT = "hf_reparam_gather_input"
 
 

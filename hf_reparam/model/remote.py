@@ -16,8 +16,6 @@ from hf_reparam.compat.auto import auto_classes
 from hf_reparam.errors import CheckpointError
 from hf_reparam.model.config import PREFIX, PUBLIC_MODULE
 
-__all__ = ["FILE", "forget_file", "named_in_config", "write_module"]
-
 FILE = "modeling_reparam.py"
 _FOR_MODELS = ("AutoConfig", "AutoModel")
 _FIRST = "hf_reparam.model.auto"

@@ -21,8 +21,6 @@ from hf_reparam.model.sites import entries_of
 from hf_reparam.plan import RankPlan
 from hf_reparam.record import ConversionRecord, is_hub_id
 
-__all__ = ["retie", "retype", "to_stock"]
-
 
 def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: ConversionRecord) -> None:
     """Give the Transformers models in an object, or the object itself, their derived classes, and configurations with
@@ -39,7 +37,7 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
     for start, host in hosts_by_start(model).items():
         if start and known.isdisjoint(host.modules()):
             continue
-        base, old = stock_config_class(host.config), plan_of(host.config)
+        old, base = plan_of(host.config), stock_config_class(host.config)
         errors = {name.removeprefix(start): e for name, e in record.errors.items() if name.startswith(start)}
         source = host.config.name_or_path
         if old.record is not None:
@@ -50,8 +48,7 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
         plan = RankPlan(entries, base.model_type, metric, replace(record, base_model=source, errors=errors))
         configs = _new_configs(host, register(base))
         configs[id(host.config)].reparam = plan.to_dict()
-        kind: Any = type(host)
-        _retype(host, configs, model_class(kind))
+        _retype(host, configs, model_class(type(host)))  # type: ignore[arg-type]  # a class is hashable
 
 
 def retie(model: nn.Module, new: Collection[nn.Module]) -> None:

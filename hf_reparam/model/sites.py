@@ -21,8 +21,6 @@ from hf_reparam.report import BARE, SkippedReport
 from hf_reparam.structures import STRUCTURES, Structure
 from hf_reparam.structures.structure import Site
 
-__all__ = ["Found", "Selection", "check_forms", "entries_of", "fit", "live_sites", "no_site", "note_plan", "select"]
-
 
 @dataclass(frozen=True)
 class Found:

@@ -18,8 +18,6 @@ from hf_reparam.model.naming import loading, local_names, low_rank, renamed
 from hf_reparam.model.sites import live_sites
 from hf_reparam.patterns import layer_kind
 
-__all__ = ["check_factors", "check_folder", "marker_patterns", "markers", "renew_layers", "stored_shapes"]
-
 Shapes = Mapping[str, tuple[int, ...]]
 _FIRST = (".down.weight", ".table.weight", ".down")  # one for each low-rank part
 _INDICES = ("model.safetensors.index*.json", "pytorch_model.bin.index*.json")  # a variant's name comes before .json

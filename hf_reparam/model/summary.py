@@ -18,8 +18,6 @@ from hf_reparam.record import ConversionRecord
 from hf_reparam.report import LayerReport, Report, SkippedReport
 from hf_reparam.structures import STRUCTURES
 
-__all__ = ["planned", "report"]
-
 
 def report(model: nn.Module) -> Report:
     """Report on a model as it stands, from shapes alone: what is of low rank, or the layers that could be converted.
