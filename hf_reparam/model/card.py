@@ -64,7 +64,12 @@ def model_card(
     plan = plan_of(model.config)
     record = plan.record or ConversionRecord()
     base_model = base_model or record.base_model
-    data = _metadata(base_model, base_card)
+    if base_card is None and base_model is not None:
+        with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not needed, and not worth a failure
+            base_card = ModelCard.load(base_model)
+    theirs = {} if base_card is None else base_card.data.to_dict()
+    known = {key: theirs[key] for key in _FROM_BASE if key in theirs}
+    data = ModelCardData(base_model=base_model, library_name="transformers", tags=list(_TAGS), **known)
     section = f"{_START}\n\n{_section(model, plan, record, base_model)}\n\n{_END}"
     if card is None:
         name = (base_model or model.base_class.__name__).rpartition("/")[2]
@@ -134,15 +139,6 @@ def _published_card(repo_id: str, token: Any) -> ModelCard | None:
         if isinstance(error, LocalEntryNotFoundError):  # the Hub was not reached
             raise
         return None
-
-
-def _metadata(base_model: str | None, base_card: ModelCard | None) -> ModelCardData:
-    if base_card is None and base_model is not None:
-        with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not needed, and not worth a failure
-            base_card = ModelCard.load(base_model)
-    theirs = {} if base_card is None else base_card.data.to_dict()
-    known = {key: theirs[key] for key in _FROM_BASE if key in theirs}
-    return ModelCardData(base_model=base_model, library_name="transformers", tags=list(_TAGS), **known)
 
 
 def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
