@@ -12,12 +12,9 @@ from transformers import PreTrainedModel, conversion_mapping, core_model_loading
 class LoadingSeam:
     """Private methods of `PreTrainedModel`, overridden to call methods that a subclass defines:
 
-    `before_loading(state, files, ignore_mismatched_sizes=)` on the built model, with what is about to be loaded:
-    tensors, or paths of safetensors files; `on_wrong_shapes(wrong)` with (name, shape in the file, shape in the
-    model), sorted, where other shapes are not allowed; `parallel_rules(rules)` with tensor-parallel rules, path of a
-    module or parameter -> style, which gives the rules to apply.
-
-    Before the base class in the order of resolution, so that the base's method is the next one.
+    `before_loading(state, files)` on the built model, with what is about to be loaded: tensors, or paths of safetensors
+    files; `on_wrong_shapes(wrong)` with (name, shape in the file, shape in the model), sorted, where other shapes are
+    not allowed; `parallel_rules(rules)` with path of a module or parameter -> style, which gives the rules to apply.
     """
 
     @classmethod
@@ -29,10 +26,10 @@ class LoadingSeam:
         return self.parallel_rules(super()._expand_parallel_plan(plan))  # type: ignore[misc,attr-defined]
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any) -> Any:
-        model.before_loading(state_dict, files, ignore_mismatched_sizes=load_config.ignore_mismatched_sizes)
+    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, *args: Any) -> Any:
+        model.before_loading(state_dict, files)
         base: Any = super(LoadingSeam, type(model))
-        return base._load_pretrained_model(model, state_dict, files, load_config, *args)
+        return base._load_pretrained_model(model, state_dict, files, *args)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -149,11 +149,10 @@ class ReparamMixin(LoadingSeam):
         source = str(args[0]) if args else str(kwargs.get("pretrained_model_name_or_path") or "")
         check_folder(Path(source) / (kwargs.get("subfolder") or ""))
         kwargs["use_safetensors"] = True  # nothing is ever unpickled
-        sizes = {"ignore_mismatched_sizes": bool(kwargs.get("ignore_mismatched_sizes"))}
-        with while_loading(**sizes):
+        with while_loading(ignore_mismatched_sizes=bool(kwargs.get("ignore_mismatched_sizes"))):
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
             if kwargs.get("state_dict") is None:
-                check_factors(model, info["missing_keys"], info["unexpected_keys"], source, **sizes)
+                check_factors(model, info["missing_keys"], info["unexpected_keys"], source)
             note_plan(model)
         for name, layer in low_rank(model):
             layer.check_loaded(f"{source}: {name}")
@@ -164,11 +163,11 @@ class ReparamMixin(LoadingSeam):
         """As the base class: Transformers draws new heads and renames tensors otherwise for code that it has not."""
         return cls.base_class.is_custom_code()
 
-    def before_loading(self, state: Any, files: Any, *, ignore_mismatched_sizes: bool) -> None:
+    def before_loading(self, state: Any, files: Any) -> None:
         """Look at what the file has: layers of another head than this model's become dense."""
         stored = stored_shapes(state, files)
         check_absent(self, stored)
-        renew_layers(self, stored, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        renew_layers(self, stored)
 
     def on_wrong_shapes(self, wrong: Any) -> None:
         """Raise RuntimeError, before the base draws random numbers of the configuration's shapes, and then raises."""

@@ -14,7 +14,7 @@ from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.model.config import HEAD, base_prefix, plan_of
-from hf_reparam.model.naming import loading, local_names, low_rank, renamed
+from hf_reparam.model.naming import loading, local_names, low_rank, renamed, shapes_may_differ
 from hf_reparam.model.sites import live_sites
 from hf_reparam.patterns import layer_kind
 
@@ -73,14 +73,9 @@ def stored_shapes(state: Mapping[str, Any] | None, files: Iterable[str] | None) 
     return shapes
 
 
-def renew_layers(model: Any, stored: Shapes, *, ignore_mismatched_sizes: bool) -> None:
-    """Make layers dense whose factors belong to another head: a new head is drawn as the base class does.
-
-    Args:
-        model: built for its plan, on the meta device.
-        stored: what is about to be loaded.
-        ignore_mismatched_sizes: layers of other shapes than those in the file are new, too.
-    """
+def renew_layers(model: Any, stored: Shapes) -> None:
+    """Make layers of a model that is about to be loaded dense where their factors belong to another head, or have other
+    shapes and may: a new head is drawn as the base class does."""
     prefix = base_prefix(model)
     new: dict[nn.Module, nn.Module] = {}
     for path, layer in low_rank(model):
@@ -88,19 +83,17 @@ def renew_layers(model: Any, stored: Shapes, *, ignore_mismatched_sizes: bool) -
         places = [path, path.removeprefix(prefix), f"{model.base_model_prefix}.{path}"]
         sizes = next((found for place in places if (found := layer.stored_shape(stored, place)) is not None), None)
         other = sizes is not None and sizes != (layer.in_features, layer.out_features)
-        if (sizes is None and head) or (ignore_mismatched_sizes and other):
+        if (sizes is None and head) or (other and shapes_may_differ()):
             new[layer] = layer.stand_in()
     replace_modules(model, new)
 
 
-def check_factors(
-    model: Any, missing: Collection[str], unexpected: Collection[str], source: str, *, ignore_mismatched_sizes: bool
-) -> None:
+def check_factors(model: Any, missing: Collection[str], unexpected: Collection[str], source: str) -> None:
     """Raise CheckpointError for factors that the base model lacks, and for factors that found no low-rank layer."""
     prefix = base_prefix(model)
     absent = {key.removeprefix(prefix) for key in missing}
     needed = {f"{name}.{part}" for name, layer in low_rank(model.base_model) for part in layer.state_dict()}
-    lost = sorted(absent & needed) or _homeless(absent, unexpected, prefix, exact=not ignore_mismatched_sizes)
+    lost = sorted(absent & needed) or _homeless(absent, unexpected, prefix)
     if not lost and any(key.endswith(_FIRST) for key in unexpected) and set(model.state_dict()) <= set(missing):
         lost = sorted(missing)
     if lost:
@@ -112,19 +105,17 @@ def check_factors(
         )
 
 
-def _homeless(absent: Collection[str], unexpected: Iterable[str], prefix: str, *, exact: bool) -> list[str]:
-    """Dense weights that are absent, of which the file has factors: under a longer or shorter path, or if `exact`
-    under this very path."""
+def _homeless(absent: Collection[str], unexpected: Iterable[str], prefix: str) -> list[str]:
+    """Dense weights that are absent, of which the file has factors, under this path or a longer or shorter one."""
     lost = set()
     for key in unexpected:
         first = next((end for end in _FIRST if key.endswith(end)), None)
         if first is not None:
             weight = f"{key.removeprefix(prefix).removesuffix(first)}.weight"
-            lost |= {name for name in absent if (name == weight and exact) or _ends_alike(name, weight)}
+            if weight in absent and not shapes_may_differ():
+                lost.add(weight)
+            for name in absent:
+                short, long = sorted((name, weight), key=len)
+                if short.count(".") > 1 and long.endswith(f".{short}"):  # "dense.weight" is too short to tell
+                    lost.add(name)
     return sorted(lost)
-
-
-def _ends_alike(name: str, other: str) -> bool:
-    """Whether one is the other with more in front; "dense.weight" is too short to tell."""
-    short, long = sorted((name, other), key=len)
-    return short.count(".") > 1 and long.endswith(f".{short}")
