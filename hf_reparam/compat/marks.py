@@ -29,9 +29,8 @@ def tied_keys(model: nn.Module) -> dict[str, Mapping[str, str]]:
 
 def ignore_in_files(model: Any, patterns: Iterable[str]) -> None:
     """Have a model ignore tensors of files for which it has no place, by regular expressions for their names."""
-    ignored = model._keys_to_ignore_on_load_unexpected  # a set, in Transformers 5.0 a list or None
-    kind = set if isinstance(ignored, set) else list
-    model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *patterns])
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
 
 
 def forget_conversions(model: Any) -> None:

@@ -17,7 +17,6 @@ from hf_reparam.errors import CheckpointError
 from hf_reparam.model.config import PREFIX, PUBLIC_MODULE
 
 FILE = "modeling_reparam.py"
-_FOR_MODELS = ("AutoConfig", "AutoModel")
 _FIRST = "hf_reparam.model.auto"
 _LEFT_OUT = (
     "linalg",
@@ -142,7 +141,7 @@ def named_in_config(model: Any, *, remote_code: bool) -> Iterator[None]:
     """
     config = model.config
     old = vars(config).pop("auto_map", None)  # of this file, or of code for the dense model alone
-    kept = {auto: ref for auto, ref in _other_code(old).items() if not auto.startswith(_FOR_MODELS)}
+    kept = {auto: ref for auto, ref in _other_code(old).items() if not auto.startswith(("AutoConfig", "AutoModel"))}
     if remote_code:
         _check_types(model)
         kept = {**kept, **_auto_map(config.base_class)}
