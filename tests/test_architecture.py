@@ -5,7 +5,6 @@ import doctest
 import importlib
 import pkgutil
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 import hf_reparam
 from hf_reparam.structures import STRUCTURES
+from tests.launch import launch
 from tests.test_compat import NAMES
 
 ROOT = Path(hf_reparam.__file__).parent
@@ -115,8 +115,7 @@ def test_importing_loads_no_modelling_file():
         "print([m for m in sys.modules if m.startswith('transformers.models.') and '.modeling_' in m "
         "and not m.startswith('transformers.models.auto')])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert launch("-c", code, processes=1).strip() == "[]"
 
 
 def test_version_is_the_distributions():
@@ -211,5 +210,5 @@ def test_what_loads_a_model_imports_nothing_of_calibration_or_compression():
         "import sys, types; p = types.ModuleType('hf_reparam'); p.__path__ = [sys.argv[1]]; "
         "sys.modules['hf_reparam'] = p; "
     )
-    out = subprocess.run([sys.executable, "-c", stub + code, str(ROOT)], capture_output=True, text=True, check=True)
-    assert [m for m in out.stdout.strip().strip("[]").split(", ") if "hf_reparam" in m] == []
+    loaded = launch("-c", stub + code, ROOT, processes=1)
+    assert [m for m in loaded.strip().strip("[]").split(", ") if "hf_reparam" in m] == []

@@ -1,9 +1,7 @@
 """The command line: what it writes, what it prints, exit codes, and that a failure leaves nothing behind."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ import hf_reparam
 from hf_reparam import cli
 from hf_reparam.files import convert as checkpoint
 from tests import zoo
-from tests.launch import launch
+from tests.launch import Started, launch
 
 
 @pytest.fixture
@@ -245,11 +243,9 @@ def test_kill_leaves_no_out(tmp_path, dense):
         "c.copy_companions = lambda *a: (print('here', flush=True), time.sleep(60))\n"
         "cli.main(sys.argv[1:])"
     )
-    args = [sys.executable, "-c", code, "convert", str(dense), str(out), "--rank", "6", "--quiet"]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "here\n"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = Started("-c", code, "convert", dense, out, "--rank", 6, "--quiet")
+    process.wait_for("here\n")
+    process.kill()
     time.sleep(0.1)
     assert not out.exists()
 

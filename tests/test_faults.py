@@ -3,8 +3,6 @@
 import copy
 import resource
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from hf_reparam import LowRankConfig, calibrate, convert
 from hf_reparam.errors import CheckpointError, TargetError, WeightError
 from hf_reparam.structures import linear
 from tests import zoo
-from tests.launch import ROOT
+from tests.launch import Started
 
 CASE = zoo.BY_BASE["BertForMaskedLM"]
 VIT = zoo.BY_BASE["ViTForImageClassification"]
@@ -184,14 +182,11 @@ def test_a_folder_that_cannot_be_written(dense, stream, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def _small_files():
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
 FULL = """
-import sys
+import resource, signal, sys
 from hf_reparam.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 for name, more in (("memory", []), ("stream", ["--stream"])):
     print(name, main(["convert", sys.argv[1], f"{sys.argv[2]}-{name}", "--rank", "6", "--quiet", *more]))
 """
@@ -200,11 +195,11 @@ for name, more in (("memory", []), ("stream", ["--stream"])):
 @pytest.mark.slow
 def test_a_disk_that_is_full(dense, tmp_path):
     """Files may not grow above 20 kB; the model has 120."""
-    command = [sys.executable, "-c", FULL, dense, tmp_path / "out"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=_small_files)
-    assert done.stdout.splitlines() == ["memory 2", "stream 2"], done.stderr
-    assert done.stderr.count("cannot be written") == 2
-    assert "Traceback" not in done.stderr
+    done = Started("-c", FULL, dense, tmp_path / "out").end()
+    said = done.printed("err")
+    assert done.printed().splitlines() == ["memory 2", "stream 2"], said
+    assert said.count("cannot be written") == 2
+    assert "Traceback" not in said
     assert list(tmp_path.glob("out*")) == []
     assert transformers.AutoModelForMaskedLM.from_pretrained(dense)
 

@@ -1,8 +1,6 @@
 """`merge`: the stock class and configuration again, the product exact, ties true to the tensors."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from hf_reparam import LowRankConfig, convert, merge
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
+from tests.launch import launch
 
 PRODUCT = 1e-6  # relative error of a merged weight, float32: one rounding is 6e-8
 
@@ -85,7 +84,7 @@ def test_saved_merge_loads_where_the_package_is_never_imported(tmp_path):
         "assert not any(info.values()), info; assert 'hf_reparam' not in sys.modules;"
         "b = torch.load(sys.argv[1] + '/batch.pt'); torch.save(m(**b).logits.detach(), sys.argv[1] + '/logits.pt')"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    launch("-c", code, tmp_path, processes=1)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), zoo.outputs(dense, case.batch())[0])
 
 

@@ -1,8 +1,5 @@
 """Precisions, scales, ranks that are not there, equal singular values, and the same bytes every time."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +7,7 @@ from torch import nn
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, merge
 from tests import zoo
-from tests.launch import ROOT
+from tests.launch import launch
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -149,7 +146,7 @@ def made():
 @pytest.mark.slow
 def test_the_same_bytes_in_every_process_and_nearly_so_on_any_number_of_threads(tmp_path):
     place, mine = tmp_path / "made", made()
-    subprocess.run([sys.executable, "-c", BYTES, place], cwd=ROOT, check=True)
+    launch("-c", BYTES, place, processes=1)
     alike, near = (torch.load(f"{place}-{threads}") for threads in (1, 2))
     assert mine.keys() == alike.keys() == near.keys()
     for key, value in mine.items():

@@ -1,14 +1,12 @@
 """Pictures: what is drawn are the numbers, and what is missing is said."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 from hf_reparam import Entry, RankPlan, calibrate, convert, make_plan, plot, report
 from hf_reparam.errors import PlanError, TargetError
+from tests.launch import launch
 
 
 def left_out(weight):
@@ -81,5 +79,4 @@ def test_without_matplotlib_the_error_says_what_to_install():
         "try: hf_reparam.plot.frontier({'a': {1.0: 1.0}})\n"
         "except ImportError as error: print(error)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "pip install 'hf-reparam[plot]'" in out
+    assert "pip install 'hf-reparam[plot]'" in launch("-c", code, processes=1)

@@ -2,9 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from hf_reparam import RankPlan, merge
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.checks import count_parameters
 from tests.contract.forms import CASES, made
+from tests.launch import launch
 
 QUICK = ("BERT", "plain")  # families that `make check` is content with
 
@@ -71,9 +69,7 @@ def fresh(tmp_path_factory):
         small = made(case).small
         case.save(small, folder / case.id)
         (folder / f"{case.id}.pkl").write_bytes(pickle.dumps(small))
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", FRESH, str(folder)], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("-c", FRESH, folder, processes=1)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

@@ -2,9 +2,6 @@
 
 import inspect
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from hf_reparam import LowRankConfig, convert
 from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
+from tests.launch import launch
 
 RANK = 6
 
@@ -58,9 +56,7 @@ def saved_cases(tmp_path_factory):
 def fresh(saved_cases):
     """Load them all in one new process, and bring the outputs back."""
     folders = [str(saved_cases / form / case.id) for form, case in FORMS_OF_CASES]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", FRESH, *folders], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("-c", FRESH, *folders, processes=1)
     return dict(zip(FORMS_OF_CASES, torch.load(saved_cases / "results.pt", weights_only=True).values(), strict=True))
 
 
