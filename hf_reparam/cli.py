@@ -161,10 +161,8 @@ def _parser() -> argparse.ArgumentParser:
 
     converting = {**_SIZES, **_READING, **_ASKED, **_WORK, **_WRITING}
     command("convert", _convert, "convert SRC and save the result in OUT", converting)
-    merging = "multiply the factors of SRC out and save the dense model in OUT"
-    command("merge", lambda args: merge_folder(args.source, args.out, **_given(args, _WRITING)), merging, _WRITING)
-    inspecting = "show the low-rank layers of SRC, or what could be converted; reads no weights"
-    command("inspect", lambda args: inspect_folder(args.source), inspecting, {})
+    command("merge", _merge, "multiply the factors of SRC out and save the dense model in OUT", _WRITING)
+    command("inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights", {})
     return parser
 
 
@@ -177,6 +175,14 @@ def _convert(args: argparse.Namespace) -> Report:
         asked["rank"] = plain[0] if plain else dict(args.rank)
     options = _given(args, {**_READING, **_WORK, **_WRITING})
     return convert_folder(args.source, args.out, LowRankConfig(**asked), **options)
+
+
+def _merge(args: argparse.Namespace) -> Report:
+    return merge_folder(args.source, args.out, **_given(args, _WRITING))
+
+
+def _inspect(args: argparse.Namespace) -> Report:
+    return inspect_folder(args.source)
 
 
 def _given(args: argparse.Namespace, options: Options) -> dict[str, Any]:
