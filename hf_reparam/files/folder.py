@@ -31,13 +31,13 @@ from hf_reparam.model.stored import check_folder
 
 __all__ = ["copy_companions", "load", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
 
-_OWN = ("config.json", "generation_config.json", "README.md", FILE)  # written by the model, or true of the source alone
-_OWN_WEIGHTS = (
+_OWN = (  # written by the model, or true of the source alone; weights; what a Trainer left
+    *("config.json", "generation_config.json", "README.md", FILE),
     *("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json"),
     *("tf_model*.h5", "tf_model.h5.index*.json", "flax_model*.msgpack", "flax_model.msgpack.index*.json", "*.ot"),
     *("consolidated*.safetensors", "consolidated*.pth", "*model*.onnx*", "*.gguf", "*.tflite"),
+    *("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
 )
-_TRAINING = ("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
 _OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf", "*.tflite"]
 _OTHER_FORMATS += [f"{name}/*" for name in _OTHER_FOLDERS]
@@ -212,7 +212,7 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
     except ReparamError:
         done = True
         raise
-    except BrokenPipeError:  # as in `load_all`
+    except BrokenPipeError:  # as in `load`
         raise
     except (OSError, SafetensorError) as error:  # a full disk
         raise CheckpointError(f"{out} cannot be written: {_line(error)}") from error
@@ -233,17 +233,16 @@ def copy_companions(source: Path, target: Path, model: Path) -> None:
             shards |= set(_read_json(index)["weight_map"].values())
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if any(part.startswith(".") for part in relative.parts) or str(relative) == "README.md":
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or str(relative) == "README.md" or not path.is_file() or (target / relative).exists():
             continue
-        own = path.is_relative_to(model) and _is_own(path.relative_to(model), shards)
-        if path.is_file() and not own and not (target / relative).exists():
+        if not (path.is_relative_to(model) and _is_own(path.relative_to(model), shards)):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
 
 
 def _is_own(place: Path, shards: set[str]) -> bool:
     """Whether a file is the model's own or a Trainer's; below the model's folder only known folders are."""
-    if len(place.parts) > 1:
-        return any(fnmatchcase(place.parts[0], pattern) for pattern in _OTHER_FOLDERS)
-    name = place.name
-    return name in _OWN or name in shards or any(fnmatchcase(name, p) for p in (*_OWN_WEIGHTS, *_TRAINING))
+    first, *deeper = place.parts
+    known = any(fnmatchcase(first, pattern) for pattern in (_OTHER_FOLDERS if deeper else _OWN))
+    return known or (not deeper and first in shards)

@@ -143,9 +143,12 @@ def build_dense(layer: Factored) -> nn.Module:
     return dense
 
 
-def dense_like(layer: nn.Module, shape: tuple[int, int] | None = None, kind: type[nn.Module] | None = None) -> Any:
-    """A dense layer with dtype, device, mode and `requires_grad` of this one, and its type and shape (in, out) unless
-    others are given; it has no numbers. For a low-rank layer, one of the type that it stands for.
+def dense_like(
+    layer: nn.Module, shape: tuple[int, int] | None = None, kind: type[nn.Module] | None = None
+) -> nn.Module:
+    """A dense layer like this one, without its numbers, or of another shape (in, out) or type.
+
+    For a low-rank layer, one of the type that it stands for. dtype, device, mode and `requires_grad` are this layer's.
     """
     if isinstance(layer, Factored):
         return layer.stand_in(shape)
@@ -167,10 +170,8 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return n_in, n_out
 
 
-register_dense(
-    nn.Linear,
-    matrix=lambda module: module.weight,
-    build=lambda n_in, n_out, bias, device, dtype: nn.utils.skip_init(
-        nn.Linear, n_in, n_out, bias=bias, device=device, dtype=dtype
-    ),
-)
+def _linear(n_in: int, n_out: int, bias: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias, device=device, dtype=dtype)
+
+
+register_dense(nn.Linear, matrix=lambda module: module.weight, build=_linear)

@@ -69,8 +69,7 @@ class LowRankLinear(Factored):
         return super().matrix()
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
-        dense: nn.Module = dense_like(self.up, shape or (self.in_features, self.out_features), self.dense_type)
-        return dense.train(self.training)
+        return dense_like(self.up, shape or (self.in_features, self.out_features), self.dense_type).train(self.training)
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         first, mixing = (self.down, self.up) if self.form == "pair" else (self.up, self.down)
