@@ -3,18 +3,18 @@
 With the base configuration it is all that is needed to build the skeleton of a converted model: loading runs no SVD.
 """
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from hf_reparam.errors import PlanError
 from hf_reparam.patterns import as_patterns, check_used, first_match
-from hf_reparam.record import ConversionRecord
 from hf_reparam.report import Report, text_table
 
-__all__ = ["FORMAT_VERSION", "Entry", "RankPlan"]
+__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "RankPlan", "is_hub_id"]
 
 FORMAT_VERSION = 1
 """Version of the `reparam` entry in `config.json`."""
@@ -24,6 +24,8 @@ _MAX_NAME = 512
 _NAME = re.compile(r"\.?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _FORM = re.compile(r"[a-z_]{1,32}")
 _PLAN_KEYS = frozenset({"format_version", "base_model_type", "metric", "modules", "record"})
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+_METRICS = ("svd", "activation", "fisher")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,61 @@ class Entry:
         if len(data) != 2:
             raise PlanError("an entry needs 'form' and 'rank'")
         return cls(data["rank"], data["form"])
+
+
+@dataclass(frozen=True)
+class ConversionRecord:
+    """Stored in `config.json` beside the plan, for model cards. Not needed to load the model.
+
+    Args:
+        base_model: Hub id of the dense model; None if it came from elsewhere.
+        calibration_tokens: how many tokens the layers saw; None without calibration data.
+        refitted_layers: how many layers were fitted once more after they were factored.
+        errors: layer name -> ||W - up @ down|| / ||W|| in the metric's norm, before refitting and fine-tuning; None for
+            a layer that was low-rank already when it was converted.
+        metrics: layer name -> metric, of layers that were not factored in the plan's: "svd" for one that saw no data,
+            "activation" for one to which no gradient came.
+
+    Raises:
+        PlanError: a value of a wrong type or out of range.
+
+    >>> ConversionRecord.from_dict(ConversionRecord(base_model="me/bert", errors={"fc": 0.25}).to_dict()).errors["fc"]
+    0.25
+    """
+
+    base_model: str | None = None
+    calibration_tokens: int | None = None
+    refitted_layers: int = 0
+    errors: Mapping[str, float | None] = field(default_factory=dict)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, what: str) -> None:
+            if not ok:
+                raise PlanError(f"'reparam.record.{name}' must be {what}")
+
+        base, tokens, errors, metrics = self.base_model, self.calibration_tokens, self.errors, self.metrics
+        check("base_model", base is None or is_hub_id(base), "a Hub id such as 'google-bert/bert-base-uncased'")
+        check("calibration_tokens", tokens is None or _is_count(tokens), "an int of at least 0, or null")
+        check("refitted_layers", _is_count(self.refitted_layers), "an int of at least 0")
+        finite = isinstance(errors, Mapping) and all(map(_is_error, errors.values()))
+        check("errors", finite, "an object of finite numbers of at least 0, or null")
+        known = isinstance(metrics, Mapping) and all(value in _METRICS for value in metrics.values())
+        check("metrics", known, f"an object of {list(_METRICS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metrics" or self.metrics}
+        errors = {name: None if error is None else float(f"{error:.4g}") for name, error in self.errors.items()}
+        return known | {"errors": errors}
+
+    @classmethod
+    def from_dict(cls, data: object) -> "ConversionRecord":
+        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
+        known = sorted(f.name for f in fields(cls))
+        if not isinstance(data, Mapping) or not set(data) <= set(known):
+            raise PlanError(f"'reparam.record' must be an object of {known}, got {str(data)[:80]!r}")
+        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -179,6 +236,24 @@ class RankPlan:
                 raise PlanError(f"{_short(name)}: {error}") from None
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
         return cls(entries, base, metric, record)
+
+
+def is_hub_id(text: object) -> bool:
+    """Whether a text has the form of a model's name on the Hub.
+
+    >>> is_hub_id("gpt2"), is_hub_id("/home/me/gpt2"), is_hub_id("me/../gpt2")
+    (True, False, False)
+    """
+    return isinstance(text, str) and _HUB_ID.fullmatch(text) is not None and ".." not in text
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_error(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (number and 0 <= value < math.inf)  # type: ignore[operator]
 
 
 def _check_names(modules: Any) -> None:

@@ -22,7 +22,6 @@ LAYERS = [
     "compat",
     "patterns",
     "report",
-    "record",
     "plan",
     "config",
     "linalg",
@@ -38,7 +37,7 @@ LAYERS = [
     "__main__",
 ]
 GENERAL = {"__init__", "__pycache__", "hosts", "source", "structure"}
-STDLIB_ONLY = {"errors", "patterns", "plan", "record", "report", "config"}
+STDLIB_ONLY = {"errors", "patterns", "plan", "report", "config"}
 WITHOUT_TRANSFORMERS = {"layers": {"accelerate", "transformers.utils.logging"}}
 """Rooms below `model` that use a little of it: what of it."""
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "hf_reparam.") if not m.name.endswith("__main__"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_reparam import Entry, RankPlan, convert
 from hf_reparam.errors import PlanError, TargetError
-from hf_reparam.record import ConversionRecord
+from hf_reparam.plan import ConversionRecord
 
 GOOD = {
     "format_version": 1,

@@ -19,8 +19,7 @@ from hf_reparam.layers.surgery import undone_on_error
 from hf_reparam.model.host import check_model, hosts, metric_of, opened
 from hf_reparam.model.retype import retype
 from hf_reparam.model.sites import check_forms, entries_of, fit
-from hf_reparam.plan import RankPlan
-from hf_reparam.record import ConversionRecord
+from hf_reparam.plan import ConversionRecord, RankPlan
 from hf_reparam.structures import STRUCTURES
 
 __all__ = ["load", "save"]

@@ -18,8 +18,7 @@ from hf_reparam.compat.auto import auto_class_of
 from hf_reparam.errors import TargetError
 from hf_reparam.model.config import ReparamConfigMixin, plan_name, plan_of
 from hf_reparam.model.summary import report
-from hf_reparam.plan import RankPlan
-from hf_reparam.record import ConversionRecord, is_hub_id
+from hf_reparam.plan import ConversionRecord, RankPlan, is_hub_id
 
 _TAGS = ("hf_reparam", "low-rank")
 _START = "<!-- hf_reparam: this section is written anew with the model; text outside of it is yours -->"

@@ -18,8 +18,7 @@ from hf_reparam.model.config import ReparamConfigMixin, plan_of, stock_config_cl
 from hf_reparam.model.host import embeddings_of, hosts, hosts_by_start, ties_of
 from hf_reparam.model.remote import forget_file
 from hf_reparam.model.sites import entries_of
-from hf_reparam.plan import RankPlan
-from hf_reparam.record import ConversionRecord, is_hub_id
+from hf_reparam.plan import ConversionRecord, RankPlan, is_hub_id
 
 
 def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: ConversionRecord) -> None:

@@ -13,8 +13,7 @@ from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.config import plan_of
 from hf_reparam.model.host import check_model, hosts_by_start, layer_name, metric_of, opened
 from hf_reparam.model.sites import Found, Selection, fit, select
-from hf_reparam.plan import Entry, RankPlan
-from hf_reparam.record import ConversionRecord
+from hf_reparam.plan import ConversionRecord, Entry, RankPlan
 from hf_reparam.report import LayerReport, Report, SkippedReport
 from hf_reparam.structures import STRUCTURES
 
