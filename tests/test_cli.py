@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -266,7 +265,7 @@ def test_a_hub_id_from_the_cache(tmp_path, dense, monkeypatch, capsys):
 def test_module_and_script_are_the_same_command():
     line = [f"hf-reparam {hf_reparam.__version__}"]
     script = Path(sys.executable).parent / "hf-reparam"
-    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout.splitlines() == line
+    assert launch(script, "--version", processes=1).splitlines() == line
     assert launch("-m", "hf_reparam", "--version", processes=1).splitlines() == line
 
 

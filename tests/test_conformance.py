@@ -10,8 +10,8 @@ import pytest
 from conformance import __main__ as conformance
 from conformance.__main__ import compare, unfit
 from conformance.families import FAMILIES, FORMS
+from tests.launch import launch
 
-ROOT = Path(__file__).parent.parent
 SHORT = "test_config or test_save_load or test_resize or test_tied or test_gradient_checkpointing or test_init_weights"
 
 
@@ -22,9 +22,7 @@ PARTS = ["BERT_pair", "GPT2_pivoted", "T5_joint"]
 def part(tmp_path_factory):
     place = tmp_path_factory.mktemp("conformance") / "outcomes.json"
     wanted = f"({' or '.join(PARTS)}) and ({SHORT})"
-    command = [sys.executable, "-m", "pytest", "conformance", "-k", wanted, f"--outcomes={place}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    launch("-m", "pytest", "conformance", "-p", "no:cacheprovider", "-k", wanted, f"--outcomes={place}", processes=1)
     return json.loads(place.read_text())
 
 

@@ -51,7 +51,7 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("classifier", "checkpointing"), [("pair", False), ("pivoted", True)], indirect=["classifier"])
 def test_loss_falls(tmp_path, data, classifier, checkpointing):
     trainer = Trainer(
         classifier,
@@ -69,10 +69,10 @@ def test_loss_falls(tmp_path, data, classifier, checkpointing):
     assert losses[-1] < losses[0]
 
 
-def test_resumed_is_uninterrupted_and_best_model_is_loaded(tmp_path, data, minilm):
+def test_resumed_is_uninterrupted_and_best_model_is_loaded(tmp_path, data, shallow):
     def trainer(folder, **options):
         torch.manual_seed(0)
-        model = convert(AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2), rank=16)
+        model = convert(AutoModelForSequenceClassification.from_pretrained(shallow, num_labels=2), rank=16)
         steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
         best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
         return Trainer(model, arguments(folder, **{**steps, **best, **options}), train_dataset=data, eval_dataset=data)

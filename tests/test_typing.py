@@ -8,7 +8,14 @@ import pytest
 from mypy import api
 
 CONSUMER = Path(__file__).parent / "consumer.py"
-CACHE = Path(__file__).parents[1] / ".mypy_cache" / "consumer"
+ROOT = Path(__file__).parents[1]
+STRICT = """
+[[tool.mypy.overrides]]
+module = ["right", "wrong0", "wrong1", "wrong2"]
+warn_return_any = true
+disallow_subclassing_any = true
+disallow_untyped_calls = true
+"""
 WRONG = {
     "rank": ("rank=8)", 'rank="8")'),
     "assert-type": ("assert_type(report, Report)", "assert_type(report, int)"),
@@ -18,17 +25,17 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What mypy --strict says of the consumer, and of every wrong one, without this project's configuration.
+    """What mypy --strict says of the consumer, and of every wrong one, without this project's exceptions.
 
-    What Transformers itself looks like inside is not asked: reading it would take most of the time.
+    For all other modules the configuration is the project's, and so what `mypy` has found out about them serves here.
     """
     folder, text = tmp_path_factory.mktemp("typing"), CONSUMER.read_text()
-    (folder / "mypy.ini").write_text("[mypy]\n[mypy-transformers.*]\nfollow_imports = skip\n")
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + STRICT)
     (folder / "right.py").write_text(text)
     for number, (right, wrong) in enumerate(WRONG.values()):
         assert text.count(right) >= 1
         (folder / f"wrong{number}.py").write_text(text.replace(right, wrong, 1))
-    options = ["--strict", f"--config-file={folder / 'mypy.ini'}", "--ignore-missing-imports", f"--cache-dir={CACHE}"]
+    options = [f"--config-file={folder / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}"]
     out, error, _ = api.run([*options, *map(str, sorted(folder.glob("*.py")))])
     assert not error
     return out

@@ -111,8 +111,8 @@ def test_processor_is_found_by_the_family(tmp_path):
 
 
 @pytest.mark.slow
-def test_tokenizer_of_a_real_folder(tmp_path, minilm):
-    convert(transformers.AutoModel.from_pretrained(minilm), rank=16).save_pretrained(tmp_path)
+def test_tokenizer_of_a_real_folder(tmp_path, minilm, shallow):
+    convert(transformers.AutoModel.from_pretrained(shallow), rank=16).save_pretrained(tmp_path)
     for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(Path(minilm) / name, tmp_path / name)
     text = "low-rank models, and their tokenizers"
@@ -185,13 +185,13 @@ def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("form", zoo.FORMS)
-def test_int8_on_top_of_the_factors(minilm, form):
+def test_int8_on_top_of_the_factors(shallow, form):
     small = convert(
-        transformers.AutoModel.from_pretrained(minilm).eval(), LowRankConfig(rank=200, form=form, allow_larger=True)
+        transformers.AutoModel.from_pretrained(shallow).eval(), LowRankConfig(rank=200, form=form, allow_larger=True)
     )
     quantizer = torch.ao.quantization
     int8 = quantizer.quantize_dynamic(small, {torch.nn.Linear: quantizer.per_channel_dynamic_qconfig})
     layer = int8.encoder.layer[0].output.dense
     assert type(layer.up).__module__ == type(layer.down).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear"
-    batch = load_batch(minilm)
+    batch = load_batch(shallow)
     assert (embed(small, batch) * embed(int8, batch)).sum(-1).mean() > 0.9  # dense 0.974, pair 0.949, pivoted 0.969
