@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 def run(notebook, folder=None, kernel=None):
     """Run a notebook in a folder, or in a kernel that runs. Its standard error is of this machine, and is not kept."""
-    where = {"metadata": {"path": str(folder)}} if folder else None
+    where = {"metadata": {"path": str(folder)} if folder else {}}
     NotebookClient(notebook, km=kernel, timeout=300, record_timing=False, resources=where).execute()
     for cell in notebook.cells:
         if "outputs" in cell:
