@@ -192,10 +192,10 @@ def test_entries_that_only_look_like_a_number_of_layers(saved):
 
 
 @pytest.mark.slow
-def test_a_million_layers(saved):
+def test_far_too_many_layers(saved):
     spec = {"rank": 1, "form": "pair"}
-    change(saved, "config.json", lambda d: d["reparam"].update(modules={f"layer.{i}.x": spec for i in range(10**6)}))
-    with pytest.raises(PlanError, match="names 1000000 modules; at most 100000 are accepted"):
+    change(saved, "config.json", lambda d: d["reparam"].update(modules={f"layer.{i}.x": spec for i in range(4 * 10**5)}))
+    with pytest.raises(PlanError, match="names 400000 modules; at most 100000 are accepted"):
         transformers.AutoConfig.from_pretrained(saved)
     start = time.perf_counter()
     with pytest.raises(CheckpointError, match="bytes; at most 16,777,216 are accepted"):

@@ -231,7 +231,7 @@ def test_heads_are_compared_with_layers_in_the_fisher_metric_only(metric):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", DIFFERENT, indirect=True)
+@pytest.mark.parametrize("family", ["AlbertForMaskedLM", "GPT2LMHeadModel"], indirect=True)
 def test_the_model_is_as_before(family):
     model, batch, moments = family
     before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
