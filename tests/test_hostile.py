@@ -194,7 +194,9 @@ def test_entries_that_only_look_like_a_number_of_layers(saved):
 @pytest.mark.slow
 def test_far_too_many_layers(saved):
     spec = {"rank": 1, "form": "pair"}
-    change(saved, "config.json", lambda d: d["reparam"].update(modules={f"layer.{i}.x": spec for i in range(4 * 10**5)}))
+    change(
+        saved, "config.json", lambda d: d["reparam"].update(modules={f"layer.{i}.x": spec for i in range(4 * 10**5)})
+    )
     with pytest.raises(PlanError, match="names 400000 modules; at most 100000 are accepted"):
         transformers.AutoConfig.from_pretrained(saved)
     start = time.perf_counter()
