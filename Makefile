@@ -9,7 +9,7 @@ PIP := install --quiet --disable-pip-version-check
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
 
-# About a minute and a half on two cores
+# About two and a half minutes on two cores
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

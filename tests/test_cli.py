@@ -60,6 +60,7 @@ def test_convert_inspect_merge(tmp_path, dense, capsys):
     assert (merged / "vocab.txt").read_text() == "a\nb\n"
 
 
+@pytest.mark.slow
 def test_calibrated_conversion(tmp_path, shallow, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"the {a} {b} went home" for a in ("old", "young", "tall") for b in GUESTS) + "\n")

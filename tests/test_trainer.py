@@ -51,6 +51,7 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classifier", "checkpointing"), [("pair", False), ("pivoted", True)], indirect=["classifier"])
 def test_loss_falls(tmp_path, data, classifier, checkpointing):
     trainer = Trainer(
@@ -69,6 +70,7 @@ def test_loss_falls(tmp_path, data, classifier, checkpointing):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_and_best_model_is_loaded(tmp_path, data, shallow):
     def trainer(folder, **options):
         torch.manual_seed(0)
@@ -89,6 +91,7 @@ def test_resumed_is_uninterrupted_and_best_model_is_loaded(tmp_path, data, shall
     assert isinstance(best.bert.encoder.layer[0].output.dense, LowRankLinear)
 
 
+@pytest.mark.slow
 def test_trained_saved_loaded_merged(tmp_path, data, classifier):
     trainer = Trainer(classifier, arguments(tmp_path, max_steps=2), train_dataset=data)
     trainer.train()

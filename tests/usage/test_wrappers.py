@@ -257,6 +257,7 @@ def test_what_a_wrapper_saves_by_itself_stays_dense():
     assert isinstance(convert(mine, rank=4).projection, LowRankLinear)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_what_it_holds_now():
     model = torch.compile(tf.BertModel(tf.BertConfig(**{**zoo.BERT_LIKE, "num_hidden_layers": 1})), backend="eager")
     model.eval()
