@@ -22,6 +22,7 @@ from hf_reparam.model.card import model_card
 from hf_reparam.model.summary import report
 from hf_reparam.plan import Entry, RankPlan
 from hf_reparam.recover.distil import distillation_loss
+from hf_reparam.recover.refine import refine
 from hf_reparam.recover.refit import refit
 from hf_reparam.report import Report
 
@@ -45,6 +46,7 @@ __all__ = [
     "merge_folder",
     "model_card",
     "plot",
+    "refine",
     "refit",
     "register_dense",
     "report",

@@ -48,6 +48,7 @@ class LowRankConfig:
         embeddings: also choose ranks for the input embeddings, with a head that is tied to them, and an untied head.
         heads: also let heads of attentions become narrower where that is predicted to cost less; in the fisher metric
             with global allocation.
+        verify: judge a plan for a budget on held-out calibration data, beside uniform ones, and take the best.
         allow_larger: with `rank`, also convert layers whose product would hold no fewer numbers than the layer.
 
     Raises:
@@ -72,6 +73,7 @@ class LowRankConfig:
     solver: str = "exact"
     embeddings: bool = False
     heads: bool = False
+    verify: bool = True
     allow_larger: bool = False
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class LowRankConfig:
             value = getattr(self, option)
             if not _is_int(value) or value < 1:
                 raise RankError(f"{option} must be an int of at least 1, got {value!r}")
-        for option in ("embeddings", "heads", "allow_larger"):
+        for option in ("embeddings", "heads", "verify", "allow_larger"):
             if not isinstance(getattr(self, option), bool):
                 raise TargetError(f"{option} must be True or False, got {getattr(self, option)!r}")
         _check_together(self)

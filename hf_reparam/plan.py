@@ -6,13 +6,13 @@ With the base configuration it is all that is needed to build the skeleton of a 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from hf_reparam.errors import PlanError
 from hf_reparam.patterns import as_patterns, check_used, first_match
-from hf_reparam.report import Report, text_table
+from hf_reparam.report import Judgement, Report, text_table
 
 __all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "RankPlan", "is_hub_id"]
 
@@ -83,6 +83,7 @@ class ConversionRecord:
             a layer that was low-rank already when it was converted.
         metrics: layer name -> metric, of layers that were not factored in the plan's: "svd" for one that saw no data,
             "activation" for one to which no gradient came.
+        judgement: how it does on held-out calibration data; None where it was not tried.
 
     Raises:
         PlanError: a value of a wrong type or out of range.
@@ -96,6 +97,7 @@ class ConversionRecord:
     refitted_layers: int = 0
     errors: Mapping[str, float | None] = field(default_factory=dict)
     metrics: Mapping[str, str] = field(default_factory=dict)
+    judgement: Judgement | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, what: str) -> None:
@@ -113,9 +115,10 @@ class ConversionRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metrics" or self.metrics}
+        left_out = {name for name in ("metrics", "judgement") if not getattr(self, name)}
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         errors = {name: None if error is None else float(f"{error:.4g}") for name, error in self.errors.items()}
-        return known | {"errors": errors}
+        return known | {"errors": errors} | ({} if self.judgement is None else {"judgement": asdict(self.judgement)})
 
     @classmethod
     def from_dict(cls, data: object) -> "ConversionRecord":
@@ -123,7 +126,8 @@ class ConversionRecord:
         known = sorted(f.name for f in fields(cls))
         if not isinstance(data, Mapping) or not set(data) <= set(known):
             raise PlanError(f"'reparam.record' must be an object of {known}, got {str(data)[:80]!r}")
-        return cls(**data)
+        judged = data.get("judgement")
+        return cls(**{**data, "judgement": None if judged is None else Judgement.from_dict(judged)})
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
 from typing import Any, TypeVar
 
+from hf_reparam.errors import PlanError
 from hf_reparam.patterns import layer_kind
 
-__all__ = ["BARE", "LayerReport", "RefitReport", "Report", "SkippedReport", "text_table"]
+__all__ = ["BARE", "Judgement", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "text_table"]
 
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
@@ -80,6 +82,76 @@ class RefitReport:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class RefineReport:
+    """What refining changed.
+
+    Args:
+        learning_rate: the one that was chosen.
+        before: divergence of the predictions from the dense model's on held-out batches, per example.
+        epochs: the same after each epoch.
+    """
+
+    learning_rate: float
+    before: float
+    epochs: Sequence[float]
+
+    @property
+    def after(self) -> float:
+        """That of the weights that were kept: never more than before."""
+        return min(self.before, *self.epochs)
+
+    def __str__(self) -> str:
+        best = f"epoch {1 + self.epochs.index(self.after)}" if self.after in self.epochs else "none"
+        change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} per example"
+        return f"refine:           learning rate {self.learning_rate:g}, {best} of {len(self.epochs)} kept, {change}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How far a conversion is from the dense model on held-out calibration data, beside other plans of its size.
+
+    Args:
+        unit: of the divergences, such as "nats per token".
+        chosen: the plan that was taken, the least of `measured`.
+        predicted: sum of the errors of its layers, each cut alone; None where that is not known.
+        measured: plan -> divergence of the whole model.
+    """
+
+    unit: str
+    chosen: str
+    predicted: float | None
+    measured: Mapping[str, float]
+
+    def __str__(self) -> str:
+        predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
+        others = ", ".join(f"{name} {value:.4g}" for name, value in self.measured.items() if name != self.chosen)
+        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}; {others}"
+
+    @classmethod
+    def from_dict(cls, data: object) -> "Judgement":
+        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
+        known = sorted(f.name for f in fields(cls))
+        if not isinstance(data, Mapping) or set(data) != set(known):
+            raise PlanError(f"'reparam.record.judgement' must be an object of {known}, got {str(data)[:80]!r}")
+        measured, predicted = data["measured"], data["predicted"]
+        if not isinstance(measured, Mapping) or not all(map(_is_divergence, measured.values())):
+            raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
+        if predicted is not None and not _is_divergence(predicted):
+            raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
+        if data["chosen"] not in measured or not all(_is_short(t) for t in (data["unit"], *measured)):
+            raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
+        return cls(**{**data, "measured": dict(measured)})
+
+
+def _is_divergence(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_short(text: object) -> bool:
+    return isinstance(text, str) and len(text) <= 64
+
+
 @dataclass(frozen=True)
 class Report:
     """The state of a model, or what a plan will make of it.
@@ -92,6 +164,7 @@ class Report:
         parameters_before, parameters_after: of the *whole* model, shared parameters counted once.
         refitted_layers: how many layers were fitted once more after they were factored.
         dropped: names of tensors in the source's files for which the model's class has no place; of folders alone.
+        judgement: how it does on held-out calibration data; None where it was not tried.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
     >>> report = Report("Net", "svd", (row,), (), 5000, 2952)
@@ -107,6 +180,7 @@ class Report:
     parameters_after: int
     refitted_layers: int = 0
     dropped: Sequence[str] = ()
+    judgement: Judgement | None = None
 
     @property
     def factored_before(self) -> int:
@@ -137,6 +211,7 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [asdict(item) for item in self.skipped],
             "dropped": list(self.dropped),
+            "judgement": None if self.judgement is None else asdict(self.judgement),
         }
 
     def to_markdown(self) -> str:
@@ -175,6 +250,7 @@ class Report:
             ]
             again = [layer.name for layer in self.layers if layer.from_rank is not None]
             lines += _some("converted again:", again, "; how far they are from their dense weights is not known")
+            lines += [f"held-out data:    {self.judgement}"] if self.judgement else []
             lines += [f"refitted:         {self.refitted_layers} layers"] if self.refitted_layers else []
         else:
             why = Counter(item.reason for item in self.skipped).most_common(3)

@@ -210,9 +210,9 @@ def net_and_data():
     return net, [{"input": torch.randn(20, 8)} for _ in range(3)]
 
 
-@pytest.mark.parametrize(("max_memory", "files"), [(None, 1), ("1MB", 1), (4096, 3), ("7KB", 2)])
+@pytest.mark.parametrize(("max_memory", "files"), [(None, 1), ("1MB", 1), (8192, 3), ("14KB", 2)])
 def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
-    """Layers of 8 x 16, 16 x 16 and 16 x 4 take 2,560, 4,096 and 2,176 bytes."""
+    """Layers of 8 x 16, 16 x 16 and 16 x 4 take 5,120, 8,192 and 4,352 bytes, with a held-out part."""
     net, data = net_and_data()
     whole = calibrate(net, data, loss_fn=squares)
     grouped = calibrate(net, data, loss_fn=squares, folder=tmp_path / "moments", max_memory=max_memory)
@@ -232,7 +232,7 @@ def test_a_group_that_the_loss_does_not_depend_on(tmp_path):
     """The last hidden states know nothing of the pooler, which is in a group of its own."""
     case = zoo.BY_BASE["BertModel"]
     whole = calibrate(case.build(), [case.batch()], target_modules="*")
-    grouped = calibrate(case.build(), [case.batch()], folder=tmp_path, max_memory="27KB", target_modules="*")
+    grouped = calibrate(case.build(), [case.batch()], folder=tmp_path, max_memory="54KB", target_modules="*")
     assert len(list(tmp_path.iterdir())) == len(whole.layers)
     assert not grouped.layers["pooler.dense"].has_gradient()
     assert_same(grouped, whole)
@@ -246,9 +246,9 @@ def test_limits_that_cannot_be_kept(tmp_path):
     net, data = net_and_data()
     with pytest.raises(TargetError, match="needs folder="):
         calibrate(net, data, loss_fn=squares, max_memory="1MB")
-    with pytest.raises(TargetError, match=r"0: its moments take 2,560 bytes, and max_memory allows 1,000"):
+    with pytest.raises(TargetError, match=r"0: its moments take 5,120 bytes, and max_memory allows 1,000"):
         calibrate(net, data, loss_fn=squares, folder=tmp_path, max_memory=1000)
     with pytest.raises(TargetError, match="takes 3 passes over the data: give a list, no iterator"):
-        calibrate(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory=4096)
+        calibrate(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory=8192)
     assert list(tmp_path.iterdir()) == []
     calibrate(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory="1MB")

@@ -131,7 +131,7 @@ def test_with_texts(tmp_path, gpt2, stream):
     lines = (tmp_path / "texts.txt").read_text().splitlines()
     direct = hf_reparam.convert(load(gpt2)[0], keep=0.5, calibration=lines, tokenizer=tokenizer)
     direct.save_pretrained(tmp_path / "direct")
-    options = {"keep": 0.5, "calibration": tmp_path / "texts.txt", "max_memory": "200KB", "stream": stream}
+    options = {"keep": 0.5, "calibration": tmp_path / "texts.txt", "max_memory": "400KB", "stream": stream}
     hf_reparam.convert_folder(gpt2, tmp_path / "out", **options)
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert hidden(tmp_path) == []

@@ -27,6 +27,7 @@ Row = dict[str, Tensor]
 _MASKS = ("attention_mask", "decoder_attention_mask")
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
 _SIZE = 32  # texts or rows in a batch
+_LEAST_BATCHES = 10  # of little data, so that some can be held out
 _SORTED = 32 * _SIZE  # texts that are sorted by length before they are put into batches: less padding, less time
 
 
@@ -56,7 +57,7 @@ def prepare(
     device = execution_device(model)
     total, read = count(batches, max_samples), 0
     with tqdm(total=total, desc=desc, unit="example") as bar:
-        for batch, unused, done in _Reader(model, tokenizer, max_length).read(batches, max_samples):
+        for batch, unused, done in _Reader(model, tokenizer, max_length, total).read(batches, max_samples):
             moved = send_to_device(batch, device)
             yield moved, batch_masks({**send_to_device(unused, device), **moved})
             bar.update(done)
@@ -73,7 +74,8 @@ def batched(
     max_samples: int | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Batches as `prepare` makes them of any data, not yet moved to a device."""
-    return (batch for batch, _, _ in _Reader(model, tokenizer, max_length).read(data, max_samples))
+    reader = _Reader(model, tokenizer, max_length, count(data, max_samples))
+    return (batch for batch, _, _ in reader.read(data, max_samples))
 
 
 def kept(model: nn.Module, data: Batches, max_samples: int | None = None) -> list[Any]:
@@ -88,15 +90,17 @@ class _Reader:
         model: what the batches are for.
         tokenizer: for texts, or None.
         max_length: tokens of a row, or None.
+        examples: how many there are, or None.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None, examples: int | None = None) -> None:
         self.model = model
         self.names = forward_names(model)
         self.tokenizer = checked_tokenizer(tokenizer)
         self.length = 0 if self.tokenizer is None else longest(model, self.tokenizer, max_length)
         self.padding = 0 if self.tokenizer is None else padding_id(model, self.tokenizer)
-        self.size = 1 if batches_of_one(model) else _SIZE
+        few = _SIZE if examples is None else max(1, examples // _LEAST_BATCHES)
+        self.size = 1 if batches_of_one(model) else min(_SIZE, few)
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.tokens_are_labels = predicts_tokens(model)
 

@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
+from accelerate.utils import convert_file_size_to_int, send_to_device
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
-from hf_reparam.calibrate.padding import Padding
+from hf_reparam.calibrate.padding import Padding, Part
 from hf_reparam.calibrate.watch import Watcher, watching
 from hf_reparam.config import METRICS, LowRankConfig
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.processes import alone, distributed, total
-from hf_reparam.linalg import Calibration, LayerMoments, TableMoments
+from hf_reparam.linalg import Calibration, HeldOut, LayerMoments, TableMoments
 from hf_reparam.model.checks import check_no_adapters, check_unsharded, outside_inference_mode
 from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
 from hf_reparam.model.sites import Found, no_site, select
 
 __all__ = ["LossFunction", "calibrate", "size_in_bytes"]
+
+_HOLD_OUT = 5  # every fifth batch judges what the others predict
+_MOST_HELD = 256  # examples
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
@@ -46,6 +49,7 @@ def calibrate(
 ) -> Calibration:
     """What data say of every layer that is factored by default, or that `target_modules` matches.
 
+    Every fifth batch, up to 256 examples, is held out to judge what the others predict; it is counted in all sums, too.
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples
     of a Transformers model, together and one by one, show whether the shapes of masks tell its padding. Where they do
@@ -92,7 +96,7 @@ def calibrate(
         CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
-    (in^2 + out^2) multiply-adds and in^2 + out^2 float64 numbers for each layer.
+    (in^2 + out^2) multiply-adds and 2 (in^2 + out^2) float64 numbers for each layer.
 
     Source: K-FAC, J. Martens and R. Grosse, arXiv 1503.05671.
 
@@ -126,7 +130,7 @@ def calibrate(
         rows: dict[str, int] = {}
         with nullcontext() if folder is None else _filling(Path(folder)):
             for number, group in enumerate(groups):
-                sums = _watch_group(work, group, data, metric, reading, loss_fn, alone=len(groups) == 1)
+                sums, held = _watch_group(work, group, data, metric, reading, loss_fn, alone=len(groups) == 1)
                 part = {name: known for name, known in sums.items() if isinstance(known, LayerMoments)}
                 others = {name: known for name, known in sums.items() if isinstance(known, TableMoments)}
                 rows |= {name: layer.tokens for name, layer in part.items()}
@@ -134,10 +138,12 @@ def calibrate(
                     layers |= part
                     tables |= others
                 else:
-                    Calibration(metric, part, others).save_part(folder, number, len(groups))
+                    Calibration(metric, part, others, held if number == 0 else ()).save_part(
+                        folder, number, len(groups)
+                    )
                 del sums, part, others  # before the next group takes its memory
     _warn_of_little_data(rows, {found.name: found.site.in_features for found in selection.selected})
-    return Calibration(metric, layers, tables) if folder is None else Calibration.load(folder)
+    return Calibration(metric, layers, tables, held) if folder is None else Calibration.load(folder)
 
 
 @contextmanager
@@ -166,7 +172,7 @@ def _groups(found: Sequence[Found], metric: str, max_memory: int | str | None) -
     room = 0
     for item in (item for item in found if item.structure.option is None):
         site = item.site
-        size = 8 * site.parts * (site.in_features**2 + (site.out_features**2 if metric == "fisher" else 0))
+        size = 16 * site.parts * (site.in_features**2 + (site.out_features**2 if metric == "fisher" else 0))
         if size > most:
             raise TargetError(f"{item.name}: its moments take {size:,} bytes, and max_memory allows {most:,}")
         if size > room:
@@ -186,7 +192,7 @@ def _watch_group(
     loss_fn: LossFunction | None,
     *,
     alone: bool,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[HeldOut]]:
     """The sums of some sites of a frozen copy, from one pass over the data; `alone` if there are no others."""
     fisher, inner = metric == "fisher", called(work)
     sums = {found.name: found.structure.sums(found.name, found.site, gradients=fisher) for found in group}
@@ -196,8 +202,21 @@ def _watch_group(
     def install(watcher: Watcher) -> list[Any]:
         return [h for f in group for h in f.structure.watch(f.name, f.site, sums[f.name], watcher)]
 
+    before: dict[str, LayerMoments] = {}
+    held: list[Part] = []
+
+    def ordered() -> Iterator[Part]:
+        """The parts that are held out come last, when the sums of the others are known."""
+        for number, part in enumerate(Padding(inner, plain).parts(prepare(inner, data, **reading))):
+            if number % _HOLD_OUT == 2 and sum(examples_in(part.batch) for part in held) < _MOST_HELD:
+                held.append(part)
+            else:
+                yield part
+        before.update({n: s.map(Tensor.clone) for n, s in _whole(sums).items() if isinstance(s, LayerMoments)})
+        yield from held
+
     with watching(install) as watcher:
-        for part in Padding(inner, plain).parts(prepare(inner, data, **reading)):
+        for part in ordered():
             seen += 1
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
@@ -214,10 +233,17 @@ def _watch_group(
     for host in hosts(work).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
-    whole = {name: known for group_sums in sums.values() for name, known in group_sums.items()}
+    whole = _whole(sums)
+    for name in list(before) if total(torch.tensor(len(held))) else ():
+        whole[name].held = whole[name] - before.pop(name)
     if not _sum_over_processes(whole, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
-    return whole
+    return whole, [send_to_device((part.batch, part.masks), "cpu") for part in held]
+
+
+def _whole(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The sums of all sites by their names."""
+    return {name: known for group in sums.values() for name, known in group.items()}
 
 
 def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "IGNORED",
     "SummedLosses",
     "batch_masks",
+    "compared",
     "divergence",
     "examples_in",
     "is_multi_label",
@@ -30,6 +31,7 @@ __all__ = [
     "objective",
     "position_mask",
     "projection",
+    "unit_of",
 ]
 
 IGNORED = -100  # Transformers' label of positions without a label
@@ -185,8 +187,8 @@ def is_multi_label(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
 
 
-def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float:
-    """How far predictions are from a reference's, summed over real tokens.
+def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> Tensor:
+    """How far predictions are from a reference's, a scalar summed over real tokens.
 
     The Kullback-Leibler divergence from the reference for logits, half the squared difference for hidden states,
     regressions, plain tensors, and whatever else a model returns that has neither logits nor hidden states.
@@ -198,35 +200,52 @@ def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> float
     Raises:
         TargetError: the outputs hold no floating-point tensor.
     """
+    mine, theirs = compared(outputs), compared(reference)
+    return torch.stack([_distance(k, _wide(v), _wide(theirs[k]), masks) for k, v in mine.items()]).sum()
+
+
+def compared(outputs: Any) -> dict[str, Tensor]:
+    """What `divergence` compares: logits, or else hidden states, or else all that is of floating-point numbers.
+
+    Raises:
+        TargetError: there is nothing of these.
+    """
     if isinstance(outputs, Tensor):
-        return float((_wide(outputs) - _wide(reference)).square().sum()) / 2
-    outputs, reference = _named(outputs), _named(reference)
-    keys = list(logits_of(outputs))
-    if not keys and outputs.get("last_hidden_state") is not None:
-        keys = ["last_hidden_state"]
-    if keys:
-        return sum(_distance(key, _wide(outputs[key]), _wide(reference[key]), masks) for key in keys)
-    found, theirs = _floating({**outputs, "loss": None}), _floating({**reference, "loss": None})
+        return {"output": outputs}
+    named = _named(outputs)
+    found = logits_of(named)
+    if not found and isinstance(named.get("last_hidden_state"), Tensor):
+        found = {"last_hidden_state": named["last_hidden_state"]}
+    found = found or _floating({key: value for key, value in named.items() if key != "loss"})
     if not found:
         raise TargetError("the model returned no floating-point tensor: its predictions cannot be compared")
-    return sum(_squares(_wide(value), _wide(theirs[key]), masks) for key, value in found.items())
+    return found
 
 
 def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> float:
-    if key == "last_hidden_state" or value.shape[-1] == 1:
+def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    if not key.endswith("logits") or value.shape[-1] == 1:
         return _squares(value, reference, masks)
     if key in ("start_logits", "end_logits"):
         value, reference = (_over_positions(logits, masks) for logits in (value, reference))
     log_p, log_q = reference.log_softmax(-1), value.log_softmax(-1)
-    return float(_mask(log_p.exp() * (log_p - log_q), masks).sum())
+    return _mask(log_p.exp() * (log_p - log_q), masks).sum()
 
 
-def _squares(value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> float:
-    return float(_mask((value - reference).square(), masks).sum()) / 2
+def _squares(value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    return _mask((value - reference).square(), masks).sum() / 2
+
+
+def unit_of(outputs: Any, masks: tuple[Tensor, ...]) -> tuple[str, int]:
+    """In which unit `divergence` is, and over how many positions or examples it is a sum."""
+    key, value = next(iter(compared(outputs).items()))
+    mask = position_mask(value, masks)
+    count = value.shape[:-1].numel() if mask is None else int(mask.sum())
+    measure = "nats" if key.endswith("logits") and value.shape[-1] > 1 else "half squares"
+    return f"{measure} per {'token' if value.dim() > 2 else 'example'}", max(count, 1)
 
 
 def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 
-__all__ = ["Padding", "Part", "decodes"]
+__all__ = ["Padding", "Part", "decodes", "rows_of", "splits"]
 
 Batch = Mapping[str, Any]
 
@@ -77,10 +77,10 @@ class Padding:
                 yield Part(whole.batch, masks, tried=False)
                 continue
             count, padded = examples_in(whole.batch), whole.padded
-            if count == 1 and padded and _splits(whole.batch):
+            if count == 1 and padded and splits(whole.batch):
                 yield self._single(whole, 0)
                 continue
-            if count == 1 or not isinstance(self.model, PreTrainedModel) or not _splits(whole.batch):
+            if count == 1 or not isinstance(self.model, PreTrainedModel) or not splits(whole.batch):
                 yield whole
                 continue
             told = self._told(whole)
@@ -99,7 +99,7 @@ class Padding:
 
     def _single(self, part: Part, i: int) -> Part:
         """One example without the padding at its ends."""
-        alone = _to_window(self.model, _trimmed(_rows_of(part.batch, [i])))
+        alone = _to_window(self.model, _trimmed(rows_of(part.batch, [i])))
         return Part(alone, batch_masks(alone))
 
     def _told(self, whole: Part) -> bool | None:
@@ -130,7 +130,7 @@ class Padding:
         alone: Counter[str] = Counter()
         for i in chosen:
             alone += self._rows(self._single(whole, i))[0]
-        few = _rows_of(whole.batch, chosen)
+        few = rows_of(whole.batch, chosen)
         for batch in [few, _trimmed(few)] if whole.padded else [few]:  # of another length: it may equal some other
             together, follows = self._rows(Part(batch, batch_masks(batch)))
             if together == alone:
@@ -153,14 +153,14 @@ class Padding:
         return found, follows
 
 
-def _splits(batch: Batch) -> bool:
+def splits(batch: Batch) -> bool:
     """Whether all of a batch belongs to examples, row by row."""
     count = examples_in(batch)
     held = [value for value in batch.values() if isinstance(value, (Tensor, list, tuple, dict))]
     return all(isinstance(v, Tensor) and (not v.dim() or len(v) in (1, count)) for v in held)
 
 
-def _rows_of(batch: Batch, rows: list[int]) -> dict[str, Any]:
+def rows_of(batch: Batch, rows: list[int]) -> dict[str, Any]:
     """Some examples of a batch; what it has but one row of belongs to all of them."""
     count = examples_in(batch)
     split = {key for key, value in batch.items() if isinstance(value, Tensor) and value.dim() and len(value) == count}

@@ -13,13 +13,13 @@ from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.offload import build_layers
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.linalg import LayerMoments, fingerprint
-from hf_reparam.model.sites import Found
-from hf_reparam.plan import Entry
-from hf_reparam.structures import Structure, changed
+from hf_reparam.model.sites import Found, check_forms, fit
+from hf_reparam.plan import Entry, RankPlan
+from hf_reparam.structures import STRUCTURES, Structure, changed
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built, Replacement
 
-__all__ = ["Made", "build", "changes", "install"]
+__all__ = ["Made", "apply", "build", "changes", "install"]
 
 
 @dataclass
@@ -171,3 +171,18 @@ def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:
         original = work.originals.get(module)
         if type(original) is type(module):  # not what is shown in split form, which comes in whole
             setattr(original, name, value)
+
+
+def apply(work: WorkingCopy, plan: RankPlan, source: Source, folder: Path | None = None) -> tuple[Made, Source]:
+    """Make all that a plan names, and put it in place in a working copy.
+
+    Raises:
+        PlanError: the plan does not fit.
+    """
+    check_forms(plan)
+    made = Made()
+    for structure in STRUCTURES:
+        parts = fit(plan, work.model, structure, strict=True)
+        if parts:
+            source = build(work, structure, parts, source, made, folder, desc="Factoring")
+    return made, source

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.compat.accelerate import is_offloaded, recall
-from hf_reparam.compress.build import Made, build, install
+from hf_reparam.compress.build import Made, apply, install
 from hf_reparam.compress.fits import check_fit
 from hf_reparam.compress.planning import plan_for
 from hf_reparam.config import LowRankConfig, Rank
@@ -35,10 +36,11 @@ from hf_reparam.model.host import check_model, layer_name, mark_offloaded, opene
 from hf_reparam.model.retype import retie, retype
 from hf_reparam.model.sites import Selection, check_forms, fit, live_sites, no_site, select
 from hf_reparam.plan import ConversionRecord, RankPlan
+from hf_reparam.report import Judgement
 from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 
-__all__ = ["apply", "convert", "wanted_layers"]
+__all__ = ["convert", "wanted_layers"]
 
 M = TypeVar("M", bound=nn.Module)
 Data = Calibration | Iterable[Mapping[str, Any]] | Iterable[str]
@@ -146,31 +148,18 @@ def convert(
         del selection  # what is replaced can be freed
         if plan is None:
             plan = plan_for(work.model, asked, source)
+            source = replace(source, metric=plan.metric)
+        judgement = None if plan.report is None else plan.report.judgement
         folder = _folder(workdir, scratch, temporary=inplace)
         on_disk = workdir is not None and any(map(is_offloaded, model.modules()))
         made, source = apply(work, plan, source, folder)
         if not plan.modules:
             warnings.warn("nothing was factored: the size leaves every layer dense", stacklevel=2)
-        result = _finish(model, work, made, source, inplace=inplace, on_disk=on_disk)
+        result = _finish(model, work, made, source, judgement, inplace=inplace, on_disk=on_disk)
         if folder is not None and not on_disk:
             for module in made.modules:
                 recall(module)
         return result
-
-
-def apply(work: WorkingCopy, plan: RankPlan, source: Source, folder: Path | None = None) -> tuple[Made, Source]:
-    """Make all that a plan names, and put it in place in a working copy.
-
-    Raises:
-        PlanError: the plan does not fit.
-    """
-    check_forms(plan)
-    made = Made()
-    for structure in STRUCTURES:
-        parts = fit(plan, work.model, structure, strict=True)
-        if parts:
-            source = build(work, structure, parts, source, made, folder, desc="Factoring")
-    return made, source
 
 
 def wanted_layers(model: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> list[str]:
@@ -238,7 +227,16 @@ def _folder(given: str | os.PathLike[str] | None, scratch: ExitStack, *, tempora
     return None
 
 
-def _finish(model: M, work: WorkingCopy, made: Made, source: Source, *, inplace: bool, on_disk: bool) -> M:
+def _finish(
+    model: M,
+    work: WorkingCopy,
+    made: Made,
+    source: Source,
+    judgement: Judgement | None,
+    *,
+    inplace: bool,
+    on_disk: bool,
+) -> M:
     """Put everything in place, and give every Transformers model its derived class; all of it, or nothing."""
     result = model if inplace else independent_copy(work.model, made.modules)
     with undone_on_error(result):
@@ -246,7 +244,7 @@ def _finish(model: M, work: WorkingCopy, made: Made, source: Source, *, inplace:
             install(model, work, made)
         elif not isinstance(result, PreTrainedModel):
             close_attentions(result)
-        retype(result, made.modules, source.metric, _record(made, source))
+        retype(result, made.modules, source.metric, _record(made, source, judgement))
         if made.retie:
             retie(result, made.modules)
         if on_disk:
@@ -255,8 +253,8 @@ def _finish(model: M, work: WorkingCopy, made: Made, source: Source, *, inplace:
     return result
 
 
-def _record(made: Made, source: Source) -> ConversionRecord:
+def _record(made: Made, source: Source, judgement: Judgement | None) -> ConversionRecord:
     known = source.calibration is not None and source.metric != "svd"
     tokens = source.calibration.tokens if source.calibration is not None and known else None
     metrics = {name: metric for name, metric in made.metrics.items() if metric != source.metric}
-    return ConversionRecord(None, tokens, 0, made.errors, metrics)
+    return ConversionRecord(None, tokens, 0, made.errors, metrics, judgement)

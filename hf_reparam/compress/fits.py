@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from hf_reparam.errors import WeightError
-from hf_reparam.linalg.moments import shapes_of_layers
+from hf_reparam.linalg.calibration import shapes_of_layers
 from hf_reparam.model.host import hosts, layer_name
 from hf_reparam.model.sites import Found
 from hf_reparam.structures.source import Source

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from hf_reparam.compress.convert import apply
+from hf_reparam.compress.build import apply
 from hf_reparam.compress.planning import plan_for
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import RankError, TargetError
@@ -71,7 +71,7 @@ def search_plan(
             keep = (low + high) / 2
             work = opened(model)
             try:
-                plan = plan_for(work.model, replace(config, keep=keep), source)
+                plan = plan_for(work.model, replace(config, keep=keep, verify=False), source)
             except RankError:  # below the smallest size
                 low = keep
                 continue

@@ -56,7 +56,9 @@ def report(model: nn.Module) -> Report:
     before = after + sum(item.parameters_before - item.parameters_after for item in rows)
     again = sum(record.refitted_layers for record in records.values())
     skipped = (*left, *selection.skipped)
-    return Report(type(model).__name__, metric_of(model), tuple(rows), skipped, before, after, again)
+    judgement = next((record.judgement for record in records.values() if record.judgement), None)
+    whole = Report(type(model).__name__, metric_of(model), tuple(rows), skipped, before, after, again)
+    return replace(whole, judgement=judgement)
 
 
 def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:

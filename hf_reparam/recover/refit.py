@@ -12,7 +12,7 @@ from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.objective import divergence, examples_in
 from hf_reparam.calibrate.padding import Padding, Part, decodes
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
-from hf_reparam.compress.convert import apply
+from hf_reparam.compress.build import apply
 from hf_reparam.compress.fits import check_fit
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import TargetError
@@ -30,12 +30,12 @@ from hf_reparam.report import RefitReport
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 
-__all__ = ["refit"]
+__all__ = ["HOLD_OUT", "refit", "unlabelled"]
 
 _NOT_ONCE = "which a pass reaches more than once, or not at all"
 _UNEVEN = "which do not get the same tokens in both models"
 _LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
-_HOLD_OUT = 5  # every fifth batch judges, the others fit
+HOLD_OUT = 5  # every fifth batch judges, the others fit
 
 Batch = tuple[dict[str, Any], tuple[Tensor, ...]]
 Distance = Callable[[Any, Any], float]
@@ -135,8 +135,8 @@ def _refit(
     low, full = called(model), called(dense)
     kept: list[str] = []
     with torch.no_grad():
-        data = _prepared(full, originals, batches)
-        judging, fitting = data[::_HOLD_OUT], [part for i, part in enumerate(data) if i % _HOLD_OUT]
+        data = unlabelled(full, originals, batches)
+        judging, fitting = data[::HOLD_OUT], [part for i, part in enumerate(data) if i % HOLD_OUT]
         before = best = _divergence(low, full, judging, distance)
         order = order_of(layers, partial(low, **data[0].batch))
         skipped = dict.fromkeys(layers.keys() - {name for names in order for name in names}, _NOT_ONCE)
@@ -161,11 +161,11 @@ def _refit(
     return RefitReport(tuple(kept), len(layers), before / examples, best / examples, order_in_model)
 
 
-def _prepared(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Part]:
+def unlabelled(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Part]:
     """The data, without labels where a model does not make its inputs of them: unlabelled rows may have any (-1)."""
     read = list(batches)
     if len(read) < 2:
-        raise TargetError(f"refitting holds batches out, and {len(read)} were given: give at least two")
+        raise TargetError(f"every fifth batch is held out, and {len(read)} were given: give at least two")
     if not decodes(dense):
         read = [({key: value for key, value in batch.items() if key not in _LABELS}, masks) for batch, masks in read]
     return list(Padding(dense, layers).parts(read))
@@ -186,7 +186,8 @@ def _divergence(model: nn.Module, dense: nn.Module, data: list[Part], distance: 
     total = 0.0
     for part in data:
         outputs, reference = model(**part.batch), dense(**part.batch)
-        total += divergence(outputs, reference, part.masks) if distance is None else float(distance(outputs, reference))
+        far = divergence(outputs, reference, part.masks) if distance is None else distance(outputs, reference)
+        total += float(far)
     return total
 
 

@@ -10,11 +10,14 @@ from torch import Tensor
 from hf_reparam.config import METRICS, SOLVERS
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.linalg import (
+    SHRINKAGES,
     Calibration,
+    Curve,
     Decomposition,
     LayerMoments,
     Metric,
     TableMoments,
+    curve,
     decompose,
     fingerprint,
     spectrum,
@@ -33,6 +36,7 @@ class Source:
         calibration: what the metric is made of; None for "svd".
         solver: "exact" or "randomized".
         kept: name in a plan and shape, which narrower heads change -> decomposition at full rank; None to keep none.
+        fitting: whether only the part of the data that is not held out is used, so that the rest can judge.
         origins: name in a plan -> fingerprint of what its weight and moments were computed from, where they were.
     """
 
@@ -40,6 +44,7 @@ class Source:
     calibration: Calibration | None = None
     solver: str = "exact"
     kept: dict[tuple[str, torch.Size], Decomposition] | None = None
+    fitting: bool = False
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -62,6 +67,7 @@ class Source:
     def moments(self, name: str) -> LayerMoments | None:
         """What the metric knows of a layer; None if nothing."""
         layer = self.calibration.layers.get(name) if self.calibration is not None and self.metric != "svd" else None
+        layer = layer.fitting() if layer is not None and self.fitting else layer
         return layer if layer is not None and layer.tokens else None
 
     def table_moments(self, name: str) -> TableMoments | None:
@@ -81,7 +87,20 @@ class Source:
         moments = self.moments(name)
         if moments is None:
             return Metric()
-        return moments.metric(self.metric_of(name), centred=centred, device=working_device(weight))
+        shrinkage = self.curve(name, weight, centred=centred).shrinkage
+        device = working_device(weight)
+        return moments.metric(self.metric_of(name), centred=centred, device=device, shrinkage=shrinkage)
+
+    def curve(self, name: str, weight: Tensor, *, centred: bool) -> Curve:
+        """What a weight loses at every rank, per token, and the shrinkage that suits its moments."""
+        calibration, metric = self.calibration, self.metric_of(name)
+        if calibration is None or metric == "svd":
+            return Curve(spectrum(weight).cpu(), SHRINKAGES[0])
+        key = (name, metric, fingerprint(weight))
+        if key not in calibration.curves:
+            calibration.curves[key] = curve(weight, calibration.layers[name], metric, centred=centred)
+        found: Curve = calibration.curves[key]
+        return found
 
     def decomposition(self, name: str, weight: Tensor, *, centred: bool, max_rank: int) -> Decomposition:
         """The decomposition of a weight (out, in), up to `max_rank` or further; errors as of `decompose`."""
@@ -103,15 +122,7 @@ class Source:
         moments = self.moments(name)
         if self.metric == "fisher" and not (moments is not None and moments.has_gradient()):
             return None
-        matrix, spectra = weight(), {} if self.calibration is None else self.calibration.spectra
-        key = (name, self.metric, fingerprint(matrix))
-        if key not in spectra:
-            kept = (self.kept or {}).get((name, matrix.shape))
-            if kept is None:
-                spectra[key] = spectrum(matrix, self.coordinates(name, matrix, centred=centred)).cpu()
-            else:
-                spectra[key] = kept.singular_values.square().cpu()
-        return spectra[key] * (1 if moments is None else moments.tokens)
+        return self.curve(name, weight(), centred=centred).losses * (1 if moments is None else moments.tokens)
 
     def effort(self, site: Any) -> float:
         """Relative cost of decomposing a site: products, the eigenproblem, and the roots of moments."""

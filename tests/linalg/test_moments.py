@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.linalg import Calibration, LayerMoments
-from hf_reparam.linalg import moments as moments_module
+from hf_reparam.linalg import calibration as calibration_module
 
 
 def layer(x, g=None):
@@ -116,7 +116,9 @@ def test_folders_that_hold_no_moments(tmp_path):
 def test_an_older_file_stays_when_a_new_one_cannot_be_written(tmp_path, monkeypatch):
     one = Calibration("activation", {"a": layer(torch.ones(5, 4))})
     one.save(tmp_path / "m.safetensors")
-    monkeypatch.setattr(moments_module, "save_file", lambda tensors, path, metadata: (open(path, "w").close(), 1 / 0))
+    monkeypatch.setattr(
+        calibration_module, "save_file", lambda tensors, path, metadata: (open(path, "w").close(), 1 / 0)
+    )
     with pytest.raises(ZeroDivisionError):
         (one + one).save(tmp_path / "m.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

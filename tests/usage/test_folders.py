@@ -187,7 +187,7 @@ def test_two_runs_at_once_in_one_folder(tmp_path):
 def two_groups(model, folder, seed=0, batches=None):
     x = torch.randn(40, 12, generator=torch.Generator().manual_seed(seed))
     data = [{"input": x}] if batches is None else batches
-    return calibrate(model, data, metric="activation", folder=folder, max_memory=8 * 16**2)
+    return calibrate(model, data, metric="activation", folder=folder, max_memory=16 * 16**2)
 
 
 def test_finished_moments_are_not_replaced(tmp_path):

@@ -347,7 +347,7 @@ def test_what_cannot_be_copied_is_told_before_the_work(monkeypatch):
 
     model = Keeps(zoo.bert()).eval()
     model(**text())
-    monkeypatch.setattr(sys.modules["hf_reparam.compress.convert"], "build", never)
+    monkeypatch.setattr(sys.modules["hf_reparam.compress.convert"], "apply", never)
     for given in (model, nn.Sequential(model)):
         with pytest.raises(TargetError, match="cannot be copied: use inplace=True"):
             convert(given, rank=4)

@@ -98,9 +98,9 @@ class NarrowHeads:
         """Moments of the layer of a role as the metric uses them; None if there are none."""
         layer, rows = self.source.moments(f"{self.name}.{self.attention.within(role, split=False)}"), self._rows(role)
         if layer is None or layer.gradient_products is None:
-            return layer
+            return None if layer is None else replace(layer, held=None)
         used = self.source.metric == "fisher" and layer.has_gradient()
-        return replace(layer, gradient_products=layer.gradient_products[rows, rows] if used else None)
+        return replace(layer, gradient_products=layer.gradient_products[rows, rows] if used else None, held=None)
 
     def _rows(self, role: str) -> slice:
         """The outputs that belong to a role."""

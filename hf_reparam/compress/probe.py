@@ -1,0 +1,126 @@
+"""Layers cut alone, and measured: the errors by which ranks are chosen go through what they really do to predictions.
+
+A quadratic model of the loss does not see that attention saturates, nor that errors at many positions add up.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from transformers.utils.logging import tqdm
+
+from hf_reparam.compress.judge import Judge
+from hf_reparam.linalg import Options
+from hf_reparam.model.sites import Found
+from hf_reparam.plan import Entry
+from hf_reparam.structures.source import Source
+from hf_reparam.structures.structure import Choices, Replacement, Way
+
+__all__ = ["Prober", "probed"]
+
+_ROUNDS = 2
+_NEAR = 1.15  # a rank within this factor of one that was tried needs no trial
+_FAR = math.log(
+    100
+)  # from the typical ratio, beyond which a measurement is not believed: rounding, at nearly full rank
+_TINY = 1e-30
+
+
+@contextmanager
+def installed(replacement: Replacement, model: nn.Module) -> Iterator[None]:
+    """Put a replacement in place until the block ends."""
+    parts = [(owner, name, getattr(owner, name)) for owner, name, _ in replacement.parts]
+    attributes = [(owner, name, getattr(owner, name)) for owner, name, _ in replacement.attributes]
+    replacement.install(model)
+    try:
+        yield
+    finally:
+        Replacement({new: old for old, new in replacement.modules.items()}, attributes, parts=parts).install(model)
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Measures what layers lose when each is cut alone.
+
+    Args:
+        found: name in a plan -> site of a frozen copy of the dense model.
+        model: that copy.
+        judge: of it.
+        source: from the part of the data that is not held out.
+        known: measured before: (judge, metric, name, rank) -> divergence.
+    """
+
+    found: Mapping[str, Found]
+    model: nn.Module
+    judge: Judge
+    source: Source
+    known: dict[Any, float]
+
+    def measured(self, name: str, rank: int) -> float:
+        """The divergence with one part of this rank."""
+        key = (self.judge.fingerprint, self.source.metric, name, rank)
+        if key not in self.known:
+            item = self.found[name]
+            entry = Entry(rank, item.structure.forms[0])
+            built = item.structure.build(name, item.site, entry, self.source)
+            with installed(built.replacement, self.model):
+                self.known[key] = self.judge(self.model, item.site.module)
+        return self.known[key]
+
+
+def probed(
+    ways: Mapping[str, list[Way]],
+    chosen: Callable[[Mapping[str, list[Way]]], Mapping[str, Entry]],
+    instead: Mapping[str, Entry],
+    prober: Prober,
+) -> dict[str, list[Way]]:
+    """The ways to build every site with errors that go through what was measured of it at the ranks that are chosen.
+
+    Args:
+        ways: as predicted; of those of one way and one site.
+        chosen: ways -> entries.
+        instead: entries at which sites are tried that are left dense.
+        prober: measures.
+    """
+    tried: dict[str, dict[int, float]] = {name: {} for name in ways if name in prober.found}
+    current = dict(ways)
+    for _ in range(_ROUNDS):
+        entries = chosen(current)
+        for name in tqdm(tried, desc="Trying layers", unit="layer"):
+            entry = entries.get(name) or (None if tried[name] else instead.get(name))
+            if entry is not None and not any(entry.rank / _NEAR <= r <= entry.rank * _NEAR for r in tried[name]):
+                tried[name][entry.rank] = prober.measured(name, entry.rank)
+        ratios = {n: _ratios(ways[n][0].sites[n], ranks) for n, ranks in tried.items()}
+        logs = [log for known in ratios.values() for log in known.values()]
+        typical = statistics.median(logs) if logs else 0.0
+        ratios = {
+            n: {r: min(max(log, typical - _FAR), typical + _FAR) for r, log in known.items()}
+            for n, known in ratios.items()
+        }
+        current |= {n: [_through(ways[n][0], n, ratios.get(n, {}), typical)] for n in ways}
+    return current
+
+
+def _ratios(choices: Choices, measured: Mapping[int, float]) -> dict[int, float]:
+    """Rank -> logarithm of what was measured over what was predicted."""
+    entries, options = choices
+    predicted = {e.rank: float(error) for e, error in zip(entries, options.errors, strict=True) if e is not None}
+    return {r: math.log(max(m, _TINY) / max(predicted[r], _TINY)) for r, m in measured.items() if r in predicted}
+
+
+def _through(way: Way, name: str, ratios: Mapping[int, float], typical: float) -> Way:
+    """A way of one site with errors multiplied by ratios between those of these ranks; the typical one without any."""
+    entries, options = way.sites[name]
+    points = sorted((math.log(rank), ratio) for rank, ratio in ratios.items()) or [(0.0, typical)]
+    where, values = zip(*points, strict=True)
+    ranks = [math.log(entry.rank) for entry in entries if entry is not None]
+    factors = torch.from_numpy(numpy.exp(numpy.interp(ranks, where, values)))
+    errors = torch.cat([options.errors[:-1] * factors, options.errors[-1:]])
+    errors = errors.flip(0).cummax(0).values.flip(0)
+    return replace(way, sites={name: (entries, Options(errors, options.costs))})

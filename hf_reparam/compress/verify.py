@@ -1,0 +1,83 @@
+"""The best plan for a budget: ranks by measured errors beside equal ranks, judged on held-out calibration data."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from hf_reparam.compat.accelerate import is_offloaded
+from hf_reparam.compress.budget import Budget, Ways
+from hf_reparam.compress.build import apply
+from hf_reparam.compress.judge import Judge, few
+from hf_reparam.compress.probe import Prober, probed
+from hf_reparam.config import LowRankConfig
+from hf_reparam.layers.copies import WorkingCopy, frozen_copy
+from hf_reparam.layers.processes import distributed
+from hf_reparam.linalg import Calibration
+from hf_reparam.model.sites import select
+from hf_reparam.plan import Entry, RankPlan
+from hf_reparam.report import Judgement
+from hf_reparam.structures.source import Source
+
+__all__ = ["best_plan", "can_be_judged"]
+
+Chosen = tuple[dict[str, Entry], str, Judgement | None]
+"""Entries, their metric, and how they were judged."""
+
+
+def can_be_judged(work: nn.Module, config: LowRankConfig, source: Source) -> bool:
+    """Whether there is held-out data, and a model in memory to run it through.
+
+    Not with narrower heads, whose layers cannot be cut alone, nor in a distributed run, where every process holds other
+    data.
+    """
+    batches = () if source.calibration is None else source.calibration.batches
+    return bool(batches) and not config.heads and not distributed() and not any(map(is_offloaded, work.modules()))
+
+
+def best_plan(work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways, source: Source) -> Chosen:
+    """The plan of the least divergence on held-out data, of factors that were made without it.
+
+    Tried are ranks by measured errors, ranks by predicted ones, and equal ranks in both metrics.
+
+    Args:
+        work: a dense model as `opened` shows it.
+        config: with `verify` off the ranks by measured errors are taken untried.
+        budget: of it.
+        ways: as predicted.
+        source: in the fisher metric.
+    """
+    calibration = source.calibration or Calibration(source.metric)
+    fitting, batches = replace(source, fitting=True, kept=None), calibration.batches
+    dense = frozen_copy(work)
+    found = {item.name: item for item in select(dense, config).selected}
+    judge, uniform = Judge(dense, few(batches), blocks=True), budget.uniform()
+    measured = probed(ways, budget.spent, uniform, Prober(found, dense, judge, fitting, calibration.probes))
+    plans = {
+        _MEASURED: (budget.spent(measured), source.metric),
+        "predicted ranks": (budget.spent(ways), source.metric),
+        f"uniform ranks ({source.metric})": (uniform, source.metric),
+        "uniform ranks (activation)": (uniform, "activation"),
+    }
+    if not config.verify:
+        return *plans[_MEASURED], None
+    judge, judged = Judge(dense, batches), {}
+    for name, (entries, metric) in plans.items():
+        tried = WorkingCopy(dense)
+        apply(tried, RankPlan(entries), replace(fitting, metric=metric))
+        judged[name] = judge(tried.model)
+    best = min(judged, key=lambda name: judged[name])
+    predicted = _predicted(plans[best][0], measured) if plans[best][1] == source.metric else None
+    return *plans[best], Judgement(judge.unit, best, predicted, judged)
+
+
+_MEASURED = "measured ranks"
+
+
+def _predicted(entries: dict[str, Entry], ways: Ways) -> float:
+    """The sum of the errors of these entries."""
+    total = 0.0
+    for group in ways.values():
+        for name, (known, options) in group[0].sites.items():
+            if (entry := entries.get(name)) in known:  # of full rank otherwise
+                total += float(options.errors[known.index(entry)])
+    return total

@@ -1,0 +1,236 @@
+"""Plans from a budget are judged on held-out calibration data: layers alone, and the whole beside equal ranks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForMaskedLM
+
+import hf_reparam
+from hf_reparam import Calibration, LowRankConfig, RankPlan, calibrate, convert, make_plan
+from hf_reparam.calibrate.objective import divergence
+from hf_reparam.compress import probe, verify
+from hf_reparam.compress.judge import Judge, few
+from hf_reparam.errors import PlanError
+from hf_reparam.layers.copies import frozen_copy
+from hf_reparam.layers.dense import dense_type
+from hf_reparam.linalg import Options
+from hf_reparam.model.host import opened
+from hf_reparam.plan import Entry
+from hf_reparam.structures.structure import Way
+from tests import zoo
+
+
+def uneven_bert():
+    torch.manual_seed(0)
+    model = zoo.BY_BASE["BertForMaskedLM"].build().double()  # divergences down to 1e-6 drown in float32
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight *= 50  # logits that say something
+        for i, layer in enumerate(model.bert.encoder.layer):
+            layer.intermediate.dense.weight *= 1 + 3 * i
+            layer.attention.self.query.weight[8:] *= 0.05
+    return model
+
+
+def batches(count=12):
+    return [
+        {"input_ids": torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(i))} for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return uneven_bert()
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+    return calibrate(model, batches())
+
+
+CONFIG = LowRankConfig(keep=0.5, min_rank=1)
+
+
+def test_every_fifth_batch_is_held_out(calibration):
+    assert [batch["input_ids"].tolist() for batch, _ in calibration.batches] == [
+        batches()[i]["input_ids"].tolist() for i in (2, 7)
+    ]
+    layer = calibration.layers["encoder.layer.0.output.dense"]
+    assert (layer.tokens, layer.held.tokens) == (12 * 72, 2 * 72)
+    alone = calibrate(uneven_bert(), [batches()[i] for i in (2, 7)]).layers["encoder.layer.0.output.dense"]
+    torch.testing.assert_close(layer.held.input_products, alone.input_products)
+    torch.testing.assert_close(layer.held.gradient_products, alone.gradient_products, rtol=1e-5, atol=1e-9)
+
+
+def test_the_best_plan_is_taken_and_what_is_said_of_it_is_true(model, calibration):
+    plan = make_plan(model, CONFIG, calibration)
+    judged = plan.report.judgement
+    assert judged.unit == "nats per token"
+    assert len(judged.measured) == 4
+    assert judged.measured[judged.chosen] == min(judged.measured.values())
+
+    held = {i for i in range(12) if i % 5 == 2}
+    fitted = calibrate(model, [batch for i, batch in enumerate(batches()) if i not in held])  # has a held-out part, too
+    fitted = Calibration(fitted.metric, {n: replace(m, held=None) for n, m in fitted.layers.items()})
+    fitted.curves.update(calibration.curves)  # the same shrinkage
+    small = convert(model, plan, calibration=fitted)
+    total = sum(
+        float(divergence(small(**batches()[i]), model(**batches()[i]), ())) for i in held
+    )  # of the plan's factors made without these batches
+    assert total / (2 * 72) == pytest.approx(judged.measured[judged.chosen], rel=1e-3)
+    assert judged.predicted == pytest.approx(judged.measured[judged.chosen], rel=0.7)
+
+
+def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
+    small = convert(model, CONFIG, calibration=calibration)
+    judged = make_plan(model, CONFIG, calibration).report.judgement
+    assert hf_reparam.report(small).judgement == judged
+    line = next(line for line in str(hf_reparam.report(small)).splitlines() if line.startswith("held-out data:"))
+    assert f"{judged.measured[judged.chosen]:.4g} nats per token" in line
+    assert judged.chosen in line
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert hf_reparam.report(loaded).judgement == judged
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["reparam"]["record"]["judgement"]["chosen"] == judged.chosen
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("unit", 3),
+        ("unit", "n" * 65),
+        ("chosen", "another"),
+        ("predicted", float("nan")),
+        ("predicted", "much"),
+        ("measured", {}),
+        ("measured", {"measured ranks": float("inf")}),
+        ("more", 1),
+    ],
+)
+def test_a_judgement_from_a_file_is_checked(model, calibration, key, value):
+    stored = convert(model, CONFIG, calibration=calibration).config.reparam
+    stored["record"]["judgement"][key] = value
+    with pytest.raises(PlanError, match=r"reparam\.record\.judgement"):
+        RankPlan.from_dict(stored)
+
+
+def test_verify_false_leaves_the_judging_of_plans_out(model, calibration, monkeypatch):
+    plan = make_plan(model, CONFIG, calibration)
+    judges = []
+    monkeypatch.setattr(verify, "Judge", lambda *args, **kw: judges.append(Judge(*args, **kw)) or judges[-1])
+    alone = make_plan(model, replace(CONFIG, verify=False), calibration)
+    assert len(judges) == 1  # of layers alone
+    assert alone.report.judgement is None
+    assert "measured ranks" in plan.report.judgement.measured
+    if plan.report.judgement.chosen == "measured ranks":
+        assert alone.modules == plan.modules
+
+
+def test_layers_are_tried_once_for_a_calibration(model, calibration, monkeypatch):
+    fresh = replace(calibration, curves={}, probes={})
+    first = make_plan(model, CONFIG, fresh)
+    known = dict(fresh.probes)
+    assert len(known) >= 12
+    monkeypatch.setattr(probe, "installed", None)  # nothing is put in place any more
+    assert make_plan(model, CONFIG, fresh) == first
+    assert fresh.probes == known
+
+
+def test_stored_calibration_judges_alike(model, calibration, tmp_path):
+    calibration.save(tmp_path / "seen.safetensors")
+    loaded = Calibration.load(tmp_path / "seen.safetensors")
+    layer = loaded.layers["encoder.layer.0.output.dense"]
+    assert layer.fingerprint() == calibration.layers["encoder.layer.0.output.dense"].fingerprint()
+    assert layer.held.fingerprint() == calibration.layers["encoder.layer.0.output.dense"].held.fingerprint()
+    again = make_plan(model, CONFIG, loaded)
+    assert again == make_plan(model, CONFIG, calibration)
+    assert again.report.judgement == make_plan(model, CONFIG, calibration).report.judgement
+    folder = calibrate(model, batches(), folder=tmp_path / "folder", max_memory="200KB")
+    assert len(list((tmp_path / "folder").glob("*.safetensors"))) > 1
+    assert make_plan(model, CONFIG, folder).report.judgement.measured.keys() == again.report.judgement.measured.keys()
+
+
+def test_two_batches_are_too_few_to_hold_one_out(model):
+    few_batches = calibrate(model, batches(2))
+    assert few_batches.batches == []
+    assert make_plan(model, CONFIG, few_batches).report.judgement is None
+
+
+def test_batches_of_another_head_serve(model, calibration):
+    """Labels that the base model does not take are left out; hidden states are compared where there are no logits."""
+    labelled = calibrate(model, [{**batch, "labels": batch["input_ids"]} for batch in batches()])
+    plan = make_plan(model.bert, CONFIG, labelled)
+    assert plan.report.judgement.unit == "half squares per token"
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "BertForMaskedLM",
+        "GPT2LMHeadModel",
+        "LlamaForCausalLM",
+        "T5ForConditionalGeneration",
+        "AlbertForMaskedLM",
+        "BartForConditionalGeneration",
+    ],
+)
+def test_what_was_complete_before_a_layer_is_not_computed_again(base):
+    case = zoo.BY_BASE[base]
+    dense = frozen_copy(opened(case.build()).model)
+    judge = Judge(dense, [(case.batch(), ())] * 2, blocks=True)
+    skipped = 0
+    for layer in [module for module in dense.modules() if dense_type(module)]:
+        weight = layer._parameters["weight"]
+        layer._parameters["weight"] = nn.Parameter(weight * 0.5, requires_grad=False)
+        assert judge(dense, layer) == pytest.approx(judge(dense), rel=1e-5)
+        layer._parameters["weight"] = weight
+        with judge.passes[0].skipped(layer):
+            skipped += sum("forward" in vars(block) for block in judge.passes[0].blocks)
+    assert skipped > 0
+    assert judge(dense) == 0
+    assert not any("forward" in vars(block) for block in dense.modules())
+
+
+def test_few_examples_of_all_lengths():
+    held = [({"input_ids": torch.full((8, n), n), "attention_mask": torch.ones(8, n)}, ()) for n in range(3, 13)]
+    chosen = few(held)
+    assert [tuple(batch["input_ids"].shape) for batch, _ in chosen] == [(4, 3), (4, 6), (4, 9), (4, 12)]
+    assert all(masks[0].shape == batch["input_ids"].shape for batch, masks in chosen)
+    assert len(few([({"x": torch.ones(1, 4)}, ())] * 40)) == 14
+
+
+class Prober:
+    """Layer "a" is as predicted; "b" loses a hundred times what is predicted of it, at low ranks more."""
+
+    def __init__(self):
+        self.found = {"a": None, "b": None}
+        self.tried = []
+
+    def measured(self, name, rank):
+        self.tried.append((name, rank))
+        return (1.0 / rank) * (1 if name == "a" else 2000 / rank)
+
+
+def test_errors_go_through_what_was_measured():
+    entries = [Entry(rank) for rank in range(1, 65)]
+    errors = torch.tensor([*(1.0 / entry.rank for entry in entries), 0.0], dtype=torch.float64)
+    costs = torch.tensor([*(float(entry.rank) for entry in entries), 100.0], dtype=torch.float64)
+    ways = {name: [Way(0.0, {name: ([*entries, None], Options(errors, costs))})] for name in "ab"}
+    plans = iter([{"a": 16, "b": 16}, {"a": 8, "b": 32}])
+    prober = Prober()
+    found = probe.probed(ways, lambda _: {n: Entry(r) for n, r in next(plans).items()}, {}, prober)
+    assert prober.tried == [("a", 16), ("b", 16), ("a", 8), ("b", 32)]
+
+    def error(name, rank):
+        return float(found[name][0].sites[name][1].errors[rank - 1])
+
+    assert error("b", 16) / error("a", 16) == pytest.approx(2000 / 16)
+    assert error("b", 32) / error("a", 32) == pytest.approx(2000 / 32)
+    for name in "ab":
+        falling = found[name][0].sites[name][1].errors
+        assert bool((falling[1:] <= falling[:-1]).all())
+        assert falling[-1] == 0
