@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from hf_reparam.config import as_patterns, check_used, first_match
 from hf_reparam.errors import PlanError
-from hf_reparam.patterns import as_patterns, check_used, first_match
 from hf_reparam.report import Judgement, Report, text_table
 
 __all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "RankPlan", "is_hub_id"]

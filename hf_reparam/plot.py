@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_reparam.config import LowRankConfig
+from hf_reparam.config import LowRankConfig, layer_kind
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import Found, select
-from hf_reparam.patterns import layer_kind
 from hf_reparam.plan import RankPlan
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
 from typing import Any, TypeVar
 
+from hf_reparam.config import layer_kind
 from hf_reparam.errors import PlanError
-from hf_reparam.patterns import layer_kind
 
 __all__ = ["BARE", "Judgement", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "text_table"]
 

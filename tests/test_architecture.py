@@ -20,10 +20,9 @@ ROOT = Path(hf_reparam.__file__).parent
 LAYERS = [
     "errors",
     "compat",
-    "patterns",
+    "config",
     "report",
     "plan",
-    "config",
     "linalg",
     "layers",
     "structures",
@@ -37,7 +36,7 @@ LAYERS = [
     "__main__",
 ]
 GENERAL = {"__init__", "__pycache__", "hosts", "source", "structure"}
-STDLIB_ONLY = {"errors", "patterns", "plan", "report", "config"}
+STDLIB_ONLY = {"errors", "config", "plan", "report"}
 WITHOUT_TRANSFORMERS = {"layers": {"accelerate", "transformers.utils.logging"}}
 """Rooms below `model` that use a little of it: what of it."""
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "hf_reparam.") if not m.name.endswith("__main__"))

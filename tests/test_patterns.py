@@ -2,8 +2,8 @@
 
 import pytest
 
+from hf_reparam.config import as_patterns, check_used, first_match, matches
 from hf_reparam.errors import TargetError
-from hf_reparam.patterns import as_patterns, check_used, first_match, matches
 
 NAMES = ["encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense", "pooler.dense"]
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from hf_reparam.config import LowRankConfig
+from hf_reparam.config import LowRankConfig, check_used, first_match
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.model.sites import Found
-from hf_reparam.patterns import check_used, first_match
 from hf_reparam.plan import Entry
 from hf_reparam.report import SkippedReport
 from hf_reparam.structures.structure import Site

@@ -8,14 +8,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
-from hf_reparam.config import LowRankConfig
+from hf_reparam.config import LowRankConfig, check_used, first_match
 from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
 from hf_reparam.layers.dense import not_whole
 from hf_reparam.model.checks import optional_layers, protected_layers
 from hf_reparam.model.config import ReparamConfigMixin, plan_of
 from hf_reparam.model.host import layer_name
 from hf_reparam.model.naming import find_paths, loading, local_names, low_rank, shapes_may_differ
-from hf_reparam.patterns import check_used, first_match
 from hf_reparam.plan import Entry, RankPlan
 from hf_reparam.report import BARE, SkippedReport
 from hf_reparam.structures import STRUCTURES, Structure

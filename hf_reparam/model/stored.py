@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from hf_reparam.config import layer_kind
 from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.model.config import HEAD, base_prefix, plan_of
 from hf_reparam.model.naming import loading, local_names, low_rank, renamed, shapes_may_differ
 from hf_reparam.model.sites import live_sites
-from hf_reparam.patterns import layer_kind
 
 Shapes = Mapping[str, tuple[int, ...]]
 _FIRST = (".down.weight", ".table.weight", ".down")  # one for each low-rank part
