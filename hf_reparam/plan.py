@@ -8,13 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_reparam.config import as_patterns, check_used, first_match
 from hf_reparam.errors import PlanError
-from hf_reparam.report import Judgement, Report, text_table
 
-__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "RankPlan", "is_hub_id"]
+if TYPE_CHECKING:  # a plan carries its report, and prints it
+    from hf_reparam.report import Report
+
+__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "Judgement", "RankPlan", "is_hub_id", "text_table"]
 
 FORMAT_VERSION = 1
 """Version of the `reparam` entry in `config.json`."""
@@ -69,6 +71,43 @@ class Entry:
         if len(data) != 2:
             raise PlanError("an entry needs 'form' and 'rank'")
         return cls(data["rank"], data["form"])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How far a conversion is from the dense model on held-out calibration data, beside other plans of its size.
+
+    Args:
+        unit: of the divergences, such as "nats per token".
+        chosen: the plan that was taken, the least of `measured`.
+        predicted: sum of the errors of its layers, each cut alone; None where that is not known.
+        measured: plan -> divergence of the whole model.
+    """
+
+    unit: str
+    chosen: str
+    predicted: float | None
+    measured: Mapping[str, float]
+
+    def __str__(self) -> str:
+        predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
+        others = ", ".join(f"{name} {value:.4g}" for name, value in self.measured.items() if name != self.chosen)
+        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}; {others}"
+
+    @classmethod
+    def from_dict(cls, data: object) -> "Judgement":
+        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
+        known = sorted(f.name for f in fields(cls))
+        if not isinstance(data, Mapping) or set(data) != set(known):
+            raise PlanError(f"'reparam.record.judgement' must be an object of {known}, got {str(data)[:80]!r}")
+        measured, predicted = data["measured"], data["predicted"]
+        if not isinstance(measured, Mapping) or not all(map(_is_divergence, measured.values())):
+            raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
+        if predicted is not None and not _is_divergence(predicted):
+            raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
+        if data["chosen"] not in measured or not all(_is_brief(t) for t in (data["unit"], *measured)):
+            raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
+        return cls(**{**data, "measured": dict(measured)})
 
 
 @dataclass(frozen=True)
@@ -162,7 +201,7 @@ class RankPlan:
     base_model_type: str | None = None
     metric: str = "svd"
     record: ConversionRecord | None = field(default=None, compare=False)
-    report: Report | None = field(default=None, compare=False, repr=False)
+    report: "Report | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_names(self.modules)
@@ -242,6 +281,13 @@ class RankPlan:
         return cls(entries, base, metric, record)
 
 
+def text_table(rows: list[list[str]]) -> str:
+    """A table in plain text, a line under its first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]])
+
+
 def is_hub_id(text: object) -> bool:
     """Whether a text has the form of a model's name on the Hub.
 
@@ -258,6 +304,14 @@ def _is_count(value: object) -> bool:
 def _is_error(value: object) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value is None or (number and 0 <= value < math.inf)  # type: ignore[operator]
+
+
+def _is_divergence(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_brief(text: object) -> bool:
+    return isinstance(text, str) and len(text) <= 64
 
 
 def _check_names(modules: Any) -> None:

@@ -1,16 +1,15 @@
 """What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from typing import Any, TypeVar
 
 from hf_reparam.config import layer_kind
-from hf_reparam.errors import PlanError
+from hf_reparam.plan import Judgement, text_table
 
-__all__ = ["BARE", "Judgement", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "text_table"]
+__all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport"]
 
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
@@ -105,51 +104,6 @@ class RefineReport:
         best = f"epoch {1 + self.epochs.index(self.after)}" if self.after in self.epochs else "none"
         change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} per example"
         return f"refine:           learning rate {self.learning_rate:g}, {best} of {len(self.epochs)} kept, {change}"
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How far a conversion is from the dense model on held-out calibration data, beside other plans of its size.
-
-    Args:
-        unit: of the divergences, such as "nats per token".
-        chosen: the plan that was taken, the least of `measured`.
-        predicted: sum of the errors of its layers, each cut alone; None where that is not known.
-        measured: plan -> divergence of the whole model.
-    """
-
-    unit: str
-    chosen: str
-    predicted: float | None
-    measured: Mapping[str, float]
-
-    def __str__(self) -> str:
-        predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
-        others = ", ".join(f"{name} {value:.4g}" for name, value in self.measured.items() if name != self.chosen)
-        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}; {others}"
-
-    @classmethod
-    def from_dict(cls, data: object) -> "Judgement":
-        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
-        known = sorted(f.name for f in fields(cls))
-        if not isinstance(data, Mapping) or set(data) != set(known):
-            raise PlanError(f"'reparam.record.judgement' must be an object of {known}, got {str(data)[:80]!r}")
-        measured, predicted = data["measured"], data["predicted"]
-        if not isinstance(measured, Mapping) or not all(map(_is_divergence, measured.values())):
-            raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
-        if predicted is not None and not _is_divergence(predicted):
-            raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
-        if data["chosen"] not in measured or not all(_is_short(t) for t in (data["unit"], *measured)):
-            raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
-        return cls(**{**data, "measured": dict(measured)})
-
-
-def _is_divergence(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_short(text: object) -> bool:
-    return isinstance(text, str) and len(text) <= 64
 
 
 @dataclass(frozen=True)
@@ -324,10 +278,3 @@ def _starts(names: Sequence[str]) -> str:
 def _markdown(rows: list[list[str]]) -> str:
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *body])
-
-
-def text_table(rows: list[list[str]]) -> str:
-    """A table in plain text, a line under its first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]])

@@ -35,8 +35,7 @@ from hf_reparam.model.checks import (
 from hf_reparam.model.host import check_model, layer_name, mark_offloaded, opened, unwrapped
 from hf_reparam.model.retype import retie, retype
 from hf_reparam.model.sites import Selection, check_forms, fit, live_sites, no_site, select
-from hf_reparam.plan import ConversionRecord, RankPlan
-from hf_reparam.report import Judgement
+from hf_reparam.plan import ConversionRecord, Judgement, RankPlan
 from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 

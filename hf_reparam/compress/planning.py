@@ -16,8 +16,7 @@ from hf_reparam.model.checks import check_no_adapters, count_parameters
 from hf_reparam.model.host import base_type, check_model, opened
 from hf_reparam.model.sites import Found, Selection, no_site, select
 from hf_reparam.model.summary import planned
-from hf_reparam.plan import Entry, RankPlan
-from hf_reparam.report import Judgement
+from hf_reparam.plan import Entry, Judgement, RankPlan
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps

@@ -14,8 +14,7 @@ from hf_reparam.layers.copies import WorkingCopy, frozen_copy
 from hf_reparam.layers.processes import distributed
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.sites import select
-from hf_reparam.plan import Entry, RankPlan
-from hf_reparam.report import Judgement
+from hf_reparam.plan import Entry, Judgement, RankPlan
 from hf_reparam.structures.source import Source
 
 __all__ = ["best_plan", "can_be_judged"]
