@@ -13,10 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.collect import calibrate
+from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.compat.accelerate import is_offloaded, recall
-from hf_reparam.compress.build import Made, apply, install
-from hf_reparam.compress.fits import check_fit
 from hf_reparam.compress.planning import plan_for
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import TargetError
@@ -25,6 +24,7 @@ from hf_reparam.layers.processes import distributed
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.auto import check_loadable
+from hf_reparam.model.build import Made, apply, install
 from hf_reparam.model.checks import (
     check_convertible,
     check_no_adapters,

@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from hf_reparam.compress.build import Made, build, install
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
+from hf_reparam.model.build import Made, build, install
 from hf_reparam.model.checks import check_convertible
 from hf_reparam.model.classes import ReparamMixin
 from hf_reparam.model.host import check_model, hosts, layer_name, mark_offloaded, opened, unwrapped

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.compress.budget import Budget
-from hf_reparam.compress.fits import check_fit
 from hf_reparam.compress.ranks import given_ranks
 from hf_reparam.compress.verify import best_plan, can_be_judged
 from hf_reparam.config import LowRankConfig, Rank

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from transformers.utils.logging import tqdm
 
-from hf_reparam.compress.build import apply
 from hf_reparam.compress.planning import plan_for
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.linalg import Calibration
+from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.host import check_model, opened
 from hf_reparam.plan import RankPlan

@@ -6,13 +6,13 @@ from torch import nn
 
 from hf_reparam.compat.accelerate import is_offloaded
 from hf_reparam.compress.budget import Budget, Ways
-from hf_reparam.compress.build import apply
 from hf_reparam.compress.judge import Judge, few
 from hf_reparam.compress.probe import Prober, probed
 from hf_reparam.config import LowRankConfig
 from hf_reparam.layers.copies import WorkingCopy, frozen_copy
 from hf_reparam.layers.processes import distributed
 from hf_reparam.linalg import Calibration
+from hf_reparam.model.build import apply
 from hf_reparam.model.sites import select
 from hf_reparam.plan import Entry, Judgement, RankPlan
 from hf_reparam.structures.source import Source

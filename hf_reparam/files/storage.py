@@ -10,12 +10,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.compress.build import Made, install
 from hf_reparam.config import METRICS
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.folder import new_folder
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import undone_on_error
+from hf_reparam.model.build import Made, install
 from hf_reparam.model.host import check_model, hosts, metric_of, opened
 from hf_reparam.model.retype import retype
 from hf_reparam.model.sites import check_forms, entries_of, fit

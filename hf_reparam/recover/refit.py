@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from hf_reparam.calibrate.batches import Batches, prepare
+from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.objective import divergence, examples_in
 from hf_reparam.calibrate.padding import Padding, Part, decodes
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
-from hf_reparam.compress.build import apply
-from hf_reparam.compress.fits import check_fit
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
@@ -21,6 +20,7 @@ from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.surgery import set_bias, set_factors
 from hf_reparam.linalg import Calibration, PairedMoments, decompose
+from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.config import note_refit
 from hf_reparam.model.host import called, check_model, hosts, layer_name, metric_of, opened, own_tokenizer
