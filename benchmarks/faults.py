@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import hf_reparam
 from benchmarks.machine import write
-from hf_reparam import cli
+from hf_reparam import __main__ as cli
 
 SEED = 0
 

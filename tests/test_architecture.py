@@ -32,14 +32,13 @@ LAYERS = [
     "plot",
     "recover",
     "files",
-    "cli",
     "__main__",
 ]
 GENERAL = {"__init__", "__pycache__", "hosts", "source", "structure"}
 STDLIB_ONLY = {"errors", "config", "plan", "report"}
 WITHOUT_TRANSFORMERS = {"layers": {"accelerate", "transformers.utils.logging"}}
 """Rooms below `model` that use a little of it: what of it."""
-MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "hf_reparam.") if not m.name.endswith("__main__"))
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "hf_reparam."))
 
 
 def files():
@@ -78,6 +77,18 @@ def test_imports_point_down_the_layers(path):
         elif own in STDLIB_ONLY:
             assert name.partition(".")[0] in sys.stdlib_module_names, f"{path.name} imports {name}"
         assert name != "hf_reparam", f"{path.name} imports the package itself"
+
+
+def test_rooms_stand_on_at_most_ten_floors():
+    rooms = {}
+    for path in [*files(), ROOT / "__init__.py"]:
+        below = {name.split(".")[1] for name in {*imports(path)} - for_types(path) if name.startswith("hf_reparam.")}
+        rooms.setdefault(layer(path), set()).update(below - {layer(path)})
+
+    def floor(room):
+        return 1 + max(map(floor, rooms[room]), default=0)
+
+    assert max(map(floor, rooms)) <= 10
 
 
 @pytest.mark.parametrize("name", ["hf_reparam", *MODULES])

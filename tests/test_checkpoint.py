@@ -218,7 +218,7 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
 def test_kill_and_go_on(tmp_path, bert):
     """SIGKILL at any moment leaves no `out`, and the next run finishes the work."""
     code = (
-        "import sys, time, hf_reparam.structures.linear as f, hf_reparam.cli as cli\n"
+        "import sys, time, hf_reparam.structures.linear as f, hf_reparam.__main__ as cli\n"
         "factor = f.factor\n"
         "f.factor = lambda *a, **k: (print('layer', flush=True), time.sleep(0.05), factor(*a, **k))[-1]\n"
         "cli.main(sys.argv[1:])"

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hf_reparam
-from hf_reparam import cli
+from hf_reparam import __main__ as cli
 from hf_reparam.files import convert as checkpoint
 from tests import zoo
 from tests.launch import Started, launch
@@ -239,7 +239,7 @@ def test_interrupt(tmp_path, dense, monkeypatch, capsys):
 def test_kill_leaves_no_out(tmp_path, dense):
     out = tmp_path / "o"
     code = (
-        "import sys, time, hf_reparam.files.convert as c, hf_reparam.cli as cli\n"
+        "import sys, time, hf_reparam.files.convert as c, hf_reparam.__main__ as cli\n"
         "c.copy_companions = lambda *a: (print('here', flush=True), time.sleep(60))\n"
         "cli.main(sys.argv[1:])"
     )

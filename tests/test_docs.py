@@ -16,7 +16,8 @@ from jupyter_client import KernelManager
 from transformers import AutoModel, AutoTokenizer
 
 from examples import tiny
-from hf_reparam import cli, report
+from hf_reparam import __main__ as cli
+from hf_reparam import report
 from notebooks.run import run
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_reparam
-from hf_reparam import Calibration, Entry, LowRankConfig, RankPlan, calibrate, cli, convert, merge
+from hf_reparam import Calibration, Entry, LowRankConfig, RankPlan, calibrate, convert, merge
+from hf_reparam import __main__ as cli
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.convert import inspect_folder
 from hf_reparam.files.folder import model_place

@@ -9,7 +9,7 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import Calibration, LowRankConfig, calibrate, convert, make_plan, model_card, refit, search_plan
-from hf_reparam.cli import main
+from hf_reparam.__main__ import main
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
