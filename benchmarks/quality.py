@@ -71,6 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fisher, global": {"form": "pair"},
     "fisher, global, pivoted": {},
     "fisher, global, pivoted, refit": {"refit": True},
+    "fisher, global, pivoted, refit, refine": {"refit": True, "refine": True},
     "joint attention": {"heads": True},
     "joint attention, refit": {"heads": True, "refit": True},
     "+ embeddings": {"heads": True, "embeddings": True},
@@ -138,7 +139,7 @@ def converted_by(source: Source, model: nn.Module, keep: float, exclude: tuple[s
 def converted(task: tasks.Task, keep: float, options: Mapping[str, Any], calibration: Calibration) -> nn.Module:
     """A low-rank model of this package."""
     options = dict(options)
-    refit = options.pop("refit", False)
+    refit, refine = options.pop("refit", False), options.pop("refine", False)
     if not Heads().sites(task.model):
         options.pop("heads", None)
     size = {"target_params": whole_size(task, keep)} if "embeddings" in options else {"keep": keep}
@@ -146,6 +147,8 @@ def converted(task: tasks.Task, keep: float, options: Mapping[str, Any], calibra
     small = hf_reparam.convert(task.model, config, calibration=calibration)
     if refit:
         hf_reparam.refit(small, task.model, task.batches, calibration=calibration)
+    if refine:
+        print(hf_reparam.refine(small, task.model, task.batches))
     return small
 
 
@@ -191,7 +194,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, marker in zip(METHODS, "v^<>soD*PXh", strict=True):
+        for method, marker in zip(METHODS, "v^<>soD8*PXh", strict=True):
             if method not in result["rows"]:
                 continue
             row = result["rows"][method]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForMaskedLM
 
@@ -165,6 +166,9 @@ def test_batches_of_another_head_serve(model, calibration):
     labelled = calibrate(model, [{**batch, "labels": batch["input_ids"]} for batch in batches()])
     plan = make_plan(model.bert, CONFIG, labelled)
     assert plan.report.judgement.unit == "half squares per token"
+    other = transformers.BertForSequenceClassification(model.config).double().eval()
+    other.bert.load_state_dict(model.bert.state_dict(), strict=False)  # it has a pooler beside
+    assert make_plan(other, CONFIG, labelled).report.judgement.unit == "nats per example"
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 
-__all__ = ["Padding", "Part", "decodes", "rows_of", "splits"]
+__all__ = ["Padding", "Part", "rows_of", "splits", "unlabelled"]
 
 Batch = Mapping[str, Any]
 
 _MASKS = ("decoder_attention_mask", "attention_mask")
+_ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
 _CANNOT_BE_TRIED = (ValueError, RuntimeError, IndexError, TypeError)  # of a model that needs its batch as it is
 
 
@@ -200,6 +201,12 @@ def _with_decoder_mask(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any
         return batch
     real = (decoded != IGNORED).long()
     return {**batch, "decoder_attention_mask": real.flip(1).cummax(1).values.flip(1)}  # labels may start late
+
+
+def unlabelled(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """A batch without labels, where the model does not make its decoder's inputs of them: they may be another head's,
+    or -1 where they are not known."""
+    return {key: value for key, value in batch.items() if decodes(model) or key not in _ANSWERS}
 
 
 def decodes(model: nn.Module) -> bool:

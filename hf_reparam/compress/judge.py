@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.inputs import forward_names
 from hf_reparam.calibrate.objective import batch_masks, compared, divergence, examples_in, unit_of
-from hf_reparam.calibrate.padding import rows_of, splits
+from hf_reparam.calibrate.padding import rows_of, splits, unlabelled
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.linalg import HeldOut, fingerprint
 from hf_reparam.model.host import called
@@ -42,7 +42,7 @@ class Judge:
         self.references: list[dict[str, Tensor]] = []
         self.unit, self.count = "", 0
         for batch, masks in batches:
-            taken = {key: value for key, value in batch.items() if key in names.known or names.others}
+            taken = {k: v for k, v in unlabelled(inner, batch).items() if k in names.known or names.others}
             taken, masks = send_to_device((taken | plain, masks), execution_device(inner))
             one = _Pass(inner if blocks else nn.Module())
             with one.recorded(), torch.no_grad():

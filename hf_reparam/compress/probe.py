@@ -26,9 +26,7 @@ __all__ = ["Prober", "probed"]
 
 _ROUNDS = 2
 _NEAR = 1.15  # a rank within this factor of one that was tried needs no trial
-_FAR = math.log(
-    100
-)  # from the typical ratio, beyond which a measurement is not believed: rounding, at nearly full rank
+_FAR = math.log(100)  # from the typical ratio: further off is rounding, at nearly full rank
 _TINY = 1e-30
 
 

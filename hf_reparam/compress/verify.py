@@ -1,6 +1,7 @@
 """The best plan for a budget: ranks by measured errors beside equal ranks, judged on held-out calibration data."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,7 @@ def best_plan(work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways
         source: in the fisher metric.
     """
     calibration = source.calibration or Calibration(source.metric)
-    fitting, batches = replace(source, fitting=True, kept=None), calibration.batches
+    fitting, batches = replace(source, fitting=True, kept=_room(budget)), calibration.batches
     dense = frozen_copy(work)
     found = {item.name: item for item in select(dense, config).selected}
     judge, uniform = Judge(dense, few(batches), blocks=True), budget.uniform()
@@ -61,8 +62,8 @@ def best_plan(work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways
         return *plans[_MEASURED], None
     judge, judged = Judge(dense, batches), {}
     for name, (entries, metric) in plans.items():
-        tried = WorkingCopy(dense)
-        apply(tried, RankPlan(entries), replace(fitting, metric=metric))
+        tried, same = WorkingCopy(dense), metric == source.metric
+        apply(tried, RankPlan(entries), fitting if same else replace(fitting, metric=metric, kept=None))
         judged[name] = judge(tried.model)
     best = min(judged, key=lambda name: judged[name])
     predicted = _predicted(plans[best][0], measured) if plans[best][1] == source.metric else None
@@ -70,6 +71,13 @@ def best_plan(work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways
 
 
 _MEASURED = "measured ranks"
+_MOST_KEPT = 1 << 30  # bytes of decompositions that are kept for several plans
+
+
+def _room(budget: Budget) -> dict[Any, Any] | None:
+    """Where decompositions at full rank are kept, if there is room for them."""
+    sizes = (8 * f.site.full_rank * (f.site.in_features + f.site.out_features) * f.site.parts for f in budget.found)
+    return {} if sum(sizes) <= _MOST_KEPT else None
 
 
 def _predicted(entries: dict[str, Entry], ways: Ways) -> float:

@@ -17,7 +17,7 @@ from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.host import called, check_model, opened, own_tokenizer
-from hf_reparam.recover.refit import HOLD_OUT, unlabelled
+from hf_reparam.recover.refit import HOLD_OUT, parts_of
 from hf_reparam.report import RefineReport
 
 __all__ = ["refine"]
@@ -76,7 +76,7 @@ def refine(
         low, full = called(frozen_copy(opened(model).model)), called(frozen_copy(opened(dense).model))
         reads, desc = tokenizer or own_tokenizer(model), "Reading batches"
         read = prepare(low, data, reads, max_length=max_length, max_samples=max_samples, desc=desc)
-        parts = unlabelled(full, {}, read)
+        parts = parts_of(full, {}, read)
         return _Refining(low, full, parts[::HOLD_OUT], [p for i, p in enumerate(parts) if i % HOLD_OUT]).run(epochs)
 
 

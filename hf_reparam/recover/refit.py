@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.objective import divergence, examples_in
-from hf_reparam.calibrate.padding import Padding, Part, decodes
+from hf_reparam.calibrate.padding import Padding, Part, unlabelled
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import TargetError
@@ -30,11 +30,10 @@ from hf_reparam.report import RefitReport
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 
-__all__ = ["HOLD_OUT", "refit", "unlabelled"]
+__all__ = ["HOLD_OUT", "parts_of", "refit"]
 
 _NOT_ONCE = "which a pass reaches more than once, or not at all"
 _UNEVEN = "which do not get the same tokens in both models"
-_LABELS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
 HOLD_OUT = 5  # every fifth batch judges, the others fit
 
 Batch = tuple[dict[str, Any], tuple[Tensor, ...]]
@@ -135,7 +134,7 @@ def _refit(
     low, full = called(model), called(dense)
     kept: list[str] = []
     with torch.no_grad():
-        data = unlabelled(full, originals, batches)
+        data = parts_of(full, originals, batches)
         judging, fitting = data[::HOLD_OUT], [part for i, part in enumerate(data) if i % HOLD_OUT]
         before = best = _divergence(low, full, judging, distance)
         order = order_of(layers, partial(low, **data[0].batch))
@@ -161,14 +160,12 @@ def _refit(
     return RefitReport(tuple(kept), len(layers), before / examples, best / examples, order_in_model)
 
 
-def unlabelled(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Part]:
-    """The data, without labels where a model does not make its inputs of them: unlabelled rows may have any (-1)."""
+def parts_of(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Part]:
+    """The data without labels, in parts in which padding can be told."""
     read = list(batches)
     if len(read) < 2:
         raise TargetError(f"every fifth batch is held out, and {len(read)} were given: give at least two")
-    if not decodes(dense):
-        read = [({key: value for key, value in batch.items() if key not in _LABELS}, masks) for batch, masks in read]
-    return list(Padding(dense, layers).parts(read))
+    return list(Padding(dense, layers).parts((unlabelled(dense, batch), masks) for batch, masks in read))
 
 
 def _originals(layers: Mapping[str, LowRankLinear], dense: nn.Module) -> dict[str, nn.Module]:
