@@ -69,6 +69,10 @@ _READING: Options = {
 _ASKED: Options = {  # fields of LowRankConfig, as sizes are
     "embeddings": {**_SWITCH, "help": "with a budget, choose a rank for the input embeddings, too"},
     "heads": {**_SWITCH, "help": "with a budget and --calibration, heads may become narrower where that is better"},
+    "verify": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "with a budget and --calibration, try layers and plans",
+    },
     "allow-larger": {**_SWITCH, "help": "with --rank, convert layers that do not become smaller, too"},
     "form": {"choices": FORMS, "help": "pair (default with --rank) or pivoted (default otherwise)"},
     "metric": {"choices": METRICS, "help": "in which factors are best; the richest that the data serve by default"},

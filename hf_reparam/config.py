@@ -66,7 +66,8 @@ class LowRankConfig:
         embeddings: also choose ranks for the input embeddings, with a head that is tied to them, and an untied head.
         heads: also let heads of attentions become narrower where that is predicted to cost less; in the fisher metric
             with global allocation.
-        verify: judge a plan for a budget on held-out calibration data, beside uniform ones, and take the best.
+        verify: measure layers on held-out calibration data, try the plan for a budget beside uniform ones, and take the
+            best.
         allow_larger: with `rank`, also convert layers whose product would hold no fewer numbers than the layer.
 
     Raises:

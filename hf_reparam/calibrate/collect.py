@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int, send_to_device
+from accelerate.utils import convert_file_size_to_int, gather_object, send_to_device
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.items import check_data
-from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
+from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection, seeds_of
 from hf_reparam.calibrate.padding import Padding, Part
 from hf_reparam.calibrate.watch import Watcher, watching
 from hf_reparam.config import METRICS, LowRankConfig
@@ -28,7 +28,8 @@ from hf_reparam.model.sites import Found, no_site, select
 
 __all__ = ["LossFunction", "calibrate", "size_in_bytes"]
 
-_HOLD_OUT = 5  # every fifth batch judges what the others predict
+_HOLD_OUT = 5  # about every fifth batch judges what the others predict
+_LEAST_PARTS = 3  # batches, of which some can be held out
 _MOST_HELD = 256  # examples
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -49,7 +50,8 @@ def calibrate(
 ) -> Calibration:
     """What data say of every layer that is factored by default, or that `target_modules` matches.
 
-    Every fifth batch, up to 256 examples, is held out to judge what the others predict; it is counted in all sums, too.
+    About every fifth batch, up to 256 examples, is held out to judge what the others predict; it is counted in all
+    sums, too. Its content says whether it is, so that order does not matter.
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples
     of a Transformers model, together and one by one, show whether the shapes of masks tell its padding. Where they do
@@ -206,12 +208,30 @@ def _watch_group(
     held: list[Part] = []
 
     def ordered() -> Iterator[Part]:
-        """The parts that are held out come last, when the sums of the others are known."""
-        for number, part in enumerate(Padding(inner, plain).parts(prepare(inner, data, **reading))):
-            if number % _HOLD_OUT == 2 and sum(examples_in(part.batch) for part in held) < _MOST_HELD:
+        """The parts that are held out come last, when the sums of the others are known.
+
+        A part's own content says whether it is, so that neither order nor processes matter: about one of five, and if
+        that is none, the one with the lowest number.
+        """
+        spare: list[tuple[int, Part]] = []
+        count = 0
+        for part in Padding(inner, plain).parts(prepare(inner, data, **reading)):
+            count += 1
+            number = sum(seeds_of(part.batch, part.masks))
+            if number % _HOLD_OUT == 0 and sum(examples_in(part.batch) for part in held) < _MOST_HELD:
                 held.append(part)
             else:
-                yield part
+                spare = sorted([*spare, (number, part)], key=lambda pair: pair[0])
+                yield from (other for _, other in spare[1:])
+                del spare[1:]
+        count, known = int(total(torch.tensor(count))), int(total(torch.tensor(len(held))))
+        if count < _LEAST_PARTS:
+            spare += [(0, part) for part in held]
+            held.clear()
+        elif not known and not distributed():
+            held.extend(part for _, part in spare)
+            spare.clear()
+        yield from (part for _, part in spare)
         before.update({n: s.map(Tensor.clone) for n, s in _whole(sums).items() if isinstance(s, LayerMoments)})
         yield from held
 
@@ -238,7 +258,8 @@ def _watch_group(
         whole[name].held = whole[name] - before.pop(name)
     if not _sum_over_processes(whole, seen):
         raise TargetError("the calibration data is empty: give at least one batch")
-    return whole, [send_to_device((part.batch, part.masks), "cpu") for part in held]
+    kept: list[HeldOut] = [send_to_device((part.batch, part.masks), "cpu") for part in held]
+    return whole, gather_object(kept) if distributed() else kept
 
 
 def _whole(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ __all__ = [
     "objective",
     "position_mask",
     "projection",
+    "seeds_of",
     "unit_of",
 ]
 
@@ -114,7 +115,7 @@ def objective(
     loss = outputs.get("loss")
     if isinstance(loss, Tensor):
         return loss.sum() * (1 if summed else examples_in(batch))
-    seeds = _seeds(batch, masks)
+    seeds = seeds_of(batch, masks)
     logits = logits_of(outputs)
     if logits:
         draw = _drawn_answers if multi_label else _drawn
@@ -146,7 +147,7 @@ def projection(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...]
     found = _floating(outputs)
     if not found:
         raise TargetError("the model returned no loss and no floating-point tensor: give a loss_fn(model, batch)")
-    seeds = _seeds(batch, masks)
+    seeds = seeds_of(batch, masks)
     return torch.stack([(_mask(v, masks) * _noise(v, seeds, masks)).sum() for v in found.values()]).sum()
 
 
@@ -276,7 +277,7 @@ def _drawn_answers(key: str, logits: Tensor, seeds: list[int], masks: tuple[Tens
     return _mask(losses, masks).sum()
 
 
-def _seeds(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
+def seeds_of(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
     """One seed for each example, from the bytes of its unpadded inputs."""
     contents = (v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and not k.endswith("mask"))
     rows = next(contents, torch.zeros(1)).detach().cpu()

@@ -72,8 +72,8 @@ def make_plan(
     return plan_for(work, config, Source.of(calibration, config.metric, config.solver))
 
 
-def plan_for(work: nn.Module, config: LowRankConfig, source: Source) -> RankPlan:
-    """As `make_plan`, of a model as `opened` shows it."""
+def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: bool = True) -> RankPlan:
+    """As `make_plan`, of a model as `opened` shows it; `whole` plans need not be tried."""
     asked = config.rank if isinstance(config.rank, Mapping) else ()
     selection = select(work, config, asked)
     found = selection.selected
@@ -91,7 +91,7 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source) -> RankPlan
         selection = Selection((), (*skipped, *selection.skipped))
         metric, judgement = source.metric, None
     else:
-        entries, metric, judgement = _budgeted(work, selection, config, source)
+        entries, metric, judgement = _budgeted(work, selection, config, source, whole=whole)
     plan = RankPlan(entries, base_type(work), metric)
     return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement))
 
@@ -104,7 +104,7 @@ def _check_dense(work: nn.Module, found: Sequence[Found]) -> None:
 
 
 def _budgeted(
-    work: nn.Module, selection: Selection, config: LowRankConfig, source: Source
+    work: nn.Module, selection: Selection, config: LowRankConfig, source: Source, *, whole: bool
 ) -> tuple[dict[str, Entry], str, Judgement | None]:
     """Entries, their metric, and how they were judged."""
     _check_options(work, selection, config, source)
@@ -117,7 +117,7 @@ def _budgeted(
         return budget.uniform(), source.metric, None
     ways = budget.ways(source)
     if can_be_judged(work, config, source):
-        return best_plan(work, config, budget, ways, source)
+        return best_plan(work, config, budget, ways, source, whole=whole)
     return budget.spent(ways), source.metric, None
 
 

@@ -71,7 +71,7 @@ def search_plan(
             keep = (low + high) / 2
             work = opened(model)
             try:
-                plan = plan_for(work.model, replace(config, keep=keep, verify=False), source)
+                plan = plan_for(work.model, replace(config, keep=keep), source, whole=False)
             except RankError:  # below the smallest size
                 low = keep
                 continue

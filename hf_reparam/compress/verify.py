@@ -11,7 +11,6 @@ from hf_reparam.compress.judge import Judge, few
 from hf_reparam.compress.probe import Prober, probed
 from hf_reparam.config import LowRankConfig
 from hf_reparam.layers.copies import WorkingCopy, frozen_copy
-from hf_reparam.layers.processes import distributed
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.sites import select
@@ -27,24 +26,26 @@ Chosen = tuple[dict[str, Entry], str, Judgement | None]
 def can_be_judged(work: nn.Module, config: LowRankConfig, source: Source) -> bool:
     """Whether there is held-out data, and a model in memory to run it through.
 
-    Not with narrower heads, whose layers cannot be cut alone, nor in a distributed run, where every process holds other
-    data.
+    Not with narrower heads, whose layers cannot be cut alone.
     """
     batches = () if source.calibration is None else source.calibration.batches
-    return bool(batches) and not config.heads and not distributed() and not any(map(is_offloaded, work.modules()))
+    return bool(batches) and config.verify and not config.heads and not any(map(is_offloaded, work.modules()))
 
 
-def best_plan(work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways, source: Source) -> Chosen:
+def best_plan(
+    work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways, source: Source, *, whole: bool
+) -> Chosen:
     """The plan of the least divergence on held-out data, of factors that were made without it.
 
     Tried are ranks by measured errors, ranks by predicted ones, and equal ranks in both metrics.
 
     Args:
         work: a dense model as `opened` shows it.
-        config: with `verify` off the ranks by measured errors are taken untried.
+        config: what is asked.
         budget: of it.
         ways: as predicted.
         source: in the fisher metric.
+        whole: whether whole plans are tried; without, the ranks by measured errors are taken.
     """
     calibration = source.calibration or Calibration(source.metric)
     fitting, batches = replace(source, fitting=True, kept=_room(budget)), calibration.batches
@@ -58,7 +59,7 @@ def best_plan(work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways
         f"uniform ranks ({source.metric})": (uniform, source.metric),
         "uniform ranks (activation)": (uniform, "activation"),
     }
-    if not config.verify:
+    if not whole:
         return *plans[_MEASURED], None
     judge, judged = Judge(dense, batches), {}
     for name, (entries, metric) in plans.items():
@@ -67,7 +68,8 @@ def best_plan(work: nn.Module, config: LowRankConfig, budget: Budget, ways: Ways
         judged[name] = judge(tried.model)
     best = min(judged, key=lambda name: judged[name])
     predicted = _predicted(plans[best][0], measured) if plans[best][1] == source.metric else None
-    return *plans[best], Judgement(judge.unit, best, predicted, judged)
+    rounded = {name: float(f"{value:.4g}") for name, value in judged.items()}
+    return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), rounded)
 
 
 _MEASURED = "measured ranks"

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,13 @@ class LowRankLinear(Factored):
         return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that nn.Linear gives it
-        return cast(Tensor, self.up(self.hidden(input)))
+        out: Tensor = self.up(self.hidden(input))
+        return out
 
     def hidden(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., r), what `up` gets."""
-        return cast(Tensor, self.down(x))
+        out: Tensor = self.down(x)
+        return out
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.up.weight, self.basis()
@@ -127,7 +129,8 @@ class PivotedLinear(LowRankLinear):
 
     def hidden(self, x: Tensor) -> Tensor:
         ordered = x.gather(-1, self.order.expand_as(x))
-        return ordered[..., : self.rank] + cast(Tensor, self.down(ordered[..., self.rank :]))
+        rest: Tensor = self.down(ordered[..., self.rank :])
+        return ordered[..., : self.rank] + rest
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         yield from super().fresh(deviation)
