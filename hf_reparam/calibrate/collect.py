@@ -207,36 +207,12 @@ def _watch_group(
     before: dict[str, LayerMoments] = {}
     held: list[Part] = []
 
-    def ordered() -> Iterator[Part]:
-        """The parts that are held out come last, when the sums of the others are known.
-
-        A part's own content says whether it is, so that neither order nor processes matter: about one of five, and if
-        that is none, the one with the lowest number.
-        """
-        spare: list[tuple[int, Part]] = []
-        count = 0
-        for part in Padding(inner, plain).parts(prepare(inner, data, **reading)):
-            count += 1
-            number = sum(seeds_of(part.batch, part.masks))
-            if number % _HOLD_OUT == 0 and sum(examples_in(part.batch) for part in held) < _MOST_HELD:
-                held.append(part)
-            else:
-                spare = sorted([*spare, (number, part)], key=lambda pair: pair[0])
-                yield from (other for _, other in spare[1:])
-                del spare[1:]
-        count, known = int(total(torch.tensor(count))), int(total(torch.tensor(len(held))))
-        if count < _LEAST_PARTS:
-            spare += [(0, part) for part in held]
-            held.clear()
-        elif not known and not distributed():
-            held.extend(part for _, part in spare)
-            spare.clear()
-        yield from (part for _, part in spare)
+    def keep() -> None:
         before.update({n: s.map(Tensor.clone) for n, s in _whole(sums).items() if isinstance(s, LayerMoments)})
-        yield from held
 
+    parts = Padding(inner, plain).parts(prepare(inner, data, **reading))
     with watching(install) as watcher:
-        for part in ordered():
+        for part in _held_out_last(parts, held, keep):
             seen += 1
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
@@ -260,6 +236,41 @@ def _watch_group(
         raise TargetError("the calibration data is empty: give at least one batch")
     kept: list[HeldOut] = [send_to_device((part.batch, part.masks), "cpu") for part in held]
     return whole, gather_object(kept) if distributed() else kept
+
+
+def _held_out_last(parts: Iterable[Part], held: list[Part], between: Callable[[], None]) -> Iterator[Part]:
+    """All parts, those that are held out at the end.
+
+    A part's own content says whether it is, so that neither order nor processes matter: about one of five, and if that
+    is none, the one with the lowest number.
+
+    Args:
+        held: gets those that are held out.
+        between: called before them.
+    """
+    count, lowest, spare = 0, 0, None
+    for part in parts:
+        count += 1
+        number = sum(seeds_of(part.batch, part.masks))
+        if number % _HOLD_OUT == 0 and sum(examples_in(other.batch) for other in held) < _MOST_HELD:
+            held.append(part)
+        elif spare is None:
+            lowest, spare = number, part
+        elif number < lowest:
+            yield spare
+            lowest, spare = number, part
+        else:
+            yield part
+    if int(total(torch.tensor(count))) < _LEAST_PARTS:
+        yield from held
+        held.clear()
+    elif spare is not None and not held and not distributed():
+        held.append(spare)
+        spare = None
+    if spare is not None:
+        yield spare
+    between()
+    yield from held
 
 
 def _whole(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def search_plan(
         TargetError: the configuration has a size, or `evaluate` gives no number.
         RankError: the tolerance is no number of at least 0, or no size holds it.
 
-    Cost: eight evaluations, and one decomposition at full rank of each layer, which is kept:
-    8 min(in, out) (in + out) bytes each.
+    Cost: eight evaluations; for each size what `make_plan` costs without trying whole plans; and one decomposition at
+    full rank of each layer, which is kept: 8 min(in, out) (in + out) bytes each.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     >>> plan = search_plan(net, lambda model: -sum(p.numel() == 4096 for p in model.parameters()), 1.0)

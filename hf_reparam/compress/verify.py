@@ -1,4 +1,4 @@
-"""The best plan for a budget: ranks by measured errors beside equal ranks, judged on held-out calibration data."""
+"""The best plan for a budget: ranks by measured errors beside uniform ones, judged on held-out calibration data."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,9 @@ from hf_reparam.structures.source import Source
 
 __all__ = ["best_plan", "can_be_judged"]
 
+_MEASURED = "measured ranks"
+_MOST_KEPT = 1 << 30  # bytes of decompositions that are kept for several plans
+
 Chosen = tuple[dict[str, Entry], str, Judgement | None]
 """Entries, their metric, and how they were judged."""
 
@@ -37,14 +40,14 @@ def best_plan(
 ) -> Chosen:
     """The plan of the least divergence on held-out data, of factors that were made without it.
 
-    Tried are ranks by measured errors, ranks by predicted ones, and equal ranks in both metrics.
+    Tried are ranks by measured errors, ranks by predicted ones, and uniform ranks in both metrics.
 
     Args:
         work: a dense model as `opened` shows it.
         config: what is asked.
         budget: of it.
         ways: as predicted.
-        source: in the fisher metric.
+        source: a metric and moments with a held-out part.
         whole: whether whole plans are tried; without, the ranks by measured errors are taken.
     """
     calibration = source.calibration or Calibration(source.metric)
@@ -70,10 +73,6 @@ def best_plan(
     predicted = _predicted(plans[best][0], measured) if plans[best][1] == source.metric else None
     rounded = {name: float(f"{value:.4g}") for name, value in judged.items()}
     return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), rounded)
-
-
-_MEASURED = "measured ranks"
-_MOST_KEPT = 1 << 30  # bytes of decompositions that are kept for several plans
 
 
 def _room(budget: Budget) -> dict[Any, Any] | None:

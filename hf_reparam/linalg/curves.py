@@ -49,16 +49,18 @@ def curve(weight: Tensor, moments: LayerMoments, metric: str, *, centred: bool) 
         return Curve(spectrum(weight, metric_of_all).cpu(), SHRINKAGES[0])
     fitting = moments.fitting()
     many = fitting.tokens >= _MANY * weight.shape[1]
-    best, lowest = Curve(torch.empty(0), SHRINKAGES[0]), math.inf
     second = moments.held.second_moments(metric, device=device, centre=fitting.mean() if centred else None)
+    tried = {}
     for shrinkage in SHRINKAGES[:1] if many else SHRINKAGES:
         coordinates = fitting.metric(metric, centred=centred, device=device, shrinkage=shrinkage)
-        errors = _tails(decompose(weight, metric=coordinates), *second)
-        size = len(errors)
-        score = sum(math.log(max(float(errors[size // part]), _TINY)) for part in (2, 4, 8))
-        if score < lowest:
-            best, lowest = Curve(_steps(errors), shrinkage), score
-    return best
+        tried[shrinkage] = _tails(decompose(weight, metric=coordinates), *second)
+    best = min(tried, key=lambda shrinkage: _score(tried[shrinkage]))
+    return Curve(_steps(tried[best]), best)
+
+
+def _score(errors: Tensor) -> float:
+    """Logarithm of the errors' product at three ranks."""
+    return sum(math.log(max(float(errors[len(errors) // part]), _TINY)) for part in (2, 4, 8))
 
 
 def _tails(found: Decomposition, inputs: Tensor, gradients: Tensor | None) -> Tensor:
