@@ -205,16 +205,23 @@ def test_batches_of_another_head_serve(model, calibration):
 )
 def test_what_was_complete_before_a_layer_is_not_computed_again(base):
     case = zoo.BY_BASE[base]
-    dense = frozen_copy(opened(case.build()).model)
+    model = case.build().double()
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.dim() == 2):
+            weight *= 6  # drawn weights are small, and what they do drowns in rounding
+    dense = frozen_copy(opened(model).model)
     judge = Judge(dense, [(case.batch(), ())] * 2, blocks=True)
-    skipped = 0
+    skipped, seen = 0, 0
     for layer in [module for module in dense.modules() if dense_type(module)]:
         weight = layer._parameters["weight"]
         layer._parameters["weight"] = nn.Parameter(weight * 0.5, requires_grad=False)
-        assert judge(dense, layer) == pytest.approx(judge(dense), rel=1e-5)
+        far = judge(dense)
+        seen += far > 1e-6
+        assert judge(dense, layer) == pytest.approx(far, rel=1e-5)
         layer._parameters["weight"] = weight
         with judge.passes[0].skipped(layer):
             skipped += sum("forward" in vars(block) for block in judge.passes[0].blocks)
+    assert seen > 5
     assert skipped > 0
     assert judge(dense) == 0
     assert not any("forward" in vars(block) for block in dense.modules())
