@@ -24,7 +24,9 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 is `convert(model, keep=..., calibration=data)` as it is, and the row after it with `refit`; "joint attention" is the
 same with `heads=True`, in which heads may become narrower, where the attentions are registered (not Llama's).
 "+ embeddings" is that with `target_params=...`, `embeddings=True` and as many parameters of the *whole* model as the
-other rows may have here. Whisper has the four rows of FEW_EXAMPLES alone; "activation, uniform" is SVD-LLM's formula.
+other rows may have here. `--only llama-50`, `gpt2-50`, `minilm-50` and the like calibrate with so many examples. They
+and Whisper have the rows of FEW_EXAMPLES alone: "not measured" is with `verify=False`, and "activation, uniform" is
+SVD-LLM's formula.
 """
 
 import argparse
@@ -78,6 +80,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 FEW_EXAMPLES: dict[str, dict[str, Any]] = {
     "fisher, global, pivoted": METHODS["fisher, global, pivoted"],
+    "fisher, global, pivoted, not measured": {"verify": False},
     "activation, uniform": {"metric": "activation", "allocation": "uniform", "form": "pair"},
     "fisher, uniform, pivoted": {"allocation": "uniform"},
     "activation, uniform, pivoted": {"metric": "activation", "allocation": "uniform"},
@@ -209,7 +212,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 TASKS = {"llama": tasks.llama, "gpt2": tasks.gpt2, "minilm": tasks.similarity, "sst2": tasks.sentiment}
-WITH_EXAMPLES = {f"whisper-{n}": partial(tasks.whisper, examples=n) for n in (50, 100, 400)}
+WITH_EXAMPLES: dict[str, Callable[..., tasks.Task]] = {
+    **{f"llama-{n}": partial(tasks.llama, examples=n) for n in (50, 200)},
+    **{f"gpt2-{n}": partial(tasks.gpt2, examples=n) for n in (50, 200)},
+    **{f"minilm-{n}": partial(tasks.similarity, examples=n) for n in (50, 200)},
+    **{f"whisper-{n}": partial(tasks.whisper, examples=n) for n in (50, 100, 400)},
+}
 
 
 def main() -> int:
@@ -227,7 +235,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     worse: list[str] = []
-    for name in args.only or known:
+    for name in args.only or TASKS:
         torch.manual_seed(tasks.SEED)
         task = known[name](args.data, args.models)
         methods = args.method or (FEW_EXAMPLES if name in WITH_EXAMPLES else METHODS)

@@ -49,18 +49,21 @@ class Task:
     """More scores, which take long."""
 
 
-def llama(data: Path, models: Path) -> Task:
-    """A character-level Llama on TinyStories: calibrated on the first half of the text, measured on the second."""
+def llama(data: Path, models: Path, examples: int | None = None) -> Task:
+    """A character-level Llama on TinyStories: calibrated on the first half of the text, or on so many chunks of it, and
+    measured on the second."""
     text = (data / "tinystories" / "tinystories.txt").read_text()
     half = len(text) // 2
     parts = text[:half], text[half:]
-    return _language_model("Llama 0.9M", models / "babyllama105", *parts, "character", 256, None, [0.9, 0.8, 0.6, 0.4])
+    keeps, folder = [0.9, 0.8, 0.6, 0.4], models / "babyllama105"
+    return _language_model("Llama 0.9M", folder, *parts, "character", 256, None, keeps, examples)
 
 
-def gpt2(data: Path, models: Path) -> Task:
-    """A small GPT-2 on novels: calibrated on 400 chunks of 128 tokens, measured on other novels."""
+def gpt2(data: Path, models: Path, examples: int | None = None) -> Task:
+    """A small GPT-2 on novels: calibrated on 400 chunks of 128 tokens, or on so many of these, measured on others."""
     parts = [(data / "novels" / f"{name}.txt").read_text() for name in ("calibration", "heldout")]
-    return _language_model("GPT-2 2.2M", models / "gpt2-novels", *parts, "token", 128, 400, [0.8, 0.6, 0.4])
+    keeps, folder = [0.8, 0.6, 0.4], models / "gpt2-novels"
+    return _language_model("GPT-2 2.2M", folder, *parts, "token", 128, 400, keeps, examples)
 
 
 def _language_model(
@@ -72,14 +75,24 @@ def _language_model(
     length: int,
     count: int | None,
     keeps: list[float],
+    examples: int | None,
 ) -> Task:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     encode = lambda text: torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-    batches = [{"input_ids": part} for part in _chunks(encode(calibration), length)[:count].split(16)]
+    chunks = _chunks(encode(calibration), length)[:count]
+    if examples is not None:
+        name = f"{name}, {examples} chunks"
+        chunks = chunks[torch.randperm(len(chunks), generator=torch.Generator().manual_seed(SEED))[:examples]]
+    batches = [{"input_ids": part} for part in chunks.split(_batch_size(len(chunks), 16))]
     test = _chunks(encode(heldout), length)
     dense = _mean_loss(model, test)
     score = lambda small: {"lost": (loss := _mean_loss(small, test)) - dense, "loss": loss}  # noqa: E731
     return Task(name, f"loss above dense, nats per {token}", model, batches, score, keeps)
+
+
+def _batch_size(examples: int, most: int) -> int:
+    """Ten batches or more, so that some can be held out."""
+    return min(most, max(1, examples // 10))
 
 
 def _chunks(ids: torch.Tensor, length: int) -> torch.Tensor:
@@ -94,14 +107,17 @@ def _mean_loss(model: nn.Module, data: torch.Tensor, batch: int = 32) -> float:
     return sum(losses) / len(data)
 
 
-def similarity(data: Path, models: Path) -> Task:
-    """MiniLM sentence embeddings: calibrated on 2,000 random STS-B training sentences, measured on all test pairs."""
+def similarity(data: Path, models: Path, examples: int = 2000) -> Task:
+    """MiniLM sentence embeddings: calibrated on random STS-B training sentences, measured on all test pairs."""
     folder = minilm_folder()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     train, test = ([line.split("\t") for line in _lines(data / "stsb" / f"sts-{s}.csv")] for s in ("train", "test"))
-    texts = random.Random(SEED).sample(sorted({text for row in train for text in row[5:7]}), 2000)
+    texts = random.Random(SEED).sample(sorted({text for row in train for text in row[5:7]}), examples)
     texts = sorted(texts, key=len)  # less padding
-    batches = [dict(tokenizer(texts[i : i + 32], padding=True, return_tensors="pt")) for i in range(0, 2000, 32)]
+    size = _batch_size(examples, 32)
+    batches = [
+        dict(tokenizer(texts[i : i + size], padding=True, return_tensors="pt")) for i in range(0, examples, size)
+    ]
     sentences, gold = [text for row in test for text in row[5:7]], [float(row[4]) for row in test]
     genres = sorted({row[0] for row in test})
     dense = _embeddings(model, tokenizer, sentences)
@@ -114,7 +130,7 @@ def similarity(data: Path, models: Path) -> Task:
         return {"lost": distance.mean().item(), "spearman": float(spearmanr(similar, gold).statistic), **of_genre}
 
     return Task(
-        "MiniLM",
+        "MiniLM" if examples == 2000 else f"MiniLM, {examples} sentences",
         "1 - cosine to the dense embedding",
         model,
         batches,
