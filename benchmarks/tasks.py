@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -27,7 +28,18 @@ from benchmarks.ctranslate2 import whisper_tiny_en
 from benchmarks.demo import minilm_folder
 from benchmarks.speech import RATE, Utterance, edits, samples, utterances
 
-__all__ = ["SEED", "Task", "gpt2", "llama", "sentiment", "sentiment_rows", "similarity", "train_epoch", "whisper"]
+__all__ = [
+    "SEED",
+    "Task",
+    "gpt2",
+    "llama",
+    "sentence_transformer",
+    "sentiment",
+    "sentiment_rows",
+    "similarity",
+    "train_epoch",
+    "whisper",
+]
 
 SEED = 0
 HELD_OUT = 100  # utterances
@@ -36,12 +48,12 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Task:
-    """A dense model, calibration batches, and a function model -> named scores; the first, `lost`, is plotted."""
+    """A dense model, calibration data, and a function model -> named scores; the first, `lost`, is plotted."""
 
     name: str
     lost: str
     model: nn.Module
-    batches: list[dict[str, Any]]
+    batches: list[Any]
     score: Callable[[nn.Module], Scores]
     keeps: list[float]
     exclude: tuple[str, ...] = ()
@@ -111,33 +123,65 @@ def similarity(data: Path, models: Path, examples: int = 2000) -> Task:
     """MiniLM sentence embeddings: calibrated on random STS-B training sentences, measured on all test pairs."""
     folder = minilm_folder()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
-    train, test = ([line.split("\t") for line in _lines(data / "stsb" / f"sts-{s}.csv")] for s in ("train", "test"))
-    texts = random.Random(SEED).sample(sorted({text for row in train for text in row[5:7]}), examples)
-    texts = sorted(texts, key=len)  # less padding
+    texts, test = _stsb(data, examples)
     size = _batch_size(examples, 32)
     batches = [
         dict(tokenizer(texts[i : i + size], padding=True, return_tensors="pt")) for i in range(0, examples, size)
     ]
-    sentences, gold = [text for row in test for text in row[5:7]], [float(row[4]) for row in test]
-    genres = sorted({row[0] for row in test})
-    dense = _embeddings(model, tokenizer, sentences)
-
-    def score(small: nn.Module) -> Scores:
-        found = _embeddings(small, tokenizer, sentences)
-        distance = 1 - (found * dense).sum(-1).view(-1, 2).mean(1)
-        of_genre = {g: distance[[row[0] == g for row in test]].mean().item() for g in genres}
-        similar = (found[::2] * found[1::2]).sum(-1)
-        return {"lost": distance.mean().item(), "spearman": float(spearmanr(similar, gold).statistic), **of_genre}
-
     return Task(
         "MiniLM" if examples == 2000 else f"MiniLM, {examples} sentences",
         "1 - cosine to the dense embedding",
         model,
         batches,
-        score,
+        _similarity_scores(test, lambda small, sentences: _embeddings(small, tokenizer, sentences), model),
         [0.8, 0.6, 0.4, 0.25],
         exclude=("pooler.*",),
     )
+
+
+def sentence_transformer(data: Path, models: Path, examples: int = 2000) -> Task:
+    """The same MiniLM as a SentenceTransformer, on the same sentences and pairs: everything by default, texts in and
+    sentence embeddings out."""
+    model = SentenceTransformer(str(minilm_folder()), device="cpu")
+    texts, test = _stsb(data, examples)
+    return Task(
+        f"SentenceTransformer MiniLM, {examples} sentences",
+        "1 - cosine to the dense embedding",
+        model,
+        texts,
+        _similarity_scores(test, _encoded, model),
+        [0.8, 0.6, 0.4, 0.25],
+    )
+
+
+def _stsb(data: Path, examples: int) -> tuple[list[str], list[list[str]]]:
+    """Training sentences of the STS benchmark, in the order of their lengths (less padding), and rows of the test."""
+    train, test = ([line.split("\t") for line in _lines(data / "stsb" / f"sts-{s}.csv")] for s in ("train", "test"))
+    return sorted(random.Random(SEED).sample(sorted({t for row in train for t in row[5:7]}), examples), key=len), test
+
+
+def _similarity_scores(
+    test: list[list[str]], embed: Callable[[Any, list[str]], torch.Tensor], model: nn.Module
+) -> Callable[[nn.Module], Scores]:
+    """How far embeddings are from the dense model's, altogether and by genre, and their Spearman correlation."""
+    sentences, gold = [text for row in test for text in row[5:7]], [float(row[4]) for row in test]
+    genres = sorted({row[0] for row in test})
+    dense = embed(model, sentences)
+
+    def score(small: nn.Module) -> Scores:
+        found = embed(small, sentences)
+        distance = 1 - (found * dense).sum(-1).view(-1, 2).mean(1)
+        of_genre = {g: distance[[row[0] == g for row in test]].mean().item() for g in genres}
+        similar = (found[::2] * found[1::2]).sum(-1)
+        return {"lost": distance.mean().item(), "spearman": float(spearmanr(similar, gold).statistic), **of_genre}
+
+    return score
+
+
+def _encoded(model: Any, texts: list[str]) -> torch.Tensor:
+    """Sentence embeddings of unit length, (texts, hidden)."""
+    found = model.encode(texts, batch_size=128, convert_to_tensor=True, normalize_embeddings=True)
+    return torch.as_tensor(found)
 
 
 def _lines(path: Path) -> list[str]:
@@ -181,8 +225,8 @@ def train_epoch(model: Any, rows: list[dict[str, Any]], *, seed: int = SEED, los
     model.eval()
 
 
-def sentiment(data: Path, models: Path) -> Task:
-    """MiniLM fine-tuned on SST-2 by the Trainer, one epoch: calibrated on 2,000 training examples with labels."""
+def sentiment(data: Path, models: Path, examples: int = 2000) -> Task:
+    """MiniLM fine-tuned on SST-2 by the Trainer, one epoch: calibrated on training examples with labels."""
     folder = minilm_folder()
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -190,8 +234,9 @@ def sentiment(data: Path, models: Path) -> Task:
     rows = {split: sentiment_rows(data, split) for split in ("train", "test")}
     train_epoch(model, rows["train"])
     pad = lambda part: dict(tokenizer.pad(part, return_tensors="pt"))  # noqa: E731
-    chosen = sorted(random.Random(SEED).sample(rows["train"], 2000), key=lambda row: len(row["input_ids"]))
-    batches = [pad(chosen[i : i + 32]) for i in range(0, 2000, 32)]
+    chosen = sorted(random.Random(SEED).sample(rows["train"], examples), key=lambda row: len(row["input_ids"]))
+    size = _batch_size(examples, 32)
+    batches = [pad(chosen[i : i + size]) for i in range(0, examples, size)]
     rows["test"].sort(key=lambda row: len(row["input_ids"]))
     test = [pad(rows["test"][i : i + 64]) for i in range(0, len(rows["test"]), 64)]
 
@@ -202,7 +247,8 @@ def sentiment(data: Path, models: Path) -> Task:
 
     dense = accuracy(model)
     score = lambda small: {"lost": dense - (found := accuracy(small)), "accuracy": found}  # noqa: E731
-    return Task("SST-2", "accuracy below dense", model, batches, score, [0.5, 0.25], exclude=("*pooler*", "classifier"))
+    name = "SST-2" if examples == 2000 else f"SST-2, {examples} sentences"
+    return Task(name, "accuracy below dense", model, batches, score, [0.5, 0.25], exclude=("*pooler*", "classifier"))
 
 
 def whisper(data: Path, models: Path, examples: int = 100, test_size: int = HELD_OUT) -> Task:
