@@ -70,6 +70,23 @@ def test_some_batches_are_held_out_and_counted(model, calibration):
     torch.testing.assert_close(layer.held.gradient_products, alone.gradient_products, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize(("kind", "shift"), [("BertForMaskedLM", 0), ("GPT2LMHeadModel", 1)])
+def test_positions_without_a_label_do_not_count(kind, shift):
+    torch.manual_seed(0)
+    dense, other = (zoo.BY_BASE[kind].build().eval() for _ in range(2))
+    (batch,) = batches(1)
+    chosen = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(9)) < 0.3
+    mask = torch.ones_like(chosen)
+    mask[:, 7:] = False  # and padding has a label, which does not count either
+    labels = batch["input_ids"].masked_fill(~chosen, -100)
+    judge = Judge(dense, [({**batch, "labels": labels}, (mask,))])
+    asked = torch.roll(chosen, -shift, 1) & mask
+    with torch.no_grad():
+        mine, theirs = (m(**batch).logits[asked].log_softmax(-1) for m in (other, dense))
+    wanted = (theirs.exp() * (theirs - mine)).sum(-1).mean()
+    assert judge(other) == pytest.approx(float(wanted), rel=1e-5)
+
+
 def test_order_decides_nothing(model, calibration):
     other = calibrate(model, batches()[::-1])
     assert sorted(held(other)) == held(calibration)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 
-__all__ = ["Padding", "Part", "rows_of", "splits", "unlabelled"]
+__all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "unlabelled"]
 
 Batch = Mapping[str, Any]
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.inputs import forward_names
-from hf_reparam.calibrate.objective import batch_masks, compared, divergence, examples_in, unit_of
-from hf_reparam.calibrate.padding import rows_of, splits, unlabelled
+from hf_reparam.calibrate.objective import (
+    IGNORED,
+    batch_masks,
+    compared,
+    divergence,
+    examples_in,
+    position_mask,
+    unit_of,
+)
+from hf_reparam.calibrate.padding import decodes, rows_of, splits, unlabelled
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.linalg import HeldOut, fingerprint
 from hf_reparam.model.host import called
@@ -29,7 +37,7 @@ class Judge:
 
     Args:
         dense: a frozen copy of the dense model.
-        batches: with their padding masks.
+        batches: with their padding masks. Positions whose label is -100 do not count.
         blocks: whether to keep what blocks of layers give in the dense model, for `after`.
     """
 
@@ -47,6 +55,7 @@ class Judge:
             one = _Pass(inner if blocks else nn.Module())
             with one.recorded(), torch.no_grad():
                 reference = compared(inner(**taken))
+            masks = _counted(inner, batch, masks, reference) or masks
             self.batches.append((taken, masks))
             self.passes.append(one)
             self.references.append(reference)
@@ -71,6 +80,23 @@ class Judge:
             with one.skipped(after):
                 found += float(divergence(inner(**batch), reference, masks))
         return found / self.count
+
+
+def _counted(
+    model: nn.Module, batch: Mapping[str, Any], masks: tuple[Tensor, ...], outputs: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """The mask of the positions whose predictions are asked for, where each has a label; none otherwise."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or decodes(model):
+        return ()
+    if "last_hidden_state" in outputs or any(value.shape[:-1] != labels.shape for value in outputs.values()):
+        return ()
+    counts = labels != IGNORED
+    if getattr(model, "can_generate", bool)():  # position t predicts label t + 1
+        counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], 1)
+    known = position_mask(next(iter(outputs.values())), masks)
+    counts = counts if known is None else counts.to(known.device) & known
+    return (counts,) if counts.any() else ()
 
 
 class _Pass:
