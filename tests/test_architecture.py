@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -49,8 +50,13 @@ def layer(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,7 +66,7 @@ def imports(path):
 
 def for_types(path):
     """What a file imports for type checkers alone."""
-    blocks = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.If)]
+    blocks = nodes_of(path, ast.If)
     blocks = [node for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING"]
     return {node.module for block in blocks for node in ast.walk(block) if isinstance(node, ast.ImportFrom)}
 
@@ -159,7 +165,7 @@ COMPAT = [path for path in files() if layer(path) == "compat"]
 
 
 def nodes_of(path, kind):
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kind)]
+    return [node for node in nodes(path) if isinstance(node, kind)]
 
 
 def names_in(path):
@@ -217,6 +223,7 @@ def test_no_structure_is_named_outside_of_structures():
                 assert not classes & set(re.findall(r"\w+", line if found else "")), f"{path.name}: {line}"
 
 
+@pytest.mark.slow
 def test_what_loads_a_model_imports_nothing_of_calibration_or_compression():
     code = (
         "import sys; import hf_reparam.model.auto; "
