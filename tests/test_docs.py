@@ -28,17 +28,17 @@ def blocks(language, page="README.md"):
 
 
 @pytest.mark.slow
-def test_python_blocks_run_in_order(tmp_path, shallow):
-    tokenizer = AutoTokenizer.from_pretrained(shallow)
+def test_python_blocks_run_in_order(tmp_path, padded):
+    tokenizer = AutoTokenizer.from_pretrained(padded)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
-    scope = {"BASE": shallow, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 40}
+    scope = {"BASE": padded, "OUT": str(tmp_path / "out"), "DATA": data, "TEXTS": ["so good", "so bad"] * 40}
     scope["TOKENIZER"] = tokenizer
     scope["ACCURACY"] = lambda candidate: 1.0 - candidate.num_parameters() / 1e10
     assert len(blocks("python")) == 7
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
     assert type(scope["dense"]).__name__ == "BertForSequenceClassification"
-    assert {layer.rank for layer in report(scope["by_rank"]).layers} == {32, 96}
+    assert {layer.rank for layer in report(scope["by_rank"]).layers} == {32, 48}
     sizes = [scope[name].num_parameters() for name in ("smaller", "small", "model")]
     assert sizes == sorted(sizes)
     assert 14_400_000 < scope["fits"].num_parameters() <= 14_500_000
@@ -78,9 +78,9 @@ def test_pages_with_code_are_found():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_pages_runs(page, tmp_path, narrow, shallow, monkeypatch):
+def test_the_code_of_pages_runs(page, tmp_path, padded, shallow, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = narrow if page == "docs/how-to/choose-a-size.md" else shallow  # of which it names the last layer
+    base = padded if page == "docs/how-to/choose-a-size.md" else shallow  # of which it names a size
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = [{**tokenizer("so good", padding="max_length", max_length=8), "labels": i % 2} for i in range(8)]
     scope = {"__name__": page, "BASE": base, "OUT": str(tmp_path / "out"), "DATA": data, "TOKENIZER": tokenizer}
@@ -222,9 +222,9 @@ def shown(notebook):
 
 
 @pytest.fixture(scope="module")
-def kernel(shallow, tmp_path_factory):
+def kernel(importable, tmp_path_factory):
     """One for all notebooks: what they import is imported once. A part of the model is the package's."""
-    path = os.pathsep.join([str(Path(shallow).parents[1]), str(ROOT)])
+    path = os.pathsep.join([str(Path(importable).parents[1]), str(ROOT)])
     manager = KernelManager()
     manager.start_kernel(env={**os.environ, "PYTHONPATH": path}, cwd=str(tmp_path_factory.mktemp("notebooks")))
     yield manager

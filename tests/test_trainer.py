@@ -29,17 +29,17 @@ def data(minilm):
 
 
 @pytest.fixture(params=["pair", "pivoted"])
-def classifier(request, minilm):
+def classifier(request, shallow):
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
-    return convert(model, LowRankConfig(rank=128, form=request.param))
+    model = AutoModelForSequenceClassification.from_pretrained(shallow, num_labels=2)
+    return convert(model, LowRankConfig(rank=64, form=request.param))
 
 
 def arguments(folder, **options):
     defaults = {
         "max_steps": 30,
         "per_device_train_batch_size": 10,
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-3,
         "logging_steps": 4,
         "seed": 3,
     }

@@ -165,6 +165,7 @@ def test_resize_token_embeddings(tmp_path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
     import peft
@@ -187,11 +188,11 @@ def test_lora_on_the_factors_and_merge_refuses_wrapped_ones(tmp_path, form):
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_int8_on_top_of_the_factors(shallow, form):
     small = convert(
-        transformers.AutoModel.from_pretrained(shallow).eval(), LowRankConfig(rank=200, form=form, allow_larger=True)
+        transformers.AutoModel.from_pretrained(shallow).eval(), LowRankConfig(rank=100, form=form, allow_larger=True)
     )
     quantizer = torch.ao.quantization
     int8 = quantizer.quantize_dynamic(small, {torch.nn.Linear: quantizer.per_channel_dynamic_qconfig})
     layer = int8.encoder.layer[0].output.dense
     assert type(layer.up).__module__ == type(layer.down).__module__ == "torch.ao.nn.quantized.dynamic.modules.linear"
     batch = load_batch(shallow)
-    assert (embed(small, batch) * embed(int8, batch)).sum(-1).mean() > 0.9  # dense 0.974, pair 0.949, pivoted 0.969
+    assert (embed(small, batch) * embed(int8, batch)).sum(-1).mean() > 0.999  # pair 0.9998, pivoted 0.9997
