@@ -53,8 +53,7 @@ def masks(batched, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(("batch_first", "bias"), [(True, True), (False, False)])
 def test_the_same_function(batch_first, bias, widths, dtype):
     made = attention(batch_first=batch_first, bias=bias, dtype=dtype, **widths)
     parts = SplitMultiheadAttention(made)
