@@ -34,6 +34,7 @@ def expected(model, tokenizer):
     return calibrate(model, [{**b, "labels": labels[8 * i : 8 * i + 8]} for i, b in enumerate(batches)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torch_format", [True, False])
 @pytest.mark.parametrize("padding", [True, False])
 def test_a_dataset_of_examples(model, tokenizer, expected, torch_format, padding):
@@ -44,6 +45,7 @@ def test_a_dataset_of_examples(model, tokenizer, expected, torch_format, padding
     assert_same(calibrate(model, data), expected)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_texts(model, tokenizer, expected):
     data = datasets.Dataset.from_dict({"id": list("abcd" * 12), "text": TEXTS, "label": [i % 3 for i in range(48)]})
     assert_same(calibrate(model, data, tokenizer=tokenizer), expected)
@@ -79,6 +81,7 @@ def dispatched(tmp_path):
     return model
 
 
+@pytest.mark.slow
 def test_a_dispatched_model(dispatched):
     case = zoo.BY_BASE["LlamaForCausalLM"]
     assert_same(calibrate(dispatched, [case.batch()]), calibrate(case.build(), [case.batch()]))

@@ -87,6 +87,7 @@ def test_labels_use_the_models_loss():
     torch.testing.assert_close(layer.gradient_products, (gradient.T @ gradient).double(), **FLOAT32_SUMS)
 
 
+@pytest.mark.slow
 def test_drawn_answers_of_a_multi_label_head_give_the_fisher_information():
     """Averaged over many draws, E g g^T at independent yes-or-no logits is diag(p (1 - p))."""
     model = zoo.BY_BASE["BertForSequenceClassification"].build(problem_type="multi_label_classification")
@@ -99,6 +100,7 @@ def test_drawn_answers_of_a_multi_label_head_give_the_fisher_information():
     torch.testing.assert_close(layer.gradient_products / 4000, torch.diag(p * (1 - p)), atol=0.02, rtol=0)
 
 
+@pytest.mark.slow
 def test_drawn_labels_give_the_fisher_information():
     """Averaged over many draws, E g g^T at the logits of a classifier is diag(p) - p p^T."""
     model = zoo.BY_BASE["BertForSequenceClassification"].build()
@@ -165,6 +167,7 @@ def test_the_model_is_as_it_was(fails):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.slow
 def test_texts_with_a_tokenizer(minilm):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     model = zoo.BY_BASE["BertModel"].build()
@@ -210,6 +213,7 @@ def net_and_data():
     return net, [{"input": torch.randn(20, 8)} for _ in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_memory", "files"), [(None, 1), ("1MB", 1), (8192, 3), ("14KB", 2)])
 def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
     """Layers of 8 x 16, 16 x 16 and 16 x 4 take 5,120, 8,192 and 4,352 bytes, with a held-out part."""
@@ -228,6 +232,7 @@ def test_moments_in_a_folder_group_by_group(tmp_path, max_memory, files):
         assert all(map(torch.equal, small[0].state_dict().values(), other.state_dict().values()))
 
 
+@pytest.mark.slow
 def test_a_group_that_the_loss_does_not_depend_on(tmp_path):
     """The last hidden states know nothing of the pooler, which is in a group of its own."""
     case = zoo.BY_BASE["BertModel"]

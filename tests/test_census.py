@@ -53,6 +53,7 @@ def spoilt_load(monkeypatch, spoil):
     monkeypatch.setattr(trip, "_load", broken)
 
 
+@pytest.mark.slow
 def test_a_weight_that_loads_otherwise_is_seen(monkeypatch):
     def spoil(loaded):
         if hasattr(loaded.model, "base_class"):  # the low-rank model
@@ -65,6 +66,7 @@ def test_a_weight_that_loads_otherwise_is_seen(monkeypatch):
     assert any(why.startswith("load: tensors differ: ") for why in row["why"])
 
 
+@pytest.mark.slow
 def test_outputs_of_equal_tensors_are_compared(monkeypatch):
     def spoil(loaded):
         if hasattr(loaded.model, "base_class"):
@@ -76,6 +78,7 @@ def test_outputs_of_equal_tensors_are_compared(monkeypatch):
     assert "load: outputs differ" in row["why"]
 
 
+@pytest.mark.slow
 def test_a_factor_missing_from_the_file_is_seen(monkeypatch):
     save = transformers.PreTrainedModel.save_pretrained
 
@@ -93,6 +96,7 @@ def test_a_factor_missing_from_the_file_is_seen(monkeypatch):
     assert "query" in row["why"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "seen"),
     [
@@ -118,6 +122,7 @@ def test_a_wrong_merge_is_seen(monkeypatch, spoil, seen):
     assert any(seen in why for why in row["why"]), row["why"]
 
 
+@pytest.mark.slow
 def test_other_names_than_stock_saving_gives_are_seen(monkeypatch):
     merge = hf_reparam.merge
 
@@ -134,6 +139,7 @@ def test_other_names_than_stock_saving_gives_are_seen(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_conversion_that_raises_fails_unless_there_is_nothing_to_convert(monkeypatch):
     def raising(error):
         def convert(*asked, **options):
@@ -146,6 +152,7 @@ def test_a_conversion_that_raises_fails_unless_there_is_nothing_to_convert(monke
     assert raising(hf_reparam.errors.TargetError("no layer"))["ends"] == LEFT_OUT
 
 
+@pytest.mark.slow
 def test_a_class_whose_stock_form_is_lost_in_saving_is_left_out(monkeypatch):
     def spoil(loaded):
         with torch.no_grad():
@@ -157,6 +164,7 @@ def test_a_class_whose_stock_form_is_lost_in_saving_is_left_out(monkeypatch):
     assert "tensors differ" in row["why"]
 
 
+@pytest.mark.slow
 def test_outputs_that_do_not_depend_on_the_layers_count_as_none(monkeypatch):
     monkeypatch.setattr(transformers.BertForMaskedLM, "forward", lambda self, input_ids: input_ids * 1.0)
     row = row_of()

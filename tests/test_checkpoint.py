@@ -84,6 +84,7 @@ def test_half_precision(tmp_path):
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_index_lists_every_tensor(tmp_path, bert):
     hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, max_shard_size="20KB")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -240,6 +241,7 @@ def test_kill_and_go_on(tmp_path, bert):
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_failure_while_saving_is_taken_up_again(tmp_path, bert, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda *args, **kwargs: 1 / 0)
@@ -253,6 +255,7 @@ def test_a_failure_while_saving_is_taken_up_again(tmp_path, bert, monkeypatch):
     assert not (tmp_path / "out" / "rubbish").exists()
 
 
+@pytest.mark.slow
 def test_an_unfit_source_is_refused_before_the_long_work(tmp_path, bert, monkeypatch):
     made = breaking_after(99, monkeypatch)
     shards = sorted(bert.glob("*.safetensors"))
@@ -314,6 +317,7 @@ def test_nothing_to_merge(tmp_path, bert):
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.slow
 def test_older_formats_are_read(tmp_path):
     model = zoo.BY_BASE["BertForMaskedLM"].build()
     model.config.architectures = ["BertForMaskedLM"]

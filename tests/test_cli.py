@@ -99,6 +99,7 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[END]", pad_token=None)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_padding_token(tmp_path):
     zoo.BY_BASE["GPT2LMHeadModel"].build().save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
@@ -137,6 +138,7 @@ def test_inspect_a_dense_folder(dense, capsys):
     assert "output embeddings" in out
 
 
+@pytest.mark.slow
 def test_ranks_by_pattern(tmp_path, dense, capsys):
     assert (
         run("convert", dense, tmp_path / "o", "--rank", "*.query=3", "--rank", "*.key=0.25", "--json", "--quiet") == 0
@@ -145,12 +147,14 @@ def test_ranks_by_pattern(tmp_path, dense, capsys):
     assert {x["name"].rpartition(".")[2]: x["rank"] for x in report["layers"]} == {"query": 3, "key": 8}
 
 
+@pytest.mark.slow
 def test_dtype_is_kept(tmp_path):
     zoo.BY_BASE["BertForMaskedLM"].build().bfloat16().save_pretrained(tmp_path / "dense")
     assert run("convert", tmp_path / "dense", tmp_path / "o", "--rank", 6, "--quiet") == 0
     assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "o").dtype is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_existing_out_is_refused_and_replaced_with_force(tmp_path, dense, capsys):
     out = tmp_path / "o"
     out.mkdir()
@@ -216,6 +220,7 @@ def test_missing_weights_are_an_error(tmp_path, dense, capsys):
     assert "cannot be loaded" in only_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_failure_after_the_long_work_leaves_nothing(tmp_path, dense, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -250,6 +255,7 @@ def test_kill_leaves_no_out(tmp_path, dense):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_hub_id_from_the_cache(tmp_path, dense, monkeypatch, capsys):
     commit = "0" * 40
     repo = tmp_path / "cache" / "models--me--tiny"
@@ -289,6 +295,7 @@ def test_help_names_every_option(capsys, command):
     assert sorted(set(re.findall(r"^  (?:-h, )?--([\w-]+)", text, re.M))) == sorted(OPTIONS[command].split())
 
 
+@pytest.mark.slow
 def test_card_takes_the_licence_of_the_source_and_remote_code_its_file(tmp_path, dense, capsys):
     (Path(dense) / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# Dense, true of it alone\n")
     assert run("convert", dense, tmp_path / "small", "--rank", 6, "--quiet", "--remote-code") == 0

@@ -349,6 +349,7 @@ def test_preprocessors_have_a_mapping_of_their_own(kind):
     assert found, f"transformers.models.auto.{kind}_auto has no _LazyAutoMapping any more"
 
 
+@pytest.mark.slow
 def test_peft_looks_for_targets_by_the_model_type(monkeypatch):
     peft = pytest.importorskip("peft")
     targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

@@ -26,6 +26,7 @@ def unchanged(model, before):
     return state.keys() == before.keys() and all(torch.equal(state[k], before[k]) for k in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
 def test_full_rank_is_dense_and_the_input_is_untouched(case):
     model, batch = case.build(), case.batch()
@@ -90,6 +91,7 @@ def test_inplace():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_config_shared_with_another_model_stays_as_it_was():
     config = zoo.bert()
     one, other = transformers.BertModel(config), transformers.BertModel(config)
@@ -144,6 +146,7 @@ def test_tied_weights_stay_tied(base):
     assert small.config.tie_word_embeddings
 
 
+@pytest.mark.slow
 def test_again_at_a_lower_rank():
     model = zoo.BY_BASE["LlamaForCausalLM"].build()
     once = convert(model, rank=8)

@@ -88,6 +88,7 @@ def test_labels_of_tokens_give_the_models_own_loss(base, shifted):
         torch.testing.assert_close(loss(small(**batch), labels, num_items_in_batch=2 * count), own / 2)
 
 
+@pytest.mark.slow
 def test_regression_multi_label_and_question_answering():
     batch = CASE.batch()
     for options, labels in (

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_reparam
@@ -73,6 +72,7 @@ def stored_tables(model):
     return tables_of(RankPlan.from_dict(model.config.reparam))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["BertModel", "T5EncoderModel", "MarianMTModel", "OPTForCausalLM"], indirect=True)
 def test_it_survives_saving_and_merging(family, tmp_path):
     """What the contract promises, of classes that are not in it."""
@@ -127,6 +127,7 @@ def test_calibration_counts_tokens_and_squares(family):
     assert bool(found.head_gradients.any()) == bool(found.head_inputs.any()) == tied
 
 
+@pytest.mark.slow
 def test_moments_are_stored_and_merged(tmp_path):
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, batch = case.build(), case.batch()
@@ -142,6 +143,7 @@ def test_moments_are_stored_and_merged(tmp_path):
     torch.testing.assert_close(stored.tables["wte"].gradients, moments.tables["wte"].gradients)
 
 
+@pytest.mark.slow
 def test_a_budget_counts_the_whole_model():
     case = zoo.BY_BASE["BertForMaskedLM"]
     model = case.build()
@@ -218,7 +220,10 @@ def test_the_trainer_saves_and_loads_it(tmp_path):
     assert again.lm_head.up.weight is again.transformer.wte.up.weight
 
 
+@pytest.mark.slow
 def test_adapters_leave_the_factors_alone():
+    from peft import LoraConfig, get_peft_model
+
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model = case.build()
     small = convert(model, plan_of("GPT2LMHeadModel", model))
@@ -361,6 +366,7 @@ def test_it_compiles():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_inplace_is_the_same():
     case = zoo.BY_BASE["T5ForConditionalGeneration"]
     model, batch = case.build(), case.batch()

@@ -26,6 +26,7 @@ def test_every_format_has_its_models():
         assert len(json.loads((GOLDEN / f"format-{version}" / "made.json").read_text())["commit"]) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_golden(folder):
     base, form = folder.name.split("-")
@@ -58,6 +59,7 @@ def git(folder, *command):
     subprocess.run(["git", *identity, *command], cwd=folder, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_golden_models_are_made_from_a_clean_tree_and_once(tmp_path):
     git(tmp_path, "init")
     (tmp_path / "file").write_text("a")

@@ -153,6 +153,7 @@ def test_moments_are_no_pickle(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.slow
 def test_code_beside_the_weights_is_not_run(saved, tmp_path):
     (saved / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Evil: ...\n")
     evil = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoModelForMaskedLM": "evil.Evil"}
@@ -205,6 +206,7 @@ def test_far_too_many_layers(saved):
     assert time.perf_counter() - start < 1
 
 
+@pytest.mark.slow
 def test_shapes_are_compared_before_memory_is_taken(saved):
     """A table of 3.2 x 10^12 numbers."""
     change(saved, "config.json", lambda d: d.update(max_position_embeddings=10**11))
@@ -225,6 +227,7 @@ def test_flipped_bits_of_numbers_show_only_in_the_numbers(saved):
     assert all(state[k].numpy().tobytes() == v.numpy().tobytes() for k, v in stored.items() if k in state)
 
 
+@pytest.mark.slow
 def test_tensors_of_another_type(saved):
     shard = sorted(saved.glob("*.safetensors"))[0]
     stored = load_file(shard)

@@ -50,6 +50,7 @@ def test_merge_of_full_rank_is_the_original():
         torch.testing.assert_close(dense.state_dict()[name], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_inplace_and_copy():
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6)
     kind = type(small)

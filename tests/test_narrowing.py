@@ -137,6 +137,7 @@ def numbers(attention, role, width):
     return n_in * n_out + (0 if attention.layer(role).bias is None else n_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     ["BertForMaskedLM", "DistilBertForSequenceClassification", "OPTForCausalLM", "BartForConditionalGeneration"],
@@ -277,6 +278,7 @@ def oblique():
     return model, data, calibrate(model, data)
 
 
+@pytest.mark.slow
 def test_heads_that_use_half_of_their_width_lose_nothing():
     """Narrower heads are the same function, and their moments those that can be collected there."""
     model, data, moments = oblique()
@@ -296,6 +298,7 @@ def test_heads_that_use_half_of_their_width_lose_nothing():
             assert (x - y).norm() <= 1e-2 * y.norm(), (name, key)
 
 
+@pytest.mark.slow
 def test_maps_are_balanced():
     model, _, moments = oblique()
     heads = heads_of_layer(model, moments)
@@ -305,6 +308,7 @@ def test_maps_are_balanced():
             torch.testing.assert_close(left.norm(dim=2), right.norm(dim=2))
 
 
+@pytest.mark.slow
 def test_the_mean_of_keys_does_not_count():
     model, data, _ = oblique()
     found = []
@@ -340,6 +344,7 @@ def test_the_budget_holds(family, keep):
     assert saved >= (1 - keep) * total - biases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", GENERATING)
 def test_generation_reads_a_smaller_cache(base):
     case = zoo.BY_BASE[base]
@@ -373,6 +378,7 @@ def bert():
     return model, data, calibrate(model, data)
 
 
+@pytest.mark.slow
 def test_widths_are_chosen_where_they_are_predicted_to_be_better():
     model, _, moments = bert()
     with torch.no_grad():  # heads of which two directions of eight are used
@@ -396,6 +402,7 @@ def test_widths_are_chosen_where_they_are_predicted_to_be_better():
     assert all(entry.rank < 32 for entry in low)
 
 
+@pytest.mark.slow
 def test_an_excluded_projection_keeps_its_heads():
     model, _, moments = bert()
     config = LowRankConfig(keep=0.3, min_rank=1, exclude_modules="layer.0.attention.self.key", heads=True)
@@ -403,6 +410,7 @@ def test_an_excluded_projection_keeps_its_heads():
     assert set(heads_of(plan)) == {"encoder.layer.1.attention"}
 
 
+@pytest.mark.slow
 def test_a_projection_that_is_used_elsewhere_keeps_its_shape():
     model, _, moments = bert()
     model.elsewhere = model.bert.encoder.layer[0].attention.self.query
@@ -410,6 +418,7 @@ def test_a_projection_that_is_used_elsewhere_keeps_its_shape():
     assert set(heads_of(plan)) == {"encoder.layer.1.attention"}
 
 
+@pytest.mark.slow
 def test_fused_layers_are_excluded_by_their_name():
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, data = case.build(), [case.batch()]
@@ -421,6 +430,7 @@ def test_fused_layers_are_excluded_by_their_name():
     assert not any("mlp" in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_the_model_alone(monkeypatch):
     model, data, moments = bert()
     before, expected = list(model.modules()), logits(model, data[0])
@@ -447,6 +457,7 @@ def test_numbers_that_are_not_finite_are_named():
         convert(model, RankPlan(widths_of(model, 4), "bert", "fisher"), calibration=moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_stays(dtype):
     model = bert()[0].to(dtype)
@@ -455,6 +466,7 @@ def test_the_dtype_stays(dtype):
     assert merge(small).dtype == dtype
 
 
+@pytest.mark.slow
 def test_it_trains():
     model, data, moments = bert()
     small = convert(model, LowRankConfig(keep=0.4, min_rank=1, heads=True), calibration=moments).train()
@@ -510,6 +522,7 @@ def test_streaming_gives_the_same_tensors(tmp_path):
     assert head_rows(separate) == []
 
 
+@pytest.mark.slow
 def test_another_head_loads_the_base(tmp_path):
     model, data, moments = bert()
     small = convert(model, LowRankConfig(keep=0.3, min_rank=1, heads=True), calibration=moments)
@@ -521,6 +534,7 @@ def test_another_head_loads_the_base(tmp_path):
         close(base(**data[0]).last_hidden_state, expected)
 
 
+@pytest.mark.slow
 def test_the_stock_class_refuses(tmp_path):
     """Narrower heads alone, without any factor: the shapes are others."""
     model, _, _ = bert()
@@ -533,6 +547,7 @@ def heads(width):
     return {"form": "heads", "rank": width}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -565,6 +580,7 @@ def test_another_width_in_the_file_is_refused(tmp_path):
         tf.AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_model_drawn_at_random_has_layers_of_the_familys_size():
     model, _, _ = bert()
     config = convert(model, RankPlan(widths_of(model, 4), "bert")).config
@@ -594,6 +610,7 @@ def test_a_class_without_post_init_has_numbers_too():
             assert not a.layer(role).bias.any()
 
 
+@pytest.mark.slow
 def test_a_converted_model_makes_no_plan():
     model, _, moments = bert()
     half = convert(model, RankPlan(widths_of(model, 4), "bert"))

@@ -35,6 +35,7 @@ def tensors(model):
     return model.state_dict().values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_new_layers_stay_in_a_folder(tmp_path, case, form):
@@ -71,6 +72,7 @@ def test_a_plain_module(tmp_path, form):
     assert net[0].weight.shape == (16, 16)
 
 
+@pytest.mark.slow
 def test_layers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     case = zoo.BY_BASE["BertForMaskedLM"]
     first = convert(case.build(), rank=6, workdir=tmp_path)
@@ -83,6 +85,7 @@ def test_layers_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     assert all(0 < layer.error < 1 for layer in same.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_in_place_gives_what_a_copy_gives(form, frozen, temporary):
@@ -126,6 +129,7 @@ def test_failure_leaves_neither_folders_nor_changes(temporary, monkeypatch):
     assert not Path(temporary[0].name).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "BartForConditionalGeneration"])
 def test_calibrating_on_disk_keeps_ties_and_counts(tmp_path, base):
     case = zoo.BY_BASE[base]
@@ -174,6 +178,7 @@ def test_in_place_needs_a_few_layers_more_than_the_model():
     assert peaks["copy"] > 131
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_layers_that_waited_in_a_folder_are_like_others(form):
     model = zoo.BY_BASE["BertForMaskedLM"].build()

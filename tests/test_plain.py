@@ -75,6 +75,7 @@ def attentions(model, kind):
     return [m for m in model.modules() if isinstance(m, kind)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "form", "inplace"),
     [
@@ -273,6 +274,7 @@ def test_folders_that_do_not_fit(stored, act, error, message):
     assert list(map(id, model.modules())) == list(map(id, modules))
 
 
+@pytest.mark.slow
 def test_wrong_arguments(stored, tmp_path):
     small = convert(encoder(), rank=5)
     with pytest.raises(CheckpointError, match="exists"):
@@ -303,6 +305,7 @@ def test_heads_at_full_width_are_the_dense_ones(made):
     torch.testing.assert_close(full(**batch), model(**batch), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "inplace"), [("decoder", True), ("textbook", False), ("textbook, length first", True)], indirect=["made"]
 )

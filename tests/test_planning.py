@@ -62,6 +62,7 @@ def narrow(name, weight, widths):
     return torch.empty(shapes.get(layer, weight.shape)) if attention else weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.8, 0.95])
@@ -104,6 +105,7 @@ def test_more_budget_is_a_smaller_predicted_and_measured_loss(bert):
     assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.slow
 def test_fisher_and_global_beat_what_they_refine(bert):
     model, moments, data = bert
     dense = [model(**b).logits.log_softmax(-1).detach() for b in data]
@@ -181,6 +183,7 @@ def test_target_params_above_the_model_is_nothing_to_do(bert):
     assert not any(isinstance(module, LowRankLinear) for module in small.modules())
 
 
+@pytest.mark.slow
 def test_target_params_as_a_share(bert):
     model, moments, _ = bert
     share = make_plan(model, LowRankConfig(target_params=0.75, min_rank=1), calibration=moments)
@@ -208,6 +211,7 @@ def unplanned(moments):
     return replace(moments, curves={}, probes={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["activation", "fisher"])
 def test_plans_of_one_calibration_judge_a_weight_once(bert, metric, monkeypatch):
     model, moments, _ = bert
@@ -317,6 +321,7 @@ def test_tolerance_that_every_size_holds_gives_the_smallest(bert):
     assert without_record(small.config.reparam) == plans[0].to_dict()
 
 
+@pytest.mark.slow
 def test_tolerance_that_no_size_holds(bert):
     scores = iter([1.0] + [0.0] * 7)
     with pytest.raises(RankError, match="no size has a score of 0.99 or above; the best had 0:"):
@@ -331,6 +336,7 @@ def test_tolerance_that_no_size_holds(bert):
             search_plan(bert[0], lambda m, score=score: score, 0.1)
 
 
+@pytest.mark.slow
 def test_a_search_leaves_the_model_as_it_was(bert):
     model, moments, _ = bert
     modules, before = list(model.modules()), {k: v.clone() for k, v in model.state_dict().items()}
@@ -341,6 +347,7 @@ def test_a_search_leaves_the_model_as_it_was(bert):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
+@pytest.mark.slow
 def test_pivots_need_more_inputs_than_the_rank(bert):
     model = bert[0]
     plan = RankPlan({"encoder.layer.0.attention.self.query": Entry(32, "pivoted")}, "bert")
@@ -367,6 +374,7 @@ def test_default_forms(bert):
         assert {layer["form"] for layer in small.config.reparam["modules"].values()} == {form}
 
 
+@pytest.mark.slow
 def test_calibration_data_may_be_given_directly(bert):
     model, moments, data = bert
     a, b = (
@@ -471,6 +479,7 @@ def test_wrong_options(bert, options, error, message):
         make_plan(bert[0], LowRankConfig(**options), bert[1])
 
 
+@pytest.mark.slow
 def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     model, moments, _ = bert
     plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, heads=True), calibration=moments)

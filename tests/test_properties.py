@@ -120,6 +120,7 @@ def check_names(model, report):
     assert len(modules) == len(names)
 
 
+@pytest.mark.slow
 @examples(150)
 @given(model=plain_models(), rank=ranks(), form=forms, larger=st.booleans())
 def test_any_chain_of_layers(model, rank, form, larger):
@@ -150,6 +151,7 @@ def test_any_chain_of_layers(model, rank, form, larger):
         torch.testing.assert_close(after, before, **close(x.dtype, 1e3))
 
 
+@pytest.mark.slow
 @examples(80)
 @given(
     model=plain_models(),

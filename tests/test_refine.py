@@ -26,6 +26,7 @@ def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_predictions_come_nearer_and_the_rest_stays(dense):
     small = convert(dense, rank=6)
     small.train()
@@ -46,6 +47,7 @@ def test_predictions_come_nearer_and_the_rest_stays(dense):
     assert type(merge(small)) is type(dense)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept(dense, monkeypatch):
     small = convert(dense, rank=6)
     monkeypatch.setattr(module, "_RATES", (3.0,))  # every step makes it worse
@@ -56,6 +58,7 @@ def test_the_best_epoch_is_kept(dense, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(dense, monkeypatch):
     monkeypatch.setattr(module, "_RATES", (3.0, 1e-3, 1e-9))
     assert refine(convert(dense, rank=6), dense, batches(), epochs=1).learning_rate == 1e-3
@@ -78,6 +81,7 @@ def test_an_interruption_leaves_the_best_weights(dense, monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
 
 
+@pytest.mark.slow
 def test_it_is_the_same_twice(dense):
     found = []
     for _ in range(2):

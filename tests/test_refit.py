@@ -38,6 +38,7 @@ def distance(model, dense, batches):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "form"),
     [
@@ -90,6 +91,7 @@ def test_it_says_what_it_did_and_changes_the_model_alone(tmp_path):
     assert hf_reparam.report(type(small).from_pretrained(tmp_path)).refitted_layers == len(report.layers)
 
 
+@pytest.mark.slow
 def test_a_fit_that_does_not_help_is_not_kept(monkeypatch):
     dense, batches = sharp("BertForMaskedLM"), data()
     small = convert(dense, keep=0.5, calibration=batches)
@@ -143,6 +145,7 @@ def test_heads_and_no_head(base):
     assert type(small).__name__ == f"Reparam{base}"
 
 
+@pytest.mark.slow
 def test_shared_layers_keep_their_factors():
     dense = sharp("AlbertForMaskedLM")
     small = convert(dense, rank=4, calibration=data())
@@ -158,6 +161,7 @@ def ranks(model):
     return {name: m.entry for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
 
 
+@pytest.mark.slow
 def test_wrong_arguments():
     dense, batches = sharp("BertForMaskedLM"), data(1)
     with pytest.raises(TargetError, match="1 were given: give at least two"):

@@ -60,6 +60,7 @@ def held(calibration):
     return [i for i, batch in enumerate(batches()) if batch["input_ids"].tolist() in known]
 
 
+@pytest.mark.slow
 def test_some_batches_are_held_out_and_counted(model, calibration):
     numbers = held(calibration)
     assert 0 < len(numbers) == len(calibration.batches) < 6
@@ -87,6 +88,7 @@ def test_positions_without_a_label_do_not_count(kind, shift):
     assert judge(other) == pytest.approx(float(wanted), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_order_decides_nothing(model, calibration):
     other = calibrate(model, batches()[::-1])
     assert sorted(held(other)) == held(calibration)
@@ -118,6 +120,7 @@ def test_the_best_plan_is_taken_and_what_is_said_of_it_is_true(model, calibratio
     assert judged.predicted == pytest.approx(judged.measured[judged.chosen], rel=0.7)
 
 
+@pytest.mark.slow
 def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
     small = convert(model, CONFIG, calibration=calibration)
     judged = make_plan(model, CONFIG, calibration).report.judgement
@@ -133,6 +136,7 @@ def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -160,6 +164,7 @@ def test_verify_false_tries_nothing(model, calibration, monkeypatch):
     assert plan.modules
 
 
+@pytest.mark.slow
 def test_a_search_tries_layers_and_leaves_plans_to_evaluate(model, calibration, monkeypatch):
     judges = []
     monkeypatch.setattr(verify, "Judge", lambda *args, **kw: judges.append(Judge(*args, **kw)) or judges[-1])
@@ -169,6 +174,7 @@ def test_a_search_tries_layers_and_leaves_plans_to_evaluate(model, calibration, 
     assert all(judge.passes[0].blocks for judge in judges)  # of layers alone
 
 
+@pytest.mark.slow
 def test_layers_are_tried_once_for_a_calibration(model, calibration, monkeypatch):
     fresh = replace(calibration, curves={}, probes={})
     first = make_plan(model, CONFIG, fresh)
@@ -179,6 +185,7 @@ def test_layers_are_tried_once_for_a_calibration(model, calibration, monkeypatch
     assert fresh.probes == known
 
 
+@pytest.mark.slow
 def test_stored_calibration_judges_alike(model, calibration, tmp_path):
     calibration.save(tmp_path / "seen.safetensors")
     loaded = Calibration.load(tmp_path / "seen.safetensors")
@@ -199,6 +206,7 @@ def test_two_batches_are_too_few_to_hold_one_out(model):
     assert make_plan(model, CONFIG, few_batches).report.judgement is None
 
 
+@pytest.mark.slow
 def test_batches_of_another_head_serve(model, calibration):
     """Labels that the base model does not take are left out; hidden states are compared where there are no logits."""
     labelled = calibrate(model, [{**batch, "labels": batch["input_ids"]} for batch in batches()])
@@ -209,6 +217,7 @@ def test_batches_of_another_head_serve(model, calibration):
     assert make_plan(other, CONFIG, labelled).report.judgement.unit == "nats per example"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import hf_reparam
@@ -145,8 +144,11 @@ def test_a_folder_streamed_gives_the_same_tensors(case, tmp_path):
     assert report.parameters_after == made(case).report.parameters_after
 
 
+@pytest.mark.slow
 @EVERY
 def test_adapters_train_and_merge(case):
+    from peft import LoraConfig, get_peft_model
+
     small = made(case).small
     linears = [name for name, module in small.named_modules() if type(module) is nn.Linear and "lm_head" not in name]
     targets = linears if case.plain else "all-linear"
@@ -162,6 +164,7 @@ def test_adapters_train_and_merge(case):
     close(case.outputs(merge(merged)), changed, 1e-4)
 
 
+@pytest.mark.slow
 @EXPORTED
 def test_it_is_exported(case):
     small = made(case).small

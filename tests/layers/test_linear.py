@@ -97,6 +97,7 @@ def test_state_dict_holds_the_factors_and_ignores_the_marker(make):
         other.load_state_dict({**state, "weight": torch.ones(8, 12)})
 
 
+@pytest.mark.slow
 def test_compiled_forward_and_weight(make):
     layer, x = make(), torch.randn(3, 12)
     compiled = torch.compile(lambda v: layer(v.to(layer.weight.dtype)), backend="aot_eager", fullgraph=True)

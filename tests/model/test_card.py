@@ -48,6 +48,7 @@ def hub(monkeypatch, tmp_path):
     return cards, commits
 
 
+@pytest.mark.slow
 def test_card_says_what_was_done(dense, hub):
     texts = [CASE.batch()]
     small = convert(dense, LowRankConfig(keep=0.5, min_rank=1, target_modules="*"), calibration=texts)
@@ -74,6 +75,7 @@ def test_card_says_what_was_done(dense, hub):
     assert f"{errors[0]:.3f} to {errors[-1]:.3f}" in text
 
 
+@pytest.mark.slow
 def test_record_survives_saving_refitting_and_a_second_conversion(tmp_path, dense):
     data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
     small = convert(dense, keep=0.6, calibration=data)
@@ -94,6 +96,7 @@ def test_record_survives_saving_refitting_and_a_second_conversion(tmp_path, dens
     assert changed == {name for name in second.errors if name.endswith(".intermediate.dense")}
 
 
+@pytest.mark.slow
 def test_local_paths_stay_private(tmp_path, dense):
     dense.save_pretrained(tmp_path)
     small = convert(type(dense).from_pretrained(tmp_path), rank=4)
@@ -108,6 +111,7 @@ def test_a_folder_that_is_named_like_a_hub_id_is_none(tmp_path, dense, monkeypat
     assert convert(type(dense).from_pretrained("bert"), rank=4).config.reparam["record"]["base_model"] is None
 
 
+@pytest.mark.slow
 def test_a_later_refit_is_remembered(dense):
     data = [{"input_ids": zoo._ids(4, 6, seed=i)} for i in range(5)]
     small = convert(dense, LowRankConfig(rank=4, target_modules="*"))
@@ -158,6 +162,7 @@ def test_push_stops_where_the_card_cannot_be_read(dense, hub, monkeypatch):
     assert hub[1] == []
 
 
+@pytest.mark.slow
 def test_saving_can_push_what_it_has_written(tmp_path, dense, hub):
     _, commits = hub
     small = convert(dense, rank=4)
@@ -170,6 +175,7 @@ def test_saving_can_push_what_it_has_written(tmp_path, dense, hub):
     assert files == {path.name for path in tmp_path.iterdir() if path.is_file()} - {"private.txt"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["GPT2LMHeadModel", "BertForMaskedLM"])
 def test_tied_weights_on_disk_are_counted_once(tmp_path, base):
     dense = zoo.BY_BASE[base].build()

@@ -49,6 +49,7 @@ def test_config_round_trip(tmp_path):
     assert type(changed) is type(config)
 
 
+@pytest.mark.slow
 def test_from_config_builds_the_same_skeleton_with_random_weights():
     small = small_bert()
     model = AutoModelForMaskedLM.from_config(small.config)
@@ -66,6 +67,7 @@ def test_a_derived_config_without_a_plan_is_the_dense_model():
     assert not any(isinstance(m, LowRankLinear) for m in model.modules())
 
 
+@pytest.mark.slow
 def test_submodel_saves_and_loads(tmp_path):
     small = small_bert()
     small.bert.save_pretrained(tmp_path)

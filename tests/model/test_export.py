@@ -42,6 +42,7 @@ def stored(model):
 LAYER = {"BertForSequenceClassification": "encoder.layer.0.output.dense", "GPT2LMHeadModel": "h.0.mlp.c_fc"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("base", BASES)
@@ -117,6 +118,7 @@ def test_lora_trains_saves_reloads_and_merges(tmp_path, form, targets):
     torch.testing.assert_close(zoo.outputs(merge(whole), case.batch())[0], trained, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_lora_by_the_dense_layers_name_says_what_is_wrong():
     import peft
 

@@ -48,6 +48,7 @@ def test_it_compiles(base):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_fused_layer_is_three_and_one_again():
     small, batch = halved("GPT2LMHeadModel")
     fused = small.transformer.h[0].attn.c_attn
@@ -59,6 +60,7 @@ def test_a_fused_layer_is_three_and_one_again():
     torch.testing.assert_close(logits(dense, batch), logits(small, batch), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_beams_read_the_smaller_cache():
     small, batch = halved("T5ForConditionalGeneration")
     inputs = {"input_ids": batch["input_ids"]}
@@ -84,6 +86,7 @@ def test_cross_attention_of_bert_is_narrowed():
     torch.testing.assert_close(logits(full, batch), logits(model, batch), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_report_says_how_wide():
     small, _ = halved("BertForMaskedLM")
     rows = [row for row in hf_reparam.report(small).layers if row.form == "heads"]

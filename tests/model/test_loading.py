@@ -84,6 +84,7 @@ def test_stock_class_fails_loudly(saved_cases, form, case):
         getattr(transformers, case.base).from_pretrained(saved_cases / form / case.id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved", "stock"),
     [
@@ -125,6 +126,7 @@ def test_head_to_headless_and_back(tmp_path, head, base, form):
     assert all(torch.equal(again.base_model.state_dict()[k], expected[k]) for k in shared)
 
 
+@pytest.mark.slow
 def test_half_of_a_base_model_leaves_the_other_half_new_as_dense(tmp_path):
     case = zoo.BY_BASE["T5ForConditionalGeneration"]
     convert(case.build(), rank=RANK).save_pretrained(tmp_path / "all")
@@ -246,6 +248,7 @@ def test_an_order_that_is_no_permutation_is_an_error(saved_pivoted, value):
         transformers.AutoModelForMaskedLM.from_pretrained(saved_pivoted)
 
 
+@pytest.mark.slow
 def test_factors_that_the_plan_does_not_name_are_an_error(saved):
     config = json.loads((saved / "config.json").read_text())
     del config["reparam"]["modules"]["encoder.layer.1.output.dense"]
@@ -254,6 +257,7 @@ def test_factors_that_the_plan_does_not_name_are_an_error(saved):
         transformers.AutoModelForMaskedLM.from_pretrained(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cls.predictions.transform.dens", "cls2.predictions.transform.dense"])
 def test_a_misspelt_layer_of_the_head_is_an_error(saved, name):
     config = json.loads((saved / "config.json").read_text())
@@ -264,6 +268,7 @@ def test_a_misspelt_layer_of_the_head_is_an_error(saved, name):
         transformers.AutoModelForMaskedLM.from_pretrained(saved)
 
 
+@pytest.mark.slow
 def test_another_head_under_the_same_name(saved):
     """Both are `cls`, and only one has a layer to factor."""
     model = transformers.AutoModelForNextSentencePrediction.from_pretrained(saved)
@@ -274,6 +279,7 @@ def test_another_head_under_the_same_name(saved):
     assert "cls.predictions.transform.dense" not in again.config.reparam["modules"]  # its numbers are not in the file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
 def test_init_weights_leaves_weights_alone(base, form):
@@ -285,6 +291,7 @@ def test_init_weights_leaves_weights_alone(base, form):
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "T5ForConditionalGeneration", "GPT2LMHeadModel"])
 def test_a_model_drawn_at_random(base, form):
@@ -304,6 +311,7 @@ def test_a_model_drawn_at_random(base, form):
     assert all(bool(torch.isfinite(t).all()) for t in zoo.outputs(empty.eval(), case.batch()))
 
 
+@pytest.mark.slow
 def test_mis_shaped_factor_is_an_error(saved):
     rewrite(saved, lambda tensors: tensors.update({f"{LAYER}.up.weight": torch.zeros(32, 5)}))
     message = rf"1 tensors .*{LAYER}.up.weight: \(32, 5\) in the file, \(32, 6\) in the model.*ignore_mismatched_sizes"
@@ -322,6 +330,7 @@ def test_unexpected_and_missing_keys_are_reported_by_transformers(saved):
     assert info["missing_keys"] == {"bert.embeddings.LayerNorm.weight"}
 
 
+@pytest.mark.slow
 def test_saving_a_given_state_dict(tmp_path):
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=RANK)
     state = {key: torch.zeros_like(value) for key, value in small.state_dict().items()}

@@ -148,6 +148,7 @@ def defined(statement):
     return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
 
 
+@pytest.mark.slow
 def test_no_name_of_one_module_hides_that_of_another(tmp_path):
     """The file is put together of modules that each have names of their own, and import others under theirs."""
     small = convert(zoo.BY_BASE["BertModel"].build(), LowRankConfig(rank=6, target_modules="query"))
@@ -165,6 +166,7 @@ def test_no_name_of_one_module_hides_that_of_another(tmp_path):
     assert {name: found for name, found in owners.items() if len(found) > 1} == {}
 
 
+@pytest.mark.slow
 def test_every_name_in_the_file_is_defined(tmp_path):
     small = convert(zoo.BY_BASE["BertModel"].build(), LowRankConfig(rank=6, target_modules="query"))
     small.save_pretrained(tmp_path, remote_code=True)
@@ -177,6 +179,7 @@ def test_every_name_in_the_file_is_defined(tmp_path):
     assert used - known - set(dir(builtins)) - {"__class__", "__file__", "__name__"} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", [None, True])
 def test_the_installed_package_is_preferred(tmp_path, trust):
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6)
@@ -195,6 +198,7 @@ def test_the_file_gives_the_installed_packages_classes(tmp_path):
     assert "'hf_reparam.ReparamBertModel'" in launch("-c", code, tmp_path, processes=1)
 
 
+@pytest.mark.slow
 def test_auto_map_goes_with_the_file(tmp_path):
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6)
     small.save_pretrained(tmp_path, remote_code=True)

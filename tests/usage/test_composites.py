@@ -151,6 +151,7 @@ def test_what_is_set_on_a_part_has_an_effect_and_is_saved(name, tmp_path):
     assert seen[0][2] == 120
 
 
+@pytest.mark.slow
 def test_a_configuration_of_another_model_stays():
     model = made("clip")
     other = tf.CLIPTextModel(model.config.text_config)
@@ -163,6 +164,7 @@ def test_a_configuration_of_another_model_stays():
     assert model.config.text_config is not text
 
 
+@pytest.mark.slow
 def test_parts_of_a_merged_model_have_stock_configurations(tmp_path):
     """T5 gives its stacks copies of the configuration: those of a loaded model have its plan."""
     convert(zoo.BY_BASE["T5ForConditionalGeneration"].build(), rank=4).save_pretrained(tmp_path)
@@ -187,6 +189,7 @@ PUT_BACK = [name for name in COMPOSITES if name != "musicgen"]
 put_back = pytest.mark.parametrize("name", PUT_BACK)
 
 
+@pytest.mark.slow
 @put_back
 def test_a_part_that_was_put_back_is_never_lost_silently(name, tmp_path):
     model = with_low_rank_part(name)
@@ -199,6 +202,7 @@ def test_a_part_that_was_put_back_is_never_lost_silently(name, tmp_path):
         assert equal(again, model, COMPOSITES[name].batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder-decoder", "vision-encoder-decoder"])
 def test_encoder_decoders_keep_a_converted_part(name, tmp_path):
     """Their own classes put parts of any type together."""
@@ -210,6 +214,7 @@ def test_encoder_decoders_keep_a_converted_part(name, tmp_path):
     assert equal(type(model).from_pretrained(tmp_path), whole, COMPOSITES[name].batch)
 
 
+@pytest.mark.slow
 @put_back
 def test_merging_the_whole_with_a_low_rank_part(name, tmp_path):
     model = with_low_rank_part(name)
@@ -335,6 +340,7 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
     assert state(small) == before
 
 
+@pytest.mark.slow
 def test_low_rank_embeddings_that_the_whole_cannot_store(tmp_path):
     """A table that is neither the whole's input nor its output has no place in the whole's plan."""
     decoder = tf.GPT2LMHeadModel(zoo.gpt2(add_cross_attention=True, tie_word_embeddings=False))

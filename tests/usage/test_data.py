@@ -251,6 +251,7 @@ def test_chats(gpt2):
         calibrate(gpt2, chats, tokenizer=make_tokenizer())
 
 
+@pytest.mark.slow
 def test_labels_by_every_name_in_rows_and_batches(classifier):
     ids, labels = zoo._ids(4), torch.tensor([0, 2, 1, 1])
     expected = calibrate(classifier, [{"input_ids": ids, "labels": labels}])
@@ -358,6 +359,7 @@ def test_labels_that_are_texts_are_refused(classifier, tokenizer, key):
             calibrate(classifier, data, tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["GPT2LMHeadModel", "BertForMaskedLM"])
 def test_a_language_model_does_not_take_the_class_of_a_text_for_tokens(tokenizer, base):
     model, rows = zoo.BY_BASE[base].build(), [{"text": "so good", "label": 1}, {"text": "very bad", "label": 0}]
@@ -438,6 +440,7 @@ def test_a_padding_mask_that_the_model_does_not_take_still_tells_padding():
 # Empty texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [True, False])
 def test_empty_texts_are_passed_over(gpt2, special):
     made = make_tokenizer(special=special)
@@ -481,6 +484,7 @@ def test_long_texts_fill_several_rows(bert, made):
     assert sorted(words(rows)) == sorted(LONG.split())
 
 
+@pytest.mark.slow
 def test_the_default_is_what_the_model_can_take(tokenizer):
     """64 positions here, 512 tokens at most, and what the tokenizer says."""
     for base in ("BertModel", "GPT2LMHeadModel", "OPTForCausalLM", "LlamaForCausalLM"):
@@ -495,6 +499,7 @@ def test_the_default_is_what_the_model_can_take(tokenizer):
     assert max(len(row.split()) for row in seen(t5, [LONG * 5], tokenizer)) == 512
 
 
+@pytest.mark.slow
 def test_tables_of_positions_that_start_late(tokenizer):
     """RoBERTa's positions begin behind the padding token's id, 1: two of 64 are no positions of tokens."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -551,6 +556,7 @@ def endless():
         yield "so good"
 
 
+@pytest.mark.slow
 def test_max_samples_counts_texts_rows_and_rows_of_batches(gpt2, tokenizer):
     name = "h.0.mlp.c_fc"
     ids = zoo._ids(6, 4)
@@ -573,6 +579,7 @@ def test_max_samples_counts_texts_rows_and_rows_of_batches(gpt2, tokenizer):
             calibrate(gpt2, texts, tokenizer=tokenizer, max_samples=wrong)
 
 
+@pytest.mark.slow
 def test_refit_reads_as_many_samples_as_it_may(gpt2, tokenizer):
     moments = calibrate(gpt2, endless(), tokenizer=tokenizer, max_samples=70)
     one, other = (convert(gpt2, rank=4, calibration=moments) for _ in range(2))
@@ -688,6 +695,7 @@ def folder(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_lengths_and_samples_on_the_command_line(folder, tmp_path):
     options = ["--rank", "4", "--calibration", str(folder / "texts.txt"), "--quiet"]
     for name, more, tokens in (

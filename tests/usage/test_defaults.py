@@ -74,6 +74,7 @@ MODELS = [(zoo.BY_BASE[base].build, names) for base, names in HEADS.items()] + [
 IDS = [*HEADS, "switch", "clip", "encoder-decoder", "wrapped"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "optional"), MODELS, ids=IDS)
 def test_heads_poolers_and_routers_stay_dense(make, optional):
     model = make()
@@ -90,6 +91,7 @@ def test_heads_poolers_and_routers_stay_dense(make, optional):
     assert not {layer_name(model, name) for name in optional} & set(planned.modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"rank": 6}, {"rank": {"*": 6}}, {"keep": 0.5}, {"keep": 0.5, "calibrated": True}])
 @pytest.mark.parametrize("base", ["BertForSequenceClassification", "BertForMaskedLM", "ViTForImageClassification"])
 def test_every_way_to_ask_for_a_size_agrees(base, options):
@@ -104,6 +106,7 @@ def test_every_way_to_ask_for_a_size_agrees(base, options):
     assert {row.name for row in plan.report.layers} == low_rank(small)
 
 
+@pytest.mark.slow
 def test_target_modules_bring_them_in(tmp_path):
     case = zoo.BY_BASE["BertForSequenceClassification"]
     model = tf.BertForSequenceClassification(zoo.bert(num_labels=24)).eval()
@@ -121,6 +124,7 @@ def test_target_modules_bring_them_in(tmp_path):
     assert low_rank(convert(loaded, rank=4)) == low_rank(convert(model, rank=4)) | {"bert.pooler.dense", "classifier"}
 
 
+@pytest.mark.slow
 def test_a_rank_or_a_plan_that_names_one_brings_it_in():
     model = tf.BertForSequenceClassification(zoo.bert(num_labels=24)).eval()
     assert low_rank(convert(model, rank={"classifier": 4})) == {"classifier"}
@@ -186,6 +190,7 @@ def test_min_rank_is_an_int_of_at_least_one(wrong):
         make_plan(nn.Sequential(nn.Linear(64, 64)), LowRankConfig(keep=0.5, min_rank=wrong))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"keep": 1.0}, {"target_params": 10**9}])
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
 def test_a_loop_over_sizes_may_start_at_all(tmp_path, base, options):

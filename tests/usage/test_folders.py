@@ -103,6 +103,7 @@ def test_another_model_of_the_same_shapes_in_a_broken_run(tmp_path, monkeypatch)
     assert sorted(p.name for p in (tmp_path / "pair").iterdir()) == ["0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", zoo.FORMS)
 def test_a_broken_run_goes_on_and_gives_what_a_whole_one_gives(tmp_path, monkeypatch, form):
     config, calibration = LowRankConfig(rank=6, form=form), calibrate(CASE.build(), [CASE.batch()])
@@ -142,6 +143,7 @@ def test_merging_into_the_folder_that_the_layers_are_in(tmp_path):
         merge(small, workdir=tmp_path)
 
 
+@pytest.mark.slow
 def test_narrower_heads_of_another_model_are_refused(tmp_path):
     plan = RankPlan({"encoder.layer.0.attention": Entry(4, "heads")}, "bert")
     model = CASE.build()
@@ -306,6 +308,7 @@ def test_moments_with_the_same_means_are_other_moments(how):
     assert one.fingerprint() == moments_of(net()).fingerprint()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_two_conversions_at_once(tmp_path, dense, stream):
     out, lock = tmp_path / "out", tmp_path / ".out.lock"
@@ -344,6 +347,7 @@ def test_out_inside_the_source_is_refused(tmp_path, dense):
     assert sorted(p.name for p in dense.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.slow
 def test_source_and_out_as_text_or_path(tmp_path, dense):
     reports = [
         hf_reparam.convert_folder(kind(dense), other(tmp_path / f"{kind.__name__}-{other.__name__}"), rank=6)
@@ -354,6 +358,7 @@ def test_source_and_out_as_text_or_path(tmp_path, dense):
     assert inspect_folder(str(dense)) == inspect_folder(Path(dense))
 
 
+@pytest.mark.slow
 def test_target_modules_as_a_generator(tmp_path, dense):
     report = hf_reparam.convert_folder(
         dense, tmp_path / "out", LowRankConfig(rank=6, target_modules=(p for p in ["*.query", "*.key"]))
@@ -403,6 +408,7 @@ def test_tensors_that_the_class_does_not_load_are_named(tmp_path, build, binary,
     assert not hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged").dropped
 
 
+@pytest.mark.slow
 def test_the_command_line_names_them_too(tmp_path, capsys):
     extra = {"cls.seq_relationship.weight": torch.ones(2, 32), "cls.seq_relationship.bias": torch.ones(2)}
     with_extra(CASE.build(), tmp_path / "dense", {**extra, "vision.0.weight": torch.ones(2)})
@@ -411,6 +417,7 @@ def test_the_command_line_names_them_too(tmp_path, capsys):
     assert "3 tensors of the source are not in the result: cls.seq_relationship.*, vision.0.weight" in printed
 
 
+@pytest.mark.slow
 def test_old_buffers_are_no_loss(tmp_path):
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
     with_extra(model, tmp_path / "dense", {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)})
@@ -444,6 +451,7 @@ NOT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_lies_beside_the_weights_arrives(tmp_path, dense, stream):
     for name in BESIDE + NOT:
@@ -458,6 +466,7 @@ def test_what_lies_beside_the_weights_arrives(tmp_path, dense, stream):
         assert files - {"README.md"} == {"config.json", "model.safetensors", *BESIDE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_sentence_transformer_with_its_model_in_a_subfolder(tmp_path, stream):
     source, out = tmp_path / "st", tmp_path / "out"
@@ -497,6 +506,7 @@ def test_a_list_that_leads_out_of_the_folder_is_not_followed(tmp_path, path):
     assert model_place(tmp_path / "st") == tmp_path / "st"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{}", "[1, 2]", "no json", '{"weight_map": "x"}'])
 def test_an_index_of_something_else(tmp_path, dense, content):
     (dense / "corpus.index.json").write_text(content)
@@ -529,6 +539,7 @@ def test_a_merged_folder_names_no_code_of_the_low_rank_one(tmp_path, dense, stre
     assert type(model) is transformers.BertForMaskedLM
 
 
+@pytest.mark.slow
 def test_code_for_models_that_came_with_the_source_is_not_named_for_a_low_rank_one(tmp_path, dense):
     config = json.loads((dense / "config.json").read_text())
     mine = {"AutoModelForMaskedLM": "modeling_mine.Mine", "AutoTokenizer": ["tokenization_mine.Mine", None]}
@@ -552,6 +563,7 @@ def broken_pipe():
         yield stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [["inspect", "{dense}"], ["convert", "{dense}", "{out}", "--rank", "6"]])
 def test_a_reader_that_has_gone(tmp_path, dense, monkeypatch, capfd, broken_pipe, args):
     monkeypatch.setattr(sys, "stdout", broken_pipe)
@@ -561,6 +573,7 @@ def test_a_reader_that_has_gone(tmp_path, dense, monkeypatch, capfd, broken_pipe
     assert (tmp_path / "out").exists() == (args[0] == "convert")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
 def test_a_reader_of_the_progress_bars_that_has_gone(tmp_path, dense, monkeypatch, broken_pipe, stream):
     monkeypatch.setattr(sys, "stderr", broken_pipe)

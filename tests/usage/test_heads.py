@@ -99,6 +99,7 @@ def clip():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "head", "path"),
     [
@@ -181,6 +182,7 @@ def projected(kind):
     return tf.CLIPTextModelWithProjection(tf.CLIPTextConfig(**TOWER, **more, projection_dim=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [

@@ -169,6 +169,7 @@ def test_subclasses_that_compute_what_a_linear_does(kind):
     torch.testing.assert_close(back(x), dense(x), **CLOSE)
 
 
+@pytest.mark.slow
 def test_falcon(tmp_path):
     config = tf.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     dense, batch = tf.FalconForCausalLM(config).eval(), {"input_ids": zoo._ids()}
@@ -324,6 +325,7 @@ def test_lazy_and_empty_layers_are_left_alone():
     assert {item.name: item.reason for item in report.skipped}["1"] == "its weight holds no numbers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{"rank": 8}, {"keep": 0.6}])
 def test_a_bias_that_is_not_finite_is_refused(number, options):

@@ -79,6 +79,7 @@ def test_a_tower_is_loaded_from_a_folder_of_the_whole(tmp_path, family, part, wh
     assert set(tower.config.reparam["modules"]) == set(low_rank(tower))  # names as they are here
 
 
+@pytest.mark.slow
 def test_a_tower_with_its_projection_is_loaded_from_a_folder_of_the_whole(tmp_path):
     small = convert(composite("CLIP"), LowRankConfig(rank=6, target_modules="*"))
     small.save_pretrained(tmp_path)
@@ -90,6 +91,7 @@ def test_a_tower_with_its_projection_is_loaded_from_a_folder_of_the_whole(tmp_pa
         torch.testing.assert_close(tower(**PIXELS).image_embeds, getattr(expected, "pooler_output", expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "part"),
     [
@@ -109,6 +111,7 @@ def test_a_part_that_the_stock_class_would_draw_at_random_is_an_error(tmp_path, 
         getattr(hf_reparam, f"Reparam{part}").from_pretrained(tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_a_language_model_inside_loads_as_the_base_of_its_head(tmp_path):
     small = convert(llava(), rank=6)
     small.save_pretrained(tmp_path)
@@ -271,6 +274,7 @@ def test_state_dicts_of_the_whole_and_of_merged_parts_have_no_markers():
 # plans of what a class has
 
 
+@pytest.mark.slow
 def test_a_pooler_that_was_not_saved_is_new_and_dense(tmp_path):
     convert(zoo.BY_BASE["BertModel"].build(), LowRankConfig(rank=6, target_modules="*")).save_pretrained(tmp_path / "1")
     tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
@@ -286,6 +290,7 @@ class OwnBert(tf.BertModel):
     """A class of the user on a stock configuration."""
 
 
+@pytest.mark.slow
 def test_a_class_of_ones_own_pickles_copies_and_merges(tmp_path):
     torch.manual_seed(0)
     small = convert(OwnBert(zoo.bert()).eval(), rank=6)
@@ -378,6 +383,7 @@ def test_code_of_a_repository_that_was_registered_loads_and_merges(tmp_path):
         assert (tmp_path / "merged" / f"{reference.partition('.')[0]}.py").exists()
 
 
+@pytest.mark.slow
 def test_a_merged_folder_does_not_name_the_file_of_remote_code(tmp_path):
     small = convert(zoo.BY_BASE["BertModel"].build(), rank=6)
     small.save_pretrained(tmp_path / "small", remote_code=True)
@@ -402,6 +408,7 @@ def test_a_plain_module_with_embeddings_of_low_rank_inside_is_refused_when_it_is
 # PEFT without targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["BertForMaskedLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
 def test_a_lora_config_without_targets_adapts_the_factors(base):
     import peft
@@ -415,6 +422,7 @@ def test_a_lora_config_without_targets_adapts_the_factors(base):
     torch.testing.assert_close(zoo.outputs(adapted.merge_and_unload(), case.batch())[0], before)
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_beside_tied_parts_leaves_them_tied(tmp_path):
     """LUKE declares its decoder of entities tied, and its decoder of words not."""
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

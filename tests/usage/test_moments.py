@@ -84,6 +84,7 @@ def test_moments_of_another_model_on_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_head_without_data_is_told_in_report_and_card():
     """Calibration of the headless model serve every head; the head has none."""
     model = zoo.BY_BASE["BertForMaskedLM"].build()
@@ -108,6 +109,7 @@ def test_a_layer_without_a_gradient_is_told():
     assert json.loads(small.config.to_json_string())["reparam"]["record"]["metrics"] == {"pooler.dense": "activation"}
 
 
+@pytest.mark.slow
 def test_a_card_after_loading_says_the_same(tmp_path):
     small = convert(BERT.build(), LowRankConfig(rank=4, target_modules="*"), calibration=[BERT.batch()])
     small.save_pretrained(tmp_path)
@@ -162,6 +164,7 @@ def rows(count=4, **more):
     return [{"input_ids": zoo._ids(16, 9, seed=i), **more} for i in range(count)]
 
 
+@pytest.mark.slow
 def test_refitting_unlabelled_rows():
     dense = sharp("BertForSequenceClassification")
     small = convert(dense, rank=4)
@@ -169,12 +172,14 @@ def test_refitting_unlabelled_rows():
     assert labelled == refit(convert(dense, rank=4), dense, rows())
 
 
+@pytest.mark.slow
 def test_refitting_batches_that_begin_with_no_tensor():
     dense = sharp()
     data = [{"return_dict": True, **batch} for batch in rows()]
     assert refit(convert(dense, rank=4), dense, data) == refit(convert(dense, rank=4), dense, rows())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_refitting_that_is_interrupted(monkeypatch, error):
     dense = sharp()

@@ -77,6 +77,7 @@ def test_a_causal_loss_is_the_sum_over_the_labels_that_count():
     assert_same(calibrate(model, examples), calibrate(model, examples, loss_fn=by_hand))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
 def test_numbers_and_yes_or_no_answers(problem):
     model = zoo.BY_BASE["BertForSequenceClassification"].build(problem_type=problem).double()
@@ -180,6 +181,7 @@ def test_the_loss_that_a_model_gives():
     torch.testing.assert_close(asked.gradient_products, ours.layers["text_projection"].gradient_products)
 
 
+@pytest.mark.slow
 def test_a_loss_function_of_ones_own():
     model, batch = clip()
     called, outputs = [], []
@@ -199,6 +201,7 @@ def test_a_loss_function_of_ones_own():
     assert not all(map(torch.equal, small.state_dict().values(), usual.state_dict().values()))
 
 
+@pytest.mark.slow
 def test_a_distance_of_ones_own():
     model, batch = clip()
     small = convert(model, rank=4)
@@ -284,6 +287,7 @@ def test_what_checkpointing_computes_again_counts_once(reentrant):
     assert_same(calibrate(net, [{"x": x}], loss_fn=squares), plain)
 
 
+@pytest.mark.slow
 def test_inside_inference_mode():
     case = zoo.BY_BASE["BertForMaskedLM"]
     model, batch = case.build(), case.batch()

@@ -99,6 +99,7 @@ def test_speech_with_transcripts():
     assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
+@pytest.mark.slow
 def test_speech_to_text():
     shape = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "conv_channels": 16}
@@ -133,6 +134,7 @@ def test_decoders_without_input_ids(lengths):
     assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
+@pytest.mark.slow
 def test_images_with_captions():
     encoder, decoder = tf.ViTConfig(image_size=16, patch_size=8, **SMALL), tf.BertConfig(vocab_size=99, **SMALL)
     config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
@@ -144,6 +146,7 @@ def test_images_with_captions():
     assert_same(calibrate(model, [padded(examples, labels=-100)]), calibrate(model, examples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [((9, 6), (4, 7)), ((9, 6), (7, 9))])  # also as long as each other
 @pytest.mark.parametrize("embedded", [True, False])
 def test_texts_and_labels_of_an_encoder_decoder(embedded, lengths):
@@ -207,6 +210,7 @@ def test_windows_are_filled_by_no_token():
     assert found.layers["classifier"].tokens == 15
 
 
+@pytest.mark.slow
 def test_experts_get_no_padding():
     config = tf.SwitchTransformersConfig(
         vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, num_experts=3, expert_capacity=64
@@ -236,6 +240,7 @@ def test_masks_of_pairs_of_positions(additive):
     assert_same(calibrate(model, [{**batch, "attention_mask": square}]), calibrate(model, examples))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(5, 3, 4), (8, 5, 3)])
 def test_an_image_tower_is_not_masked_where_lengths_agree_by_chance(lengths):
     """Images have five positions, as many as the longest of these texts."""

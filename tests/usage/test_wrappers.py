@@ -161,6 +161,7 @@ def test_calibration_through_a_wrapper(name, joint):
     assert direct.config.reparam["record"]["errors"].keys() >= direct.config.reparam["modules"].keys()
 
 
+@pytest.mark.slow
 def test_calibration_of_a_wrapper_that_is_called_itself():
     model = ValueHead(bert())
     small = convert(model, keep=0.5, calibration=batches())
@@ -171,6 +172,7 @@ def test_calibration_of_a_wrapper_that_is_called_itself():
     assert model not in seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLED)
 def test_refit_through_a_wrapper(name):
     wrap, inner = WRAPPERS[name]
@@ -182,6 +184,7 @@ def test_refit_through_a_wrapper(name):
     assert inner(small).config.reparam["record"]["refitted_layers"] == len(report.layers)
 
 
+@pytest.mark.slow
 @wrappers
 def test_summaries_and_protected_layers(name):
     wrap, inner = WRAPPERS[name]
@@ -198,6 +201,7 @@ def test_summaries_and_protected_layers(name):
     assert hf_reparam.report(wrap(calibrated)).metric == "fisher"
 
 
+@pytest.mark.slow
 def test_two_models_have_plans_of_their_own(tmp_path):
     pair = nn.ModuleDict({"query": bert(), "image": zoo.BY_BASE["ViTForImageClassification"].build()})
     small = convert(pair, LowRankConfig(rank=4, target_modules="query.*"))
@@ -214,6 +218,7 @@ def test_two_models_have_plans_of_their_own(tmp_path):
         calibrate(pair, batches())
 
 
+@pytest.mark.slow
 def test_embeddings_in_a_wrapper(tmp_path):
     model = nn.Sequential(bert("BertForMaskedLM"))
     small = convert(model, LowRankConfig(keep=0.5, embeddings=True, allocation="uniform"), calibration=batches())
@@ -223,6 +228,7 @@ def test_embeddings_in_a_wrapper(tmp_path):
     assert near(merge(small)[0], small[0])
 
 
+@pytest.mark.slow
 def test_saving_the_wrapper_itself(tmp_path):
     small = convert(ValueHead(bert()), rank=4)
     hf_reparam.save(small, tmp_path / "all")
@@ -232,6 +238,7 @@ def test_saving_the_wrapper_itself(tmp_path):
     assert equal(tf.AutoModel.from_pretrained(tmp_path / "inner"), small.pretrained_model)
 
 
+@pytest.mark.slow
 def test_attentions_of_torch_inside_a_model_stay_whole(tmp_path):
     """The class of the model builds them so again."""
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -245,6 +252,7 @@ def test_attentions_of_torch_inside_a_model_stay_whole(tmp_path):
     assert equal(tf.AutoModel.from_pretrained(tmp_path), small[0], batch)
 
 
+@pytest.mark.slow
 def test_what_a_wrapper_saves_by_itself_stays_dense():
     small = convert(Published(bert()), rank=4)
     report = hf_reparam.report(small)
@@ -268,6 +276,7 @@ def test_a_compiled_model_runs_what_it_holds_now():
     assert not torch.allclose(after, before, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_state_dicts_without_a_plan_fail_loudly(tmp_path):
     """Whoever writes the tensors of a low-rank layer without its plan: loading them as dense raises."""
     small = convert(bert("BertForMaskedLM"), rank=4)
@@ -302,6 +311,7 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_distributed_data_parallel(tmp_path):
     model = nn.parallel.DistributedDataParallel(bert())
@@ -336,6 +346,7 @@ def test_a_wrapper_inside_a_model_is_refused():
             convert(nn.Sequential(model), rank=4)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_copied_is_told_before_the_work(monkeypatch):
     class Keeps(tf.BertModel):
         def forward(self, *args, **kwargs):
@@ -371,6 +382,7 @@ def test_a_model_that_is_one_layer():
         merge(convert(layer, rank=4), inplace=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "data"), [({"rank": 4}, None), ({"keep": 0.5}, None), ({"keep": 0.5}, True)])
 def test_patterns_from_a_generator(size, data):
     names = ["*.query", "*.key"]
@@ -461,6 +473,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_are_refused_by_name(name):
     model = ADAPTERS[name]()
@@ -476,6 +489,7 @@ def test_adapters_are_refused_by_name(name):
             work()
 
 
+@pytest.mark.slow
 def test_merged_adapters_are_welcome(tmp_path):
     model = peft_model(lora()).merge_and_unload()
     small = convert(model, rank=4)
@@ -542,6 +556,7 @@ def test_quantized_weights_are_refused(name, wrap):
         convert(wrap(model), rank=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inplace", [False, True])
 def test_an_entry_that_is_left_over_is_dropped(tmp_path, inplace):
     """The weights decide: a model that was dequantized, or read without its quantizer, is a dense one."""
@@ -592,6 +607,7 @@ def embedder(folder, *, dense=False):
     return SentenceTransformer(modules=modules, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [{"rank": 4}, {"keep": 0.5, "calibration": TEXTS}], ids=["rank", "calibrated"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_sentence_transformer(sentences, tmp_path, size, inplace):
@@ -620,6 +636,7 @@ def test_sentence_transformer(sentences, tmp_path, size, inplace):
     assert plain.encode(TEXTS) == pytest.approx(small.encode(TEXTS), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_cross_encoder(sentences, tmp_path):
     from sentence_transformers import CrossEncoder
 
@@ -636,6 +653,7 @@ def test_cross_encoder(sentences, tmp_path):
     assert merged.predict(pairs) == pytest.approx(small.predict(pairs), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_sentence_transformer_with_an_adapter(sentences):
     from peft import inject_adapter_in_model
 
