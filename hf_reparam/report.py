@@ -86,7 +86,7 @@ class RefineReport:
     """What refining changed.
 
     Args:
-        learning_rate: the one that was chosen.
+        learning_rate: the one that was chosen, relative to the root mean square of each matrix.
         before: divergence of the predictions from the dense model's on held-out batches, per example.
         epochs: the same after each epoch.
     """

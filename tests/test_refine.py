@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from hf_reparam import convert, merge, refine
+from hf_reparam import LowRankConfig, convert, merge, refine
+from hf_reparam.calibrate.padding import Part
 from hf_reparam.errors import TargetError
+from hf_reparam.layers.copies import frozen_copy
+from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.recover import refine as module
 from hf_reparam.report import RefineReport
 from tests import zoo
@@ -102,3 +105,57 @@ def test_what_cannot_be_refined(dense):
         refine(dense, dense, batches())
     with pytest.raises(TargetError, match="give at least two"):
         refine(convert(dense, rank=6), dense, batches(1))
+
+
+def test_the_mean_of_the_weights_counts_where_it_is_nearer(dense):
+    small = convert(dense, rank=6)
+    parts = [Part(batch) for batch in batches(2)]
+    work = module._Refining(frozen_copy(small), frozen_copy(dense), parts[:1], parts[1:])
+    good = work._state()
+    bad = [value + 1 for value in good]
+    before = work._judged()
+    work._set(bad)
+    divergence, kept = work._better(good)
+    assert divergence == before
+    assert kept is good
+    assert all(torch.equal(a, b) for a, b in zip(work._state(), bad, strict=True))
+    assert work._better([value + 1 for value in bad])[0] == work._judged()
+
+
+def test_steps_are_relative_to_the_size_of_a_factor(dense, monkeypatch):
+    monkeypatch.setattr(module, "_RATES", (2e-3,))
+    found = []
+    for scale in (1.0, 64.0):
+        small = convert(dense, LowRankConfig(rank=6, form="pair"))
+        for layer in (m for m in small.modules() if isinstance(m, LowRankLinear)):
+            layer.up.weight.data *= scale
+            layer.down.weight.data /= scale
+        found.append(refine(small, dense, batches(), epochs=1))
+    assert found[0].after < found[0].before
+    assert found[1].before == pytest.approx(found[0].before, rel=1e-4)
+    assert found[1].after == pytest.approx(found[0].after, rel=1e-2)
+
+
+def test_dense_predictions_are_made_once_where_there_is_room(dense, monkeypatch):
+    monkeypatch.setattr(module, "_RATES", (1e-3,))
+    original, reports, calls = module.compared, [], []
+    for room in (2**30, 0):
+        made = []
+        monkeypatch.setattr(module, "_CACHE", room)
+        monkeypatch.setattr(module, "compared", lambda outputs, made=made: made.append(1) or original(outputs))
+        reports.append(refine(convert(dense, rank=6), dense, batches(), epochs=2))
+        calls.append(len(made))
+    assert reports[0] == reports[1]
+    assert calls == [2 + 8 * 5, 2 + 2 * 8 * 5]  # two batches are held out, eight are split into five pieces each
+
+
+def test_batches_are_split_into_rows():
+    ids, mask = torch.arange(21).view(7, 3), torch.ones(7, 3, dtype=torch.bool).tril(2)
+    part = Part({"input_ids": ids, "attention_mask": mask}, (mask,))
+    pieces = module._split(part, 3)
+    assert [len(piece.batch["input_ids"]) for piece in pieces] == [3, 2, 2]
+    assert torch.equal(torch.cat([piece.batch["input_ids"] for piece in pieces]), ids)
+    assert all(torch.equal(piece.masks[0], piece.batch["attention_mask"]) for piece in pieces)
+    assert len(module._split(part, 100)) == 7
+    for whole in (Part({"input_ids": ids, "sizes": torch.ones(4)}), Part({"input_ids": ids}, (mask.repeat(2, 1),))):
+        assert module._split(whole, 3)[0] is whole
