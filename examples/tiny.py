@@ -113,14 +113,14 @@ def _decoder(kind: type, config: Any, words: Any) -> tuple[Any, Any]:
 def gpt2() -> tuple[Any, Any]:
     """A GPT-2 that can count."""
     words = tokenizer(counting())
-    shape = {**_shape(words), "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    shape = {**_shape(words), "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4}
     return _decoder(tf.GPT2LMHeadModel, tf.GPT2Config(**shape), words)
 
 
 def llama() -> tuple[Any, Any]:
     """A Llama that can count."""
     words = tokenizer(counting())
-    shape = {**_shape(words), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {**_shape(words), "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = tf.LlamaConfig(**shape, num_key_value_heads=2, intermediate_size=128)
     return _decoder(tf.LlamaForCausalLM, config, words)
 
@@ -170,7 +170,7 @@ def t5(pairs: list[tuple[str, str]]) -> tuple[Any, Any]:
 
 
 def _bert_config(words: Any) -> Any:
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
     return tf.BertConfig(**_shape(words), **shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
