@@ -9,14 +9,14 @@ PIP := install --quiet --disable-pip-version-check
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
 
-# About two and a half minutes on two cores
+# At most a minute and a half on two idle cores (less than 190 s of processor time on a busy machine)
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
-# About nine minutes on two cores: a third of it trains, converts and runs what README, pages and notebooks show
+# About eight minutes on two cores: a third of it trains, converts and runs what README, pages and notebooks show
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
