@@ -60,6 +60,7 @@ _SIZES: Options = {
     },
     "keep": {"metavar": "SHARE", "type": float, "help": "share of the targeted layers' weights, in (0, 1]"},
     "target-params": {"metavar": "N", "type": _number, "help": "parameters of the whole model, or a share (0.7)"},
+    "speedup": {"metavar": "TIMES", "type": float, "help": "how many times as fast the targeted layers become, here"},
 }
 _READING: Options = {
     "calibration": {"metavar": "FILE", "help": "texts, one a line, or a calibration (.safetensors, or a folder)"},
@@ -78,8 +79,15 @@ _ASKED: Options = {  # fields of LowRankConfig, as sizes are
     "metric": {"choices": METRICS, "help": "in which factors are best; the richest that the data serve by default"},
     "allocation": {"choices": ALLOCATIONS, "help": "how a budget is shared among layers"},
     "solver": {"choices": SOLVERS, "help": "randomized: faster for small ranks"},
-    "multiple-of": {"metavar": "N", "type": int, "help": "with a budget, ranks are multiples of this (1)"},
+    "multiple-of": {
+        "metavar": "N",
+        "type": int,
+        "help": "with a budget, ranks are multiples of this (8, or 1 for small layers)",
+    },
     "min-rank": {"metavar": "N", "type": int, "help": "with a budget, choose no lower rank (8)"},
+    "least-saving": {"metavar": "SHARE", "type": float, "help": "layers that would save less stay dense (0.1)"},
+    "compiled": {**_SWITCH, "help": "--speedup is meant for a model that torch.compile has compiled"},
+    "tokens": {"metavar": "N", "type": int, "help": "of a call, for --speedup (1024)"},
     "target-modules": {"metavar": "PATTERN", "action": "append", "help": f"layers to convert: {_PATTERN}"},
     "exclude-modules": {"metavar": "PATTERN", "action": "append", "help": "layers to leave alone; likewise"},
 }

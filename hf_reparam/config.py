@@ -6,10 +6,11 @@ expression.
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from hf_reparam.errors import RankError, TargetError
 
@@ -17,6 +18,7 @@ __all__ = [
     "ALLOCATIONS",
     "FORMS",
     "METRICS",
+    "ONE_SIZE",
     "SOLVERS",
     "LowRankConfig",
     "Rank",
@@ -36,7 +38,16 @@ ALLOCATIONS = ("global", "uniform")
 SOLVERS = ("exact", "randomized")
 
 _CHOICES = {"form": FORMS, "metric": METRICS, "allocation": ALLOCATIONS, "solver": SOLVERS}
-_OF_BUDGETS = {"allocation": None, "multiple_of": 1, "min_rank": 8, "embeddings": False, "heads": False}  # defaults
+ONE_SIZE = "give exactly one size: rank, keep, target_params, speedup, a plan or a LowRankConfig with one"
+_SIZES = ("rank", "keep", "target_params", "speedup")
+_OF_BUDGETS = {  # with their defaults
+    "allocation": None,
+    "multiple_of": None,
+    "min_rank": 8,
+    "least_saving": 0.1,
+    "embeddings": False,
+    "heads": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +63,8 @@ class LowRankConfig:
             are chosen. At 1.0 nothing is factored.
         target_params: parameters that the *whole* model may have, everything counted: an int, or a float in (0, 1] for
             that share of what it has.
+        speedup: at least 1, how many times as fast the *targeted* layers together are to become, on the device where
+            they are, with `tokens` tokens in a call. Ranks and forms are chosen by measured times.
         target_modules: patterns of layers to convert: the end of a name ("query"), a glob over the whole name
             ("*.layer.0.*"), or `re:` and a regular expression over it. None for all, except what stays dense by default
             in Transformers models: task heads, poolers and the routers of experts.
@@ -60,8 +73,13 @@ class LowRankConfig:
         allocation: "global" (default in the fisher metric): the predicted increase of the loss is least, with staying
             dense as one of the choices. "uniform" (default otherwise): every layer gets the same share.
         form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
-        multiple_of: ranks that a budget gives are multiples of this; 8 suits tensor cores.
+            With `speedup` the faster one for every layer by default.
+        multiple_of: ranks that a budget gives are multiples of this. Default: 8, which suits tensor cores, where
+            min(in, out) is 256 or more, and 1 below.
         min_rank: no lower rank is chosen for a budget; layers that would not become smaller at it stay dense.
+        least_saving: share of its parameters that a layer has to save, or global allocation leaves it dense.
+        tokens: rows of a call for which `speedup` is meant: batch size times length; 1 for decoding. Default: 1024.
+        compiled: whether `speedup` is meant for the model as `torch.compile` makes it run.
         solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.decompose`.
         embeddings: also choose ranks for the input embeddings, with a head that is tied to them, and an untied head.
         heads: also let heads of attentions become narrower where that is predicted to cost less; in the fisher metric
@@ -82,13 +100,17 @@ class LowRankConfig:
     rank: Rank | None = None
     keep: float | None = None
     target_params: int | float | None = None
+    speedup: float | None = None
     target_modules: str | Iterable[str] | None = None
     exclude_modules: str | Iterable[str] = ()
     metric: str | None = None
     allocation: str | None = None
     form: str | None = None
-    multiple_of: int = 1
+    multiple_of: int | None = None
     min_rank: int = 8
+    least_saving: float = 0.1
+    tokens: int | None = None
+    compiled: bool = False
     solver: str = "exact"
     embeddings: bool = False
     heads: bool = False
@@ -105,11 +127,13 @@ class LowRankConfig:
             value = getattr(self, option)
             if value not in allowed and not (value is None and option != "solver"):
                 raise TargetError(f"{option} must be one of {list(allowed)}, got {value!r}")
-        for option in ("multiple_of", "min_rank"):
+        for option in ("multiple_of", "min_rank", "tokens"):
             value = getattr(self, option)
-            if not _is_int(value) or value < 1:
+            if not (value is None and option != "min_rank") and (not _is_int(value) or value < 1):
                 raise RankError(f"{option} must be an int of at least 1, got {value!r}")
-        for option in ("embeddings", "heads", "verify", "allow_larger"):
+        if not _is_number(self.least_saving) or not 0 <= self.least_saving < 1:
+            raise RankError(f"least_saving must be in [0, 1), a share of a layer, got {self.least_saving!r}")
+        for option in ("embeddings", "heads", "verify", "allow_larger", "compiled"):
             if not isinstance(getattr(self, option), bool):
                 raise TargetError(f"{option} must be True or False, got {getattr(self, option)!r}")
         _check_together(self)
@@ -117,7 +141,7 @@ class LowRankConfig:
     @property
     def sized(self) -> bool:
         """Whether it has a size."""
-        return any(size is not None for size in (self.rank, self.keep, self.target_params))
+        return any(getattr(self, size) is not None for size in _SIZES)
 
     @property
     def stored_form(self) -> str:
@@ -145,21 +169,24 @@ class LowRankConfig:
         rank: Rank | None = None,
         keep: float | None = None,
         target_params: int | float | None = None,
+        speedup: float | None = None,
     ) -> "LowRankConfig":
         """A configuration with one size, its own or one beside it; TargetError for none or several."""
         if config is not None and not isinstance(config, cls):
             raise TargetError(f"give a LowRankConfig or a RankPlan, got {type(config).__name__}")
-        sizes = {"rank": rank, "keep": keep, "target_params": target_params}
+        sizes = {"rank": rank, "keep": keep, "target_params": target_params, "speedup": speedup}
         given = {name: size for name, size in sizes.items() if size is not None}
         if (config is not None and config.sized) + len(given) != 1:
-            raise TargetError("give exactly one size: rank, keep, target_params, a plan or a LowRankConfig with one")
+            raise TargetError(ONE_SIZE)
         return cls(**({} if config is None else config.to_dict()) | given)
 
 
 def _check_sizes(config: LowRankConfig) -> None:
     rank, keep, target = config.rank, config.keep, config.target_params
-    if sum(size is not None for size in (rank, keep, target)) > 1:
-        raise RankError("give one of rank, keep and target_params")
+    if sum(getattr(config, size) is not None for size in _SIZES) > 1:
+        raise RankError("give one of rank, keep, target_params and speedup")
+    if config.speedup is not None and not (_is_number(config.speedup) and 1 <= config.speedup < math.inf):
+        raise RankError(f"speedup must be a number of at least 1, such as 1.5, got {config.speedup!r}")
     ranks: dict[str, Any] = {} if rank is None else {"rank": rank}
     if isinstance(rank, Mapping):
         as_patterns(rank, "rank")
@@ -186,9 +213,15 @@ def _check_together(config: LowRankConfig) -> None:
     if config.rank is not None:
         idle = [option for option, default in _OF_BUDGETS.items() if getattr(config, option) != default]
         if idle:
-            raise TargetError(f"{idle[0]} says how a budget is spent, and rank gives none: use keep or target_params")
+            raise TargetError(
+                f"{idle[0]} says how a budget is spent, and rank gives none: use keep, target_params or speedup"
+            )
     elif config.allow_larger:
         raise TargetError("allow_larger goes with rank: a budget never makes a layer larger")
+    if config.speedup is None and (config.tokens is not None or config.compiled):
+        raise TargetError("tokens and compiled say for which calls a speedup is meant: they go with speedup")
+    if config.speedup is not None and (config.embeddings or config.heads):
+        raise TargetError("speedup counts the time of dense layers: leave out embeddings and heads")
     if config.heads and (config.metric in METRICS[:2] or config.allocation == "uniform"):
         raise TargetError(
             "heads=True compares what heads and layers lose: it needs the fisher metric and global allocation"
@@ -199,8 +232,12 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    return _is_number(value) and 0 < value <= 1
 
 
 def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ...] | None:

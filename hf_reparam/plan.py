@@ -16,7 +16,7 @@ from hf_reparam.errors import PlanError
 if TYPE_CHECKING:  # a plan carries its report, and prints it
     from hf_reparam.report import Report
 
-__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "Judgement", "RankPlan", "is_hub_id", "text_table"]
+__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "Judgement", "RankPlan", "Speed", "is_hub_id", "text_table"]
 
 FORMAT_VERSION = 1
 """Version of the `reparam` entry in `config.json`."""
@@ -111,6 +111,43 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How much faster a model became that was asked to be, on the machine where it was planned.
+
+    Args:
+        device: "cpu", "cuda" ...
+        tokens: of a call.
+        asked: dense time over low-rank time of the targeted layers together.
+        layers: that, measured.
+        model: that of the whole model, measured on held-out calibration data; None without any.
+    """
+
+    device: str
+    tokens: int
+    asked: float
+    layers: float
+    model: float | None = None
+
+    def __str__(self) -> str:
+        whole = "" if self.model is None else f", the whole model {self.model:.2f} times on held-out data"
+        return (
+            f"targeted layers {self.layers:.2f} times as fast (asked {self.asked:.2f}) with {self.tokens} tokens on "
+            f"{self.device}{whole}"
+        )
+
+    @classmethod
+    def from_dict(cls, data: object) -> "Speed":
+        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
+        known = sorted(f.name for f in fields(cls))
+        if not isinstance(data, Mapping) or set(data) != set(known):
+            raise PlanError(f"'reparam.record.speed' must be an object of {known}, got {str(data)[:80]!r}")
+        numbers = (data["asked"], data["layers"], *([] if data["model"] is None else [data["model"]]))
+        if not _is_brief(data["device"]) or not _is_count(data["tokens"]) or not all(map(_is_divergence, numbers)):
+            raise PlanError("'reparam.record.speed' must be of a short text, an int and finite numbers")
+        return cls(**data)
+
+
+@dataclass(frozen=True)
 class ConversionRecord:
     """Stored in `config.json` beside the plan, for model cards. Not needed to load the model.
 
@@ -123,6 +160,7 @@ class ConversionRecord:
         metrics: layer name -> metric, of layers that were not factored in the plan's: "svd" for one that saw no data,
             "activation" for one to which no gradient came.
         judgement: how it does on held-out calibration data; None where it was not tried.
+        speed: how much faster it became, where that was asked.
 
     Raises:
         PlanError: a value of a wrong type or out of range.
@@ -137,6 +175,7 @@ class ConversionRecord:
     errors: Mapping[str, float | None] = field(default_factory=dict)
     metrics: Mapping[str, str] = field(default_factory=dict)
     judgement: Judgement | None = None
+    speed: Speed | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, what: str) -> None:
@@ -154,10 +193,11 @@ class ConversionRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        left_out = {name for name in ("metrics", "judgement") if not getattr(self, name)}
-        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        errors = {name: None if error is None else float(f"{error:.4g}") for name, error in self.errors.items()}
-        return known | {"errors": errors} | ({} if self.judgement is None else {"judgement": asdict(self.judgement)})
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        known["errors"] = {n: None if error is None else float(f"{error:.4g}") for n, error in self.errors.items()}
+        for name in ("judgement", "speed"):
+            known[name] = known[name] and asdict(known[name])
+        return {name: value for name, value in known.items() if value or name not in ("metrics", "judgement", "speed")}
 
     @classmethod
     def from_dict(cls, data: object) -> "ConversionRecord":
@@ -165,8 +205,8 @@ class ConversionRecord:
         known = sorted(f.name for f in fields(cls))
         if not isinstance(data, Mapping) or not set(data) <= set(known):
             raise PlanError(f"'reparam.record' must be an object of {known}, got {str(data)[:80]!r}")
-        judged = data.get("judgement")
-        return cls(**{**data, "judgement": None if judged is None else Judgement.from_dict(judged)})
+        parts = {"judgement": Judgement.from_dict, "speed": Speed.from_dict}
+        return cls(**{**data, **{name: read(data[name]) for name, read in parts.items() if data.get(name) is not None}})
 
 
 @dataclass(frozen=True)

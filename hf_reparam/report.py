@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from hf_reparam.config import layer_kind
-from hf_reparam.plan import Judgement, text_table
+from hf_reparam.plan import Judgement, Speed, text_table
 
 __all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport"]
 
@@ -119,6 +119,7 @@ class Report:
         refitted_layers: how many layers were fitted once more after they were factored.
         dropped: names of tensors in the source's files for which the model's class has no place; of folders alone.
         judgement: how it does on held-out calibration data; None where it was not tried.
+        speed: how much faster it became, where that was asked.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
     >>> report = Report("Net", "svd", (row,), (), 5000, 2952)
@@ -135,6 +136,7 @@ class Report:
     refitted_layers: int = 0
     dropped: Sequence[str] = ()
     judgement: Judgement | None = None
+    speed: Speed | None = None
 
     @property
     def factored_before(self) -> int:
@@ -166,6 +168,7 @@ class Report:
             "skipped": [asdict(item) for item in self.skipped],
             "dropped": list(self.dropped),
             "judgement": None if self.judgement is None else asdict(self.judgement),
+            "speed": None if self.speed is None else asdict(self.speed),
         }
 
     def to_markdown(self) -> str:
@@ -205,6 +208,7 @@ class Report:
             again = [layer.name for layer in self.layers if layer.from_rank is not None]
             lines += _some("converted again:", again, "; how far they are from their dense weights is not known")
             lines += [f"held-out data:    {self.judgement}"] if self.judgement else []
+            lines += [f"speed:            {self.speed}"] if self.speed else []
             lines += [f"refitted:         {self.refitted_layers} layers"] if self.refitted_layers else []
         else:
             why = Counter(item.reason for item in self.skipped).most_common(3)

@@ -277,9 +277,9 @@ def test_module_and_script_are_the_same_command():
 
 
 OPTIONS = {
-    "convert": "rank keep target-params calibration max-length max-samples embeddings heads verify allow-larger form "
-    "metric allocation solver multiple-of min-rank target-modules exclude-modules refit max-memory remote-code json "
-    "quiet stream max-shard-size force help",
+    "convert": "rank keep target-params speedup calibration max-length max-samples embeddings heads verify "
+    "allow-larger form metric allocation solver multiple-of min-rank least-saving tokens compiled target-modules "
+    "exclude-modules refit max-memory remote-code json quiet stream max-shard-size force help",
     "merge": "json quiet stream max-shard-size force help",
     "inspect": "json quiet help",
 }

@@ -62,8 +62,8 @@ def test_it_is_frozen_and_its_own():
             ({"target_params": bad}, RankError, "target_params must be an int, .* or a float in")
             for bad in (0.0, 1e4, True, "9", math.nan)
         ),
-        ({"rank": 4, "keep": 0.5}, RankError, "one of rank, keep and target_params"),
-        ({"keep": 0.5, "target_params": 1000}, RankError, "one of rank, keep and target_params"),
+        ({"rank": 4, "keep": 0.5}, RankError, "one of rank, keep, target_params and speedup"),
+        ({"keep": 0.5, "target_params": 1000}, RankError, "one of rank, keep, target_params and speedup"),
         ({"metric": "magic"}, TargetError, r"metric must be one of \['svd', 'activation', 'fisher'\], got 'magic'"),
         ({"allocation": "magic"}, TargetError, "allocation must be one of"),
         ({"form": "table"}, TargetError, r"form must be one of \['pair', 'pivoted'\], got 'table'"),
@@ -73,7 +73,7 @@ def test_it_is_frozen_and_its_own():
         *(({"keep": 0.5, "min_rank": bad}, RankError, "min_rank must be an int") for bad in (0, None, 2.5)),
         *(
             ({option: 1}, TargetError, f"{option} must be True or")
-            for option in ("embeddings", "heads", "allow_larger")
+            for option in ("embeddings", "heads", "allow_larger", "compiled")
         ),
         ({"target_modules": "re:("}, TargetError, "target_modules: 're:.' is not a regular expression"),
         ({"exclude_modules": [3]}, TargetError, "exclude_modules: a pattern is a string"),

@@ -1,9 +1,9 @@
 """One budget for many parts of a model: equal shares, or ranks where they lower the loss most."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from hf_reparam.compress.units import Unit
 from hf_reparam.errors import RankError
 from hf_reparam.linalg import Alternative, allocate
 from hf_reparam.model.sites import Found
@@ -20,12 +20,13 @@ Ways = Mapping[str, list[Way]]
 
 @dataclass(frozen=True)
 class Budget:
-    """What parts of a model may hold together.
+    """What parts of a model may cost together.
 
     Args:
         found: the targeted sites.
-        share: of their weights.
+        share: of what they cost dense.
         steps: the ranks that may be chosen.
+        unit: in which costs are counted.
 
     Raises:
         RankError: even the least ranks exceed it.
@@ -34,17 +35,12 @@ class Budget:
     found: Sequence[Found]
     share: float
     steps: Steps
+    unit: Unit
 
     def __post_init__(self) -> None:
-        steps, total = self.steps, self._weights(self.found)
-        budget = self.share * total
-        least = sum(min(_cost(f, steps.entry(steps.least, f.structure.forms)), f.site.weights) for f in self.found)
-        if least > budget:
-            raise RankError(
-                f"the budget of {budget:,.0f} weights is below the smallest size, {least:,} of {total:,} at rank "
-                f"{steps.least}: keep at least {math.ceil(1000 * least / total) / 1000:.3f}, or allow lower ranks with "
-                f"min_rank= (now {steps.min_rank}; multiple_of is {steps.multiple_of})"
-            )
+        total, least = self._dense(self.found), sum(map(self._least, self.found))
+        if least > self.share * total:
+            raise RankError(self.unit.too_small(self.share, least / total, self.steps))
 
     def ways(self, source: Source) -> dict[str, list[Way]]:
         """Ways to build every site. A group of several sites takes the place of their own groups."""
@@ -56,16 +52,18 @@ class Budget:
             claimed = {name for group in offered.values() for name in group[0].sites}
             ways = {name: group for name, group in ways.items() if claimed.isdisjoint(group[0].sites)} | offered
             taken |= {name: choices for group in offered.values() for name, choices in group[0].sites.items()}
-        return ways
+        named = {item.name: item for item in self.found}
+        priced = lambda way: replace(way, sites={n: self.unit.priced(named.get(n), c) for n, c in way.sites.items()})  # noqa: E731
+        return {name: [priced(way) for way in group] for name, group in ways.items()}
 
     def spent(self, ways: Ways) -> dict[str, Entry]:
         """Ranks by one Lagrangian. What has no common unit of error gets the same share as the others have together."""
-        sizes = {item.name: item.site.weights for item in self.found}
         inside = {name for group in ways.values() for name in group[0].sites}
         apart = [item for item in self.found if item.name not in inside and item.site.weights]
         entries = self._uniform(apart) if apart else {}
         groups = {n: [Alternative(w.error, [o for _, o in w.sites.values()]) for w in way] for n, way in ways.items()}
-        chosen = allocate(groups, self.share * sum(sizes[name] for name in inside)) if groups else {}
+        budget = self.share * self._dense([item for item in self.found if item.name in inside])
+        chosen = allocate(groups, budget) if groups else {}
         for group, (way, options) in chosen.items():
             best = ways[group][way]
             entries |= best.entries
@@ -81,43 +79,38 @@ class Budget:
         return self._uniform([item for item in self.found if item.site.weights])
 
     def _uniform(self, found: Sequence[Found]) -> dict[str, Entry]:
-        steps, total = self.steps, self._weights(found)
-        budget = self.share * total
-        if budget >= total:
+        budget = self.share * self._dense(found)
+        if self.share >= 1:
             return {}
-        entries: dict[str, Entry] = {}
+        cost, entries = self.unit.cost, {}
         for item in found:
-            most = _highest(item, budget / total * item.site.weights, steps)
-            entry = steps.entry(most, item.structure.forms)
-            if _cost(item, entry) < item.site.weights:
+            entry = self._highest(item, self.share * cost(item, None))
+            if cost(item, entry) < cost(item, None):
                 entries[item.name] = entry
         named = {item.name: item for item in found}
-        while sum(_cost(item, entries.get(item.name)) for item in found) > budget:
-            _, name = max((_cost(named[n], e), n) for n, e in entries.items() if e.rank > steps.least)
-            entries[name] = steps.entry(entries[name].rank - steps.multiple_of, named[name].structure.forms)
+        while sum(cost(item, entries.get(item.name)) for item in found) > budget:
+            lowest = {name: self.steps.least(named[name].site) for name in entries}
+            _, name = max((cost(named[n], e), n) for n, e in entries.items() if e.rank > lowest[n])
+            rank = entries[name].rank - self.steps.step(named[name].site)
+            entries[name] = self.unit.entry(named[name], rank)
         return entries
 
-    @staticmethod
-    def _weights(found: Sequence[Found]) -> int:
-        return sum(item.site.weights for item in found)
+    def _highest(self, item: Found, most: float) -> Entry:
+        """At the highest rank at which a site costs no more than that; at the least one if it does at none."""
+        ranks = self.steps.up_to(item.site, item.site.full_rank)
+        low, high = 0, len(ranks)  # costs rise with the rank
+        while low < high:
+            middle = (low + high) // 2
+            if self.unit.cost(item, self.unit.entry(item, ranks[middle])) <= most:
+                low = middle + 1
+            else:
+                high = middle
+        return self.unit.entry(item, ranks[low - 1] if low else self.steps.least(item.site))
 
+    def _least(self, item: Found) -> float:
+        """What a site costs at the least."""
+        entry = self.unit.entry(item, self.steps.least(item.site))
+        return min(self.unit.cost(item, entry), self.unit.cost(item, None))
 
-def _cost(item: Found, entry: Entry | None) -> float:
-    """As the structure says; infinite where it cannot be."""
-    try:
-        return item.structure.cost(item.site, entry)
-    except RankError:
-        return math.inf
-
-
-def _highest(item: Found, share: float, steps: Steps) -> int:
-    """The highest rank at which a site holds no more numbers than its share; the least one if none does."""
-    ranks = steps.up_to(item.site.full_rank)
-    low, high = 0, len(ranks)  # costs rise with the rank
-    while low < high:
-        middle = (low + high) // 2
-        if _cost(item, steps.entry(ranks[middle], item.structure.forms)) <= share:
-            low = middle + 1
-        else:
-            high = middle
-    return ranks[low - 1] if low else steps.least
+    def _dense(self, found: Sequence[Found]) -> float:
+        return sum(self.unit.cost(item, None) for item in found)

@@ -17,7 +17,7 @@ from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.compat.accelerate import is_offloaded, recall
 from hf_reparam.compress.planning import plan_for
-from hf_reparam.config import LowRankConfig, Rank
+from hf_reparam.config import ONE_SIZE, LowRankConfig, Rank
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.processes import distributed
@@ -35,7 +35,8 @@ from hf_reparam.model.checks import (
 from hf_reparam.model.host import check_model, layer_name, mark_offloaded, opened, unwrapped
 from hf_reparam.model.retype import retie, retype
 from hf_reparam.model.sites import Selection, check_forms, fit, live_sites, no_site, select
-from hf_reparam.plan import ConversionRecord, Judgement, RankPlan
+from hf_reparam.plan import ConversionRecord, RankPlan
+from hf_reparam.report import Report
 from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 
@@ -52,6 +53,7 @@ def convert(
     rank: Rank | None = None,
     keep: float | None = None,
     target_params: int | float | None = None,
+    speedup: float | None = None,
     calibration: Data | None = None,
     tokenizer: Any = None,
     inplace: bool = False,
@@ -75,7 +77,7 @@ def convert(
             layers, too; what an object with a `save_pretrained` saves by itself stays dense. One that accelerate has
             dispatched (`device_map=`) gets its new layers on the devices where the old ones compute.
         config: what is asked, or a plan from `make_plan` or `search_plan`, edited or not.
-        rank, keep, target_params: short for a configuration of one size, as in `LowRankConfig`.
+        rank, keep, target_params, speedup: short for a configuration of one size, as in `LowRankConfig`.
         calibration: what `calibrate` returned, or what it takes: texts, dicts for `model(**batch)`, a
             `datasets.Dataset`.
         tokenizer: for calibration texts.
@@ -115,10 +117,10 @@ def convert(
     )
     """
     plan = config if isinstance(config, RankPlan) else None
-    sizes = {"rank": rank, "keep": keep, "target_params": target_params}
+    sizes = {"rank": rank, "keep": keep, "target_params": target_params, "speedup": speedup}
     if plan is not None:
         if any(size is not None for size in sizes.values()):
-            raise TargetError("give exactly one size: rank, keep, target_params, a plan or a LowRankConfig with one")
+            raise TargetError(ONE_SIZE)
         asked = LowRankConfig(metric=plan.metric if plan.metric != "svd" or calibration is not None else None)
     else:
         asked = LowRankConfig.asked(config, **sizes)  # type: ignore[arg-type]  # no plan
@@ -148,13 +150,12 @@ def convert(
         if plan is None:
             plan = plan_for(work.model, asked, source)
             source = replace(source, metric=plan.metric)
-        judgement = None if plan.report is None else plan.report.judgement
         folder = _folder(workdir, scratch, temporary=inplace)
         on_disk = workdir is not None and any(map(is_offloaded, model.modules()))
         made, source = apply(work, plan, source, folder)
         if not plan.modules:
             warnings.warn("nothing was factored: the size leaves every layer dense", stacklevel=2)
-        result = _finish(model, work, made, source, judgement, inplace=inplace, on_disk=on_disk)
+        result = _finish(model, work, made, source, plan.report, inplace=inplace, on_disk=on_disk)
         if folder is not None and not on_disk:
             for module in made.modules:
                 recall(module)
@@ -231,7 +232,7 @@ def _finish(
     work: WorkingCopy,
     made: Made,
     source: Source,
-    judgement: Judgement | None,
+    planned: Report | None,
     *,
     inplace: bool,
     on_disk: bool,
@@ -243,7 +244,7 @@ def _finish(
             install(model, work, made)
         elif not isinstance(result, PreTrainedModel):
             close_attentions(result)
-        retype(result, made.modules, source.metric, _record(made, source, judgement))
+        retype(result, made.modules, source.metric, _record(made, source, planned))
         if made.retie:
             retie(result, made.modules)
         if on_disk:
@@ -252,8 +253,9 @@ def _finish(
     return result
 
 
-def _record(made: Made, source: Source, judgement: Judgement | None) -> ConversionRecord:
+def _record(made: Made, source: Source, planned: Report | None) -> ConversionRecord:
     known = source.calibration is not None and source.metric != "svd"
     tokens = source.calibration.tokens if source.calibration is not None and known else None
     metrics = {name: metric for name, metric in made.metrics.items() if metric != source.metric}
-    return ConversionRecord(None, tokens, 0, made.errors, metrics, judgement)
+    judged = (None, None) if planned is None else (planned.judgement, planned.speed)
+    return ConversionRecord(None, tokens, 0, made.errors, metrics, *judged)

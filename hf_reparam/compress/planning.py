@@ -7,7 +7,9 @@ from torch import nn
 
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.compress.budget import Budget
+from hf_reparam.compress.clock import speed_of
 from hf_reparam.compress.ranks import given_ranks
+from hf_reparam.compress.units import Seconds, Unit, unit_of
 from hf_reparam.compress.verify import best_plan, can_be_judged
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import RankError, TargetError
@@ -16,7 +18,7 @@ from hf_reparam.model.checks import check_no_adapters, count_parameters
 from hf_reparam.model.host import base_type, check_model, opened
 from hf_reparam.model.sites import Found, Selection, no_site, select
 from hf_reparam.model.summary import planned
-from hf_reparam.plan import Entry, Judgement, RankPlan
+from hf_reparam.plan import Entry, Judgement, RankPlan, Speed
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps
@@ -32,6 +34,7 @@ def make_plan(
     rank: Rank | None = None,
     keep: float | None = None,
     target_params: int | float | None = None,
+    speedup: float | None = None,
 ) -> RankPlan:
     """Decide what becomes of every part of a model. `print(plan)` shows it, with why the rest stays dense.
 
@@ -45,7 +48,7 @@ def make_plan(
         model: a dense model; one calibration of it may be used for many plans. With `rank` it may be converted already.
         config: what is asked.
         calibration: what `calibrate` returned; None for plain SVD.
-        rank, keep, target_params: short for a configuration of one size, as in `LowRankConfig`.
+        rank, keep, target_params, speedup: short for a configuration of one size, as in `LowRankConfig`.
 
     Returns:
         A RankPlan. Layers that it does not name stay dense; at keep=1.0 these are all.
@@ -65,7 +68,7 @@ def make_plan(
     >>> [entry.rank for entry in plan.modules.values()]
     [16, 16]
     """
-    config = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params)
+    config = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params, speedup=speedup)
     check_model(model)
     check_no_adapters(model)
     work = opened(model).model
@@ -89,11 +92,13 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
     if config.rank is not None:
         entries, skipped = given_ranks(found, config)
         selection = Selection((), (*skipped, *selection.skipped))
-        metric, judgement = source.metric, None
+        metric, judgement, speed = source.metric, None, None
     else:
-        entries, metric, judgement = _budgeted(work, selection, config, source, whole=whole)
+        unit = unit_of(config, source.calibration)
+        entries, metric, judgement = _budgeted(work, selection, config, source, unit, whole=whole)
+        speed = _speed(work, found, config, entries, unit, source.calibration)
     plan = RankPlan(entries, base_type(work), metric)
-    return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement))
+    return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement, speed=speed))
 
 
 def _check_dense(work: nn.Module, found: Sequence[Found]) -> None:
@@ -104,13 +109,15 @@ def _check_dense(work: nn.Module, found: Sequence[Found]) -> None:
 
 
 def _budgeted(
-    work: nn.Module, selection: Selection, config: LowRankConfig, source: Source, *, whole: bool
+    work: nn.Module, selection: Selection, config: LowRankConfig, source: Source, unit: Unit, *, whole: bool
 ) -> tuple[dict[str, Entry], str, Judgement | None]:
     """Entries, their metric, and how they were judged."""
     _check_options(work, selection, config, source)
-    total = sum(item.site.weights for item in selection.selected)
-    steps = Steps(config.stored_form, config.multiple_of, config.min_rank)
-    budget = Budget(selection.selected, _budget(work, total, config) / total, steps)
+    found = [item for item in selection.selected if item.site.weights or item.structure.changes_moments]
+    if config.speedup is not None:
+        found = [item for item in found if item.structure.of_rows]
+    steps = Steps("pivoted" if config.speedup else config.stored_form, config.multiple_of, config.min_rank)
+    budget = Budget(found, _share(work, found, config), steps, unit)
     if budget.share >= 1:
         return {}, source.metric, None
     if (config.allocation or ("global" if source.metric == "fisher" else "uniform")) == "uniform":
@@ -119,6 +126,22 @@ def _budgeted(
     if can_be_judged(work, config, source):
         return best_plan(work, config, budget, ways, source, whole=whole)
     return budget.spent(ways), source.metric, None
+
+
+def _speed(
+    work: nn.Module,
+    found: Sequence[Found],
+    config: LowRankConfig,
+    entries: Mapping[str, Entry],
+    unit: Unit,
+    calibration: Calibration | None,
+) -> Speed | None:
+    """What became of the speed that was asked for."""
+    if config.speedup is None or not entries or not isinstance(unit, Seconds):
+        return None
+    batch = calibration.batches[0][0] if calibration is not None and calibration.batches else None
+    timed = [item for item in found if item.structure.of_rows]
+    return speed_of(work, timed, entries, unit.clock, config.speedup, batch)
 
 
 def _check_options(work: nn.Module, selection: Selection, config: LowRankConfig, source: Source) -> None:
@@ -134,11 +157,13 @@ def _check_options(work: nn.Module, selection: Selection, config: LowRankConfig,
             raise TargetError(f"{option}=True, and there are none here that can be held in fewer numbers{why}")
 
 
-def _budget(work: nn.Module, total: int, config: LowRankConfig) -> float:
-    """Weights that the targeted sites may hold."""
+def _share(work: nn.Module, found: Sequence[Found], config: LowRankConfig) -> float:
+    """Of what the targeted sites cost dense, what they may cost."""
     if config.keep is not None:
-        return config.keep * total
-    whole = count_parameters(work)
+        return config.keep
+    if config.speedup is not None:
+        return 1 / config.speedup
+    whole, total = count_parameters(work), sum(item.site.weights for item in found)
     target = config.target_params or 0
     wanted = target if isinstance(target, int) else target * whole
     if wanted <= whole - total:
@@ -146,4 +171,4 @@ def _budget(work: nn.Module, total: int, config: LowRankConfig) -> float:
             f"target_params={target:,} cannot be reached: {whole - total:,} parameters lie outside of the targeted "
             "layers"
         )
-    return float(min(wanted - (whole - total), total))
+    return min((wanted - (whole - total)) / total, 1.0)

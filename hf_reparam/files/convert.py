@@ -43,6 +43,7 @@ def convert_folder(
     rank: Rank | None = None,
     keep: float | None = None,
     target_params: int | float | None = None,
+    speedup: float | None = None,
     calibration: Calibration | str | os.PathLike[str] | None = None,
     max_length: int | None = None,
     max_samples: int | None = None,
@@ -64,7 +65,7 @@ def convert_folder(
     Args:
         source: a folder, or a Hub id; one of sentence-transformers may hold the model in a subfolder.
         out: the folder to make.
-        config, rank, keep, target_params: as in `convert`.
+        config, rank, keep, target_params, speedup: as in `convert`.
         calibration: what `calibrate` returned, a file or folder of it, or a text file, one text a line, read with the
             source's tokenizer.
         max_length, max_samples, max_memory: for texts, as for `calibrate`.
@@ -103,8 +104,8 @@ def convert_folder(
         raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
     plan, asked = None, LowRankConfig()
     if not isinstance(config, RankPlan):
-        asked = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params)
-    elif rank is not None or keep is not None or target_params is not None:
+        asked = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params, speedup=speedup)
+    elif any(size is not None for size in (rank, keep, target_params, speedup)):
         raise TargetError("give exactly one size: a plan has ranks of its own")
     else:
         plan = config

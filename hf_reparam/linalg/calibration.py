@@ -38,7 +38,7 @@ class Calibration:
         layers: layer name -> LayerMoments, names as in a plan; in memory, or read from files when asked for.
         tables: name of input embeddings -> TableMoments.
         batches: the held-out part of the data, on which plans are judged.
-        curves, probes: what was found of weights that were planned with it; a cache.
+        curves, probes, times: what was found of weights that were planned with it, and of layers like them; a cache.
 
     >>> import torch
     >>> a = Calibration("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)})
@@ -53,6 +53,7 @@ class Calibration:
     batches: Sequence[HeldOut] = field(default=(), compare=False)  # the held-out part of the data
     curves: dict[Any, Any] = field(default_factory=dict, compare=False)  # of weights that were planned with it
     probes: dict[Any, float] = field(default_factory=dict, compare=False)
+    times: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         return f"Calibration(metric={self.metric!r}, layers={len(self.layers)}, tokens={self.tokens})"

@@ -57,8 +57,9 @@ def report(model: nn.Module) -> Report:
     again = sum(record.refitted_layers for record in records.values())
     skipped = (*left, *selection.skipped)
     judgement = next((record.judgement for record in records.values() if record.judgement), None)
+    speed = next((record.speed for record in records.values() if record.speed), None)
     whole = Report(type(model).__name__, metric_of(model), tuple(rows), skipped, before, after, again)
-    return replace(whole, judgement=judgement)
+    return replace(whole, judgement=judgement, speed=speed)
 
 
 def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:

@@ -27,6 +27,7 @@ class Linears(Structure):
     """Every layer of a registered dense type (see `hf_reparam.register_dense`): as a pair, or with pivots."""
 
     forms = FORMS
+    of_rows = True
 
     def sites(self, model: nn.Module) -> list[Site]:
         factors = {part for m in model.modules() if isinstance(m, Factored) for part in m.modules() if part is not m}

@@ -127,18 +127,30 @@ class Built:
 
 @dataclass(frozen=True)
 class Steps:
-    """Which ranks a site may get, by what `LowRankConfig` says: multiples of a number that are not below `min_rank`."""
+    """Which ranks a site may get: multiples of a number that are not below the least rank.
+
+    Args:
+        form: of dense layers.
+        multiple_of: the number; None for 8 where a layer's full rank is 256 or more, and 1 below, where steps of 8
+            would be coarse.
+        min_rank: the least rank.
+    """
 
     form: str
-    multiple_of: int
+    multiple_of: int | None
     min_rank: int
 
-    @property
-    def least(self) -> int:
-        return math.ceil(self.min_rank / self.multiple_of) * self.multiple_of
+    def step(self, site: Site) -> int:
+        """The difference between two ranks of a site."""
+        return self.multiple_of or (8 if site.full_rank >= 256 else 1)
 
-    def up_to(self, most: int) -> range:
-        return range(self.least, most + 1, self.multiple_of)
+    def least(self, site: Site) -> int:
+        """The lowest rank of a site."""
+        return math.ceil(self.min_rank / self.step(site)) * self.step(site)
+
+    def up_to(self, site: Site, most: int) -> range:
+        """The ranks of a site up to one."""
+        return range(self.least(site), most + 1, self.step(site))
 
     def entry(self, rank: int, forms: Sequence[str]) -> Entry:
         return Entry(rank, self.form if self.form in forms else forms[0])
@@ -170,6 +182,7 @@ class Structure(Protocol):
         forms: what entries of a plan call it; the first is taken where a configuration says nothing.
         option: the field of `LowRankConfig` that asks for it; None if it always applies.
         changes_moments: whether what it builds are dense layers that other structures may take.
+        of_rows: whether a site is one module that maps rows of `in_features` numbers, and so can be timed alone.
         stays_in_memory: whether its modules share tensors, and so cannot wait in files.
     """
 
@@ -177,6 +190,7 @@ class Structure(Protocol):
     option: str | None = None
     changes_moments: bool = False
     stays_in_memory: bool = False
+    of_rows: bool = False
 
     def sites(self, model: nn.Module) -> list[Any]:
         """Every `Site` where it can stand or stands; reads shapes only, so it works on the meta device."""
@@ -221,7 +235,7 @@ class Structure(Protocol):
 
     def choices(self, site: Any, losses: Tensor, steps: Steps) -> Choices:
         """Entries at which a site is smaller than dense, by ascending rank, and, last, dense, which loses nothing."""
-        entries = [steps.entry(rank, self.forms) for rank in steps.up_to(site.full_rank - 1)]
+        entries = [steps.entry(rank, self.forms) for rank in steps.up_to(site, site.full_rank - 1)]
         entries = [entry for entry in entries if self.cost(site, entry) < site.weights]
         costs = [float(self.cost(site, entry)) for entry in (*entries, None)]
         kept = losses.cumsum(0)[torch.tensor([entry.rank - 1 for entry in entries], dtype=torch.int64)]

@@ -45,8 +45,9 @@ class Heads(Structure):
         heads = {name: a for name, a in sites.items() if all(part in taken for part in parts[name])}
 
         def work(name: str) -> list[tuple[int, float, dict[str, Tensor]]]:
-            a = heads[name]  # widths in equal steps; the full one only where it splits a fused layer
-            step = math.ceil(a.width / _WIDTHS / steps.multiple_of) * steps.multiple_of
+            a, multiple = heads[name], steps.multiple_of or 1
+            # widths in equal steps; the full one only where it splits a fused layer
+            step = math.ceil(a.width / _WIDTHS / multiple) * multiple
             return NarrowHeads(name, a, source).losses(range(step, a.width + a.known.fused, step))
 
         costs = {name: float(a.heads * a.width) ** 3 for name, a in heads.items()}

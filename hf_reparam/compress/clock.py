@@ -1,0 +1,182 @@
+"""How long layers take on their device: dense, and of low rank in every form, at some ranks and between them."""
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from hf_reparam.calibrate.padding import unlabelled
+from hf_reparam.config import FORMS
+from hf_reparam.errors import WeightError
+from hf_reparam.layers.copies import frozen_copy
+from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
+from hf_reparam.layers.surgery import low_rank_like, replace_modules
+from hf_reparam.model.host import called
+from hf_reparam.model.sites import Found
+from hf_reparam.plan import Entry, Speed
+from hf_reparam.structures.structure import Site
+
+__all__ = ["Clock", "medians", "speed_of"]
+
+_RANKS = 12
+_ROUNDS = 7
+_LEAST = 2e-3  # seconds that one measurement takes at least
+
+Curve = tuple[list[int], list[float]]
+"""Ranks, and seconds at each."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of one call of a layer on its device, of random numbers of its shape and dtype.
+
+    Args:
+        tokens: rows of a call.
+        known: measured before: shape, dtype, device and so on -> form -> Curve; filled as it goes.
+        compiled: whether layers run as `torch.compile` makes them.
+    """
+
+    tokens: int
+    known: dict[Any, dict[str, Curve]] = field(default_factory=dict)
+    compiled: bool = False
+
+    def seconds(self, site: Site, entry: Entry | None) -> float:
+        """Of a dense layer for None; between the ranks that were measured by straight lines."""
+        curves = self._curves(site)
+        if entry is None:
+            return curves["dense"][1][0]
+        if entry.rank > site.full_rank - (entry.form == "pivoted" and site.in_features <= site.out_features):
+            return math.inf
+        return float(numpy.interp(entry.rank, *curves[entry.form]))
+
+    def reached(self, layers: Sequence[tuple[Site, Entry | None]]) -> float:
+        """Dense time over low-rank time of some layers together, measured at the very ranks that they get."""
+        calls: dict[Any, Callable[[], Any]] = {}
+        times: Counter[tuple[Any, Entry | None]] = Counter()
+        for site, entry in layers:
+            layer: Any = site.module
+            key = self._key(site)
+            times[key, entry] += 1
+            x = self._rows(site)
+            for one in (entry, None):
+                if (key, one) not in calls:
+                    calls[key, one] = self._call(layer if one is None else _drawn(layer, one), x)
+        took = medians(calls, _device(layers[0][0]))
+        dense = sum(count * took[key, None] for (key, _), count in times.items())
+        return dense / sum(count * took[both] for both, count in times.items())
+
+    def _curves(self, site: Site) -> dict[str, Curve]:
+        key = self._key(site)
+        if key not in self.known:
+            if site.module.weight.is_meta:
+                raise WeightError(f"{site.name}: it is on the meta device, where there is no time to measure")
+            self.known[key] = self._measured(site)
+        return self.known[key]
+
+    def _key(self, site: Site) -> Any:
+        """What tells layers apart whose times differ."""
+        layer: Any = site.module
+        of_layer = (site.in_features, site.out_features, layer.bias is None, layer.weight.dtype, layer.weight.device)
+        return (type(layer), *of_layer, self.tokens, self.compiled, torch.get_num_threads())
+
+    def _rows(self, site: Site) -> Tensor:
+        shape = (1, self.tokens, site.in_features)
+        return torch.randn(shape, device=_device(site)).to(site.module.get_parameter("weight").dtype)
+
+    def _measured(self, site: Site) -> dict[str, Curve]:
+        layer, x = site.module, self._rows(site)
+        ranks = {form: _grid(site.full_rank - (form == "pivoted")) for form in FORMS}
+        calls = {("dense", 0): self._call(layer, x)}
+        for form, some in ranks.items():
+            calls |= {(form, rank): self._call(_drawn(layer, Entry(rank, form)), x) for rank in some}
+        took = medians(calls, x.device)
+        curves = {form: (some, _rising([took[form, rank] for rank in some])) for form, some in ranks.items()}
+        return curves | {"dense": ([0], [took["dense", 0]])}
+
+    def _call(self, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+        made: Any = torch.compile(layer) if self.compiled else layer
+        return lambda: made(x)
+
+
+def _device(site: Site) -> torch.device:
+    return site.module.get_parameter("weight").device
+
+
+def _grid(most: int) -> list[int]:
+    """Ranks from low to the highest, closer together where they are low."""
+    return sorted({max(1, round(most * (i / _RANKS) ** 1.5)) for i in range(1, _RANKS + 1)})
+
+
+def _rising(times: list[float]) -> list[float]:
+    """Half-way between the lowest rising curve above what was measured, and the highest one below."""
+    above = numpy.maximum.accumulate(times)
+    below = numpy.minimum.accumulate(times[::-1])[::-1]
+    return [float(value) for value in (above + below) / 2]
+
+
+@torch.no_grad()
+def _drawn(layer: nn.Module, entry: Entry) -> LowRankLinear:
+    """A low-rank layer of random numbers: what memory holds by chance may be slow to compute with."""
+    low = low_rank_like(layer, entry)
+    for parameter in low.parameters():
+        parameter.normal_(std=0.02)
+    if isinstance(low, PivotedLinear):
+        low.order.copy_(torch.randperm(low.in_features))
+    return low
+
+
+def speed_of(
+    work: nn.Module, found: Sequence[Found], entries: Mapping[str, Entry], clock: Clock, asked: float, batch: Any
+) -> Speed:
+    """How much faster a model is with these entries, measured: its layers, and the whole on a batch if there is one.
+
+    Numbers are drawn, as if they had been decomposed.
+    """
+    small, device = frozen_copy(work), _device(found[0].site)
+    whole = None
+    if batch is not None:
+        layers = {item.name: small.get_submodule(item.site.name) for item in found}
+        replace_modules(small, {layer: _drawn(layer, entries[n]) for n, layer in layers.items() if n in entries})
+        models = {"dense": called(frozen_copy(work)), "small": called(small)}
+        taken = send_to_device(unlabelled(models["dense"], batch), device)
+        took = medians({name: partial(model, **taken) for name, model in models.items()}, device)
+        whole = round(took["dense"] / took["small"], 3)
+    layers_alone = clock.reached([(item.site, entries.get(item.name)) for item in found])
+    return Speed(device.type, clock.tokens, asked, round(layers_alone, 3), whole)
+
+
+@torch.inference_mode()
+def medians(calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int = _ROUNDS) -> dict[Any, float]:
+    """Median seconds of every call, over rounds in which all take their turn, so that all see the same noise.
+
+    On a CPU it is the time of the process, which others that are running do not stretch.
+    """
+    synchronize = getattr(getattr(torch, device.type), "synchronize", lambda: None)
+    now = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def took(call: Callable[[], Any], times: int) -> float:
+        synchronize()
+        start = now()
+        for _ in range(times):
+            call()
+        synchronize()
+        return (now() - start) / times
+
+    times = {}
+    for key, call in calls.items():
+        call()  # to warm up
+        times[key] = max(1, math.ceil(_LEAST / max(took(call, 1), 1e-9)))
+    series: dict[Any, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            series[key].append(took(call, times[key]))
+    return {key: statistics.median(values) for key, values in series.items()}

@@ -1,0 +1,123 @@
+"""What a part of a model costs: parameters, or time on its device. One budget is spent in either."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from hf_reparam.compress.clock import Clock
+from hf_reparam.config import FORMS, LowRankConfig
+from hf_reparam.errors import RankError
+from hf_reparam.linalg import Calibration, Options
+from hf_reparam.model.sites import Found
+from hf_reparam.plan import Entry
+from hf_reparam.structures.structure import Choices, Steps
+
+__all__ = ["Parameters", "Seconds", "Unit", "unit_of"]
+
+_TOKENS = 1024  # of a call: 8 texts of 128 tokens
+
+
+class Unit(Protocol):
+    """How costs are counted."""
+
+    def entry(self, item: Found, rank: int) -> Entry:
+        """How a site is held at a rank."""
+
+    def cost(self, item: Found, entry: Entry | None) -> float:
+        """What it costs so; None for dense, infinite where it cannot be."""
+
+    def priced(self, item: Found | None, choices: Choices) -> Choices:
+        """The choices that are worth having, by ascending cost, with what they cost; of None for a part of a site."""
+
+    def too_small(self, share: float, least: float, steps: Steps) -> str:
+        """What to say where the least ranks cost a higher share of what is dense."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers that a site holds, biases not counted.
+
+    Args:
+        form: of dense layers.
+        least_saving: share of its parameters that a layer has to save, or it stays dense.
+    """
+
+    form: str
+    least_saving: float
+
+    def entry(self, item: Found, rank: int) -> Entry:
+        forms = item.structure.forms
+        return Entry(rank, self.form if self.form in forms else forms[0])
+
+    def cost(self, item: Found, entry: Entry | None) -> float:
+        try:
+            return item.structure.cost(item.site, entry)
+        except RankError:
+            return math.inf
+
+    def priced(self, item: Found | None, choices: Choices) -> Choices:
+        entries, options = choices
+        most = (1 - self.least_saving) * float(options.costs[-1])  # dense is the last one
+        kept = [i for i, entry in enumerate(entries) if entry is None or float(options.costs[i]) <= most]
+        return [entries[i] for i in kept], _of(options, kept)
+
+    def too_small(self, share: float, least: float, steps: Steps) -> str:
+        return (
+            f"a share of {share:.3g} is below the smallest size: keep at least {math.ceil(1000 * least) / 1000:.3f}, "
+            f"or allow lower ranks with min_rank= (now {steps.min_rank}; multiple_of is {steps.multiple_of})"
+        )
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one call, as a clock measured it; the faster form is taken at every rank.
+
+    Args:
+        clock: of the model's device.
+        forms: that may be taken.
+    """
+
+    clock: Clock
+    forms: Sequence[str]
+
+    def entry(self, item: Found, rank: int) -> Entry:
+        return min((Entry(rank, form) for form in self.forms), key=lambda entry: self.cost(item, entry))
+
+    def cost(self, item: Found, entry: Entry | None) -> float:
+        return self.clock.seconds(item.site, entry)
+
+    def priced(self, item: Found | None, choices: Choices) -> Choices:
+        entries, options = choices
+        if item is None:
+            raise TypeError("parts of a site have no time of their own")
+        faster = [None if entry is None else self.entry(item, entry.rank) for entry in entries]
+        costs = [self.cost(item, entry) for entry in faster]
+        kept: list[int] = []
+        least = math.inf
+        for i in reversed(range(len(faster))):  # a rank that takes as long as a higher one loses more for nothing
+            if costs[i] < least:
+                kept.insert(0, i)
+                least = costs[i]
+        priced = replace(options, costs=torch.tensor(costs, dtype=torch.float64))
+        return [faster[i] for i in kept], _of(priced, kept)
+
+    def too_small(self, share: float, least: float, steps: Steps) -> str:
+        return (
+            f"speedup={1 / share:.3g} cannot be reached: at the least ranks (min_rank={steps.min_rank}) the layers "
+            f"take {least:.3f} of their dense time with {self.clock.tokens} tokens a call, a speedup of {1 / least:.2f}"
+        )
+
+
+def unit_of(config: LowRankConfig, calibration: Calibration | None) -> Unit:
+    """In what the size of a configuration is given; times are kept in a calibration."""
+    if config.speedup is None:
+        return Parameters(config.stored_form, config.least_saving)
+    clock = Clock(config.tokens or _TOKENS, {} if calibration is None else calibration.times, config.compiled)
+    return Seconds(clock, FORMS if config.form is None else (config.form,))
+
+
+def _of(options: Options, kept: Sequence[int]) -> Options:
+    return Options(options.errors[list(kept)], options.costs[list(kept)])

@@ -1,0 +1,182 @@
+"""Ranks and forms chosen by measured times; what a layer has to save, and which ranks are tried by default."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import hf_reparam
+from hf_reparam import LowRankConfig, calibrate, convert, make_plan
+from hf_reparam.__main__ import main
+from hf_reparam.compress import clock
+from hf_reparam.compress.units import Parameters, Seconds
+from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
+from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.linalg import Options
+from hf_reparam.model.sites import Found
+from hf_reparam.plan import RankPlan, Speed
+from hf_reparam.structures.linear import Linears
+from tests import zoo
+
+OVERHEAD = 400.0  # of every product, in the unit of `work`
+
+
+def work(module):
+    """Multiply-adds of a row, and what every product costs beside."""
+    if isinstance(module, LowRankLinear):
+        pivoted = module.form == "pivoted"
+        rest = module.in_features - module.rank if pivoted else module.in_features
+        return module.rank * (rest + module.out_features) + (2 + pivoted) * OVERHEAD
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features + OVERHEAD
+    return sum(map(work, module.children()))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Times that are computed in the place of measured ones, and how many there were."""
+    seen = []
+
+    def medians(calls, device, rounds=7):
+        seen.extend(calls)
+        return {
+            key: work(call.func if hasattr(call, "func") else call.__closure__[0].cell_contents)
+            for key, call in calls.items()
+        }
+
+    monkeypatch.setattr(clock, "medians", medians)
+    return seen
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 160), nn.Tanh(), nn.Linear(160, 32), nn.Linear(32, 8)
+    )
+
+
+def batches(count=10):
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(96, 96, generator=generator) * 0.9 ** torch.arange(96)
+    return [{"input": torch.randn(16, 96, generator=generator) @ mix} for _ in range(count)]
+
+
+@pytest.mark.parametrize("asked", [1.25, 2.0, 3.0])
+def test_layers_together_take_their_share_of_the_time(counted, asked):
+    model, calibration = net(), calibrate(net(), batches())
+    plan = make_plan(model, calibration=calibration, speedup=asked)
+    assert asked * 0.99 <= plan.report.speed.layers < asked * 1.1
+    assert work(net()) / work(convert(model, plan, calibration=calibration)) == pytest.approx(
+        plan.report.speed.layers, abs=1e-3
+    )
+    assert plan.report.speed == Speed("cpu", 1024, asked, plan.report.speed.layers, plan.report.speed.layers)
+    assert "3" not in plan.modules  # 32 x 8: two products take longer than one
+
+
+def test_every_layer_gets_the_faster_form(counted):
+    calibration = calibrate(net(), batches())
+    plan = make_plan(net(), calibration=calibration, speedup=1.4)
+    for name, entry in plan.modules.items():
+        layer = net().get_submodule(name)
+        pair, pivoted = (work(clock._drawn(layer, hf_reparam.Entry(entry.rank, form))) for form in ("pair", "pivoted"))
+        assert entry.form == ("pair" if pair <= pivoted else "pivoted")
+    only = make_plan(net(), LowRankConfig(speedup=1.4, form="pivoted"), calibration)
+    assert {entry.form for entry in only.modules.values()} == {"pivoted"}
+
+
+def test_times_are_measured_once_for_each_shape_and_number_of_tokens(counted):
+    calibration = calibrate(net(), batches())
+    curves = lambda: sum(key[0] in ("pair", "pivoted") for key in counted)  # noqa: E731
+    make_plan(net(), calibration=calibration, speedup=1.5)
+    first = curves()
+    assert first == 4 * 2 * 12 - sum(12 - len(clock._grid(most)) for most in (96, 95, 96, 95, 32, 31, 8, 7))
+    make_plan(net(), calibration=calibration, speedup=2.0)
+    assert curves() == first
+    make_plan(net(), LowRankConfig(speedup=2.0, tokens=1), calibration)
+    assert curves() == 2 * first
+
+
+def test_what_no_rank_reaches_is_refused_with_the_highest_speed(counted):
+    with pytest.raises(RankError, match=r"speedup=50 cannot be reached: .* a speedup of \d\.\d\d"):
+        make_plan(net(), LowRankConfig(speedup=50, min_rank=4), calibrate(net(), batches()))
+
+
+def test_without_calibration_and_without_speedup(counted):
+    plan = make_plan(net(), speedup=2)
+    assert plan.report.speed.layers >= 2
+    assert plan.report.speed.model is None
+    assert not make_plan(net(), speedup=1.0).modules
+    with pytest.raises(WeightError, match="meta device"):
+        make_plan(net().to("meta"), speedup=2)
+
+
+def test_saved_and_read_again(counted, tmp_path, capsys):
+    model = zoo.BY_BASE["BertForSequenceClassification"].build()
+    small = convert(model, LowRankConfig(speedup=1.05, min_rank=1, tokens=7))
+    small.save_pretrained(tmp_path)
+    speed = hf_reparam.report(small).speed
+    assert (speed.asked, speed.tokens, speed.device) == (1.05, 7, "cpu")
+    assert hf_reparam.report(AutoModelForSequenceClassification.from_pretrained(tmp_path)).speed == speed
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert f"speed:            {speed}" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "config.json").read_text())["reparam"]
+    for wrong in ({"asked": "2"}, {"tokens": 1.5}, {"more": 1}, {"device": 3}, {"model": float("nan")}):
+        changed = {**stored["record"]["speed"], **wrong}
+        with pytest.raises(PlanError, match=r"reparam\.record\.speed"):
+            RankPlan.from_dict({**stored, "record": {**stored["record"], "speed": changed}})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"speedup": 0.5}, RankError, "at least 1"),
+        ({"speedup": float("inf")}, RankError, "at least 1"),
+        ({"speedup": 2, "keep": 0.5}, RankError, "give one of"),
+        ({"tokens": 8, "keep": 0.5}, TargetError, "go with speedup"),
+        ({"compiled": True, "keep": 0.5}, TargetError, "go with speedup"),
+        ({"speedup": 2, "tokens": 0}, RankError, "tokens must be"),
+        ({"speedup": 2, "embeddings": True}, TargetError, "leave out embeddings"),
+        ({"keep": 0.5, "least_saving": 1.0}, RankError, "least_saving"),
+    ],
+)
+def test_refusals(options, error, words):
+    with pytest.raises(error, match=words):
+        LowRankConfig(**options)
+
+
+def test_layers_that_would_save_little_stay_dense():
+    entries = [hf_reparam.Entry(4), hf_reparam.Entry(6), hf_reparam.Entry(9), None]
+    options = Options(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([50.0, 90.0, 91.0, 100.0]))
+    kept, left = Parameters("pair", 0.1).priced(None, (entries, options))
+    assert kept == [hf_reparam.Entry(4), hf_reparam.Entry(6), None]
+    assert (left.errors.tolist(), left.costs.tolist()) == ([3, 2, 0], [50, 90, 100])
+    calibration = calibrate(net(), batches())
+    for least in (0.1, 0.5):
+        plan = make_plan(net(), LowRankConfig(keep=0.6, least_saving=least, verify=False), calibration)
+        rows = [(r.in_features * r.out_features, r.parameters_after - r.out_features) for r in plan.report.layers]
+        assert min(1 - after / dense for dense, after in rows) >= least
+
+
+def test_ranks_are_multiples_of_8_in_large_layers_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 300), nn.Linear(300, 100))
+    ranks = [entry.rank for entry in make_plan(model, keep=0.53).modules.values()]
+    assert ranks[0] % 8 == 0
+    assert ranks[1] % 8
+    fine = make_plan(model, LowRankConfig(keep=0.53, multiple_of=1)).modules["0"].rank
+    assert fine > ranks[0]
+
+
+def test_a_rank_that_takes_as_long_as_a_higher_one_is_left_out():
+    class Stepped:
+        def seconds(self, site, entry):
+            return 9.0 if entry is None else {2: 5.0, 3: 5.0, 4: 7.0, 5: 9.0}[entry.rank]
+
+    entries = [*(hf_reparam.Entry(rank) for rank in (2, 3, 4, 5)), None]
+    options = Options(torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]), torch.arange(5.0))
+    item = Found("fc", Linears(), None)
+    kept, left = Seconds(Stepped(), ("pair",)).priced(item, (entries, options))
+    assert kept == [hf_reparam.Entry(3), hf_reparam.Entry(4), None]
+    assert (left.errors.tolist(), left.costs.tolist()) == ([3, 2, 0], [5, 7, 9])
