@@ -56,7 +56,7 @@ def allocate(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict
     Raises:
         RankError: even the cheapest options exceed the budget.
 
-    Cost: 200 passes over all options, and 50 more where there are alternatives.
+    Cost: about 60 passes over all options, and 50 more where there are alternatives.
 
     >>> steps = Options(torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 3.0]))
     >>> flat = Options(torch.tensor([1.0, 0.9, 0.8]), torch.tensor([1.0, 2.0, 3.0]))
@@ -111,6 +111,8 @@ def _bisect(at: Callable[[Tensor], tuple[dict[K, int], float]], first: dict[K, i
     low, high, chosen = -_HIGHEST, _HIGHEST, first  # natural logarithm of lambda; the high end always fits, up to ties
     for _ in range(times):
         middle = (low + high) / 2
+        if middle in (low, high):  # neighbours: nothing changes any more
+            break
         found, cost = at(torch.tensor(middle, dtype=torch.float64).exp())
         if cost <= budget:
             high, chosen = middle, found
