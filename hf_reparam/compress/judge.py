@@ -1,9 +1,8 @@
 """Plans judged on held-out calibration data: layers cut alone, and whole models."""
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from hf_reparam.calibrate.objective import (
     unit_of,
 )
 from hf_reparam.calibrate.padding import decodes, rows_of, splits, unlabelled
+from hf_reparam.calibrate.replay import Replay
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.linalg import HeldOut, fingerprint
 from hf_reparam.model.host import called
@@ -38,23 +38,23 @@ class Judge:
     Args:
         dense: a frozen copy of the dense model.
         batches: with their padding masks. Positions whose label is -100 do not count.
-        blocks: whether to keep what blocks of layers give in the dense model, for `after`.
+        alone: whether layers are judged alone, with `after`, which takes no more than 4,096 rows.
     """
 
-    def __init__(self, dense: nn.Module, batches: Sequence[HeldOut], *, blocks: bool = False) -> None:
+    def __init__(self, dense: nn.Module, batches: Sequence[HeldOut], *, alone: bool = False) -> None:
         inner = called(dense)
         names = forward_names(inner)
         plain = {"use_cache": False} if "use_cache" in names.known else {}  # what is skipped could not fill it
         self.batches: list[HeldOut] = []
-        self.passes: list[_Pass] = []
+        self.passes: list[Replay] = []
         self.references: list[dict[str, Tensor]] = []
         self.unit, self.count = "", 0
         for batch, masks in batches:
             taken = {k: v for k, v in unlabelled(inner, batch).items() if k in names.known or names.others}
             taken, masks = send_to_device((taken | plain, masks), execution_device(inner))
-            one = _Pass(inner if blocks else nn.Module())
-            with one.recorded(), torch.no_grad():
-                reference = compared(inner(**taken))
+            one = Replay(_MOST_BYTES)
+            with torch.no_grad():
+                reference = compared(one.first(inner, partial(inner, **taken)))
             masks = _counted(inner, batch, masks, reference) or masks
             self.batches.append((taken, masks))
             self.passes.append(one)
@@ -62,7 +62,7 @@ class Judge:
             self.unit, count = unit_of(reference, masks)
             self.count += count
             size = sum(value.nbytes for known in self.references for value in known.values())
-            if size > _MOST_BYTES or sum(known.rows for known in self.passes) > _MOST_ROWS:
+            if size > _MOST_BYTES or (alone and sum(known.rows for known in self.passes) > _MOST_ROWS):
                 break
         self.fingerprint = fingerprint(*self.references)
 
@@ -72,13 +72,14 @@ class Judge:
 
         Args:
             model: to be judged.
-            after: a module of the recorded model that differs, with all that is called later: what was complete before
+            after: a module of the dense model that differs, with all that is called later: what was complete before
                 it is not computed again.
         """
         found, inner = 0.0, called(model)
         for one, reference, (batch, masks) in zip(self.passes, self.references, self.batches, strict=True):
-            with one.skipped(after):
-                found += float(divergence(inner(**batch), reference, masks))
+            run = partial(inner, **batch)
+            outputs = run() if after is None else one(run, [after])
+            found += float(divergence(outputs, reference, masks))
         return found / self.count
 
 
@@ -97,63 +98,6 @@ def _counted(
     known = position_mask(next(iter(outputs.values())), masks)
     counts = counts if known is None else counts.to(known.device) & known
     return (counts,) if counts.any() else ()
-
-
-class _Pass:
-    """What blocks of layers gave in one forward pass, and when.
-
-    Args:
-        model: its blocks are the members of its lists of modules, and the modules that have such lists.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        lists = [
-            (module, child) for module in model.modules() for child in module.children() if type(child) is nn.ModuleList
-        ]
-        self.blocks = {block for owner, items in lists for block in (owner, *items)} - {model}
-        self.modules = list(model.modules())
-        self.outputs: dict[nn.Module, list[tuple[int, Any]]] = {}
-        self.starts: dict[nn.Module, int] = {}
-        self.clock = 0
-        self.rows = 0  # of the largest input of a layer
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record while the block lasts."""
-
-        def start(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.clock += 1
-            if getattr(module, "weight", None) is not None and args and isinstance(args[0], Tensor):
-                self.rows = max(self.rows, args[0].shape[:-1].numel())
-            self.starts.setdefault(module, self.clock)
-
-        def end(module: nn.Module, _: Any, output: Any) -> None:
-            self.outputs.setdefault(module, []).append((self.clock, copy.deepcopy(output)))
-
-        handles = [module.register_forward_pre_hook(start) for module in self.modules if self.blocks]
-        handles += [module.register_forward_hook(end) for module in self.blocks]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def skipped(self, after: nn.Module | None) -> Iterator[None]:
-        """Have the blocks give at once what they gave, of those that were complete before a module was called."""
-        start = self.starts.get(after, 0) if after is not None else 0
-        done = {block: calls[0] for block, calls in self.outputs.items() if len(calls) == 1}
-        before = {block: output for block, (end, output) in done.items() if end < start}
-        own = {block: vars(block)["forward"] for block in before if "forward" in vars(block)}
-        for block, output in before.items():
-            vars(block)["forward"] = lambda *_, output=output, **__: copy.deepcopy(output)  # it may be written into
-        try:
-            yield
-        finally:
-            for block in before:
-                del vars(block)["forward"]
-            for block, forward in own.items():
-                vars(block)["forward"] = forward
 
 
 def few(batches: Sequence[HeldOut]) -> list[HeldOut]:

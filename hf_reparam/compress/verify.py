@@ -54,7 +54,7 @@ def best_plan(
     fitting, batches = replace(source, fitting=True, kept=_room(budget)), calibration.batches
     dense = frozen_copy(work)
     found = {item.name: item for item in select(dense, config).selected}
-    judge, uniform = Judge(dense, few(batches), blocks=True), budget.uniform()
+    judge, uniform = Judge(dense, few(batches), alone=True), budget.uniform()
     measured = probed(ways, budget.spent, uniform, Prober(found, dense, judge, fitting, calibration.probes))
     plans = {
         _MEASURED: (budget.spent(measured), source.metric),

@@ -1,6 +1,6 @@
 """`refit`: fit the factors once more, layer by layer, to what the low-rank layers before them really give."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,10 @@ from transformers.utils.logging import tqdm
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
+from hf_reparam.calibrate.inputs import forward_names
 from hf_reparam.calibrate.objective import divergence, examples_in
 from hf_reparam.calibrate.padding import Padding, Part, unlabelled
+from hf_reparam.calibrate.replay import Replay
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import TargetError
@@ -35,6 +37,7 @@ __all__ = ["HOLD_OUT", "parts_of", "refit"]
 _NOT_ONCE = "which a pass reaches more than once, or not at all"
 _UNEVEN = "which do not get the same tokens in both models"
 HOLD_OUT = 5  # every fifth batch judges, the others fit
+_ROOM = 1 << 30  # bytes of each model's outputs that are kept
 
 Batch = tuple[dict[str, Any], tuple[Tensor, ...]]
 Distance = Callable[[Any, Any], float]
@@ -78,7 +81,9 @@ def refit(
             batches.
         WeightError: moments of another model, or weights made inside `torch.inference_mode()`.
 
-    Cost: for each group of layers with one input, about a forward pass of both models over the data.
+    Cost: for each group of layers with one input, a forward pass of its block in both models over the data, and one of
+    what follows it over the held-out part. Up to 1 GiB of outputs of each model's blocks are kept; beyond, or where a
+    model has no lists of blocks, whole passes are run.
 
     Source: AA-SVD, arXiv 2604.02119.
 
@@ -135,13 +140,14 @@ def _refit(
     kept: list[str] = []
     with torch.no_grad():
         data = parts_of(full, originals, batches)
-        judging, fitting = data[::HOLD_OUT], [part for i, part in enumerate(data) if i % HOLD_OUT]
-        before = best = _divergence(low, full, judging, distance)
-        order = order_of(layers, partial(low, **data[0].batch))
+        passes = [_Passes(low, full, part, _ROOM // len(data)) for part in data]
+        judging, fitting = passes[::HOLD_OUT], [one for i, one in enumerate(passes) if i % HOLD_OUT]
+        before = best = sum(one.divergence(distance) for one in judging)
+        order = order_of(layers, passes[0].low)
         skipped = dict.fromkeys(layers.keys() - {name for names in order for name in names}, _NOT_ONCE)
         for names in tqdm(order, desc="Refitting", unit="group"):
             group = {name: layers[name] for name in names}
-            paired, uneven = _collect(low, full, group, originals, fitting)
+            paired, uneven = _collect(group, originals, fitting)
             skipped |= dict.fromkeys(uneven, _UNEVEN)
             saved = {n: {key: value.clone() for key, value in layers[n].state_dict().items()} for n in paired}
             try:
@@ -149,13 +155,13 @@ def _refit(
                     known = calibration.layers.get(layer_name(model, name)) if calibration is not None else None
                     weights = known.gradient_products if known is not None and known.has_gradient() else None
                     _fit(layers[name], originals[name], pairs, weights)
-                now = _divergence(low, full, judging, distance)
+                now = sum(one.divergence(distance, group.values()) for one in judging)
                 if now < best:
                     best, kept, saved = now, [*kept, *paired], {}
             finally:  # also when it is interrupted
                 for name, state in saved.items():
                     layers[name].load_state_dict(state)
-    examples = sum(examples_in(part.batch) for part in judging)
+    examples = sum(examples_in(one.part.batch) for one in judging)
     order_in_model = {name: skipped[name] for name in layers if name in skipped}
     return RefitReport(tuple(kept), len(layers), before / examples, best / examples, order_in_model)
 
@@ -179,33 +185,50 @@ def _originals(layers: Mapping[str, LowRankLinear], dense: nn.Module) -> dict[st
     return {name: modules[name] for name in layers}
 
 
-def _divergence(model: nn.Module, dense: nn.Module, data: list[Part], distance: Distance | None) -> float:
-    total = 0.0
-    for part in data:
-        outputs, reference = model(**part.batch), dense(**part.batch)
-        far = divergence(outputs, reference, part.masks) if distance is None else distance(outputs, reference)
-        total += float(far)
-    return total
+class _Passes:
+    """Passes of both models over one part of the data.
+
+    What is complete in the converted model before the layers in work, and all that the dense model computes, is kept
+    while there is room.
+    """
+
+    def __init__(self, low: nn.Module, full: nn.Module, part: Part, room: int) -> None:
+        plain = {"use_cache": False} if "use_cache" in forward_names(full).known else {}  # what is kept fills no cache
+        self.part = part
+        self.low, self.full = (partial(model, **{**part.batch, **plain}) for model in (low, full))
+        self.low_replay, self.full_replay = Replay(room), Replay(room)
+        self.low_replay.first(low, self.low)
+        self.full_replay.first(full, self.full)
+
+    def divergence(self, distance: Distance | None, changed: Collection[nn.Module] = ()) -> float:
+        """How far the converted model's predictions are from the dense model's."""
+        if distance is not None:  # it may look at what blocks give beside
+            return float(distance(self.low(), self.full()))
+        outputs, reference = self.low_replay(self.low, changed), self.full_replay(self.full)
+        return float(divergence(outputs, reference, self.part.masks))
+
+    def inputs(
+        self, layers: Mapping[str, nn.Module], originals: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What goes into layers that change and into their originals."""
+        low, full = ((self.low_replay, self.low, layers), (self.full_replay, self.full, originals))
+        found = [inputs_of(some, partial(replay, run, some.values())) for replay, run, some in (low, full)]
+        return found[0], found[1]
 
 
 def _collect(
-    model: nn.Module,
-    dense: nn.Module,
-    layers: Mapping[str, LowRankLinear],
-    originals: Mapping[str, nn.Module],
-    data: list[Part],
+    layers: Mapping[str, LowRankLinear], originals: Mapping[str, nn.Module], passes: Iterable[_Passes]
 ) -> tuple[dict[str, PairedMoments], set[str]]:
     """What both models' layers get of the same tokens, and the layers that do not get the same tokens."""
     paired = {name: PairedMoments.zeros(layer.in_features) for name, layer in layers.items()}
     uneven: set[str] = set()
     dense_layers = {name: originals[name] for name in layers}
-    for part in data:
-        low = inputs_of(layers, partial(model, **part.batch))
-        full = inputs_of(dense_layers, partial(dense, **part.batch))
+    for one in passes:
+        low, full = one.inputs(layers, dense_layers)
         uneven |= {n for n in layers if n not in low or n not in full or low[n].shape != full[n].shape}
         for name in layers.keys() - uneven:
-            follows = None if part.follows is None else part.follows.get(name)
-            paired[name].add(rows(full[name], part.masks, follows), rows(low[name], part.masks, follows))
+            follows = None if one.part.follows is None else one.part.follows.get(name)
+            paired[name].add(rows(full[name], one.part.masks, follows), rows(low[name], one.part.masks, follows))
     return {name: paired[name] for name in layers if name not in uneven}, uneven
 
 

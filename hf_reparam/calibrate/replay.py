@@ -1,0 +1,121 @@
+"""Forward passes over one batch, again and again, of a model that changes further and further behind."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+__all__ = ["Replay"]
+
+T = TypeVar("T")
+
+
+class Replay:
+    """Passes over one batch in which blocks that were complete before what changes are not computed again.
+
+    Blocks are the members of lists of modules, and the modules that have such lists.
+
+    For the time of a pass, blocks get a `forward` of their own: give a copy of a model.
+
+    Args:
+        room: bytes that outputs of blocks may take.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.rows = 0  # of the largest input of a layer
+        self.outputs: dict[nn.Module, Any] = {}
+        self.starts: dict[nn.Module, int] = {}
+        self.ends: dict[nn.Module, int] = {}
+        self.once: list[nn.Module] = []
+
+    def first(self, model: nn.Module, run: Callable[[], T]) -> T:
+        """The first pass, which tells the order."""
+        lists = [
+            (owner, child) for owner in model.modules() for child in owner.children() if type(child) is nn.ModuleList
+        ]
+        blocks = {block for owner, items in lists for block in (owner, *items)} - {model}
+        clock, calls = 0, Counter[nn.Module]()
+
+        def start(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal clock
+            clock += 1
+            calls[module] += 1
+            if getattr(module, "weight", None) is not None and args and isinstance(args[0], Tensor):
+                self.rows = max(self.rows, args[0].shape[:-1].numel())
+            self.starts.setdefault(module, clock)
+
+        def end(module: nn.Module, *_: Any) -> None:
+            self.ends[module] = clock
+
+        handles = [module.register_forward_pre_hook(start) for module in model.modules()]
+        handles += [block.register_forward_hook(end) for block in blocks]
+        try:
+            result = run()
+        finally:
+            _remove(handles)
+        self.once = [block for block in blocks if calls[block] == 1]
+        return result
+
+    def __call__(self, run: Callable[[], T], changes: Collection[nn.Module] | None = None) -> T:
+        """One more pass.
+
+        Args:
+            run: a pass, of the model or of one in which other modules stand in the place of those that change.
+            changes: modules of the first pass that changed since; None if none did.
+        """
+        since = min((self.starts.get(module, 0) for module in changes), default=0) if changes is not None else None
+        final = [block for block in self.once if since is None or self.ends[block] < since]
+        with self._skipping(final), self._keeping(final):
+            return run()
+
+    @contextmanager
+    def _skipping(self, final: Collection[nn.Module]) -> Iterator[None]:
+        """Have blocks whose output is known give it at once."""
+        known = [block for block in final if block in self.outputs]
+        own = {block: vars(block)["forward"] for block in known if "forward" in vars(block)}
+        for block in known:
+            output = self.outputs[block]
+            vars(block)["forward"] = lambda *_, output=output, **__: copy.deepcopy(output)  # it may be written into
+        try:
+            yield
+        finally:
+            for block in known:
+                del vars(block)["forward"]
+            for block, forward in own.items():
+                vars(block)["forward"] = forward
+
+    @contextmanager
+    def _keeping(self, final: Collection[nn.Module]) -> Iterator[None]:
+        """Keep the outputs of blocks that are computed, while there is room."""
+
+        def keep(block: nn.Module, _: Any, output: Any) -> None:
+            size = sum(tensor.nbytes for tensor in _tensors(output))
+            if size <= self.room:
+                self.room -= size
+                self.outputs[block] = copy.deepcopy(output)
+
+        handles = [block.register_forward_hook(keep) for block in final if block not in self.outputs]
+        try:
+            yield
+        finally:
+            _remove(handles)
+
+
+def _remove(handles: Collection[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
