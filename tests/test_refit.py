@@ -1,6 +1,7 @@
 """Refitting brings the predictions nearer to the dense model's, keeps ranks and forms, and keeps nothing that hurts."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, make_plan, refit
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.recover.refit import __name__ as REFIT
 from tests import zoo
 
 
@@ -60,6 +62,35 @@ def test_predictions_come_nearer_on_unseen_data(base, form):
     assert {n: m.entry for n, m in small.base_model.named_modules() if isinstance(m, LowRankLinear)} == {
         n: s for n, s in plan.modules.items() if not n.startswith("cls")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "share"), [("BertForMaskedLM", 0.8), ("BartForConditionalGeneration", 0.8), ("AlbertForMaskedLM", 1.0)]
+)
+def test_what_is_complete_is_not_computed_again(base, share, monkeypatch):
+    """Also not where a fit is refused, and without a change in any factor; ALBERT's one block runs several times."""
+    dense = sharp(base)
+    start = convert(dense, rank=4)
+    batches = data(10)
+    fitted, calls = [], []
+    for room in (0, 1 << 30):
+        small, count = copy.deepcopy(start), 0
+
+        def forward(self, x, forward=LowRankLinear.forward):
+            nonlocal count
+            count += 1
+            return forward(self, x)
+
+        monkeypatch.setattr(sys.modules[REFIT], "_ROOM", room)
+        with monkeypatch.context() as patch:
+            patch.setattr(LowRankLinear, "forward", forward)
+            refit(small, dense, batches)
+        fitted.append(small.state_dict())
+        calls.append(count)
+    assert all(torch.equal(value, fitted[1][name]) for name, value in fitted[0].items())
+    assert calls[1] <= share * calls[0]
+    assert not any("forward" in vars(module) for module in (*start.modules(), *dense.modules()))
 
 
 def unhooked(*models):
