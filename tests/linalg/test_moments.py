@@ -26,6 +26,17 @@ def test_sums():
     torch.testing.assert_close(m.gradient_products, g.double().T @ g.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [511, 512, 514, 777])
+def test_products_of_wide_inputs_are_whole_and_symmetric(width):
+    x = torch.randn(9, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = LayerMoments.zeros(width, width, gradients=True)
+    for part in x.split(4):
+        moments.add_inputs(part)
+        moments.add_gradients(-part)
+    torch.testing.assert_close(moments.input_products, x.T @ x)
+    torch.testing.assert_close(moments.gradient_products, x.T @ x)
+
+
 def test_halves_merged_are_the_whole():
     x, g = torch.randn(40, 4).double(), torch.randn(40, 3).double()
     whole = Calibration("fisher", {"a": layer(x, g)})
