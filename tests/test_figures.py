@@ -209,3 +209,15 @@ def test_figures_of_the_decision_on_heads_are_the_results():
         rows = [results[model]["rows"][name] for name in ("fisher, global, pivoted", "joint attention")]
         cells = [" / ".join(format(row[keep][score], style).lstrip("0") for keep in keeps) for row in rows]
         assert f"| {' | '.join(cells)} |" in page
+
+
+def test_figures_of_the_decision_on_held_out_plans_are_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
+    page = (ROOT / "docs" / "decisions" / "0023-held-out-plans.md").read_text()
+    rows = ["fisher, global, pivoted", "fisher, global, pivoted, not measured", "fisher, uniform, pivoted"]
+    rows += ["activation, uniform, pivoted", "activation, uniform"]
+    lines = re.findall(r"^\| (.+, 50 \w+) \| ([\d. /]+) \| (.+) \|$", page, re.M)
+    assert len(lines) == 4
+    for name, keeps, cells in lines:
+        scores = [[f"{results[name]['rows'][row][keep]['lost']:.4f}" for keep in keeps.split(" / ")] for row in rows]
+        assert cells == " | ".join(" / ".join(some) for some in scores)
