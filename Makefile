@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo check test test-oldest conformance census audit format notebooks benchmarks clean
+.PHONY: demo check test test-oldest conformance census audit format notebooks benchmarks gpu clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -51,6 +51,10 @@ benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.foundation
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.speed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.memory
+
+# On a machine with a GPU: its tests, and what low rank is worth there; eight minutes
+gpu: $(VENV)/test.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) .venv-oldest .conformance .census .mypy_cache .ruff_cache .pytest_cache build dist
