@@ -74,7 +74,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "fisher, global": {"form": "pair"},
     "fisher, global, pivoted": {},
     "fisher, global, pivoted, refit": {"refit": True},
-    "fisher, global, pivoted, refit, refine": {"refit": True, "refine": True},
     "joint attention": {"heads": True},
     "joint attention, refit": {"heads": True, "refit": True},
     "+ embeddings": {"heads": True, "embeddings": True},
@@ -143,7 +142,7 @@ def converted_by(source: Source, model: nn.Module, keep: float, exclude: tuple[s
 def converted(task: tasks.Task, keep: float, options: Mapping[str, Any], calibration: Calibration) -> nn.Module:
     """A low-rank model of this package."""
     options = dict(options)
-    refit, refine = options.pop("refit", False), options.pop("refine", False)
+    refit = options.pop("refit", False)
     if not Heads().sites(task.model):
         options.pop("heads", None)
     size = {"target_params": whole_size(task, keep)} if "embeddings" in options else {"keep": keep}
@@ -151,8 +150,6 @@ def converted(task: tasks.Task, keep: float, options: Mapping[str, Any], calibra
     small = hf_reparam.convert(task.model, config, calibration=calibration)
     if refit:
         hf_reparam.refit(small, task.model, task.batches, calibration=calibration)
-    if refine:
-        print(hf_reparam.refine(small, task.model, task.batches))
     return small
 
 
