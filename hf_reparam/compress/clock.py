@@ -19,6 +19,7 @@ from hf_reparam.config import FORMS
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
+from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import low_rank_like, replace_modules
 from hf_reparam.model.host import called
 from hf_reparam.model.sites import Found
@@ -79,7 +80,9 @@ class Clock:
         if key not in self.known:
             if site.module.weight.is_meta:
                 raise WeightError(f"{site.name}: it is on the meta device, where there is no time to measure")
-            self.known[key] = self._measured(site)
+            shape = f"{site.in_features} x {site.out_features}"
+            found = spread({shape: 1.0}, lambda _: self._measured(site), desc="Timing layers")  # by one process for all
+            self.known[key] = found[shape]
         return self.known[key]
 
     def _key(self, site: Site) -> Any:
@@ -89,8 +92,9 @@ class Clock:
         return (type(layer), *of_layer, self.tokens, self.compiled, torch.get_num_threads())
 
     def _rows(self, site: Site) -> Tensor:
-        shape = (1, self.tokens, site.in_features)
-        return torch.randn(shape, device=_device(site)).to(site.module.get_parameter("weight").dtype)
+        shape, device = (1, self.tokens, site.in_features), _device(site)
+        dtype = site.module.get_parameter("weight").dtype
+        return torch.randn(shape, device=device, generator=_generator(device)).to(dtype)
 
     def _measured(self, site: Site) -> dict[str, Curve]:
         layer, x = site.module, self._rows(site)
@@ -111,6 +115,11 @@ def _device(site: Site) -> torch.device:
     return site.module.get_parameter("weight").device
 
 
+def _generator(device: torch.device) -> torch.Generator:
+    """Of numbers that nobody else's depend on."""
+    return torch.Generator(device).manual_seed(0)
+
+
 def _grid(most: int) -> list[int]:
     """Ranks from low to the highest, closer together where they are low."""
     return sorted({max(1, round(most * (i / _RANKS) ** 1.5)) for i in range(1, _RANKS + 1)})
@@ -127,10 +136,11 @@ def _rising(times: list[float]) -> list[float]:
 def _drawn(layer: nn.Module, entry: Entry) -> LowRankLinear:
     """A low-rank layer of random numbers: what memory holds by chance may be slow to compute with."""
     low = low_rank_like(layer, entry)
+    generator = _generator(low.up.weight.device)
     for parameter in low.parameters():
-        parameter.normal_(std=0.02)
+        parameter.normal_(std=0.02, generator=generator)
     if isinstance(low, PivotedLinear):
-        low.order.copy_(torch.randperm(low.in_features))
+        low.order.copy_(torch.randperm(low.in_features, generator=generator, device=low.order.device))
     return low
 
 
