@@ -221,3 +221,14 @@ def test_figures_of_the_decision_on_held_out_plans_are_the_results():
     for name, keeps, cells in lines:
         scores = [[f"{results[name]['rows'][row][keep]['lost']:.4f}" for keep in keeps.split(" / ")] for row in rows]
         assert cells == " | ".join(" / ".join(some) for some in scores)
+
+
+def test_figures_of_refine_are_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "refine.json").read_text())["results"]
+    page = (ROOT / "docs" / "how-to" / "calibrate.md").read_text()
+    assert len(results) == 3
+    for name, found in results.items():
+        steps = found["steps"]
+        lost = [f"{steps[step]['lost']:.4f}" for step in ("convert", "refit", "refine")]
+        seconds = " / ".join(f"{step['seconds']:.0f}" for step in steps.values())
+        assert f"| {name}, {found['lost']} | {' | '.join(lost)} | {seconds} |" in page
