@@ -9,23 +9,19 @@ half of the cut, merged, calibrated and converted again. *Input-only*: layers of
 by the second moment of their inputs alone, without gradients. Writes results/ablations.json.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from torch import nn
 
 import hf_reparam
 from benchmarks import tasks
-from benchmarks.machine import RESULTS, describe
+from benchmarks.machine import RESULTS
 from hf_reparam import Calibration, LowRankConfig
 from hf_reparam.calibrate import objective
 from hf_reparam.config import layer_kind
@@ -116,20 +112,9 @@ TASKS: Mapping[str, Callable[..., tasks.Task]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--only", choices=TASKS, action="append", help="this model alone; may be repeated")
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in args.only or TASKS:
-        torch.manual_seed(tasks.SEED)
-        task = TASKS[name](args.data, args.models)
-        found = {str(keep): scores(task, keep) for keep in task.keeps[-2:]}
-        stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
-        result = {"lost": task.lost, "keep": found, "machine": describe(tasks.SEED)}
-        STORED.write_text(json.dumps({"results": {**stored, task.name: result}}, indent=1) + "\n")
+    tasks.run(
+        __doc__, TASKS, lambda task: {"keep": {str(keep): scores(task, keep) for keep in task.keeps[-2:]}}, STORED
+    )
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ import hf_reparam
 from benchmarks.machine import RESULTS, describe
 from benchmarks.models import converted
 from hf_reparam import LowRankConfig
-from hf_reparam.compress.clock import medians
+from hf_reparam.compress.clock import drawn, medians
 from hf_reparam.layers.dense import dense_matrix
-from hf_reparam.layers.surgery import low_rank_like
 from hf_reparam.structures.linear import Linears
 
 SEED = 0
@@ -145,7 +144,7 @@ def layers(setting: Setting) -> list[dict[str, Any]]:
         for n_in, n_out in shapes:
             dense = nn.Linear(n_in, n_out, device=setting.device, dtype=dtype)
             for keep in KEEPS:
-                made = {"dense": dense} | {form: drawn(dense, keep, form) for form in FORMS}
+                made = {"dense": dense} | {form: sized(dense, keep, form) for form in FORMS}
                 for tokens in setting.tokens:
                     x = torch.randn(1, tokens, n_in, device=setting.device, dtype=dtype)
                     seconds = medians({n: lambda m=m, x=x: m(x) for n, m in made.items()}, setting.device)
@@ -163,15 +162,10 @@ def layers(setting: Setting) -> list[dict[str, Any]]:
     return rows
 
 
-def drawn(dense: nn.Linear, keep: float, form: str) -> nn.Module:
+def sized(dense: nn.Linear, keep: float, form: str) -> nn.Module:
     """A low-rank layer of this size with drawn numbers."""
     plan = hf_reparam.make_plan(nn.Sequential(dense), LowRankConfig(keep=keep, form=form))
-    low = low_rank_like(dense, plan.modules["0"])
-    for parameter in low.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    if form == "pivoted":
-        low.order.copy_(torch.randperm(low.in_features))
-    return low
+    return drawn(dense, plan.modules["0"])
 
 
 @torch.inference_mode()

@@ -8,19 +8,13 @@ calibration data, without labels; loss above the dense model, or 1 - cosine to i
 the processor seconds of each step. Writes results/refine.json.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 import hf_reparam
 from benchmarks import tasks
-from benchmarks.machine import RESULTS, describe
+from benchmarks.machine import RESULTS
 from hf_reparam import LowRankConfig
 
 KEEP = 0.4
@@ -50,20 +44,7 @@ def steps(task: tasks.Task) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--only", choices=TASKS, action="append", help="this model alone; may be repeated")
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in args.only or TASKS:
-        torch.manual_seed(tasks.SEED)
-        task = TASKS[name](args.data, args.models)
-        result = {"lost": task.lost, "keep": KEEP, "steps": steps(task), "machine": describe(tasks.SEED)}
-        print(task.name, json.dumps(result["steps"]), flush=True)
-        stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
-        STORED.write_text(json.dumps({"results": {**stored, task.name: result}}, indent=1) + "\n")
+    tasks.run(__doc__, TASKS, lambda task: {"keep": KEEP, "steps": steps(task)}, STORED)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.machine import RESULTS, describe
 from benchmarks.solvers import factoring
 from benchmarks.timing import medians
 from hf_reparam import LowRankConfig, make_plan
-from hf_reparam.layers.surgery import low_rank_like
+from hf_reparam.compress.clock import drawn
 from hf_reparam.structures.linear import Linears
 
 matplotlib.use("Agg")
@@ -53,12 +53,7 @@ def layers(dense: nn.Module, keep: float, dtype: torch.dtype) -> dict[str, nn.Mo
     made = {"dense": dense}
     for form in FORMS:
         entry = make_plan(nn.Sequential(dense), LowRankConfig(keep=keep, form=form)).modules["0"]
-        low = low_rank_like(dense, entry)
-        low.down.reset_parameters()
-        low.up.reset_parameters()
-        if form == "pivoted":
-            low.order.copy_(torch.randperm(low.in_features))
-        made[form] = low
+        made[form] = drawn(dense, entry)
     return {form: layer.to(dtype).eval() for form, layer in made.items()}
 
 

@@ -1,9 +1,11 @@
 """Real models with their data: how each is calibrated, and how its quality is measured."""
 
+import argparse
 import functools
+import json
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
     WhisperFeatureExtractor,
+    logging,
     set_seed,
 )
 
 from benchmarks.ctranslate2 import whisper_tiny_en
 from benchmarks.demo import minilm_folder
+from benchmarks.machine import describe
 from benchmarks.speech import RATE, Utterance, edits, samples, utterances
 
 __all__ = [
@@ -33,6 +37,7 @@ __all__ = [
     "Task",
     "gpt2",
     "llama",
+    "run",
     "sentence_transformer",
     "sentiment",
     "sentiment_rows",
@@ -298,3 +303,25 @@ def whisper(data: Path, models: Path, examples: int = 100, test_size: int = HELD
 
     name = f"Whisper 38M, {examples} utterances"
     return Task(name, "loss above dense, nats per token", model, batches, score, [0.8, 0.6], slow_score=word_errors)
+
+
+def run(
+    doc: str | None,
+    known: Mapping[str, Callable[[Path, Path], Task]],
+    measure: Callable[[Task], dict[str, Any]],
+    stored: Path,
+) -> None:
+    """A benchmark's command line: what is measured of the tasks that are asked for, stored one by one."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--only", choices=known, action="append", help="this model alone; may be repeated")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in args.only or known:
+        torch.manual_seed(SEED)
+        task = known[name](args.data, args.models)
+        result = {"lost": task.lost, **measure(task), "machine": describe(SEED)}
+        old = json.loads(stored.read_text())["results"] if stored.exists() else {}
+        stored.write_text(json.dumps({"results": {**old, task.name: result}}, indent=1) + "\n")

@@ -80,7 +80,7 @@ def test_every_layer_gets_the_faster_form(counted):
     plan = make_plan(net(), calibration=calibration, speedup=1.4)
     for name, entry in plan.modules.items():
         layer = net().get_submodule(name)
-        pair, pivoted = (work(clock._drawn(layer, hf_reparam.Entry(entry.rank, form))) for form in ("pair", "pivoted"))
+        pair, pivoted = (work(clock.drawn(layer, hf_reparam.Entry(entry.rank, form))) for form in ("pair", "pivoted"))
         assert entry.form == ("pair" if pair <= pivoted else "pivoted")
     only = make_plan(net(), LowRankConfig(speedup=1.4, form="pivoted"), calibration)
     assert {entry.form for entry in only.modules.values()} == {"pivoted"}

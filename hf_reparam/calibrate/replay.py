@@ -1,6 +1,7 @@
 """Forward passes over one batch, again and again, of a model that changes further and further behind."""
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -60,15 +61,15 @@ class Replay:
         self.once = [block for block in blocks if calls[block] == 1]
         return result
 
-    def __call__(self, run: Callable[[], T], changes: Collection[nn.Module] | None = None) -> T:
+    def __call__(self, run: Callable[[], T], changes: Collection[nn.Module] = ()) -> T:
         """One more pass.
 
         Args:
             run: a pass, of the model or of one in which other modules stand in the place of those that change.
-            changes: modules of the first pass that changed since; None if none did.
+            changes: modules of the first pass that changed since.
         """
-        since = min((self.starts.get(module, 0) for module in changes), default=0) if changes is not None else None
-        final = [block for block in self.once if since is None or self.ends[block] < since]
+        since = min((self.starts.get(module, 0) for module in changes), default=math.inf)
+        final = [block for block in self.once if self.ends[block] < since]
         with self._skipping(final), self._keeping(final):
             return run()
 

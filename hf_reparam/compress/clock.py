@@ -26,7 +26,7 @@ from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry, Speed
 from hf_reparam.structures.structure import Site
 
-__all__ = ["Clock", "medians", "speed_of"]
+__all__ = ["Clock", "drawn", "medians", "speed_of"]
 
 _RANKS = 12
 _ROUNDS = 7
@@ -70,7 +70,7 @@ class Clock:
             x = self._rows(site)
             for one in (entry, None):
                 if (key, one) not in calls:
-                    calls[key, one] = self._call(layer if one is None else _drawn(layer, one), x)
+                    calls[key, one] = self._call(layer if one is None else drawn(layer, one), x)
         took = medians(calls, _device(layers[0][0]))
         dense = sum(count * took[key, None] for (key, _), count in times.items())
         return dense / sum(count * took[both] for both, count in times.items())
@@ -101,7 +101,7 @@ class Clock:
         ranks = {form: _grid(site.full_rank - (form == "pivoted")) for form in FORMS}
         calls = {("dense", 0): self._call(layer, x)}
         for form, some in ranks.items():
-            calls |= {(form, rank): self._call(_drawn(layer, Entry(rank, form)), x) for rank in some}
+            calls |= {(form, rank): self._call(drawn(layer, Entry(rank, form)), x) for rank in some}
         took = medians(calls, x.device)
         curves = {form: (some, _rising([took[form, rank] for rank in some])) for form, some in ranks.items()}
         return curves | {"dense": ([0], [took["dense", 0]])}
@@ -133,7 +133,7 @@ def _rising(times: list[float]) -> list[float]:
 
 
 @torch.no_grad()
-def _drawn(layer: nn.Module, entry: Entry) -> LowRankLinear:
+def drawn(layer: nn.Module, entry: Entry) -> LowRankLinear:
     """A low-rank layer of random numbers: what memory holds by chance may be slow to compute with."""
     low = low_rank_like(layer, entry)
     generator = _generator(low.up.weight.device)
@@ -155,7 +155,7 @@ def speed_of(
     whole = None
     if batch is not None:
         layers = {item.name: small.get_submodule(item.site.name) for item in found}
-        replace_modules(small, {layer: _drawn(layer, entries[n]) for n, layer in layers.items() if n in entries})
+        replace_modules(small, {layer: drawn(layer, entries[n]) for n, layer in layers.items() if n in entries})
         models = {"dense": called(frozen_copy(work)), "small": called(small)}
         taken = send_to_device(unlabelled(models["dense"], batch), device)
         took = medians({name: partial(model, **taken) for name, model in models.items()}, device)

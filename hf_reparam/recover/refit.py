@@ -142,7 +142,7 @@ def _refit(
         data = parts_of(full, originals, batches)
         passes = [_Passes(low, full, part, _ROOM // len(data)) for part in data]
         judging, fitting = passes[::HOLD_OUT], [one for i, one in enumerate(passes) if i % HOLD_OUT]
-        before = best = sum(one.divergence(distance) for one in judging)
+        before = best = sum(one.divergence(distance, layers.values()) for one in judging)
         order = order_of(layers, passes[0].low)
         skipped = dict.fromkeys(layers.keys() - {name for names in order for name in names}, _NOT_ONCE)
         for names in tqdm(order, desc="Refitting", unit="group"):
@@ -200,7 +200,7 @@ class _Passes:
         self.low_replay.first(low, self.low)
         self.full_replay.first(full, self.full)
 
-    def divergence(self, distance: Distance | None, changed: Collection[nn.Module] = ()) -> float:
+    def divergence(self, distance: Distance | None, changed: Collection[nn.Module]) -> float:
         """How far the converted model's predictions are from the dense model's."""
         if distance is not None:  # it may look at what blocks give beside
             return float(distance(self.low(), self.full()))
