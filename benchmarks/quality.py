@@ -166,7 +166,7 @@ def measure(task: tasks.Task, methods: Collection[str], *, slow: bool = False) -
         return task.score(model) | (task.slow_score(model) if slow and task.slow_score else {})
 
     start = time.perf_counter()
-    calibration = hf_reparam.calibrate(task.model, task.batches)
+    calibration = hf_reparam.calibrate(task.model, task.batches, embeddings=True)
     seconds = {"calibration": time.perf_counter() - start}
     others = peers(task, calibration) if any("peer" in ROWS[name] for name in methods) else {}
     rows: dict[str, dict[str, Any]] = {"dense": {"1.0": scores_of(task.model)}}
@@ -195,7 +195,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, marker in zip(METHODS, "v^<>soD8*PXh", strict=True):
+        for method, marker in zip(METHODS, "v^<>soD8*PX", strict=True):
             if method not in result["rows"]:
                 continue
             row = result["rows"][method]

@@ -55,6 +55,31 @@ def test_batching_padding_and_order_do_not_matter(base):
     assert_same(one_by_one, together)
 
 
+@pytest.mark.parametrize("base", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_nothing_is_read_back_from_a_device_before_all_batches_are_through(base):
+    """The meta device stands for one: a number on it can be neither read nor copied to the CPU."""
+    case, read = zoo.BY_BASE[base], []
+    model = case.build().to("meta")
+    model.set_attn_implementation("eager")  # others ask whether a mask holds padding
+
+    def batches():
+        for i in range(12):
+            read.append(i)
+            yield pad(rows(case, count=4, seed=i), 9)
+
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        calibrate(model, batches(), embeddings=True)
+    assert len(read) == 12
+
+
+def test_tables_are_watched_when_asked_for():
+    case = zoo.BY_BASE["GPT2LMHeadModel"]
+    plain, more = calibrate(case.build(), rows(case)), calibrate(case.build(), rows(case), embeddings=True)
+    assert (len(plain.tables), len(more.tables)) == (0, 1)
+    with pytest.raises(TargetError, match=r"wte was not watched: calibrate\(model, data, embeddings=True\)"):
+        convert(case.build(), LowRankConfig(keep=0.5, embeddings=True), calibration=plain)
+
+
 def test_inputs_are_those_of_the_layer():
     net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False))
     x = torch.randn(7, 6)

@@ -115,7 +115,7 @@ def test_a_table_of_true_low_rank_loses_nothing(family):
 
 def test_calibration_counts_tokens_and_squares(family):
     base, model, batch = family
-    moments = calibrate(model, [batch])
+    moments = calibrate(model, [batch], embeddings=True)
     found = moments.tables[NAMES[base]]
     ids = [batch["input_ids"][batch["attention_mask"].bool()]]
     ids += [batch["decoder_input_ids"].flatten()] if "decoder_input_ids" in batch else []
@@ -131,7 +131,7 @@ def test_calibration_counts_tokens_and_squares(family):
 def test_moments_are_stored_and_merged(tmp_path):
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, batch = case.build(), case.batch()
-    moments = calibrate(model, [batch])
+    moments = calibrate(model, [batch], embeddings=True)
     moments.save(tmp_path / "moments.safetensors")
     again = Calibration.load(tmp_path / "moments.safetensors")
     twice = again + again
@@ -139,7 +139,7 @@ def test_moments_are_stored_and_merged(tmp_path):
         assert torch.equal(getattr(again.tables["wte"], key), value)
         assert torch.equal(getattr(twice.tables["wte"], key), 2 * value)
     assert set(again.layers) == set(moments.layers)
-    stored = calibrate(model, [batch], folder=tmp_path / "folder", max_memory="400KB")
+    stored = calibrate(model, [batch], folder=tmp_path / "folder", max_memory="400KB", embeddings=True)
     torch.testing.assert_close(stored.tables["wte"].gradients, moments.tables["wte"].gradients)
 
 
@@ -150,7 +150,7 @@ def test_a_budget_counts_the_whole_model():
     with torch.no_grad():  # of rank 8, so that a budget finds it
         table = model.get_input_embeddings().weight
         table.copy_(torch.randn(len(table), 8) @ torch.randn(8, 32) * 0.01)
-    moments = calibrate(model, [case.batch()])
+    moments = calibrate(model, [case.batch()], embeddings=True)
     plan = make_plan(model, LowRankConfig(keep=0.5, min_rank=1, embeddings=True), calibration=moments)
     assert 6 <= tables_of(plan)["embeddings.word_embeddings"] <= 10
     total = 99 * 32 + sum(x.input_sum.numel() * x.gradient_products.shape[0] for x in moments.layers.values())
@@ -173,7 +173,7 @@ def test_equal_shares_without_data():
 def test_an_untied_head_has_factors_of_its_own(tmp_path):
     case = zoo.BY_BASE["LlamaForCausalLM"]
     model, batch = case.build(), case.batch()
-    moments = calibrate(model, [batch])
+    moments = calibrate(model, [batch], embeddings=True)
     assert not moments.tables["lm_head"].counts.any()
     assert moments.tables["lm_head"].tokens == 12
     small = convert(model, plan_of("LlamaForCausalLM", model, lm_head=9), calibration=moments)
@@ -252,7 +252,7 @@ def test_resizing_is_refused(family):
 def test_streaming_gives_the_same_tensors(tmp_path):
     case = zoo.BY_BASE["GPT2LMHeadModel"]
     model, batch = case.build(), case.batch()
-    moments = calibrate(model, [batch])
+    moments = calibrate(model, [batch], embeddings=True)
     model.save_pretrained(tmp_path / "dense")
     memory = convert(model, LowRankConfig(keep=0.2, min_rank=1, embeddings=True), calibration=moments)
     assert stored_tables(memory)

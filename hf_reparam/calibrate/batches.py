@@ -5,7 +5,6 @@ from numbers import Number
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import tqdm
@@ -14,7 +13,6 @@ from hf_reparam.calibrate.inputs import Names, batches_of_one, forward_names, ho
 from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
 from hf_reparam.calibrate.objective import batch_masks
 from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
-from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.errors import TargetError
 
 __all__ = ["Batches", "batched", "kept", "prepare"]
@@ -40,7 +38,7 @@ def prepare(
     max_samples: int | None = None,
     desc: str = "Calibrating",
 ) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
-    """Batches on the model's device, each with its padding masks (batch, length) as booleans; shows progress.
+    """Batches for a model, each with its padding masks (batch, length) as booleans; shows progress.
 
     Rows are put together with rows of their own shape, so that none is padded; texts are tokenized and padded. Of rows
     and batches alike, columns that the model does not take are left out, numbers and arrays become tensors, and `label`
@@ -54,12 +52,10 @@ def prepare(
     Raises:
         TargetError: data or an item that cannot be read, with what to write instead; texts without a tokenizer.
     """
-    device = execution_device(model)
     total, read = count(batches, max_samples), 0
     with tqdm(total=total, desc=desc, unit="example") as bar:
         for batch, unused, done in _Reader(model, tokenizer, max_length, total).read(batches, max_samples):
-            moved = send_to_device(batch, device)
-            yield moved, batch_masks({**send_to_device(unused, device), **moved})
+            yield batch, batch_masks({**unused, **batch})
             bar.update(done)
             read += done
         bar.update(max(0, (total or 0) - read))  # empty texts

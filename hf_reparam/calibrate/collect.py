@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.items import check_data
-from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection, seeds_of
+from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
 from hf_reparam.calibrate.padding import Padding, Part
 from hf_reparam.calibrate.watch import Watcher, watching
 from hf_reparam.config import METRICS, LowRankConfig
@@ -47,6 +47,7 @@ def calibrate(
     folder: str | os.PathLike[str] | None = None,
     max_memory: int | str | None = None,
     target_modules: str | Iterable[str] | None = None,
+    embeddings: bool = False,
 ) -> Calibration:
     """What data say of every layer that is factored by default, or that `target_modules` matches.
 
@@ -82,6 +83,8 @@ def calibrate(
         max_memory: bytes, or a text such as "8GB", that moments may take in memory: layers are watched in groups, in
             one pass over the data each, and every group goes to `folder`. The data must allow several passes.
         target_modules: patterns as in `LowRankConfig`: a conversion that includes a head needs a calibration of it.
+        embeddings: whether the input embeddings and a tied or untied output head are watched, too, for conversions
+            with `embeddings=True`; with "fisher" alone.
 
     Returns:
         Calibration, which can be saved, merged and used for any number of conversions of this model, or of one with the
@@ -98,7 +101,8 @@ def calibrate(
         CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
-    (in^2 + out^2) multiply-adds and 2 (in^2 + out^2) float64 numbers for each layer.
+    (in^2 + out^2) multiply-adds and 2 (in^2 + out^2) float64 numbers for each layer. While data are read, half of them
+    are on the layer's device as long as a quarter of its memory stays free; no batch waits for a copy to the CPU.
 
     Source: K-FAC, J. Martens and R. Grosse, arXiv 1503.05671.
 
@@ -117,7 +121,8 @@ def calibrate(
         raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
     with outside_inference_mode():
         work = frozen_copy(opened(model).model)
-        selection = select(work, LowRankConfig(target_modules=target_modules, embeddings=metric == "fisher"))
+        watched = LowRankConfig(target_modules=target_modules, embeddings=embeddings and metric == "fisher")
+        selection = select(work, watched)
         if not any(found.structure.option is None for found in selection.selected):
             raise no_site(selection)
         groups = _groups(selection.selected, metric, max_memory)
@@ -208,7 +213,7 @@ def _watch_group(
     held: list[Part] = []
 
     def keep() -> None:
-        before.update({n: s.map(Tensor.clone) for n, s in _whole(sums).items() if isinstance(s, LayerMoments)})
+        before.update({n: s.map(_on_cpu) for n, s in _whole(sums).items() if isinstance(s, LayerMoments)})
 
     parts = Padding(inner, plain).parts(prepare(inner, data, **reading))
     with watching(install) as watcher:
@@ -220,7 +225,7 @@ def _watch_group(
                 if not fisher:
                     inner(**batch)
                     continue
-                loss = _loss(inner, batch, part.masks, alone=alone) if loss_fn is None else loss_fn(work, batch)
+                loss = _loss(inner, part, alone=alone) if loss_fn is None else loss_fn(work, batch)
             if loss.requires_grad:  # it need not depend on every group: a pooler without a head
                 loss.backward()
             elif alone:
@@ -229,7 +234,7 @@ def _watch_group(
     for host in hosts(work).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
-    whole = _whole(sums)
+    whole = {name: known.map(_on_cpu) for name, known in _whole(sums).items()}
     for name in list(before) if total(torch.tensor(len(held))) else ():
         whole[name].held = whole[name] - before.pop(name)
     if not _sum_over_processes(whole, seen):
@@ -251,7 +256,7 @@ def _held_out_last(parts: Iterable[Part], held: list[Part], between: Callable[[]
     count, lowest, spare = 0, 0, None
     for part in parts:
         count += 1
-        number = sum(seeds_of(part.batch, part.masks))
+        number = sum(part.seeds)
         if number % _HOLD_OUT == 0 and sum(examples_in(other.batch) for other in held) < _MOST_HELD:
             held.append(part)
         elif spare is None:
@@ -271,6 +276,11 @@ def _held_out_last(parts: Iterable[Part], held: list[Part], between: Callable[[]
         yield spare
     between()
     yield from held
+
+
+def _on_cpu(total: Tensor) -> Tensor:
+    """A copy, which further batches do not change."""
+    return total.to("cpu", copy=True)
 
 
 def _whole(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -316,21 +326,22 @@ def _no_gradient(layers: Mapping[str, object]) -> TargetError:
     )
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Any], masks: tuple[Tensor, ...], *, alone: bool) -> Tensor:
+def _loss(model: nn.Module, part: Part, *, alone: bool) -> Tensor:
     """What the gradient is taken of; `alone` if all layers are watched at once, so that it has to depend on some."""
     try:
         with SummedLosses() as losses:
-            outputs = model(**batch)
+            outputs = model(**part.batch)
     except IndexError as error:
-        if "labels" not in batch or "out of bounds" not in str(error):
+        if "labels" not in part.batch or "out of bounds" not in str(error):
             raise
         raise TargetError(
             f"the batch has labels that are no classes of the model ({error}): leave `labels` out"
         ) from None
-    loss = objective(outputs, batch, masks, multi_label=is_multi_label(model), summed=losses.met)
+    told = {"multi_label": is_multi_label(model), "summed": losses.met, "seeds": part.seeds}
+    loss = objective(outputs, part.batch, part.masks, **told)
     if loss.requires_grad or not alone:
         return loss
-    return projection(outputs, batch, masks)
+    return projection(outputs, part.seeds, part.masks)
 
 
 def _sum_over_processes(moments: Mapping[str, LayerMoments | TableMoments], seen: int) -> int:

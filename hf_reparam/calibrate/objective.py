@@ -9,7 +9,7 @@ changes a result. With labels every head's own loss is taken, as a sum over what
 import functools
 import inspect
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 IGNORED = -100  # Transformers' label of positions without a label
+_STEP = -0x61C8864680B583EB  # of SplitMix64, 2^64 over the golden ratio
 
 
 def batch_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -93,7 +94,13 @@ def _loss_signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def objective(
-    outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...], *, multi_label: bool = False, summed: bool = True
+    outputs: Any,
+    batch: Mapping[str, Any],
+    masks: tuple[Tensor, ...],
+    *,
+    multi_label: bool = False,
+    summed: bool = True,
+    seeds: Sequence[int] | None = None,
 ) -> Tensor:
     """Summed loss of a batch: the model's own if it gives one, otherwise that of labels drawn from its predictions.
 
@@ -104,6 +111,7 @@ def objective(
         multi_label: the model's logits are independent yes-or-no answers.
         summed: the model's own loss is a sum, as `SummedLosses` makes those of PyTorch; otherwise it is taken for a
             mean over examples.
+        seeds: as `seeds_of` gives them, where they are known.
 
     Raises:
         TargetError: the outputs hold no floating-point tensor.
@@ -115,14 +123,14 @@ def objective(
     loss = outputs.get("loss")
     if isinstance(loss, Tensor):
         return loss.sum() * (1 if summed else examples_in(batch))
-    seeds = seeds_of(batch, masks)
+    seeds = seeds or seeds_of(batch, masks)
     logits = logits_of(outputs)
     if logits:
         draw = _drawn_answers if multi_label else _drawn
         return torch.stack([draw(key, value, seeds, masks) for key, value in logits.items()]).sum()
     hidden = outputs.get("last_hidden_state")
     if hidden is None:
-        return projection(outputs, batch, masks)
+        return projection(outputs, seeds, masks)
     return (_mask(hidden, masks) * _noise(hidden, seeds, masks)).sum()
 
 
@@ -138,7 +146,7 @@ def _span_losses(outputs: Mapping[str, Any], batch: Mapping[str, Any], masks: tu
     return found
 
 
-def projection(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> Tensor:
+def projection(outputs: Any, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """A random projection of all that a model returned in floating-point numbers.
 
     Raises:
@@ -147,7 +155,6 @@ def projection(outputs: Any, batch: Mapping[str, Any], masks: tuple[Tensor, ...]
     found = _floating(outputs)
     if not found:
         raise TargetError("the model returned no loss and no floating-point tensor: give a loss_fn(model, batch)")
-    seeds = seeds_of(batch, masks)
     return torch.stack([(_mask(v, masks) * _noise(v, seeds, masks)).sum() for v in found.values()]).sum()
 
 
@@ -257,22 +264,22 @@ def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return logits[:, None]
 
 
-def _drawn(key: str, logits: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
+def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Negative log-likelihood of labels drawn from the predictions, summed."""
     if key in ("start_logits", "end_logits"):
         logits = _over_positions(logits, masks)
     if logits.shape[-1] == 1:  # a regression, of unit variance
         return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
     log_p = logits.float().log_softmax(-1)
-    uniform = _uniform(log_p, seeds, masks)
+    uniform = _uniform(log_p, 1, seeds, masks)
     labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
     return -_mask(log_p.gather(-1, labels), masks).sum()
 
 
-def _drawn_answers(key: str, logits: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
+def _drawn_answers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Negative log-likelihood of a yes or no drawn for each logit, summed."""
     logits = logits.float()
-    uniform = _fill(logits, logits.shape[-1], seeds, masks, _rand)
+    uniform = _uniform(logits, logits.shape[-1], seeds, masks)
     losses = F.binary_cross_entropy_with_logits(logits, (uniform < logits.detach().sigmoid()).float(), reduction="none")
     return _mask(losses, masks).sum()
 
@@ -297,34 +304,39 @@ def _mask(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return values if mask is None else values * mask[..., None].to(values.device)
 
 
-def _fill(like: Tensor, width: int, seeds: list[int], masks: tuple[Tensor, ...], draw: Any) -> Tensor:
-    """Numbers (..., width) drawn example by example, in the order of the unpadded positions.
+def _uniform(like: Tensor, width: int, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
+    """Numbers (..., width) in (0, 1), float32: each is a hash of its example's seed and of its place among the unpadded
+    positions, so that every device draws the same.
 
-    What has not one row for each example, such as the patches of all images in one sequence, is drawn at once.
+    What has not one row for each example, such as the patches of all images in one sequence, counts as one example.
+
+    Source: SplitMix64, G. Steele et al., Fast splittable pseudorandom number generators, 2014.
     """
-    out = torch.zeros(*like.shape[:-1], width)
-    mask = position_mask(like, masks)
-    if out.dim() < 2 or len(out) != len(seeds):
-        generator = torch.Generator().manual_seed(zlib.crc32(repr(seeds).encode()))
-        return torch.as_tensor(draw(out.shape, generator)).to(like.device)
-    for row, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        if mask is None:
-            out[row] = draw(out[row].shape, generator)
-        else:
-            kept = mask[row].cpu()
-            out[row, kept] = draw((int(kept.sum()), width), generator)
-    return out.to(like.device)
+    shape, mask = like.shape[:-1], position_mask(like, masks)
+    if not shape or shape[0] != len(seeds):
+        seeds, shape, mask = [zlib.crc32(repr(list(seeds)).encode())], torch.Size([1, *shape]), None
+    if mask is None:
+        places = torch.arange(shape[1:].numel(), device=like.device).reshape(1, *shape[1:])
+    else:
+        places = (mask.to(like.device).cumsum(1) - 1).reshape(*shape[:2], *[1] * (len(shape) - 2))
+        inner = torch.arange(shape[2:].numel(), device=like.device).reshape(shape[2:])
+        places = places * shape[2:].numel() + inner
+    columns = torch.arange(width, device=like.device)
+    seed = torch.tensor(seeds).to(like.device).reshape(-1, *[1] * len(shape))
+    bits = _mixed(_mixed(seed) + (places[..., None] * width + columns) * _STEP)
+    drawn = bits.bitwise_right_shift_(41).bitwise_and_((1 << 23) - 1).float()
+    return drawn.add_(0.5).div_(1 << 23).reshape(*like.shape[:-1], width)
 
 
-def _uniform(like: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
-    return _fill(like, 1, seeds, masks, _rand)
+def _mixed(number: Tensor) -> Tensor:
+    """A hash of int64 numbers, which it overwrites: each bit depends on every bit of theirs."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        number ^= (number >> shift).bitwise_and_((1 << (64 - shift)) - 1)
+        number *= factor
+    return number
 
 
-def _rand(shape: Any, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator)
-
-
-def _noise(like: Tensor, seeds: list[int], masks: tuple[Tensor, ...]) -> Tensor:
-    draws = _fill(like, like.shape[-1], seeds, masks, lambda shape, g: torch.randn(shape, generator=g))
-    return draws.to(like.dtype)
+def _noise(like: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
+    """Standard normal numbers of the shape and dtype of `like`."""
+    uniform = _uniform(like, like.shape[-1], seeds, masks)
+    return torch.special.ndtri(uniform).to(like.dtype)

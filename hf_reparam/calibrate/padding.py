@@ -11,16 +11,18 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in
+from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in, seeds_of
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
+from hf_reparam.compat.accelerate import execution_device
 
 __all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "unlabelled"]
 
@@ -36,16 +38,18 @@ class Part:
     """What is given to a model at once.
 
     Args:
-        batch: for `model(**batch)`.
-        masks: (examples, length) booleans, as `batch_masks` gives them.
+        batch: for `model(**batch)`, on its device.
+        masks: (examples, length) booleans, as `batch_masks` gives them, where the data were.
         follows: layer name -> how its rows follow the masks; None where that is not known of any layer.
         tried: whether it is known that the rows that no mask fits are no padding.
+        seeds: one for each example, as `seeds_of` gives them.
     """
 
     batch: dict[str, Any]
     masks: tuple[Tensor, ...] = ()
     follows: Mapping[str, frozenset[Layout]] | None = None
     tried: bool = True
+    seeds: tuple[int, ...] = ()
 
     @property
     def padded(self) -> bool:
@@ -70,8 +74,16 @@ class Padding:
     def parts(self, batches: Iterable[tuple[Batch, tuple[Tensor, ...]]]) -> Iterator[Part]:
         """The batches that `prepare` gives, whole or one example at a time. Tries the model out in the first of them.
 
+        All that has to be known of a batch is read where the data are: a device need not be waited for.
+
         Cost: three small forward passes, for the first batch, and for the first one with padding.
         """
+        device = execution_device(self.model)
+        for part in self._told_apart(batches):
+            seeds = tuple(seeds_of(part.batch, part.masks))
+            yield replace(part, batch=send_to_device(part.batch, device), seeds=seeds)
+
+    def _told_apart(self, batches: Iterable[tuple[Batch, tuple[Tensor, ...]]]) -> Iterator[Part]:
         for batch, masks in batches:
             whole = self._part(batch)
             if masks and not whole.masks:  # the model takes none of them
@@ -144,7 +156,8 @@ class Padding:
         """How many rows each layer keeps by the shapes of masks, and how its rows follow them."""
         found: Counter[str] = Counter()
         follows: dict[str, frozenset[Layout]] = {}
-        for name, shape in shapes_of(self.layers, lambda: self.model(**part.batch)):
+        batch = send_to_device(part.batch, execution_device(self.model))
+        for name, shape in shapes_of(self.layers, lambda: self.model(**batch)):
             layout = next(layouts(shape, part.masks), None)
             found[name] += math.prod(shape[:-1])
             if layout is not None:

@@ -34,20 +34,32 @@ def layouts(shape: Sequence[int], masks: tuple[Tensor, ...]) -> Iterator[Layout]
             yield Layout(i, "flat")
 
 
-def rows(x: Tensor, masks: tuple[Tensor, ...], follows: frozenset[Layout] | None = None) -> Tensor:
+Chosen = dict[tuple[Layout, torch.device], Tensor | None]
+"""Which rows are no padding, (rows,) int64; None if all are."""
+
+
+def rows(
+    x: Tensor, masks: tuple[Tensor, ...], follows: frozenset[Layout] | None = None, chosen: Chosen | None = None
+) -> Tensor:
     """(..., d) -> (tokens, d), without the tokens that a mask marks as padding.
 
     Args:
         x: what goes into a layer, or the gradient that comes back to it.
         masks: (batch, length) booleans.
         follows: how this layer's rows may follow them; None to believe any shape that fits.
+        chosen: rows that are known of these masks; filled.
     """
-    x = x.detach()
-    for layout in layouts(x.shape, masks):
-        if follows is None or layout in follows:
-            mask = masks[layout.mask].to(x.device)
-            kept = x[{"batch": mask, "time": mask.T, "flat": mask.reshape(-1)}[layout.form]]
-            return kept.reshape(-1, x.shape[-1])
+    x, chosen = x.detach(), {} if chosen is None else chosen
+    layout = next((known for known in layouts(x.shape, masks) if follows is None or known in follows), None)
+    if layout is None:
+        return x.reshape(-1, x.shape[-1])
+    if (layout, x.device) not in chosen:
+        mask = masks[layout.mask]
+        real = (mask.T if layout.form == "time" else mask).reshape(-1)
+        chosen[layout, x.device] = None if bool(real.all()) else real.nonzero()[:, 0].to(x.device)
+    index = chosen[layout, x.device]
+    if index is not None:
+        x = (x if layout.form == "flat" else x.flatten(0, 1)).index_select(0, index)
     return x.reshape(-1, x.shape[-1])
 
 
@@ -128,6 +140,7 @@ class Watcher:
         self.counting = False
         self._guessing = 0  # how many examples there are, if it is not known which layers follow a mask
         self._fitted: dict[str, bool] = {}
+        self._chosen: Chosen = {}
 
     @contextmanager
     def seeing(
@@ -142,7 +155,7 @@ class Watcher:
             follows: layer name -> how its rows follow them; shapes decide of a layer that is not there.
             guessing: the count of examples if there is padding and it is not known which layers follow a mask.
         """
-        self.masks, self.follows, self._guessing = masks, follows or {}, guessing
+        self.masks, self.follows, self._guessing, self._chosen = masks, follows or {}, guessing, {}
         self.counting = True
         try:
             yield
@@ -163,7 +176,7 @@ class Watcher:
 
     def real(self, name: str, x: Tensor) -> Tensor:
         """As `rows`, of a gradient, or of what is known to follow the masks."""
-        return rows(x, self.masks, self.follows.get(name))
+        return rows(x, self.masks, self.follows.get(name), self._chosen)
 
     def watch(
         self, module: nn.Module, add_input: Callable[[Tensor], None], add_gradient: Callable[[Tensor], None] | None

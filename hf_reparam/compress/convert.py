@@ -40,7 +40,7 @@ from hf_reparam.report import Report
 from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 
-__all__ = ["convert", "wanted_layers"]
+__all__ = ["asked_of", "convert"]
 
 M = TypeVar("M", bound=nn.Module)
 Data = Calibration | Iterable[Mapping[str, Any]] | Iterable[str]
@@ -141,9 +141,8 @@ def convert(
         if not inplace:
             check_copyable(unwrapped(model), _originals(work, selection))
         if not isinstance(calibration, Calibration) and calibration is not None:
-            names = _calibrated(selection)
-            metric = asked.metric or "fisher"
-            calibration = calibrate(model, calibration, metric=metric, tokenizer=tokenizer, target_modules=names)
+            wanted = _asked_of(selection)
+            calibration = calibrate(model, calibration, metric=asked.metric or "fisher", tokenizer=tokenizer, **wanted)
         source = Source.of(calibration, asked.metric, asked.solver)
         check_fit(work.model, selection.selected, source)
         del selection  # what is replaced can be freed
@@ -162,14 +161,15 @@ def convert(
         return result
 
 
-def wanted_layers(model: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> list[str]:
-    """Paths of the sites that a configuration or a plan means: what has to be calibrated for it."""
-    return _calibrated(_selection(opened(model).model, config, plan))
+def asked_of(model: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> dict[str, Any]:
+    """What `calibrate` is asked for where a configuration or a plan is to be carried out."""
+    return _asked_of(_selection(opened(model).model, config, plan))
 
 
-def _calibrated(selection: Selection) -> list[str]:
-    """Paths by which `calibrate` is asked for these sites; it sees what other options ask for by itself."""
-    return [found.site.name for found in selection.selected if found.structure.option is None]
+def _asked_of(selection: Selection) -> dict[str, Any]:
+    names = [found.site.name for found in selection.selected if found.structure.option is None]
+    options = {found.structure.option for found in selection.selected}
+    return {"target_modules": names, "embeddings": "embeddings" in options}
 
 
 def _is_layer(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from hf_reparam.calibrate.batches import batched
 from hf_reparam.calibrate.collect import calibrate, size_in_bytes
-from hf_reparam.compress.convert import convert, wanted_layers
+from hf_reparam.compress.convert import asked_of, convert
 from hf_reparam.compress.merge import merge
 from hf_reparam.compress.planning import make_plan
 from hf_reparam.config import LowRankConfig, Rank
@@ -118,8 +118,7 @@ def convert_folder(
             model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         if texts is not None:
             metric = (plan.metric if plan is not None and plan.metric != "svd" else asked.metric) or "fisher"
-            collect: dict[str, Any] = {"metric": metric, "max_memory": max_memory}
-            collect["target_modules"] = wanted_layers(model, asked, plan)
+            collect: dict[str, Any] = {"metric": metric, "max_memory": max_memory, **asked_of(model, asked, plan)}
             mine = own_share(list(batched(model, texts, **reading)))  # whole batches round as in one process
             if stream:
                 known = _kept_calibration(model, mine, work, collect)

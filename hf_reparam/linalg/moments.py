@@ -1,6 +1,5 @@
 """Streaming moments of what goes into a layer and of the gradient that comes back to its output."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,13 +9,12 @@ from torch import Tensor
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.metric import Metric, root
+from hf_reparam.linalg.sums import add_gram, add_rows, widened
 
 __all__ = ["SHRINKAGE", "SHRINKAGES", "LayerMoments", "Shrinkage"]
 
 SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
 """Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
-_BLOCKS = 4  # of columns
-_WIDE = 512  # columns from which on blocks are worth their overhead
 Shrinkage = tuple[float, float]
 SHRINKAGES: tuple[Shrinkage, ...] = ((1e-3, 1e-2), (1e-2, 1e-1), (1e-1, 5e-1))
 """Those that cross-validation chooses from, of inputs and gradients."""
@@ -24,7 +22,7 @@ SHRINKAGES: tuple[Shrinkage, ...] = ((1e-3, 1e-2), (1e-2, 1e-1), (1e-1, 5e-1))
 
 @dataclass
 class LayerMoments:
-    """Sums over tokens for one layer, all float64 on the CPU.
+    """Sums over tokens for one layer, all float64; on the CPU, but for the time in which rows are added.
 
     Args:
         tokens: rows of x that were seen.
@@ -48,17 +46,16 @@ class LayerMoments:
 
     def add_inputs(self, x: Tensor) -> None:
         """Add rows x (tokens, in). Products in float32 or better, sums in float64."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = widened(x)
         self.tokens += x.shape[0]
-        self.input_sum += x.sum(0, dtype=torch.float64).cpu()
-        _add_products(self.input_products, x)
+        self.input_sum = add_rows(self.input_sum, x)
+        self.input_products = add_gram(self.input_products, x)
 
     def add_gradients(self, g: Tensor) -> None:
         """Add rows g (tokens, out)."""
         if self.gradient_products is None:
             raise WeightError("these moments were made without gradients")
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
-        _add_products(self.gradient_products, g)
+        self.gradient_products = add_gram(self.gradient_products, widened(g))
 
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         if (self.gradient_products is None) != (other.gradient_products is None):
@@ -147,17 +144,3 @@ class LayerMoments:
         if not bool(torch.isfinite(gradients).all()):
             raise WeightError("the calibration gradients of this layer are not finite")
         return inputs, gradients
-
-
-def _add_products(total: Tensor, x: Tensor) -> None:
-    """total += x^T x, which is symmetric: on a CPU the blocks below the diagonal are copied, not computed."""
-    n = x.shape[1]
-    if x.device.type != "cpu" or n < _WIDE:
-        total += (x.T @ x).to("cpu", torch.float64)
-        return
-    size = math.ceil(n / _BLOCKS)
-    for start in range(0, n, size):
-        end = min(start + size, n)
-        products = x[:, start:end].T @ x[:, start:]
-        total[start:end, start:] += products
-        total[end:, start:end] += products[:, size:].T

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.moments import SHRINKAGE
+from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
 
 __all__ = ["PairedMoments", "Refit"]
 
@@ -33,7 +34,7 @@ class Refit:
 
 @dataclass
 class PairedMoments:
-    """Sums over tokens of x, the input in the dense model, and x', in the low-rank one; float64 on the CPU.
+    """Sums over tokens of x, the input in the dense model, and x', in the low-rank one; float64, where the rows are.
 
     Args:
         tokens: rows that were seen.
@@ -57,12 +58,12 @@ class PairedMoments:
 
     def add(self, dense: Tensor, low: Tensor) -> None:
         """Add rows x and x' (tokens, in), of the same tokens. Products in float32 or better, sums in float64."""
-        dense, low = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dense, low))
+        dense, low = widened(dense), widened(low)
         self.tokens += dense.shape[0]
-        self.dense_sum += dense.sum(0, dtype=torch.float64).cpu()
-        self.low_sum += low.sum(0, dtype=torch.float64).cpu()
-        self.cross += (dense.T @ low).to("cpu", torch.float64)
-        self.products += (low.T @ low).to("cpu", torch.float64)
+        self.dense_sum = add_rows(self.dense_sum, dense)
+        self.low_sum = add_rows(self.low_sum, low)
+        self.cross = add(self.cross, dense.T @ low)
+        self.products = add_gram(self.products, low)
 
     def refit(self, weight: Tensor, gradient_products: Tensor | None, *, centred: bool) -> Refit:
         """The least-squares problem of a layer with dense weight W (out, in).

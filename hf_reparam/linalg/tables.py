@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_reparam.errors import RankError, WeightError
 from hf_reparam.linalg.metric import root
+from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
 
 __all__ = ["Table", "TableMoments", "decompose_table"]
 
@@ -25,7 +26,7 @@ _COLUMN_SHRINKAGE = 1e-2
 
 @dataclass
 class TableMoments:
-    """Sums over tokens for one embedding table, float64 on the CPU.
+    """Sums over tokens for one embedding table, float64; on the CPU, but for the time in which rows are added.
 
     Args:
         counts: (tokens,) how often each came.
@@ -54,20 +55,21 @@ class TableMoments:
 
     def add_ids(self, ids: Tensor) -> None:
         """Count tokens (n,)."""
-        tokens = len(self.counts)  # an id beyond them fails in the embedding itself
-        self.counts += torch.bincount(ids.cpu(), minlength=tokens)[:tokens]
+        every = torch.zeros(len(self.counts) + 1, dtype=torch.int64, device=ids.device)
+        every.scatter_add_(0, ids.clamp(max=len(self.counts)), torch.ones_like(ids))
+        self.counts = add(self.counts, every[:-1])  # an id beyond them fails in the embedding itself
 
     def add_gradients(self, g: Tensor) -> None:
         """Add rows (n, d) of the gradient at the embedding."""
-        self.gradients += _gram(g)
+        self.gradients = add_gram(self.gradients, widened(g))
 
     def add_head(self, inputs: Tensor | None, gradients: Tensor | None) -> None:
         """Add rows (n, d) of what the head got, or (n, tokens) of the gradient at its logits."""
         if inputs is not None:
-            self.head_inputs += _gram(inputs)
+            self.head_inputs = add_gram(self.head_inputs, widened(inputs))
             self.head_tokens += len(inputs)
         if gradients is not None:
-            self.head_gradients += gradients.double().square().sum(0).cpu()
+            self.head_gradients = add_rows(self.head_gradients, widened(gradients).square())
 
     def __add__(self, other: "TableMoments") -> "TableMoments":
         return TableMoments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -94,11 +96,6 @@ class TableMoments:
             return torch.full_like(rows, 1 / len(rows)), torch.eye(len(columns), dtype=torch.float64)
         rows = (1 - ROW_SHRINKAGE) * rows / total + ROW_SHRINKAGE / len(rows)
         return rows, root(columns, _COLUMN_SHRINKAGE)
-
-
-def _gram(x: Tensor) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (x.T @ x).to("cpu", torch.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,9 @@ def _collect(
 
 
 def _fit(layer: LowRankLinear, original: nn.Module, paired: PairedMoments, gradient: Tensor | None) -> None:
-    fit = paired.refit(dense_matrix(original).double().cpu(), gradient, centred=original.bias is not None)
+    weight = dense_matrix(original).to(paired.products.device, torch.float64)
+    gradient = None if gradient is None else gradient.to(weight.device)
+    fit = paired.refit(weight, gradient, centred=original.bias is not None)
     set_factors(layer, decompose(fit.weight, max_rank=layer.rank, metric=fit.metric).cut(layer.rank))
     if original.bias is not None:
         set_bias(layer, original, fit.dense_mean, fit.low_mean)

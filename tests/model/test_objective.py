@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, QuestionAnsweringModelOutput
 
-from hf_reparam.calibrate.objective import divergence
+from hf_reparam.calibrate.objective import _noise, _uniform, divergence
 from hf_reparam.errors import TargetError
 
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -51,3 +51,24 @@ def test_hidden_states_regressions_and_tensors_by_squares():
 def test_nothing_to_compare():
     with pytest.raises(TargetError, match="no floating-point tensor"):
         divergence({"y": torch.ones(1, dtype=torch.int64)}, {"y": torch.ones(1, dtype=torch.int64)}, ())
+
+
+def test_drawn_numbers_are_uniform_normal_and_independent():
+    like = torch.zeros(40, 50, 100)
+    uniform, normal = _uniform(like, 100, range(40), ()), _noise(like, range(40), ())
+    parts = torch.histc(uniform, 20) / uniform.numel()
+    assert 0 < uniform.min() < uniform.max() < 1
+    assert torch.allclose(parts, torch.full((20,), 0.05), atol=0.05 * 5 * (20 / uniform.numel()) ** 0.5)
+    assert normal.mean() == pytest.approx(0, abs=4 / normal.numel() ** 0.5)
+    assert normal.square().mean() == pytest.approx(1, abs=4 * (2 / normal.numel()) ** 0.5)
+    for rows in (normal.reshape(40, -1), normal.reshape(-1, 100).T, normal.transpose(0, 1).reshape(50, -1)):
+        between = torch.corrcoef(rows).fill_diagonal_(0)
+        assert between.abs().max() < 5.5 / rows.shape[1] ** 0.5
+
+
+def test_padding_and_other_examples_do_not_change_what_is_drawn():
+    mask = torch.tensor([[False, True, True, True, False, True]])
+    padded = _noise(torch.zeros(1, 6, 3), [7], (mask,))[0][mask[0]]
+    together = _noise(torch.zeros(2, 4, 3), [9, 7], ())
+    assert torch.equal(padded, together[1])
+    assert not torch.equal(together[0], together[1])

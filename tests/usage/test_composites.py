@@ -291,7 +291,7 @@ def state(model):
 def planned(wrap):
     """Calibration of a model, a plan with embeddings and one with narrower heads."""
     model = wrap(zoo.BY_BASE["BertForMaskedLM"].build())
-    moments = calibrate(model, [zoo.BY_BASE["BertForMaskedLM"].batch()])
+    moments = calibrate(model, [zoo.BY_BASE["BertForMaskedLM"].batch()], embeddings=True)
     plan = hf_reparam.make_plan(model, hf_reparam.LowRankConfig(keep=0.5, embeddings=True))
     return (
         moments,
