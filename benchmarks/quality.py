@@ -58,7 +58,7 @@ from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import Found, select
 from hf_reparam.structures.heads import Heads
-from hf_reparam.structures.source import Source
+from hf_reparam.structures.source import Kept, Source
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -125,8 +125,11 @@ def peers(task: tasks.Task, calibration: Calibration) -> dict[str, Source]:
         return Metric(input_root=root(seen[name].input_products / seen[name].tokens, 1e-3))
 
     def source(metric: Callable[[str], Metric]) -> Source:
-        found = {layer.name: decompose(dense_matrix(layer.site.module), metric=metric(layer.name)) for layer in layers}
-        return Source("svd", kept=found)
+        kept = Kept(room=0)
+        for layer in layers:
+            weight = dense_matrix(layer.site.module)
+            kept.known[layer.name, weight.shape] = decompose(weight, metric=metric(layer.name))
+        return Source("svd", kept=kept)
 
     return {"fwsvd": source(fwsvd), "asvd": source(asvd), "svdllm": source(svdllm)}
 

@@ -15,7 +15,7 @@ from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.structures import source as source_module
-from hf_reparam.structures.source import Source
+from hf_reparam.structures.source import Kept, Source
 from tests import zoo
 
 
@@ -517,3 +517,21 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     inputs = calibrate(model, [{"input_ids": zoo._ids()}], metric="activation")
     with pytest.raises(WeightError, match="needs gradients"):
         convert(model, LowRankConfig(rank=4, metric="fisher"), calibration=inputs)
+
+
+def test_decompositions_are_kept_while_there_is_room(monkeypatch):
+    made = []
+
+    def decompose(weight, max_rank=None, **options):
+        made.append(max_rank)
+        return usual(weight, max_rank=max_rank, **options)
+
+    usual = source_module.decompose
+    monkeypatch.setattr(source_module, "decompose", decompose)
+    source, weight = Source("svd", kept=Kept(room=8 * 4 * 10)), torch.randn(4, 6)
+    first = source.decomposition("a", weight, centred=False, max_rank=2)
+    assert source.decomposition("a", weight, centred=False, max_rank=3) is first
+    assert len(first.singular_values) == 4
+    for _ in range(2):
+        assert len(source.decomposition("b", weight, centred=False, max_rank=2).singular_values) == 2
+    assert made == [None, 2, 2]

@@ -117,7 +117,7 @@ def test_the_best_plan_is_taken_and_what_is_said_of_it_is_true(model, calibratio
         float(divergence(small(**batches()[i]), model(**batches()[i]), ())) for i in numbers
     )  # of the plan's factors made without these batches
     assert total / (len(numbers) * 72) == pytest.approx(judged.measured[judged.chosen], rel=1e-3)
-    assert judged.predicted == pytest.approx(judged.measured[judged.chosen], rel=0.7)
+    assert 0.5 < judged.predicted / judged.measured[judged.chosen] < 2  # all that predictions promise
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.host import check_model, opened
 from hf_reparam.plan import RankPlan
-from hf_reparam.structures.source import Source
+from hf_reparam.structures.source import Kept, Source
 
 __all__ = ["search_plan"]
 
@@ -48,8 +48,8 @@ def search_plan(
         TargetError: the configuration has a size, or `evaluate` gives no number.
         RankError: the tolerance is no number of at least 0, or no size holds it.
 
-    Cost: eight evaluations; for each size what `make_plan` costs without trying whole plans; and one decomposition at
-    full rank of each layer, which is kept: 8 min(in, out) (in + out) bytes each.
+    Cost: eight evaluations; for each size what `make_plan` costs without trying whole plans; and one decomposition of
+    each layer, kept in 8 min(in, out) (in + out) bytes; beyond 1 GiB they are made again for each size.
 
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     >>> plan = search_plan(net, lambda model: -sum(p.numel() == 4096 for p in model.parameters()), 1.0)
@@ -64,7 +64,7 @@ def search_plan(
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
     with outside_inference_mode():
-        source = replace(Source.of(calibration, config.metric, config.solver), kept={})
+        source = replace(Source.of(calibration, config.metric, config.solver), kept=Kept())
         floor = _score(evaluate, model) - tolerance
         low, high, best, nearest = 0.0, 1.0, None, -math.inf
         for _ in tqdm(range(_HALVINGS), desc="Searching a size", unit="size"):

@@ -1,7 +1,6 @@
 """The best plan for a budget: ranks by measured errors beside uniform ones, judged on held-out calibration data."""
 
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -15,12 +14,11 @@ from hf_reparam.linalg import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.sites import select
 from hf_reparam.plan import Entry, Judgement, RankPlan
-from hf_reparam.structures.source import Source
+from hf_reparam.structures.source import Kept, Source
 
 __all__ = ["best_plan", "can_be_judged"]
 
 _MEASURED = "measured ranks"
-_MOST_KEPT = 1 << 30  # bytes of decompositions that are kept for several plans
 
 Chosen = tuple[dict[str, Entry], str, Judgement | None]
 """Entries, their metric, and how they were judged."""
@@ -51,7 +49,7 @@ def best_plan(
         whole: whether whole plans are tried; without, the ranks by measured errors are taken.
     """
     calibration = source.calibration or Calibration(source.metric)
-    fitting, batches = replace(source, fitting=True, kept=_room(budget)), calibration.batches
+    fitting, batches = replace(source, fitting=True, kept=Kept()), calibration.batches
     dense = frozen_copy(work)
     found = {item.name: item for item in select(dense, config).selected}
     judge, uniform = Judge(dense, few(batches), alone=True), budget.uniform()
@@ -73,12 +71,6 @@ def best_plan(
     predicted = _predicted(plans[best][0], measured) if plans[best][1] == source.metric else None
     rounded = {name: float(f"{value:.4g}") for name, value in judged.items()}
     return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), rounded)
-
-
-def _room(budget: Budget) -> dict[Any, Any] | None:
-    """Where decompositions at full rank are kept, if there is room for them."""
-    sizes = (8 * f.site.full_rank * (f.site.in_features + f.site.out_features) * f.site.parts for f in budget.found)
-    return {} if sum(sizes) <= _MOST_KEPT else None
 
 
 def _predicted(entries: dict[str, Entry], ways: Ways) -> float:

@@ -24,7 +24,20 @@ from hf_reparam.linalg import (
     working_device,
 )
 
-__all__ = ["Source"]
+__all__ = ["Kept", "Source"]
+
+
+@dataclass
+class Kept:
+    """Decompositions at full rank that serve several plans, while there is room for them.
+
+    Args:
+        room: bytes that are left.
+        known: name in a plan and shape, which narrower heads change -> decomposition.
+    """
+
+    room: int = 1 << 30
+    known: dict[tuple[str, torch.Size], Decomposition] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Source:
         metric: "svd", "activation" or "fisher".
         calibration: what the metric is made of; None for "svd".
         solver: "exact" or "randomized".
-        kept: name in a plan and shape, which narrower heads change -> decomposition at full rank; None to keep none.
+        kept: decompositions that were made before; None to keep none.
         fitting: whether only the part of the data that is not held out is used, so that the rest can judge.
         origins: name in a plan -> fingerprint of what its weight and moments were computed from, where they were.
     """
@@ -43,7 +56,7 @@ class Source:
     metric: str
     calibration: Calibration | None = None
     solver: str = "exact"
-    kept: dict[tuple[str, torch.Size], Decomposition] | None = None
+    kept: Kept | None = None
     fitting: bool = False
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -104,15 +117,15 @@ class Source:
 
     def decomposition(self, name: str, weight: Tensor, *, centred: bool, max_rank: int) -> Decomposition:
         """The decomposition of a weight (out, in), up to `max_rank` or further; errors as of `decompose`."""
-        key = (name, weight.shape)
-        if self.kept is not None and key in self.kept:
-            return self.kept[key]
-        most = None if self.kept is not None else max_rank
+        key, size = (name, weight.shape), 8 * min(weight.shape) * sum(weight.shape)
+        if self.kept is not None and key in self.kept.known:
+            return self.kept.known[key]
         metric = self.coordinates(name, weight, centred=centred)
-        made = decompose(weight, max_rank=most, metric=metric, solver=self.solver)
-        if self.kept is not None:
-            self.kept[key] = made
-        return made
+        if self.kept is None or size > self.kept.room:
+            return decompose(weight, max_rank=max_rank, metric=metric, solver=self.solver)
+        self.kept.room -= size
+        self.kept.known[key] = decompose(weight, metric=metric, solver=self.solver)
+        return self.kept.known[key]
 
     def losses(self, name: str, weight: Callable[[], Tensor], *, centred: bool) -> Tensor | None:
         """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending; one unit for all layers.
