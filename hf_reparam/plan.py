@@ -78,7 +78,8 @@ class Judgement:
     """How far a conversion is from the dense model on held-out calibration data, beside other plans of its size.
 
     Args:
-        unit: of the divergences, such as "nats per token".
+        unit: of the divergences: "nats per token" or "per example", or "of the squared hidden states" or "outputs",
+            the share that the squared difference is.
         chosen: the plan that was taken, the least of `measured`.
         predicted: sum of the errors of its layers, each cut alone; None where that is not known.
         measured: plan -> divergence of the whole model.

@@ -211,7 +211,8 @@ def test_batches_of_another_head_serve(model, calibration):
     """Labels that the base model does not take are left out; hidden states are compared where there are no logits."""
     labelled = calibrate(model, [{**batch, "labels": batch["input_ids"]} for batch in batches()])
     plan = make_plan(model.bert, CONFIG, labelled)
-    assert plan.report.judgement.unit == "half squares per token"
+    assert plan.report.judgement.unit == "of the squared hidden states"
+    assert 0 < min(plan.report.judgement.measured.values()) < 1
     other = transformers.BertForSequenceClassification(model.config).double().eval()
     other.bert.load_state_dict(model.bert.state_dict(), strict=False)  # it has a pooler beside
     assert make_plan(other, CONFIG, labelled).report.judgement.unit == "nats per example"

@@ -247,13 +247,17 @@ def _squares(value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Ten
     return _mask((value - reference).square(), masks).sum() / 2
 
 
-def unit_of(outputs: Any, masks: tuple[Tensor, ...]) -> tuple[str, int]:
-    """In which unit `divergence` is, and over how many positions or examples it is a sum."""
+def unit_of(outputs: Any, masks: tuple[Tensor, ...]) -> tuple[str, int, float]:
+    """In which unit people read a `divergence`, over how many positions or examples it is a sum, and what is one unit
+    of that sum: a position for predictions, or else half the squares of the outputs themselves."""
     key, value = next(iter(compared(outputs).items()))
     mask = position_mask(value, masks)
-    count = value.shape[:-1].numel() if mask is None else int(mask.sum())
-    measure = "nats" if key.endswith("logits") and value.shape[-1] > 1 else "half squares"
-    return f"{measure} per {'token' if value.dim() > 2 else 'example'}", max(count, 1)
+    count = max(value.shape[:-1].numel() if mask is None else int(mask.sum()), 1)
+    if key.endswith("logits") and value.shape[-1] > 1:
+        return f"nats per {'token' if value.dim() > 2 else 'example'}", count, float(count)
+    squares = float(_squares(_wide(value), torch.zeros_like(value), masks))
+    what = "hidden states" if key == "last_hidden_state" else "outputs"
+    return f"of the squared {what}", count, squares or float(count)
 
 
 def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:

@@ -48,7 +48,7 @@ class Judge:
         self.batches: list[HeldOut] = []
         self.passes: list[Replay] = []
         self.references: list[dict[str, Tensor]] = []
-        self.unit, self.count = "", 0
+        self.unit, self.count, self.size = "", 0, 0.0
         for batch, masks in batches:
             taken = {k: v for k, v in unlabelled(inner, batch).items() if k in names.known or names.others}
             taken, masks = send_to_device((taken | plain, masks), execution_device(inner))
@@ -59,16 +59,22 @@ class Judge:
             self.batches.append((taken, masks))
             self.passes.append(one)
             self.references.append(reference)
-            self.unit, count = unit_of(reference, masks)
+            self.unit, count, size = unit_of(reference, masks)
             self.count += count
-            size = sum(value.nbytes for known in self.references for value in known.values())
-            if size > _MOST_BYTES or (alone and sum(known.rows for known in self.passes) > _MOST_ROWS):
+            self.size += size
+            held = sum(value.nbytes for known in self.references for value in known.values())
+            if held > _MOST_BYTES or (alone and sum(known.rows for known in self.passes) > _MOST_ROWS):
                 break
         self.fingerprint = fingerprint(*self.references)
 
+    @property
+    def scale(self) -> float:
+        """Of what this gives, in the unit that people read."""
+        return self.count / self.size
+
     @torch.no_grad()
     def __call__(self, model: nn.Module, after: nn.Module | None = None) -> float:
-        """The divergence of a model's predictions, per `unit`.
+        """The divergence of a model's predictions, per position or example; times `scale`, in `unit`.
 
         Args:
             model: to be judged.

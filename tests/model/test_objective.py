@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, QuestionAnsweringModelOutput
 
-from hf_reparam.calibrate.objective import _noise, _uniform, divergence
+from hf_reparam.calibrate.objective import _noise, _uniform, divergence, unit_of
 from hf_reparam.errors import TargetError
 
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -46,6 +46,17 @@ def test_hidden_states_regressions_and_tensors_by_squares():
     one, other = pair(3, 1)
     regression = divergence(MaskedLMOutput(logits=one), MaskedLMOutput(logits=other), ())
     assert regression == pytest.approx(float((one - other).square().sum()) / 2, rel=1e-5)
+
+
+def test_units_in_which_people_read_a_divergence():
+    hidden, logits = pair(2, 4, 5)
+    unit, count, size = unit_of(BaseModelOutput(last_hidden_state=hidden), (MASK,))
+    assert (unit, count) == ("of the squared hidden states", 5)
+    assert size == pytest.approx(float(hidden[MASK].square().sum()) / 2, rel=1e-5)
+    assert unit_of(MaskedLMOutput(logits=logits), (MASK,)) == ("nats per token", 5, 5.0)
+    assert unit_of(MaskedLMOutput(logits=logits[:, 0]), ()) == ("nats per example", 2, 2.0)
+    nothing = BaseModelOutput(last_hidden_state=torch.zeros(2, 4, 5))
+    assert unit_of(nothing, (MASK,))[2] == 5
 
 
 def test_nothing_to_compare():
