@@ -4,8 +4,9 @@
 
 Layers of BERT-base and GPT-2 small (compiled: of BERT-base) at equal stored weights, float32 and bfloat16, 1, 32 and
 1024 tokens, 0.3, 0.5 and 0.8 of the weights; the forward pass of BERT-base, decoding with GPT-2 small, a training step;
-factoring against the SVDs of torch (and of the package goldcrest: pip install -e '.[peers]'). Every ratio is that of
-medians over rounds in which all took their turn. Writes results/speed.json and results/speed.png.
+queries, keys and values whose `down`s run as one product; factoring against the SVDs of torch (and of the package
+goldcrest: pip install -e '.[peers]'). Every ratio is that of medians over rounds in which all took their turn. Writes
+results/speed.json and results/speed.png.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks.solvers import factoring
 from benchmarks.timing import medians
 from hf_reparam import LowRankConfig, make_plan
 from hf_reparam.compress.clock import drawn
+from hf_reparam.compress.clock import medians as in_turns
 from hf_reparam.structures.linear import Linears
 
 matplotlib.use("Agg")
@@ -44,7 +46,7 @@ SHAPES = {
 KEEPS = (0.3, 0.5, 0.8)
 ROUNDS = {1: 200, 32: 60, 1024: 9}
 FORMS = ("pair", "pivoted")
-PARTS = ("layers", "compiled", "models", "training", "factoring")
+PARTS = ("layers", "compiled", "models", "packed", "training", "factoring")
 STORED = RESULTS / "speed.json"
 
 
@@ -79,6 +81,28 @@ def layer_ratios(compiled: bool) -> list[dict[str, Any]]:
                     shown = "  ".join(f"{form} {ratio:.2f}" for form, ratio in ratios.items())
                     print(f"{row['dtype']:9}{name:17} keep {keep}  {tokens:5} tokens  {shown}", flush=True)
                 torch.compiler.reset()  # it gives up on a function after eight shapes
+    return rows
+
+
+@torch.no_grad()
+def packed() -> list[dict[str, Any]]:
+    """Three pairs with one input, their `down`s as one product: processor time over that of three products."""
+    rows = []
+    for width in (384, 768, 2048):
+        for keep in (0.5, 0.8):
+            three = [layers(nn.Linear(width, width), keep, torch.float32)["pair"] for _ in range(3)]
+            together = torch.cat([layer.down.weight for layer in three])
+            for tokens in ROUNDS:
+                x = torch.randn(tokens, width)
+
+                def one(x: torch.Tensor = x, together: torch.Tensor = together, three: Any = three) -> list[Any]:
+                    parts = nn.functional.linear(x, together).chunk(3, -1)
+                    return [layer.up(part) for layer, part in zip(three, parts, strict=True)]
+
+                calls = {"packed": one, "apart": lambda x=x, three=three: [layer(x) for layer in three]}
+                took = in_turns(calls, x.device, rounds=15)
+                rows.append({"width": width, "keep": keep, "tokens": tokens, "ratio": took["packed"] / took["apart"]})
+                print(rows[-1], flush=True)
     return rows
 
 
@@ -135,6 +159,7 @@ def main() -> None:
         "layers": lambda: layer_ratios(compiled=False),
         "compiled": lambda: layer_ratios(compiled=True),
         "models": lambda: {"forward": models.forward(KEEPS), "decoding": models.decoding(KEEPS)},
+        "packed": packed,
         "training": models.training,
         "factoring": factoring,
     }
