@@ -61,7 +61,7 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
     for structure, site in found:
         reason = reason_for(structure, site)
         if reason is None:
-            if (parts := not_whole(site.module)) is not None:
+            if site.parts == 1 and (parts := not_whole(site.module)) is not None:
                 raise WeightError(f"{site.name}: {parts}")
             selected.append(Found(layer_name(model, site.name), structure, site))
         elif structure.option is None or site.weights + site.others:  # heads hold numbers in their layers alone

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hf_reparam import Entry, convert
+from hf_reparam import Entry, convert, report
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg import LayerMoments
 from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
@@ -197,6 +197,13 @@ def test_low_rank_is_the_product_in_every_implementation(family, implementation)
 def test_low_rank_is_the_product_in_forwards_of_their_own(family):
     small = converted(model_of(family), 5)
     torch.testing.assert_close(small(ids()).logits, multiplied_out(small)(ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [mixtral, jetmoe])
+def test_experts_are_converted_by_default_whatever_their_parameter_is_called(family):
+    dense = model_of(family)
+    found = [row.name for row in report(convert(dense, rank=4)).layers if row.form == "experts"]
+    assert set(found) == sites(dense).keys()
 
 
 @pytest.mark.parametrize(
