@@ -7,12 +7,14 @@ from typing import Any
 
 from hf_reparam import errors, plot
 from hf_reparam.calibrate.collect import calibrate
+from hf_reparam.compress.compare import Comparison, compare
 from hf_reparam.compress.convert import convert
 from hf_reparam.compress.merge import merge
 from hf_reparam.compress.planning import make_plan
 from hf_reparam.compress.search import search_plan
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import ReparamError
+from hf_reparam.files.compare import compare_folders
 from hf_reparam.files.convert import convert_folder, merge_folder
 from hf_reparam.files.storage import load, save
 from hf_reparam.layers.dense import register_dense
@@ -30,12 +32,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "Entry",
     "LowRankConfig",
     "RankPlan",
     "ReparamError",
     "Report",
     "calibrate",
+    "compare",
+    "compare_folders",
     "convert",
     "convert_folder",
     "distillation_loss",

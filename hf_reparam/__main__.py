@@ -11,8 +11,10 @@ from typing import Any
 import transformers
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its list
 
+from hf_reparam.compress.compare import Comparison
 from hf_reparam.config import ALLOCATIONS, FORMS, METRICS, SOLVERS, LowRankConfig
 from hf_reparam.errors import ReparamError
+from hf_reparam.files.compare import compare_folders
 from hf_reparam.files.convert import convert_folder, inspect_folder, merge_folder
 from hf_reparam.layers.processes import connected, is_first
 from hf_reparam.report import Report
@@ -31,10 +33,14 @@ _EXAMPLES = {
     "inspect": """examples:
   hf-reparam inspect google-bert/bert-base-uncased
   hf-reparam inspect OUT --json""",
+    "compare": """examples:
+  hf-reparam compare SRC OUT --texts TEXTS.txt
+  hf-reparam compare google-bert/bert-base-uncased OUT --texts TEXTS.txt --max-samples 500 --card""",
 }
 _PATTERN = "the end of a name (query), a glob ('*.layer.0.*') or 're:' and a regular expression; may be repeated"
 _SWITCH = {"action": "store_true", "default": None}
 
+Result = Report | Comparison
 Options = Mapping[str, Mapping[str, Any]]
 
 
@@ -96,6 +102,13 @@ _WORK: Options = {
     "max-memory": {"metavar": "SIZE", "help": "memory for moments, such as 8GB; more passes over the data"},
     "remote-code": {**_SWITCH, "help": "OUT also loads where hf_reparam is not installed, if code is trusted"},
 }
+_COMPARING: Options = {
+    "texts": {"metavar": "FILE", "required": True, "help": "texts, one a line"},
+    "max-length": {"metavar": "TOKENS", "type": int, "help": "of a text, or of a block of a causal model (2048)"},
+    "max-samples": {"metavar": "N", "type": int, "help": "use the first N texts"},
+    "times": {"action": argparse.BooleanOptionalAction, "help": "measure times"},
+    "card": {**_SWITCH, "help": "put the table into OUT's README.md"},
+}
 _WRITING: Options = {
     "stream": {
         "action": "store_true",
@@ -153,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('hf-reparam')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], Report], text: str, options: Options) -> None:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], Result], text: str, options: Options, out: str = "folder to make"
+    ) -> None:
         made = commands.add_parser(
             name,
             help=text,
@@ -166,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print the report as JSON")
         made.add_argument("--quiet", action="store_true", help="no progress bars")
         if options:
-            made.add_argument("out", metavar="OUT", help="folder to make")
+            made.add_argument("out", metavar="OUT", help=out)
         size = made.add_mutually_exclusive_group(required=True) if name == "convert" else made
         for option, settings in options.items():
             (size if option in _SIZES else made).add_argument(f"--{option}", **settings)
@@ -175,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     command("convert", _convert, "convert SRC and save the result in OUT", converting)
     command("merge", _merge, "multiply the factors of SRC out and save the dense model in OUT", _WRITING)
     command("inspect", _inspect, "show the low-rank layers of SRC, or what could be converted; reads no weights", {})
+    text, other = "set OUT beside SRC: sizes, predictions, times", "model folder or Hub id"
+    command("compare", _compare, text, _COMPARING, other)
     return parser
 
 
@@ -191,6 +208,10 @@ def _convert(args: argparse.Namespace) -> Report:
 
 def _merge(args: argparse.Namespace) -> Report:
     return merge_folder(args.source, args.out, **_given(args, _WRITING))
+
+
+def _compare(args: argparse.Namespace) -> Comparison:
+    return compare_folders(args.source, args.out, **_given(args, _COMPARING))
 
 
 def _inspect(args: argparse.Namespace) -> Report:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hf_reparam.config import layer_kind
 from hf_reparam.plan import Judgement, Speed, text_table
 
-__all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport"]
+__all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "markdown_table"]
 
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
@@ -173,12 +173,12 @@ class Report:
 
     def to_markdown(self) -> str:
         """Two Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
-        left = [_markdown(self._left_alone())] if self.skipped else []
+        left = [markdown_table(self._left_alone())] if self.skipped else []
         return "\n\n".join([*self._headline(), self.layer_table(), *left])
 
     def layer_table(self) -> str:
         """The Markdown table of the layers alone."""
-        return _markdown(self._layers())
+        return markdown_table(self._layers())
 
     def __str__(self) -> str:
         tables = [*([self._layers()] if self.layers else []), *([self._left_alone()] if self.skipped else [])]
@@ -279,6 +279,7 @@ def _starts(names: Sequence[str]) -> str:
     return ", ".join(".".join([*(part for part, *_ in parts), *end]) for parts, end in zip(same, ends, strict=True))
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """A Markdown table, the first row its head."""
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *body])

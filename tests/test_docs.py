@@ -51,6 +51,10 @@ def run_command(line, source, capsys):
     words = [source if word == "SRC" else word for word in shlex.split(line)[1:]]
     assert cli.main([*words, "--quiet"]) == 0, line
     printed = capsys.readouterr().out
+    if words[0] == "compare":
+        assert "\nparameters" in printed, line
+        assert "| parameters |" in Path(words[2], "README.md").read_text()
+        return
     dense = words[:2] == ["inspect", source]
     assert ("dense layers that can be converted" if dense else "low-rank layers") in printed.splitlines()[0], line
     if words[0] != "inspect":
@@ -96,12 +100,13 @@ def test_the_code_of_pages_runs(page, tmp_path, padded, shallow, monkeypatch):
 
 
 def test_commands_are_found():
-    assert COMMANDED == ["docs/big-models.md", "docs/how-to/command-line.md", "docs/zh/quickstart.md"]
+    how_to = ["docs/how-to/command-line.md", "docs/how-to/compare.md"]
+    assert ["docs/big-models.md", *how_to, "docs/zh/quickstart.md"] == COMMANDED
     counts = {
         page: sum(line.startswith("hf-reparam") for b in blocks("bash", page) for line in b.splitlines())
         for page in COMMANDED
     }
-    assert list(counts.values()) == [2, 7, 3]
+    assert list(counts.values()) == [2, 7, 2, 3]
 
 
 COMMANDED = sorted(

@@ -11,9 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-from yaml import YAMLError
-
 from hf_reparam.calibrate.batches import batched
 from hf_reparam.calibrate.collect import calibrate, size_in_bytes
 from hf_reparam.compress.convert import asked_of, convert
@@ -21,7 +18,17 @@ from hf_reparam.compress.merge import merge
 from hf_reparam.compress.planning import make_plan
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import CheckpointError, TargetError
-from hf_reparam.files.folder import copy_companions, load, load_tokenizer, locate, model_place, new_folder, skeleton
+from hf_reparam.files.folder import (
+    card_of,
+    copy_companions,
+    lines_of,
+    load,
+    load_tokenizer,
+    locate,
+    model_place,
+    new_folder,
+    skeleton,
+)
 from hf_reparam.layers.processes import alone, is_first, own_share, wait_for_all
 from hf_reparam.linalg import Calibration, fingerprint
 from hf_reparam.model.card import model_card
@@ -132,7 +139,7 @@ def convert_folder(
             refit_factors(small, model, texts, calibration=known, **reading)
         done = replace(report(small), dropped=dropped)
         if _save(small, folder, work, {"max_shard_size": max_shard_size or _SHARD[stream], "remote_code": remote_code}):
-            model_card(small, base_card=_card(folder)).save(work / "new" / "README.md")
+            model_card(small, base_card=card_of(folder)).save(work / "new" / "README.md")
     return done
 
 
@@ -178,10 +185,7 @@ def _calibration(given: Any) -> tuple[Any, list[str] | None]:
     path = Path(given)
     if path.is_dir() or path.suffix == ".safetensors":
         return path, None
-    try:
-        return None, [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
+    return None, lines_of(path)
 
 
 def _open(source: str | os.PathLike[str], out: Path, force: bool) -> Path:
@@ -238,14 +242,6 @@ def _kept_plan(model: Any, config: LowRankConfig, calibration: Calibration | Non
         unfinished.write_text(json.dumps(plan.to_dict()))
         unfinished.rename(place)
     return plan
-
-
-def _card(folder: Path) -> ModelCard:
-    """The model card of a folder; an empty one if it has none that can be read."""
-    try:
-        return ModelCard.load(folder / "README.md")
-    except (OSError, ValueError, YAMLError):
-        return ModelCard("")
 
 
 def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool:

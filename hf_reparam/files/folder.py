@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from yaml import YAMLError
 
 from hf_reparam.compat.accelerate import meant_for_disk
 from hf_reparam.compat.auto import default_model
@@ -29,7 +30,17 @@ from hf_reparam.model.config import PREFIX, ReparamConfigMixin
 from hf_reparam.model.remote import FILE
 from hf_reparam.model.stored import check_folder
 
-__all__ = ["copy_companions", "load", "load_tokenizer", "locate", "model_place", "new_folder", "skeleton"]
+__all__ = [
+    "card_of",
+    "copy_companions",
+    "lines_of",
+    "load",
+    "load_tokenizer",
+    "locate",
+    "model_place",
+    "new_folder",
+    "skeleton",
+]
 
 _OWN = (  # written by the model, or true of the source alone; weights; what a Trainer left
     *("config.json", "generation_config.json", "README.md", FILE),
@@ -138,6 +149,22 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token is None:  # GPT-2 and Llama; padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def lines_of(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file that are not empty; CheckpointError for what cannot be read as text."""
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as text: {error}") from None
+
+
+def card_of(folder: Path) -> ModelCard:
+    """The model card of a folder; an empty one if it has none that can be read."""
+    try:
+        return ModelCard.load(folder / "README.md")
+    except (OSError, ValueError, YAMLError):
+        return ModelCard("")
 
 
 def skeleton(source: str) -> PreTrainedModel:

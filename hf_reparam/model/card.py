@@ -23,6 +23,7 @@ from hf_reparam.plan import ConversionRecord, RankPlan, is_hub_id
 _TAGS = ("hf_reparam", "low-rank")
 _START = "<!-- hf_reparam: this section is written anew with the model; text outside of it is yours -->"
 _END = "<!-- hf_reparam: end -->"
+_COMPARED = ("<!-- hf_reparam: comparison -->", "<!-- hf_reparam: end of the comparison -->")
 _METHODS = {
     "svd": "truncated singular value decomposition of the weights, without data",
     "activation": "SVD in the metric of the layers' inputs",
@@ -78,10 +79,21 @@ def model_card(
             _add_tags(card, _TAGS)
         elif card.data.get(key) is None:
             card.data[key] = value
-    pattern = re.escape(_START) + ".*?" + re.escape(_END)
+    _put(card, _START, _END, section)
+    return card
+
+
+def with_comparison(card: ModelCard, table: str) -> ModelCard:
+    """The card with a table of its own below what it says, or in the place of the one that it has; changes the card."""
+    start, end = _COMPARED
+    _put(card, start, end, f"{start}\n\n## Beside the dense model\n\n{table}\n\n{end}")
+    return card
+
+
+def _put(card: ModelCard, start: str, end: str, section: str) -> None:
+    pattern = re.escape(start) + ".*?" + re.escape(end)
     text, found = re.subn(pattern, lambda _: section, card.text, count=1, flags=re.DOTALL)
     card.text = text if found else f"{card.text.rstrip()}\n\n{section}\n"
-    return card
 
 
 def prepare_upload(

@@ -1,0 +1,298 @@
+"""`compare`: two models beside each other on the same data, such as a dense one and what became of it."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils.logging import tqdm
+
+from hf_reparam.calibrate.batches import Batches, batched
+from hf_reparam.calibrate.inputs import positions
+from hf_reparam.calibrate.objective import batch_masks, compared, divergence, examples_in, position_mask
+from hf_reparam.calibrate.padding import decodes
+from hf_reparam.calibrate.texts import checked_tokenizer
+from hf_reparam.compat.accelerate import execution_device
+from hf_reparam.compress.clock import medians
+from hf_reparam.errors import TargetError
+from hf_reparam.model.checks import count_parameters
+from hf_reparam.model.host import called, check_model, own_tokenizer
+from hf_reparam.plan import text_table
+from hf_reparam.report import markdown_table
+
+__all__ = ["Comparison", "compare"]
+
+_LONGEST = 2048  # tokens of a block, if the model has room for so many
+_BATCHES = (1, 32)  # texts in a call that is timed
+_LENGTH = 128  # of these texts
+_NEW = 32  # tokens that are generated after as many
+
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models are and do, beside each other.
+
+    Args:
+        figures: what was measured -> the first model's and the second's; None where it has no meaning of its own.
+        data: what they were compared on.
+        machine: where times were measured.
+    """
+
+    figures: Mapping[str, tuple[float | None, float | None]]
+    data: str
+    machine: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """A Markdown table and a line about data and machine."""
+        return f"{markdown_table(self._rows())}\n\nCompared on {self.data}; {self.machine}."
+
+    def __str__(self) -> str:
+        return f"{text_table(self._rows())}\n\non {self.data}; {self.machine}"
+
+    def _rows(self) -> list[list[str]]:
+        rows = [["", "dense", "this model", "ratio"]]
+        for name, (first, second) in self.figures.items():
+            ratio = "" if not first or second is None else f"{second / first:.2f}"
+            rows.append([name, _shown(first), _shown(second), ratio])
+        return rows
+
+
+def compare(
+    dense: nn.Module,
+    small: nn.Module,
+    data: Batches,
+    *,
+    tokenizer: Any = None,
+    evaluate: Evaluate | None = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    times: bool = True,
+) -> Comparison:
+    """Set two models beside each other: sizes, predictions on the same data, times.
+
+    Predictions: the second model's mean divergence from the first (Kullback-Leibler, nats) and how often both have the
+    same first choice, where there are logits; otherwise the mean cosine of hidden states, or of the sentence embeddings
+    of a SentenceTransformer. The loss, where batches have labels. Texts for a causal model are read as perplexities are
+    published: joined by blank lines, cut into blocks of the model's length (2,048 tokens at most), every token but the
+    first of a block predicted; what remains after the last block is left out.
+
+    Times are medians of rounds in which both take turns: one text and 32 texts of 128 tokens, and 32 tokens generated
+    after 32 others. On a CPU they are those of the process, which other programs do not stretch.
+
+    Args:
+        dense, small: models for the same inputs: dense, converted, merged or quantized; each on a device of its own.
+        data: as for `calibrate`.
+        tokenizer: for texts.
+        evaluate: model -> a number, or names with numbers; called with both.
+        max_length: tokens of a text, or of a block.
+        max_samples: texts or examples that are used, the first ones.
+        times: whether times are measured.
+
+    Returns:
+        A Comparison.
+
+    Raises:
+        TargetError: no model, data that cannot be read, no data, or models that predict different things.
+
+    Cost: a forward pass of both models over the data; about fifty more with `times`.
+
+    >>> from hf_reparam.compress.convert import convert
+    >>> net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    >>> found = compare(net, convert(net, rank=8), [{"input": torch.randn(5, 64)}], times=False)
+    >>> found.figures["parameters"]
+    (8320, 2176)
+    """
+    for model in (dense, small):
+        check_model(model)
+    pair = [called(dense), called(small)]
+    tokenizer = checked_tokenizer(tokenizer or own_tokenizer(dense))
+    figures: dict[str, tuple[float | None, float | None]] = {
+        "parameters": (count_parameters(dense), count_parameters(small)),
+        "MB in memory": (_megabytes(dense), _megabytes(small)),
+    }
+    with _evaluating(dense, small), torch.no_grad():
+        texts = _texts(data, max_samples)
+        if texts is not None and tokenizer is not None and _is_causal(pair[0]):
+            batches: Sequence[Mapping[str, Any]] = _blocks(pair[0], texts, tokenizer, max_length)
+            what = f"{len(batches)} blocks of {batches[0]['input_ids'].shape[1]} tokens"
+        else:
+            batches = list(batched(pair[0], data, tokenizer, max_length=max_length, max_samples=max_samples))
+            what = f"{sum(map(examples_in, batches))} examples"
+        if not batches:
+            raise TargetError("there is no data to compare the models on: give at least one text or batch")
+        figures |= _predictions(pair, batches)
+        if texts is not None and all(hasattr(model, "encode") for model in (dense, small)):
+            figures["cosine of sentence embeddings"] = (None, _cosine_of_sentences(dense, small, texts))
+        if evaluate is not None:
+            figures |= _evaluated(dense, small, evaluate)
+        if times:
+            figures |= _times(pair, batches[0])
+    return Comparison(figures, what, _machine(pair[0]))
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Have models in evaluation mode while the block runs."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _megabytes(model: nn.Module) -> float:
+    """Of parameters and buffers, each counted once; of a quantized tensor, what it holds inside."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(map(_bytes, tensors.values())) / 1e6
+
+
+def _bytes(tensor: Any) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _texts(data: Batches, max_samples: int | None) -> list[str] | None:
+    """The data, if they are texts."""
+    found = list(data)[:max_samples] if isinstance(data, (list, tuple)) else None
+    return found if found and all(isinstance(item, str) for item in found) else None
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a model predicts the next token of what it reads."""
+    return bool(getattr(model, "can_generate", bool)()) and not decodes(model)
+
+
+def _blocks(model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
+    """Batches of one block of consecutive tokens, which are their own labels."""
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    length = int(min(max_length or _LONGEST, positions(model), len(ids)))
+    parts = [ids[i : i + length][None] for i in range(0, len(ids) - length + 1, length)] if length > 1 else []
+    return [{"input_ids": part, "labels": part} for part in parts]
+
+
+def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the second model predicts beside the first, and what both lose where there are labels."""
+    sums: dict[str, Tensor] = {}
+    losses, weights = [0.0, 0.0], 0
+    for batch in tqdm(batches, desc="Comparing", unit="batch"):
+        outputs = [_outputs(model, batch) for model in pair]
+        parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
+        if len(parts) == len(pair):
+            labels = batch["labels"]
+            weight = labels[:, 1:].numel() if _is_causal(pair[0]) else examples_in(batch)
+            losses = [total + float(part.mean()) * weight for total, part in zip(losses, parts, strict=True)]
+            weights += weight
+        for name, value in _distances(outputs, batch_masks(batch)).items():
+            sums[name] = sums.get(name, torch.zeros(2)) + value
+    found: dict[str, Any] = {}
+    if weights:
+        first, second = (total / weights for total in losses)
+        found["loss"] = (first, second)
+        if _is_causal(pair[0]):
+            found["perplexity"] = (math.exp(first), math.exp(second))
+    return found | {name: (None, float(value[0] / value[1])) for name, value in sums.items()}
+
+
+def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What a model returns for a batch, on the CPU."""
+    return send_to_device(_run(model, batch), "cpu")
+
+
+def _distances(outputs: Sequence[Any], masks: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Sums over positions or examples, and how many these are."""
+    first, second = outputs
+    theirs, mine = compared(first), compared(second)
+    if theirs.keys() != mine.keys() or any(theirs[key].shape != value.shape for key, value in mine.items()):
+        raise TargetError("the models predict different things: compare models of one task and one vocabulary")
+    key, one = next(iter(theirs.items()))
+    other = mine[key]
+    mask = position_mask(one, masks)
+    real = torch.ones(one.shape[:-1], dtype=torch.bool) if mask is None else mask
+    count = int(real.sum())
+    if key.endswith("logits") and one.shape[-1] > 1:
+        name = "token" if one.dim() > 2 else "example"
+        same = int((one.argmax(-1) == other.argmax(-1))[real].sum())
+        distance = float(divergence(second, first, masks))
+        return {
+            f"divergence from dense, nats per {name}": torch.tensor([distance, count]),
+            "same first choice": torch.tensor([float(same), count]),
+        }
+    cosine = F.cosine_similarity(one.float(), other.float(), dim=-1)[real].sum()
+    return {f"cosine of {key.replace('_', ' ')}": torch.tensor([float(cosine), count])}
+
+
+def _cosine_of_sentences(dense: Any, small: Any, texts: list[str]) -> float:
+    one, other = (torch.as_tensor(m.encode(texts, convert_to_tensor=True)).float().cpu() for m in (dense, small))
+    return float(F.cosine_similarity(one, other, dim=-1).mean())
+
+
+def _evaluated(dense: nn.Module, small: nn.Module, evaluate: Evaluate) -> dict[str, Any]:
+    """What a user's function says of both."""
+    found = [evaluate(model) for model in (dense, small)]
+    first, second = (given if isinstance(given, Mapping) else {"evaluate": given} for given in found)
+    return {name: (float(value), float(second[name])) for name, value in first.items()}
+
+
+def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a forward pass, and tokens generated in a second."""
+    found: dict[str, Any] = {}
+    ids: Any = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        took = _in_turns(pair, [partial(_outputs, model, batch) for model in pair])
+        return {"ms for a batch of the data": tuple(1000 * seconds for seconds in took)}
+    length = int(min(_LENGTH, *map(positions, pair)))
+    row = ids.flatten().repeat(math.ceil(length / ids.numel()))[:length][None]
+    names = ["input_ids", "decoder_input_ids"] if decodes(pair[0]) else ["input_ids"]
+    for count in _BATCHES:
+        given = dict.fromkeys(names, row.repeat(count, 1))
+        took = _in_turns(pair, [partial(_run, model, given) for model in pair])
+        texts = "1 text" if count == 1 else f"{count} texts"
+        found[f"ms for {texts} of {length} tokens"] = tuple(1000 * seconds for seconds in took)
+    if all(getattr(model, "can_generate", bool)() for model in pair):
+        took = _in_turns(pair, [partial(_generate, model, row[:, : min(_NEW, length // 2)]) for model in pair])
+        found["tokens per second when generating"] = tuple(_NEW / seconds for seconds in took)
+    return found
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    return model(**send_to_device(dict(batch), execution_device(model)))
+
+
+def _generate(model: Any, prompt: Tensor) -> Any:
+    return model.generate(
+        prompt.to(execution_device(model)), min_new_tokens=_NEW, max_new_tokens=_NEW, do_sample=False, num_beams=1
+    )
+
+
+def _in_turns(pair: Sequence[nn.Module], calls: Sequence[Callable[[], Any]]) -> list[float]:
+    took = medians(dict(enumerate(calls)), execution_device(pair[0]))
+    return [took[i] for i in range(len(calls))]
+
+
+def _machine(model: nn.Module) -> str:
+    device = execution_device(model)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({name}), torch {version('torch')}, transformers {version('transformers')}"

@@ -1,0 +1,55 @@
+"""Two model folders beside each other: what `hf-reparam compare` does, for use from Python."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from hf_reparam.compress.compare import Comparison, compare
+from hf_reparam.errors import CheckpointError
+from hf_reparam.files.folder import card_of, lines_of, load, load_tokenizer, locate, model_place
+from hf_reparam.model.card import with_comparison
+
+__all__ = ["compare_folders"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def compare_folders(
+    dense: str | os.PathLike[str],
+    small: str | os.PathLike[str],
+    texts: str | os.PathLike[str],
+    *,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    times: bool = True,
+    card: bool = False,
+) -> Comparison:
+    """As `compare`, of two folders or Hub ids and the lines of a text file; bytes on disk beside.
+
+    Args:
+        dense, small: dense, converted, merged or quantized models for the same inputs. The tokenizer is the first's.
+        texts: a file, one text a line.
+        max_length, max_samples, times: as in `compare`.
+        card: whether the table is put into the second folder's README.md, in the place of an earlier one.
+
+    Raises:
+        CheckpointError: no such folder, model or file; with `card`, one that is no folder here.
+        TargetError: as `compare`.
+    """
+    if card and not os.path.isdir(small):
+        raise CheckpointError(f"the card of {small} cannot be written: give a folder")
+    data = lines_of(texts)
+    places = [model_place(locate(os.fspath(source))) for source in (dense, small)]
+    first, second = (load(place)[0] for place in places)
+    reading = {"tokenizer": load_tokenizer(places[0]), "max_length": max_length, "max_samples": max_samples}
+    found = compare(first, second, data, times=times, **reading)
+    stored = {"MB on disk": (_megabytes(places[0]), _megabytes(places[1]))}
+    found = replace(found, figures={**stored, **found.figures})
+    if card:
+        with_comparison(card_of(Path(small)), found.to_markdown()).save(Path(small) / "README.md")
+    return found
+
+
+def _megabytes(place: Path) -> float:
+    """Of the weights in a folder."""
+    return sum(path.stat().st_size for path in place.iterdir() if path.suffix in _WEIGHTS) / 1e6

@@ -1,0 +1,152 @@
+"""Two models beside each other: what is said of them is what they do."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_reparam import compare, compare_folders, convert
+from hf_reparam.__main__ import main
+from hf_reparam.errors import CheckpointError, TargetError
+from tests import zoo
+
+TEXTS = ["the cat sat on the mat", "a dog", "rain fell on the town all night", "who is there"] * 3
+
+
+@pytest.fixture
+def words():
+    """A tokenizer of single words, which zoo's vocabularies have room for."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {
+        word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", *sorted({w for t in TEXTS for w in t.split()})])
+    }
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", model_max_length=64
+    )
+
+
+@pytest.mark.parametrize(
+    "base", ["BertForMaskedLM", "BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"]
+)
+def test_a_model_beside_itself(base):
+    case = zoo.BY_BASE[base]
+    model = case.build()
+    found = compare(model, copy.deepcopy(model), [case.batch()]).figures
+    assert all(
+        first == second
+        for name, (first, second) in found.items()
+        if "ms" not in name and "per second" not in name and first is not None
+    )
+    distance = next(value for name, (_, value) in found.items() if name.startswith("divergence"))
+    assert distance == pytest.approx(0, abs=1e-6)
+    assert found["same first choice"] == (None, 1.0)
+    assert all(second > 0 for name, (_, second) in found.items() if "ms" in name)
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_consecutive_blocks(words):
+    model = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    small = convert(model, rank=4)
+    found = compare(model, small, TEXTS, tokenizer=words, max_length=8, times=False)
+    ids = words("\n\n".join(TEXTS), return_tensors="pt")["input_ids"][0]
+    blocks = ids[: len(ids) // 8 * 8].view(-1, 8)
+    assert found.data == f"{len(blocks)} blocks of 8 tokens"
+    for column, one in enumerate((model, small)):
+        logits = one(blocks).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+        assert found.figures["loss"][column] == pytest.approx(float(loss), rel=1e-5)
+        assert found.figures["perplexity"][column] == pytest.approx(float(loss.exp()), rel=1e-5)
+    p, q = (one(blocks).logits.log_softmax(-1) for one in (model, small))
+    expected = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+    assert found.figures["divergence from dense, nats per token"][1] == pytest.approx(float(expected), rel=1e-4)
+    same = (p.argmax(-1) == q.argmax(-1)).float().mean()
+    assert found.figures["same first choice"][1] == pytest.approx(float(same))
+
+
+@torch.no_grad()
+def test_hidden_states_by_their_cosine_without_padding():
+    case = zoo.BY_BASE["BertModel"]
+    model, batch = case.build(), case.batch()
+    small = convert(model, rank=4)
+    batch["attention_mask"][0, -2:] = 0
+    found = compare(model, small, [batch], times=False).figures
+    mask = batch["attention_mask"].bool()
+    one, other = (m(**batch).last_hidden_state[mask] for m in (model, small))
+    expected = F.cosine_similarity(one, other, dim=-1).mean()
+    assert found["cosine of last hidden state"] == (None, pytest.approx(float(expected), rel=1e-5))
+
+
+def test_models_are_left_in_their_mode_and_what_a_user_measures_is_shown():
+    case = zoo.BY_BASE["BertForSequenceClassification"]
+    model = case.build().train()
+    small = convert(model, rank=4)
+    found = compare(
+        model, small, [case.batch()], evaluate=lambda m: {"layers": sum(1 for _ in m.modules())}, times=False
+    )
+    assert model.training
+    assert found.figures["layers"][1] > found.figures["layers"][0]
+    assert "| layers |" in found.to_markdown()
+    assert json.loads(json.dumps(found.to_dict()))["data"] == "2 examples"
+
+
+@pytest.mark.slow
+def test_bytes_of_quantized_weights_are_those_inside():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    net = nn.Sequential(nn.Linear(256, 256, bias=False))
+    small = copy.deepcopy(net)
+    quantize_(small, Int8WeightOnlyConfig())
+    found = compare(net, small, [{"input": torch.randn(3, 256)}], times=False).figures["MB in memory"]
+    assert found[0] == pytest.approx(256 * 256 * 4 / 1e6)
+    assert 256 * 256 / 1e6 < found[1] < 0.3 * found[0]
+
+
+@pytest.mark.slow
+def test_sentence_embeddings(minilm):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(minilm), device="cpu")
+    small = convert(model, rank=200)
+    found = compare(model, small, TEXTS, times=False).figures["cosine of sentence embeddings"][1]
+    one, other = (m.encode(TEXTS, convert_to_tensor=True) for m in (model, small))
+    assert found == pytest.approx(float(F.cosine_similarity(one, other, dim=-1).mean()), rel=1e-4)
+    assert 0.5 < found < 0.9999
+
+
+def test_what_cannot_be_compared():
+    case = zoo.BY_BASE["BertForMaskedLM"]
+    with pytest.raises(TargetError, match="predict different things"):
+        compare(case.build(), zoo.BY_BASE["BertModel"].build(), [case.batch()], times=False)
+    with pytest.raises(TargetError, match="no data"):
+        compare(case.build(), case.build(), [], times=False)
+
+
+def test_folders_on_the_command_line(tmp_path, words, capsys):
+    dense, small, texts = tmp_path / "dense", tmp_path / "small", tmp_path / "texts.txt"
+    model = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    model.save_pretrained(dense)
+    words.save_pretrained(dense)
+    convert(model, rank=4).save_pretrained(small)
+    texts.write_text("\n".join(TEXTS))
+    options = [str(dense), str(small), "--texts", str(texts), "--no-times", "--quiet"]
+    assert main(["compare", *options, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures["MB on disk"][0] == pytest.approx((dense / "model.safetensors").stat().st_size / 1e6)
+    loaded = [AutoModelForCausalLM.from_pretrained(place) for place in (dense, small)]
+    expected = compare(*loaded, TEXTS, tokenizer=AutoTokenizer.from_pretrained(dense), times=False)
+    assert figures["perplexity"] == pytest.approx(list(expected.figures["perplexity"]))
+    for _ in range(2):
+        assert main(["compare", *options, "--card"]) == 0
+    card = (small / "README.md").read_text()
+    assert card.count("| perplexity |") == card.count("## Beside the dense model") == 1
+    with pytest.raises(CheckpointError, match="give a folder"):
+        compare_folders(dense, "me/small", texts, card=True)
+    assert main(["compare", str(dense), str(small), "--texts", str(tmp_path / "none.txt")]) == 2
