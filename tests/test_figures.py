@@ -115,6 +115,15 @@ def test_speed_figures_are_the_results():
     assert f"up to {eager[-1]} in eager mode" in readme
 
 
+def test_the_decision_on_packing_is_the_results():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())["packed"]["results"]
+    page = (ROOT / "docs" / "decisions" / "0025-no-packing.md").read_text()
+    assert len(rows) == 18
+    for width, keep in dict.fromkeys((row["width"], row["keep"]) for row in rows):
+        cells = [f"{row['ratio']:.2f}" for row in rows if (row["width"], row["keep"]) == (width, keep)]
+        assert f"| {width} | {keep} | {' | '.join(cells)} |" in page
+
+
 def speed_kinds(rows):
     return list(dict.fromkeys((r["family"], r["dtype"], r["compiled"]) for r in rows))
 
