@@ -10,6 +10,7 @@ from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.compress.compare import Comparison, compare
 from hf_reparam.compress.convert import convert
 from hf_reparam.compress.merge import merge
+from hf_reparam.compress.pairs import to_pairs
 from hf_reparam.compress.planning import make_plan
 from hf_reparam.compress.search import search_plan
 from hf_reparam.config import LowRankConfig
@@ -57,6 +58,7 @@ __all__ = [
     "report",
     "save",
     "search_plan",
+    "to_pairs",
 ]
 
 
