@@ -9,7 +9,7 @@ half of the cut, merged, calibrated and converted again. *Input-only*: layers of
 by the second moment of their inputs alone, without gradients. Writes results/ablations.json.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ import hf_reparam
 from benchmarks import tasks
 from benchmarks.machine import RESULTS
 from hf_reparam import Calibration, LowRankConfig
-from hf_reparam.calibrate import objective
+from hf_reparam.calibrate import collect
 from hf_reparam.config import layer_kind
 
 STORED = RESULTS / "ablations.json"
@@ -34,8 +34,12 @@ Batches = list[dict[str, Any]]
 @contextmanager
 def another_draw(number: int) -> Iterator[None]:
     """Other labels or projections than those that the content of an example gives."""
-    usual = objective.seeds_of
-    with mock.patch.object(objective, "seeds_of", lambda *given: [seed + number for seed in usual(*given)]):
+    usual = collect.objective
+
+    def shifted(*given: Any, seeds: Sequence[int], **options: Any) -> torch.Tensor:
+        return usual(*given, seeds=[seed + number for seed in seeds], **options)
+
+    with mock.patch.object(collect, "objective", shifted):
         yield
 
 
