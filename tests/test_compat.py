@@ -323,6 +323,10 @@ def test_auto_classes_know_their_models():
     known = {name: kinds for name, _, kinds in auto.auto_classes(tf.BertConfig)}
     assert known["AutoModel"] == (tf.BertModel,), said
     assert auto.auto_class_of(tf.BertForMaskedLM) == "AutoModelForMaskedLM", said
+    assert auto.auto_class_of(tf.BertModel) == "AutoModel", said
+    assert auto.auto_class_of(tf.T5EncoderModel) == "AutoModelForTextEncoding", said
+    assert auto.auto_class_of(tf.BartForConditionalGeneration) == "AutoModelForSeq2SeqLM", said
+    assert auto.auto_class_of(tf.GPT2LMHeadModel) == "AutoModelForCausalLM", said
     assert auto.default_model(tf.BertConfig) is tf.BertModel, said
     assert auto.default_model(NewConfig) is None
 

@@ -12,6 +12,10 @@ from transformers.models.auto import auto_factory, modeling_auto
 _PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
 
 
+_USUAL = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
+_RARE = ("AutoModelForTextEncoding", "AutoModelForPreTraining")
+
+
 def auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, Any, tuple[type[Any], ...]]]:
     """(name of an Auto class, its mapping, model classes there for a configuration class), for each that has some."""
     for name, auto in vars(modeling_auto).items():
@@ -24,7 +28,7 @@ def auto_classes(config: type[PreTrainedConfig]) -> Iterator[tuple[str, Any, tup
 def auto_class_of(model: type[PreTrainedModel]) -> str | None:
     """The Auto class to load a model class with; None if there is none."""
     names = [name for name, _, found in auto_classes(model.config_class) if model in found and name[0] != "_"]
-    return min(names, key=lambda name: name == "AutoModelForPreTraining", default=None)
+    return min(names, key=lambda name: (name not in _USUAL, name in _RARE), default=None)
 
 
 def default_model(config: type[PreTrainedConfig]) -> Any:

@@ -139,7 +139,7 @@ def convert_folder(
             refit_factors(small, model, texts, calibration=known, **reading)
         done = replace(report(small), dropped=dropped)
         if _save(small, folder, work, {"max_shard_size": max_shard_size or _SHARD[stream], "remote_code": remote_code}):
-            model_card(small, base_card=card_of(folder)).save(work / "new" / "README.md")
+            model_card(small, base_card=card_of(folder), remote_code=remote_code).save(work / "new" / "README.md")
     return done
 
 

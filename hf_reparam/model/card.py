@@ -29,11 +29,25 @@ _METHODS = {
     "activation": "SVD in the metric of the layers' inputs",
     "fisher": "SVD in the Fisher metric (K-FAC) of inputs and output gradients",
 }
+_WITHOUT_PACKAGE = """
+Or without hf_reparam, with the code in this repository:
+
+```python
+from transformers import {kind}
+
+model = {kind}.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)
+```
+"""
 _FROM_BASE = ("license", "license_name", "license_link", "pipeline_tag", "language")
 
 
 def model_card(
-    model: Any, *, card: ModelCard | None = None, base_model: str | None = None, base_card: ModelCard | None = None
+    model: Any,
+    *,
+    card: ModelCard | None = None,
+    base_model: str | None = None,
+    base_card: ModelCard | None = None,
+    remote_code: bool = False,
 ) -> ModelCard:
     """The card of a converted model, for `card.save("OUT/README.md")` or `card.push_to_hub("me/small")`.
 
@@ -44,8 +58,10 @@ def model_card(
         card: an existing card. Only the section between this package's marks is replaced, or added at the end; metadata
             that is there stays, tags are added.
         base_model: Hub id of the dense model, if `convert` could not know it: the model came from a folder.
-        base_card: the dense model's card, whose licence, pipeline and language are taken over; None to read it from
-            the Hub, if that can be reached.
+        base_card: the dense model's card, whose licence, pipeline and language are taken over, and its library, such
+            as sentence-transformers, for a folder made from its folder; None to read it from the Hub, if that can be
+            reached.
+        remote_code: whether the model is saved with the file that loads it where hf_reparam is not installed.
 
     Raises:
         TargetError: the model is not a converted one, or `base_model` is no Hub id.
@@ -64,13 +80,14 @@ def model_card(
     plan = plan_of(model.config)
     record = plan.record or ConversionRecord()
     base_model = base_model or record.base_model
+    library = "transformers" if base_card is None else base_card.data.get("library_name", "transformers")
     if base_card is None and base_model is not None:
         with contextlib.suppress(HfHubHTTPError, OSError, ValueError):  # not needed, and not worth a failure
             base_card = ModelCard.load(base_model)
     theirs = {} if base_card is None else base_card.data.to_dict()
     known = {key: theirs[key] for key in _FROM_BASE if key in theirs}
-    data = ModelCardData(base_model=base_model, library_name="transformers", tags=list(_TAGS), **known)
-    section = f"{_START}\n\n{_section(model, plan, record, base_model)}\n\n{_END}"
+    data = ModelCardData(base_model=base_model, library_name=library, tags=list(_TAGS), **known)
+    section = f"{_START}\n\n{_section(model, plan, record, base_model, remote_code=remote_code)}\n\n{_END}"
     if card is None:
         name = (base_model or model.base_class.__name__).rpartition("/")[2]
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}, low-rank\n\n{section}\n")
@@ -108,12 +125,13 @@ def prepare_upload(
     revision: str | None = None,
     create_pr: bool = False,
     tags: Collection[str] = (),
+    remote_code: bool = False,
 ) -> Callable[[], Any]:
     """Make a repository where it is not there, and the card, from the one that it has: what can fail before the long
     work fails here. What it returns commits the card and what has been written into the folder since."""
     api = HfApi(token=token, library_name="hf_reparam")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    card = model_card(model, card=_published_card(repo_id, token))
+    card = model_card(model, card=_published_card(repo_id, token), remote_code=remote_code)
     _add_tags(card, [*(model.model_tags or ()), *tags])
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -152,7 +170,7 @@ def _published_card(repo_id: str, token: Any) -> ModelCard | None:
         return None
 
 
-def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None) -> str:
+def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None, *, remote_code: bool) -> str:
     whole = report(model)
     named = {plan_name(model, row.name): row for row in whole.layers}
     layers = [
@@ -191,7 +209,7 @@ from {"transformers" if auto else "hf_reparam"} import {kind}
 
 model = {kind}.from_pretrained("THIS_REPOSITORY")
 ```
-
+{_WITHOUT_PACKAGE.format(kind=auto) if remote_code and auto else ""}
 ### Merge
 
 ```python

@@ -114,7 +114,8 @@ class ReparamMixin(LoadingSeam):
         folder, hub = Path(save_directory), {key: kwargs.pop(key) for key in _HUB_OPTIONS & kwargs.keys()}
         send = None
         if push_to_hub and is_main_process:
-            send = prepare_upload(self, folder, **{"repo_id": folder.name, "token": kwargs.get("token"), **hub})
+            hub = {"repo_id": folder.name, "token": kwargs.get("token"), **hub}
+            send = prepare_upload(self, folder, remote_code=remote_code, **hub)
         state = dict(state_dict or self.state_dict())
         state |= {name: marker for name, marker in markers(self).items() if name not in state}
         kwargs["save_original_format"] = False
@@ -134,7 +135,7 @@ class ReparamMixin(LoadingSeam):
         A card that the repository has is kept: only the section between this package's marks is replaced.
         """
         with TemporaryDirectory() as folder:
-            send = prepare_upload(self, Path(folder), repo_id, **options)
+            send = prepare_upload(self, Path(folder), repo_id, remote_code=remote_code, **options)
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
             return send()
 

@@ -135,6 +135,20 @@ def test_push_writes_weights_config_and_card(dense, hub):
     assert torch.equal(loaded(**CASE.batch()).logits, small(**CASE.batch()).logits)
 
 
+def test_a_card_of_pushed_code_says_how_it_is_trusted(dense, hub):
+    _, commits = hub
+    small = convert(dense, rank=4)
+    how = 'AutoModelForSequenceClassification.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)'
+    for remote_code in (False, True):
+        small.push_to_hub("me/small", remote_code=remote_code)
+        assert (how in (commits[-1][1] / "README.md").read_text()) == remote_code
+
+
+def test_the_library_of_a_folder_is_kept(dense):
+    base = ModelCard("---\nlibrary_name: sentence-transformers\n---\n")
+    assert model_card(convert(dense, rank=4), base_card=base).data.library_name == "sentence-transformers"
+
+
 def test_push_keeps_what_a_person_wrote(dense, hub):
     cards, _ = hub
     cards["me/small"] = "---\nlicense: apache-2.0\ntags: [mine]\n---\n# My model\n\nWritten by me.\n"
