@@ -129,6 +129,12 @@ def test_what_cannot_be_compared():
         compare(case.build(), case.build(), [], times=False)
 
 
+def test_a_text_of_one_token_is_no_data(words):
+    model = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    with pytest.raises(TargetError, match="no data"):
+        compare(model, model, ["dog"], tokenizer=words)
+
+
 def test_folders_on_the_command_line(tmp_path, words, capsys):
     dense, small, texts = tmp_path / "dense", tmp_path / "small", tmp_path / "texts.txt"
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()

@@ -127,10 +127,10 @@ def compare(
         texts = _texts(data, max_samples)
         if texts is not None and tokenizer is not None and _is_causal(pair[0]):
             batches: Sequence[Mapping[str, Any]] = _blocks(pair[0], texts, tokenizer, max_length)
-            what = f"{len(batches)} blocks of {batches[0]['input_ids'].shape[1]} tokens"
+            what = "{} blocks of {} tokens"
         else:
             batches = list(batched(pair[0], data, tokenizer, max_length=max_length, max_samples=max_samples))
-            what = f"{sum(map(examples_in, batches))} examples"
+            what = "{} examples"
         if not batches:
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
         figures |= _predictions(pair, batches)
@@ -140,7 +140,8 @@ def compare(
             figures |= _evaluated(dense, small, evaluate)
         if times:
             figures |= _times(pair, batches[0])
-    return Comparison(figures, what, _machine(pair[0]))
+    length = next(value.shape[-1] for value in batches[0].values() if isinstance(value, Tensor))
+    return Comparison(figures, what.format(sum(map(examples_in, batches)), length), _machine(pair[0]))
 
 
 def _shown(value: float | None) -> str:
