@@ -115,6 +115,24 @@ def test_speed_figures_are_the_results():
     assert f"up to {eager[-1]} in eager mode" in readme
 
 
+def test_the_decision_on_forms_is_the_results():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "frontier.json").read_text())
+    page = (ROOT / "docs" / "decisions" / "0026-which-form-by-default.md").read_text()
+    assert len(stored["results"]) == 3
+    for result in stored["results"].values():
+        assert len(result["rows"]) == 11
+        for asked, row in result["rows"].items():
+            cells = [f"{row['lost']:.4f}", *(f"{row[share]:.2f}" for share in ("parameters", "layers", "whole"))]
+            assert f"| {asked} | {' | '.join(cells)} |" in page
+        best = [result["rows"][f"keep={keep}, pivoted"]["lost"] for keep in (0.8, 0.6, 0.5, 0.4)]
+        pairs = [result["rows"][f"keep={keep}, pair"]["lost"] for keep in (0.8, 0.6, 0.5, 0.4)]
+        assert all(one < other for one, other in zip(best, pairs, strict=True))
+    for name, calls in ((n, calls) for n, calls in stored["shapes"].items() if n != "machine"):
+        for call, reached in calls.items():
+            cells = [f"{row['layers']:.2f}, {row['whole']:.2f}" for row in reached.values()]
+            assert f"| {name}, {call} | {' | '.join(cells)} |" in page
+
+
 def test_the_decision_on_packing_is_the_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())["packed"]["results"]
     page = (ROOT / "docs" / "decisions" / "0025-no-packing.md").read_text()
@@ -146,8 +164,8 @@ def test_the_page_on_speed_is_the_results():
     text, rows = " ".join(page.split()), results["summary"]
     for kind in speed_kinds(rows):
         for form in ("pair", "pivoted"):
-            for show in (lambda r: f"{r[form]:.2f}", lambda r: r["within_goal"][form].split()[0]):  # noqa: B023
-                assert f"| {named(kind)} | {form} | {speed_cells(rows, kind, show)} |" in page
+            show = lambda r, form=form: f"{r[form]:.2f}"  # noqa: E731
+            assert f"| {named(kind)} | {form} | {speed_cells(rows, kind, show)} |" in page
     models = results["models"]["results"]
     for form in ("pair", "pivoted"):
         for tokens in (1, 32, 1024):
@@ -226,7 +244,7 @@ def test_figures_of_the_decision_on_held_out_plans_are_the_results():
     rows = ["fisher, global, pivoted", "fisher, global, pivoted, not measured", "fisher, uniform, pivoted"]
     rows += ["activation, uniform, pivoted", "activation, uniform"]
     lines = re.findall(r"^\| (.+, \d+ \w+) \| ([\d. /]+) \| (.+) \|$", page, re.M)
-    assert len(lines) == 5
+    assert len(lines) == 10
     for name, keeps, cells in lines:
         scores = [[f"{results[name]['rows'][row][keep]['lost']:.4f}" for keep in keeps.split(" / ")] for row in rows]
         assert cells == " | ".join(" / ".join(some) for some in scores)
