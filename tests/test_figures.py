@@ -133,6 +133,19 @@ def test_the_decision_on_forms_is_the_results():
             assert f"| {name}, {call} | {' | '.join(cells)} |" in page
 
 
+def test_the_decision_on_choices_of_calibration_is_the_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text())["results"]
+    page = (ROOT / "docs" / "decisions" / "0027-choices-of-calibration.md").read_text()
+    assert len(results) == 2
+    for name, result in results.items():
+        table = page.partition(f"{name}; {result['lost']}:")[2].partition("\n\n")[2].partition("\n\n")[0]
+        by_choice = {choice: [scores[choice] for scores in result["keep"].values()] for choice in result["keep"]["0.6"]}
+        for choice, lost in by_choice.items():
+            assert f"| {choice} | {' | '.join(f'{value:.4f}' for value in lost)} |" in table
+            if choice.startswith("input-only"):
+                assert all(value > best for value, best in zip(lost, by_choice["default"], strict=True))
+
+
 def test_the_decision_on_packing_is_the_results():
     rows = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text())["packed"]["results"]
     page = (ROOT / "docs" / "decisions" / "0025-no-packing.md").read_text()
