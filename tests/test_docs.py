@@ -214,7 +214,7 @@ def test_make_targets_exist():
 
 
 GUESSES = r"\b(debugger|formatstrings|string-methods|typesmapping|measured(?= ranks)|predicted(?= ranks))\b"
-"""What a trained model takes a sentence for, and which plan is best on held-out data: of a smaller model it is another."""
+"""What a trained model takes a sentence for, and which plan is best on held-out data: a smaller model differs."""
 
 
 def shown(notebook):
