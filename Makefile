@@ -9,14 +9,14 @@ PIP := install --quiet --disable-pip-version-check
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
 
-# At most a minute and a half on two idle cores (less than 190 s of processor time on a busy machine)
+# About two minutes on two idle cores, 200 s of processor time
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
-# About eight minutes on two cores: a third of it trains, converts and runs what README, pages and notebooks show
+# About twelve minutes on two cores: a third of it trains, converts and runs what README, pages and notebooks show
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hf_reparam.errors import TargetError
+from hf_reparam.linalg.sums import widened
 
 __all__ = [
     "IGNORED",
@@ -209,7 +210,7 @@ def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> Tenso
         TargetError: the outputs hold no floating-point tensor.
     """
     mine, theirs = compared(outputs), compared(reference)
-    return torch.stack([_distance(k, _wide(v), _wide(theirs[k]), masks) for k, v in mine.items()]).sum()
+    return torch.stack([_distance(k, widened(v), widened(theirs[k]), masks) for k, v in mine.items()]).sum()
 
 
 def compared(outputs: Any) -> dict[str, Tensor]:
@@ -228,10 +229,6 @@ def compared(outputs: Any) -> dict[str, Tensor]:
     if not found:
         raise TargetError("the model returned no floating-point tensor: its predictions cannot be compared")
     return found
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
@@ -255,7 +252,7 @@ def unit_of(outputs: Any, masks: tuple[Tensor, ...]) -> tuple[str, int, float]:
     count = max(value.shape[:-1].numel() if mask is None else int(mask.sum()), 1)
     if key.endswith("logits") and value.shape[-1] > 1:
         return f"nats per {'token' if value.dim() > 2 else 'example'}", count, float(count)
-    squares = float(_squares(_wide(value), torch.zeros_like(value), masks))
+    squares = float(_squares(widened(value), torch.zeros_like(value), masks))
     what = "hidden states" if key == "last_hidden_state" else "outputs"
     return f"of the squared {what}", count, squares or float(count)
 
@@ -334,9 +331,10 @@ def _uniform(like: Tensor, width: int, seeds: Sequence[int], masks: tuple[Tensor
 
 def _mixed(number: Tensor) -> Tensor:
     """A hash of int64 numbers, which it overwrites: each bit depends on every bit of theirs."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, None)):
         number ^= (number >> shift).bitwise_and_((1 << (64 - shift)) - 1)
-        number *= factor
+        if factor is not None:
+            number *= factor
     return number
 
 

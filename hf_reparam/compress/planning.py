@@ -155,12 +155,13 @@ def _check_options(work: nn.Module, selection: Selection, config: LowRankConfig,
         if not any(item.structure is structure for item in selection.selected):
             why = "".join(f": {site.reason}" for site in structure.sites(work)[:1] if site.reason)
             raise TargetError(f"{option}=True, and there are none here that can be held in fewer numbers{why}")
-    known = source.calibration if source.metric == "fisher" else None
-    for item in selection.selected if known is not None else ():
-        for name in item.structure.sums(item.name, item.site, gradients=True) if item.structure.option else ():
-            if known is not None and name not in known.tables:
-                option = item.structure.option
-                raise TargetError(f"{option}=True, and {name} was not watched: calibrate(model, data, {option}=True)")
+    if source.metric != "fisher" or source.calibration is None:
+        return
+    for item in selection.selected:
+        option = item.structure.option
+        needed = item.structure.sums(item.name, item.site, gradients=True) if option else {}
+        for name in needed.keys() - source.calibration.tables.keys():
+            raise TargetError(f"{option}=True, and {name} was not watched: calibrate(model, data, {option}=True)")
 
 
 def _share(work: nn.Module, found: Sequence[Found], config: LowRankConfig) -> float:
