@@ -1,4 +1,4 @@
-"""generate, pipelines, tokenizers, gradient checkpointing, torch.compile and adapters see an ordinary model."""
+"""Tokenizers, processors, gradient checkpointing, torch.compile and adapters see an ordinary model."""
 
 import json
 import shutil
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 import hf_reparam
@@ -16,91 +15,6 @@ from benchmarks.demo import embed, load_batch
 from hf_reparam import LowRankConfig, convert, merge
 from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
-
-GENERATIVE = [
-    "GPT2LMHeadModel",
-    "LlamaForCausalLM",
-    "T5ForConditionalGeneration",
-    "BartForConditionalGeneration",
-    "MarianMTModel",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("beams", "form"), [(1, "pair"), (3, "pivoted")])
-@pytest.mark.parametrize("base", GENERATIVE)
-def test_generate_with_cache(tmp_path, base, beams, form):
-    case = zoo.BY_BASE[base]
-    convert(case.build(), LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path)
-    small = getattr(transformers, case.auto).from_pretrained(tmp_path)
-    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
-    cached, uncached = (small.generate(**zoo._text(), **options, use_cache=use) for use in (True, False))
-    assert torch.equal(cached, uncached)
-    assert torch.equal(cached, merge(small).generate(**zoo._text(), **options))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "eos_token": "[SEP]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
-
-
-PIPELINES = {
-    "fill-mask": ("BertForMaskedLM", "a [MASK] c"),
-    "text-classification": ("BertForSequenceClassification", "a b c"),
-    "token-classification": ("BertForTokenClassification", "a b c"),
-    "text-generation": ("GPT2LMHeadModel", "a b c"),
-    "feature-extraction": ("BertModel", "a b c"),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", PIPELINES)
-def test_pipelines(tmp_path, tokenizer, task, caplog):
-    base, text = PIPELINES[task]
-    small = convert(zoo.BY_BASE[base].build(), rank=6)
-    small.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    options = {"max_new_tokens": 5, "do_sample": False} if task == "text-generation" else {}
-    loaded = pipeline(task, model=str(tmp_path))
-    assert type(loaded.model) is type(small)
-    assert "not supported" not in caplog.text
-    dense = pipeline(task, model=merge(small), tokenizer=tokenizer)
-    got, expected = loaded(text, **options), dense(text, **options)
-    assert numbers(got) == pytest.approx(numbers(expected), abs=1e-5)
-    assert strings(got) == strings(expected)
-
-
-def walk(value):
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [x for v in value for x in walk(v)] if isinstance(value, list) else [value]
-
-
-def numbers(value):
-    return [float(v) for v in walk(value) if not isinstance(v, str) and v is not None]
-
-
-def strings(value):
-    return [v for v in walk(value) if isinstance(v, str)]
-
-
-def test_image_pipeline_and_processor(tmp_path):
-    small = convert(zoo.BY_BASE["ViTForImageClassification"].build(), rank=6)
-    small.save_pretrained(tmp_path)
-    processor = {"image_processor_type": "ViTImageProcessorPil", "size": {"height": 16, "width": 16}}
-    if not hasattr(transformers, "ViTImageProcessorPil"):  # before Transformers 5.3
-        processor["image_processor_type"] = "ViTImageProcessor"
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    from PIL import Image
-
-    image = Image.new("RGB", (20, 20), (200, 30, 90))
-    result = pipeline("image-classification", model=str(tmp_path))(image)
-    assert len(result) == 4
-    assert sum(r["score"] for r in result) == pytest.approx(1, abs=1e-4)
 
 
 def test_processor_is_found_by_the_family(tmp_path):
