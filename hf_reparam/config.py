@@ -50,7 +50,7 @@ _OF_BUDGETS = {  # with their defaults
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LowRankConfig:
     """What is asked of a conversion.
 
@@ -93,8 +93,8 @@ class LowRankConfig:
         TargetError: an unknown metric, allocation, form or solver, a malformed pattern, or options that mean nothing
             together.
 
-    >>> LowRankConfig(keep=0.6, target_modules="query").to_dict()
-    {'keep': 0.6, 'target_modules': ['query']}
+    >>> LowRankConfig(keep=0.6, target_modules="query", metric=None)
+    LowRankConfig(keep=0.6, target_modules=['query'])
     """
 
     rank: Rank | None = None
@@ -137,6 +137,9 @@ class LowRankConfig:
             if not isinstance(getattr(self, option), bool):
                 raise TargetError(f"{option} must be True or False, got {getattr(self, option)!r}")
         _check_together(self)
+
+    def __repr__(self) -> str:  # what is not as by default
+        return f"LowRankConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     @property
     def sized(self) -> bool:

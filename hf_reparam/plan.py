@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_reparam.config import as_patterns, check_used, first_match
 from hf_reparam.errors import PlanError
+from hf_reparam.tables import Part, as_html, as_text
 
 if TYPE_CHECKING:  # a plan carries its report, and prints it
     from hf_reparam.report import Report
 
-__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "Judgement", "RankPlan", "Speed", "is_hub_id", "text_table"]
+__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "Judgement", "RankPlan", "Speed", "is_hub_id"]
 
 FORMAT_VERSION = 1
 """Version of the `reparam` entry in `config.json`."""
@@ -95,6 +96,12 @@ class Judgement:
         others = ", ".join(f"{name} {value:.4g}" for name, value in self.measured.items() if name != self.chosen)
         return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}; {others}"
 
+    @property
+    def brief(self) -> str:
+        """What was measured and predicted, without the other plans."""
+        predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
+        return f"held-out divergence {self.measured[self.chosen]:.4g} {self.unit}{predicted}"
+
     @classmethod
     def from_dict(cls, data: object) -> "Judgement":
         """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
@@ -135,6 +142,11 @@ class Speed:
             f"targeted layers {self.layers:.2f} times as fast (asked {self.asked:.2f}) with {self.tokens} tokens on "
             f"{self.device}{whole}"
         )
+
+    @property
+    def brief(self) -> str:
+        """How much faster the model became; its targeted layers, where it was not measured itself."""
+        return f"{self.model:.2f} times as fast" if self.model else f"targeted layers {self.layers:.2f} times as fast"
 
     @classmethod
     def from_dict(cls, data: object) -> "Speed":
@@ -210,7 +222,7 @@ class ConversionRecord:
         return cls(**{**data, **{name: read(data[name]) for name, read in parts.items() if data.get(name) is not None}})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankPlan:
     """What becomes of the parts of one model.
 
@@ -242,7 +254,7 @@ class RankPlan:
     base_model_type: str | None = None
     metric: str = "svd"
     record: ConversionRecord | None = field(default=None, compare=False)
-    report: "Report | None" = field(default=None, compare=False, repr=False)
+    report: "Report | None" = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_names(self.modules)
@@ -272,10 +284,20 @@ class RankPlan:
         """The entries of these forms."""
         return {name: entry for name, entry in self.modules.items() if entry.form in forms}
 
+    def __repr__(self) -> str:
+        ranks = [entry.rank for entry in self.modules.values()]
+        shown = f", ranks={min(ranks)}..{max(ranks)}" if ranks else ""
+        of = f"base_model_type={self.base_model_type!r}, metric={self.metric!r}"
+        return f"RankPlan({of}, modules={len(ranks)}{shown})"
+
     def __str__(self) -> str:
-        if self.report is not None:
-            return str(self.report)
-        return text_table([["name", "form", "rank"], *([n, e.form, str(e.rank)] for n, e in self.modules.items())])
+        return as_text(self._parts()) if self.report is None else str(self.report)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts() if self.report is None else self.report.parts())
+
+    def _parts(self) -> list[Part]:
+        return [[["name", "form", "rank"], *([n, e.form, str(e.rank)] for n, e in self.modules.items())]]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what `config.json` holds under `reparam`."""
@@ -320,13 +342,6 @@ class RankPlan:
                 raise PlanError(f"{_short(name)}: {error}") from None
         record = None if data.get("record") is None else ConversionRecord.from_dict(data["record"])
         return cls(entries, base, metric, record)
-
-
-def text_table(rows: list[list[str]]) -> str:
-    """A table in plain text, a line under its first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * min(max(map(len, lines)), 120), *lines[1:]])
 
 
 def is_hub_id(text: object) -> bool:

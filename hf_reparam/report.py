@@ -7,9 +7,10 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from hf_reparam.config import layer_kind
-from hf_reparam.plan import Judgement, Speed, text_table
+from hf_reparam.plan import Judgement, Speed
+from hf_reparam.tables import Part, as_html, as_markdown, as_text
 
-__all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "markdown_table"]
+__all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "TriedSize"]
 
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
@@ -106,7 +107,24 @@ class RefineReport:
         return f"refine:           learning rate {self.learning_rate:g}, {best} of {len(self.epochs)} kept, {change}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class TriedSize:
+    """A size that `search_plan` tried.
+
+    Args:
+        keep: as in `LowRankConfig`.
+        parameters: of the whole model; None where no plan is as small as that.
+        score: what `evaluate` gave; None likewise.
+        chosen: whether it is the size of the plan that was returned.
+    """
+
+    keep: float
+    parameters: int | None = None
+    score: float | None = None
+    chosen: bool = False
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
     """The state of a model, or what a plan will make of it.
 
@@ -120,9 +138,12 @@ class Report:
         dropped: names of tensors in the source's files for which the model's class has no place; of folders alone.
         judgement: how it does on held-out calibration data; None where it was not tried.
         speed: how much faster it became, where that was asked.
+        tried: of a plan of `search_plan`, the sizes that it tried, in their order.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
     >>> report = Report("Net", "svd", (row,), (), 5000, 2952)
+    >>> report
+    Report(model='Net', metric='svd', layers=1, parameters='5,000 -> 2,952')
     >>> report.factored_before, report.factored_after
     (4160, 2112)
     """
@@ -137,6 +158,7 @@ class Report:
     dropped: Sequence[str] = ()
     judgement: Judgement | None = None
     speed: Speed | None = None
+    tried: Sequence[TriedSize] = ()
 
     @property
     def factored_before(self) -> int:
@@ -169,20 +191,32 @@ class Report:
             "dropped": list(self.dropped),
             "judgement": None if self.judgement is None else asdict(self.judgement),
             "speed": None if self.speed is None else asdict(self.speed),
+            "tried": [asdict(size) for size in self.tried],
         }
 
     def to_markdown(self) -> str:
-        """Two Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
-        left = [markdown_table(self._left_alone())] if self.skipped else []
-        return "\n\n".join([*self._headline(), self.layer_table(), *left])
+        """Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
+        return as_markdown(self.parts())
 
     def layer_table(self) -> str:
         """The Markdown table of the layers alone."""
-        return markdown_table(self._layers())
+        return as_markdown([self._layers()])
+
+    def parts(self) -> list[Part]:
+        """What is printed: what stands out, the tables, and one line that sums up."""
+        tables = [(self.layers, self._layers), (self.skipped, self._left_alone), (self.tried, self._sizes)]
+        return ["\n".join(self._headline()), *(table() for rows, table in tables if rows), self._summary()]
+
+    def __repr__(self) -> str:
+        sizes = dict.fromkeys([f"{self.parameters_before:,}", f"{self.parameters_after:,}"])
+        shown = f"model={self.model!r}, metric={self.metric!r}, layers={len(self.layers)}"
+        return f"Report({shown}, parameters='{' -> '.join(sizes)}')"
 
     def __str__(self) -> str:
-        tables = [*([self._layers()] if self.layers else []), *([self._left_alone()] if self.skipped else [])]
-        return "\n\n".join(["\n".join(self._headline()), *map(text_table, tables)])
+        return as_text(self.parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.parts())
 
     def _layers(self) -> list[list[str]]:
         def alike(x: LayerReport) -> tuple[object, ...]:
@@ -201,7 +235,6 @@ class Report:
             lines = [
                 f"{self.model}: {count} low-rank layers ({self.metric})",
                 f"factored layers:  {_change(self.factored_before, self.factored_after)}",
-                f"whole model:      {_change(self.parameters_before, self.parameters_after)}",
                 *_some("no data:", self._others("svd"), ", by plain SVD"),
                 *_some("no gradient:", self._others("activation"), ", in the activation metric"),
             ]
@@ -215,8 +248,7 @@ class Report:
             reasons = ", ".join(f"{reason} (x{number})" for reason, number in why)
             none = f"no dense layer can be converted{reasons and ': '}{reasons}"
             found = f"{len(self.layers)} dense layers that can be converted" if self.layers else none
-            whole = f"{self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
-            lines = [f"{self.model}: {found}", f"whole model:      {whole}"]
+            lines = [f"{self.model}: {found}"]
         bare = sum(item.parameters for item in self.skipped if item.reason.startswith(BARE))
         if 2 * bare > self.parameters_before:
             share = f"{bare / self.parameters_before:.0%} of the parameters"
@@ -224,6 +256,23 @@ class Report:
         if self.dropped:
             lines.append(f"{len(self.dropped)} tensors of the source are not in the result: {_starts(self.dropped)}")
         return lines
+
+    def _summary(self) -> str:
+        if all(layer.rank is None for layer in self.layers):
+            whole = f"{self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
+            return f"whole model:      {whole}"
+        facts = [_change(self.parameters_before, self.parameters_after)]
+        facts += [self.judgement.brief] if self.judgement else []
+        facts += [self.speed.brief] if self.speed else []
+        return f"whole model:      {'; '.join(facts)}"
+
+    def _sizes(self) -> list[list[str]]:
+        def row(size: TriedSize) -> list[str]:
+            count = "cannot be reached" if size.parameters is None else f"{size.parameters:,}"
+            score = "-" if size.score is None else f"{size.score:.6g}"
+            return [f"keep {size.keep:.4g}", count, f"{score} (chosen)" if size.chosen else score]
+
+        return [["size tried", "parameters", "score"], *map(row, self.tried)]
 
     def _others(self, metric: str) -> list[str]:
         """Layers that were factored in this metric, which is not the plan's."""
@@ -277,9 +326,3 @@ def _starts(names: Sequence[str]) -> str:
     same = (takewhile(lambda parts: len({*parts}) == 1, zip(*group, strict=False)) for group in groups.values())
     ends = ([] if len(group) == 1 else ["*"] for group in groups.values())
     return ", ".join(".".join([*(part for part, *_ in parts), *end]) for parts, end in zip(same, ends, strict=True))
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """A Markdown table, the first row its head."""
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
-    return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *body])

@@ -21,6 +21,7 @@ ROOT = Path(hf_reparam.__file__).parent
 LAYERS = [
     "errors",
     "compat",
+    "tables",
     "config",
     "plan",
     "linalg",
@@ -36,7 +37,7 @@ LAYERS = [
     "__main__",
 ]
 GENERAL = {"__init__", "__pycache__", "hosts", "source", "structure"}
-STDLIB_ONLY = {"errors", "config", "plan", "report"}
+STDLIB_ONLY = {"errors", "config", "plan", "report", "tables"}
 WITHOUT_TRANSFORMERS = {"layers": {"accelerate", "transformers.utils.logging"}}
 """Rooms below `model` that use a little of it: what of it."""
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "hf_reparam."))

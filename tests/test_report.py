@@ -1,9 +1,13 @@
-"""The report's sums, its folded rows, and its three renderings."""
+"""The report's sums, its folded rows, and what people read: text, Markdown, notebooks."""
 
 import json
+from dataclasses import replace
 
-from hf_reparam import Report
-from hf_reparam.report import LayerReport, SkippedReport
+import pytest
+
+from hf_reparam import Calibration, Comparison, Entry, LowRankConfig, RankPlan, Report
+from hf_reparam.plan import Judgement, Speed
+from hf_reparam.report import LayerReport, SkippedReport, TriedSize
 
 
 def report(rank=4):
@@ -28,6 +32,101 @@ def test_table_folds_repeated_layers():
     assert "whole model:      1,000 -> 744 parameters (74.4%)" in text
     assert "layer.*.fc (x2)  Linear  16 x 16   4     544 -> 288  0.100..0.300" in text
     assert "layer.*.head (x2)  68          tied" in text
+
+
+LONG = "model.language_model.layers.{}.block_sparse_moe.shared_expert.intermediate_projection.dense_h_to_4h"
+SUBCLASS = "a subclass of Linear with a forward of its own, which nobody has vouched for, and which may be anything"
+
+
+def of_many(**fields):
+    """A model with long names and large numbers, as it is after all that a report can tell of."""
+    sizes = {"in_features": 14_336, "out_features": 57_344, "parameters_before": 10**9, "parameters_after": 10**8}
+    layers = tuple(LayerReport(LONG.format(i), "LinearLike", rank=8 * i + 8, form="pivoted", **sizes) for i in range(9))
+    skipped = tuple(SkippedReport(f"{LONG.format(i)}.other", "Other", 10**7, SUBCLASS) for i in range(9))
+    measured = {"measured ranks": 0.125, "predicted ranks": 0.25, "uniform ranks (activation)": 0.375}
+    judgement = Judgement("nats per token", "measured ranks", 0.1, measured)
+    found = Report("ReparamNetForCausalLM", "fisher", layers, skipped, 10**10, 10**9, judgement=judgement)
+    return replace(found, **fields)
+
+
+def test_lines_have_at_most_100_columns_and_lose_nothing():
+    text = str(of_many())
+    assert max(map(len, text.splitlines())) <= 100
+    headline, layers, left, _ = text.split("\n\n")
+    head, _, *rows = layers.splitlines()
+    name = "".join(row[: head.index("type")].strip() for row in rows)
+    assert name == LONG.format("*") + " (x9)"
+    assert "uniform ranks (activation) 0.375" in " ".join(headline.split())
+    why = left.splitlines()[0].index("why")
+    assert " ".join(line[why:].strip() for line in left.splitlines()[2:]).split() == SUBCLASS.split()
+
+
+def test_layers_that_repeat_are_one_line_with_their_range_of_ranks():
+    few = of_many(skipped=())
+    (row,) = [line for line in few.layer_table().splitlines() if "(x9)" in line]
+    assert "| 8..72 pivoted | 9,000,000,000 -> 900,000,000 |" in row
+    other = replace(few.layers[0], name=LONG.format(9), form="pair")  # another fate, another line
+    assert "| 8..72 pivoted |" in replace(few, layers=(*few.layers, other)).layer_table()
+    assert "| 8 |" in replace(few, layers=(*few.layers, other)).layer_table()
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"judgement": None}, "10,000,000,000 -> 1,000,000,000 parameters (10.0%)"),
+        ({}, "(10.0%); held-out divergence 0.125 nats per token (predicted 0.1)"),
+        ({"speed": Speed("cpu", 64, 1.5, 1.45, 1.25)}, "(predicted 0.1); 1.25 times as fast"),
+        ({"judgement": None, "speed": Speed("cpu", 64, 1.5, 1.45)}, "(10.0%); targeted layers 1.45 times as fast"),
+    ],
+)
+def test_the_last_line_sums_up(fields, line):
+    last = " ".join(str(of_many(**fields)).rpartition("\n\n")[2].split())
+    assert last.startswith("whole model: ")
+    assert last.endswith(line)
+
+
+def test_sizes_that_were_tried_are_told_with_their_scores():
+    tried = (TriedSize(0.5, 600, 0.75), TriedSize(0.25), TriedSize(0.75, 700, 0.875, chosen=True))
+    text = str(replace(report(), tried=tried))
+    assert "keep 0.5    600                0.75\n" in text
+    assert "keep 0.25   cannot be reached  -\n" in text
+    assert "keep 0.75   700                0.875 (chosen)\n" in text
+    assert replace(report(), tried=tried).to_dict()["tried"][2]["chosen"] is True
+
+
+COMPARED = Comparison({"parameters": (100, 50), "<loss> & more": (0.5, None)}, "8 <texts>", "cpu (1 threads)")
+PLAN = RankPlan({f"layer.{i}.fc": Entry(8 + i) for i in range(300)}, "bert", "fisher")
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [of_many(), PLAN, LowRankConfig(rank={"fc1": 3, "fc2": 0.5}, form="pivoted"), Calibration("fisher")],
+    ids=lambda shown: type(shown).__name__,
+)
+def test_repr_is_short(shown):
+    assert len(repr(shown)) < 300
+    assert type(shown).__name__ in repr(shown)
+
+
+def test_repr_says_what_counts():
+    assert repr(PLAN) == "RankPlan(base_model_type='bert', metric='fisher', modules=300, ranks=8..307)"
+    config = LowRankConfig(keep=0.5, exclude_modules=["a", "b"])
+    assert eval(repr(config)) == config
+
+
+@pytest.mark.parametrize("shown", [of_many(), PLAN, replace(PLAN, report=of_many()), COMPARED])
+def test_notebooks_get_tables(shown):
+    html = shown._repr_html_()
+    assert html.count("<table>") == html.count("</table>") > 0
+    assert html.count("<tr>") == html.count("</tr>") > 2
+
+
+def test_text_is_escaped_in_notebooks():
+    html = COMPARED._repr_html_()
+    assert "&lt;loss&gt; &amp; more" in html
+    assert "8 &lt;texts&gt;" in html
+    layers = [replace(of_many().layers[0], kind="<script>alert(1)</script>")]
+    assert "<script" not in replace(of_many(), model="<script>", layers=layers)._repr_html_()
 
 
 def test_dense_model_lists_what_could_be_converted():

@@ -24,8 +24,7 @@ from hf_reparam.compress.clock import medians
 from hf_reparam.errors import TargetError
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import called, check_model, own_tokenizer
-from hf_reparam.plan import text_table
-from hf_reparam.report import markdown_table
+from hf_reparam.tables import as_html, as_markdown, as_text
 
 __all__ = ["Comparison", "compare"]
 
@@ -57,10 +56,13 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """A Markdown table and a line about data and machine."""
-        return f"{markdown_table(self._rows())}\n\nCompared on {self.data}; {self.machine}."
+        return as_markdown([self._rows(), f"Compared on {self.data}; {self.machine}."])
 
     def __str__(self) -> str:
-        return f"{text_table(self._rows())}\n\non {self.data}; {self.machine}"
+        return as_text([self._rows(), f"on {self.data}; {self.machine}"])
+
+    def _repr_html_(self) -> str:
+        return as_html([self._rows(), f"on {self.data}; {self.machine}"])
 
     def _rows(self) -> list[list[str]]:
         rows = [["", "dense", "this model", "ratio"]]

@@ -35,11 +35,12 @@ def report(model: nn.Module) -> Report:
     >>> print(report(convert(nn.Sequential(nn.Linear(64, 64)), rank=16)))  # doctest: +ELLIPSIS
     Sequential: 1 low-rank layers (svd)
     factored layers:  4,160 -> 2,112 parameters (50.8%)
-    whole model:      4,160 -> 2,112 parameters (50.8%)
     <BLANKLINE>
     layer  type    in x out  rank  parameters      error
     ----------------------------------------------------
     0      Linear  64 x 64   16    4,160 -> 2,112  0...
+    <BLANKLINE>
+    whole model:      4,160 -> 2,112 parameters (50.8%)
     """
     check_model(model)
     work = opened(model).model
