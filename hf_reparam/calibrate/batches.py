@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils.logging import tqdm
 
 from hf_reparam.calibrate.inputs import Names, batches_of_one, forward_names, host, padding_id, predicts_tokens
 from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
 from hf_reparam.calibrate.objective import batch_masks
 from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
 from hf_reparam.errors import TargetError
+from hf_reparam.layers.progress import stage
 
 __all__ = ["Batches", "batched", "kept", "prepare"]
 
@@ -36,7 +36,7 @@ def prepare(
     *,
     max_length: int | None = None,
     max_samples: int | None = None,
-    desc: str = "Calibrating",
+    desc: str = "calibrating",
 ) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
     """Batches for a model, each with its padding masks (batch, length) as booleans; shows progress.
 
@@ -53,12 +53,12 @@ def prepare(
         TargetError: data or an item that cannot be read, with what to write instead; texts without a tokenizer.
     """
     total, read = count(batches, max_samples), 0
-    with tqdm(total=total, desc=desc, unit="example") as bar:
+    with stage(desc, total, "example") as advance:
         for batch, unused, done in _Reader(model, tokenizer, max_length, total).read(batches, max_samples):
             yield batch, batch_masks({**unused, **batch})
-            bar.update(done)
+            advance(done)
             read += done
-        bar.update(max(0, (total or 0) - read))  # empty texts
+        advance(max(0, (total or 0) - read))  # empty texts
 
 
 def batched(

@@ -21,6 +21,7 @@ from hf_reparam.config import METRICS, LowRankConfig
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.processes import alone, distributed, total
+from hf_reparam.layers.progress import one_bar
 from hf_reparam.linalg import Calibration, HeldOut, LayerMoments, TableMoments
 from hf_reparam.model.checks import check_no_adapters, check_unsharded, outside_inference_mode
 from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
@@ -119,7 +120,7 @@ def calibrate(
     check_unsharded(model)
     if max_memory is not None and folder is None:
         raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
-    with outside_inference_mode():
+    with outside_inference_mode(), one_bar():
         work = frozen_copy(opened(model).model)
         watched = LowRankConfig(target_modules=target_modules, embeddings=embeddings and metric == "fisher")
         selection = select(work, watched)

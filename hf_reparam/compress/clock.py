@@ -81,7 +81,7 @@ class Clock:
             if site.module.weight.is_meta:
                 raise WeightError(f"{site.name}: it is on the meta device, where there is no time to measure")
             shape = f"{site.in_features} x {site.out_features}"
-            found = spread({shape: 1.0}, lambda _: self._measured(site), desc="Timing layers")  # by one process for all
+            found = spread({shape: 1.0}, lambda _: self._measured(site), desc="timing layers")  # by one process for all
             self.known[key] = found[shape]
         return self.known[key]
 

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils.logging import tqdm
 
 from hf_reparam.calibrate.batches import Batches, batched
 from hf_reparam.calibrate.inputs import positions
@@ -22,6 +21,7 @@ from hf_reparam.calibrate.texts import checked_tokenizer
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.compress.clock import medians
 from hf_reparam.errors import TargetError
+from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import called, check_model, own_tokenizer
 from hf_reparam.tables import as_html, as_markdown, as_text
@@ -125,7 +125,7 @@ def compare(
         "parameters": (count_parameters(dense), count_parameters(small)),
         "MB in memory": (_megabytes(dense), _megabytes(small)),
     }
-    with _evaluating(dense, small), torch.no_grad():
+    with _evaluating(dense, small), torch.no_grad(), one_bar():
         texts = _texts(data, max_samples)
         if texts is not None and tokenizer is not None and _is_causal(pair[0]):
             batches: Sequence[Mapping[str, Any]] = _blocks(pair[0], texts, tokenizer, max_length)
@@ -200,7 +200,7 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
     """What the second model predicts beside the first, and what both lose where there are labels."""
     sums: dict[str, Tensor] = {}
     losses, weights = [0.0, 0.0], 0
-    for batch in tqdm(batches, desc="Comparing", unit="batch"):
+    for batch in each(batches, "comparing", "batch"):
         outputs = [_outputs(model, batch) for model in pair]
         parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
         if len(parts) == len(pair):

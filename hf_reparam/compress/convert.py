@@ -21,6 +21,7 @@ from hf_reparam.config import ONE_SIZE, LowRankConfig, Rank
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.processes import distributed
+from hf_reparam.layers.progress import one_bar
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.auto import check_loadable
@@ -126,7 +127,7 @@ def convert(
         asked = LowRankConfig.asked(config, **sizes)  # type: ignore[arg-type]  # no plan
     check_model(model)
     _check_calibration(calibration, tokenizer)
-    with outside_inference_mode(), ExitStack() as scratch:
+    with outside_inference_mode(), one_bar(), ExitStack() as scratch:
         if _is_layer(model):
             if inplace:
                 raise TargetError(

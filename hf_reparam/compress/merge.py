@@ -91,5 +91,5 @@ def _unfold(work: WorkingCopy, folder: Path | None) -> Made:
         low = {layer_name(work.model, s.name): s for s in structure.sites(work.model) if s.entry is not None}
         parts = {name: (Found(name, structure, site), None) for name, site in low.items()}
         if parts:
-            build(work, structure, parts, source, made, folder, desc="Merging")
+            build(work, structure, parts, source, made, folder, desc="merging")
     return made

@@ -13,6 +13,7 @@ from hf_reparam.compress.units import Seconds, Unit, unit_of
 from hf_reparam.compress.verify import best_plan, can_be_judged
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import RankError, TargetError
+from hf_reparam.layers.progress import one_bar
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.checks import check_no_adapters, count_parameters
 from hf_reparam.model.host import base_type, check_model, opened
@@ -72,7 +73,8 @@ def make_plan(
     check_model(model)
     check_no_adapters(model)
     work = opened(model).model
-    return plan_for(work, config, Source.of(calibration, config.metric, config.solver))
+    with one_bar():
+        return plan_for(work, config, Source.of(calibration, config.metric, config.solver))
 
 
 def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: bool = True) -> RankPlan:

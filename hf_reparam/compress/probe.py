@@ -13,9 +13,9 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
-from transformers.utils.logging import tqdm
 
 from hf_reparam.compress.judge import Judge
+from hf_reparam.layers.progress import each
 from hf_reparam.linalg import Options
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
@@ -90,7 +90,7 @@ def probed(
     current = dict(ways)
     for _ in range(_ROUNDS):
         entries = chosen(current)
-        for name in tqdm(tried, desc="Trying layers", unit="layer"):
+        for name in each(tried, "probing", "layer"):
             entry = entries.get(name) or (None if tried[name] else instead.get(name))
             if entry is not None and not any(entry.rank / _NEAR <= r <= entry.rank * _NEAR for r in tried[name]):
                 tried[name][entry.rank] = prober.measured(name, entry.rank)

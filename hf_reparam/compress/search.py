@@ -6,16 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers.utils.logging import tqdm
 
 from hf_reparam.compress.planning import plan_for
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import RankError, TargetError
+from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.host import check_model, opened
 from hf_reparam.plan import RankPlan
+from hf_reparam.report import TriedSize
 from hf_reparam.structures.source import Kept, Source
 
 __all__ = ["search_plan"]
@@ -42,7 +43,8 @@ def search_plan(
         config: without a size.
 
     Returns:
-        A plan for `convert`, in steps of 1/128 of the targeted weights.
+        A plan for `convert`, in steps of 1/128 of the targeted weights. `print(plan)` also shows every size that was
+        tried with its score, which `plan.report.tried` holds.
 
     Raises:
         TargetError: the configuration has a size, or `evaluate` gives no number.
@@ -63,20 +65,23 @@ def search_plan(
         raise TargetError("search_plan finds the size: give a LowRankConfig without one")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
-    with outside_inference_mode():
+    with outside_inference_mode(), one_bar():
         source = replace(Source.of(calibration, config.metric, config.solver), kept=Kept())
         floor = _score(evaluate, model) - tolerance
         low, high, best, nearest = 0.0, 1.0, None, -math.inf
-        for _ in tqdm(range(_HALVINGS), desc="Searching a size", unit="size"):
+        tried: list[TriedSize] = []
+        for _ in each(range(_HALVINGS), "searching", "size"):
             keep = (low + high) / 2
             work = opened(model)
             try:
                 plan = plan_for(work.model, replace(config, keep=keep), source, whole=False)
             except RankError:  # below the smallest size
+                tried.append(TriedSize(keep))
                 low = keep
                 continue
             apply(work, plan, source)
             nearest = max(nearest, score := _score(evaluate, work.model))
+            tried.append(TriedSize(keep, None if plan.report is None else plan.report.parameters_after, score))
             if score >= floor:
                 high, best = keep, plan
             else:
@@ -85,7 +90,8 @@ def search_plan(
         raise RankError(
             f"no size has a score of {floor:.6g} or above; the best had {nearest:.6g}: allow more tolerance"
         )
-    return best
+    tried = [replace(size, chosen=size.keep == high) for size in tried]
+    return replace(best, report=best.report and replace(best.report, tried=tried))
 
 
 def _score(evaluate: Evaluate, model: nn.Module) -> float:

@@ -10,6 +10,7 @@ from hf_reparam.compress.judge import Judge, few
 from hf_reparam.compress.probe import Prober, probed
 from hf_reparam.config import LowRankConfig
 from hf_reparam.layers.copies import WorkingCopy, frozen_copy
+from hf_reparam.layers.progress import each
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.sites import select
@@ -63,7 +64,7 @@ def best_plan(
     if not whole:
         return *plans[_MEASURED], None
     judge, judged = Judge(dense, batches), {}
-    for name, (entries, metric) in plans.items():
+    for name, (entries, metric) in each(plans.items(), "judging", "plan"):
         tried, same = WorkingCopy(dense), metric == source.metric
         apply(tried, RankPlan(entries), fitting if same else replace(fitting, metric=metric, kept=None))
         judged[name] = judge(tried.model)

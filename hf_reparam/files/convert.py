@@ -30,6 +30,7 @@ from hf_reparam.files.folder import (
     skeleton,
 )
 from hf_reparam.layers.processes import alone, is_first, own_share, wait_for_all
+from hf_reparam.layers.progress import one_bar
 from hf_reparam.linalg import Calibration, fingerprint
 from hf_reparam.model.card import model_card
 from hf_reparam.model.summary import report
@@ -119,7 +120,8 @@ def convert_folder(
     if texts is not None:
         reading["tokenizer"] = load_tokenizer(place)
     options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples]
-    with _work_folder(Path(out), force, _same_work(folder, known, texts, options) if stream else None) as work:
+    same_work = _same_work(folder, known, texts, options) if stream else None
+    with _work_folder(Path(out), force, same_work) as work, one_bar():
         model, dropped = load(place, offload_folder=work / "source" if stream else None)
         if not os.path.isdir(source):
             model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache

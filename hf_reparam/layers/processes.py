@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers.utils.logging import tqdm
 
 from hf_reparam.errors import CheckpointError
+from hf_reparam.layers.progress import each, one_bar
 
 __all__ = ["alone", "connected", "distributed", "is_first", "own_share", "spread", "total", "wait_for_all"]
 
@@ -91,13 +91,14 @@ def own_share(items: Sequence[T]) -> Sequence[T]:
 
 
 def spread(costs: Mapping[str, float], work: Callable[[str], T], *, desc: str) -> dict[str, T]:
-    """name -> `work(name)`, in the order of `costs`, done by one process each; shows progress.
+    """name -> `work(name)`, in the order of `costs`, done by one process each; shows progress as a stage named `desc`.
 
     Every process has to call this. The costliest tasks are dealt out first, each to the process with the least to do.
     Results have to pickle, tensors on the CPU. An error in one process is raised in all of them.
     """
     if not distributed():
-        return {name: work(name) for name in tqdm(costs, desc=desc, unit="layer")}
+        with one_bar():
+            return {name: work(name) for name in each(costs, desc, "layer")}
     loads = [0.0] * torch.distributed.get_world_size()
     shares: list[list[str]] = [[] for _ in loads]
     for name in sorted(costs, key=lambda name: -costs[name]):
@@ -107,8 +108,9 @@ def spread(costs: Mapping[str, float], work: Callable[[str], T], *, desc: str) -
     results: dict[str, T] = {}
     failure: Exception | None = None
     try:
-        for name in tqdm(shares[torch.distributed.get_rank()], desc=desc, unit="layer"):
-            results[name] = work(name)
+        with one_bar():
+            for name in each(shares[torch.distributed.get_rank()], desc, "layer"):
+                results[name] = work(name)
     except Exception as error:
         failure = error
     gathered: list[Any] = [None] * len(loads)

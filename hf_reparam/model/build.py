@@ -64,7 +64,7 @@ def build(
         source: metric and moments.
         made: to be added to.
         folder: where new modules go instead of into memory; those that it holds already are taken from there.
-        desc: what the progress bar says.
+        desc: what the progress bar calls it.
 
     Returns:
         The source with the moments that new dense layers have.
@@ -184,5 +184,5 @@ def apply(work: WorkingCopy, plan: RankPlan, source: Source, folder: Path | None
     for structure in STRUCTURES:
         parts = fit(plan, work.model, structure, strict=True)
         if parts:
-            source = build(work, structure, parts, source, made, folder, desc="Factoring")
+            source = build(work, structure, parts, source, made, folder, desc="factoring")
     return made, source

@@ -2,13 +2,12 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.objective import compared, divergence, examples_in
@@ -16,6 +15,7 @@ from hf_reparam.calibrate.padding import Part, rows_of, splits
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.factored import Factored
+from hf_reparam.layers.progress import one_bar, stage
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.host import called, check_model, opened, own_tokenizer
 from hf_reparam.recover.refit import HOLD_OUT, parts_of
@@ -82,9 +82,9 @@ def refine(
         check_no_adapters(given)
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise TargetError(f"epochs must be an int of at least 1, got {epochs!r}")
-    with outside_inference_mode(), torch.enable_grad():
+    with outside_inference_mode(), torch.enable_grad(), one_bar():
         low, full = called(frozen_copy(opened(model).model)), called(frozen_copy(opened(dense).model))
-        reads, desc = tokenizer or own_tokenizer(model), "Reading batches"
+        reads, desc = tokenizer or own_tokenizer(model), "reading"
         read = prepare(low, data, reads, max_length=max_length, max_samples=max_samples, desc=desc)
         parts = parts_of(full, {}, read)
         return _Refining(low, full, parts[::HOLD_OUT], [p for i, p in enumerate(parts) if i % HOLD_OUT]).run(epochs)
@@ -115,27 +115,28 @@ class _Refining:
         start = best = self._state()
         before = lowest = self._judged()
         tried: dict[float, tuple[float, list[Tensor]]] = {}
+        steps = (epochs + len(_RATES) - 1) * len(self.fitting)
         try:
-            bar = tqdm(total=(epochs + len(_RATES) - 1) * len(self.fitting), desc="Refining", unit="step")
-            for rate in _RATES:
-                self._set(start)
-                tried[rate] = next(self._run(rate, 1, bar))
-                if tried[rate][0] < lowest:
-                    lowest, best = tried[rate]
-            chosen = min(tried, key=lambda rate: tried[rate][0])
-            first, state = tried[chosen]
-            tried.clear()
-            self._set(state)
-            after = [first]
-            for now, state in self._run(chosen, epochs - 1, bar) if epochs > 1 else ():
-                after.append(now)
-                if now < lowest:
-                    lowest, best = now, state
+            with stage("refining", steps, "step") as advance:
+                for rate in _RATES:
+                    self._set(start)
+                    tried[rate] = next(self._run(rate, 1, advance))
+                    if tried[rate][0] < lowest:
+                        lowest, best = tried[rate]
+                chosen = min(tried, key=lambda rate: tried[rate][0])
+                first, state = tried[chosen]
+                tried.clear()
+                self._set(state)
+                after = [first]
+                for now, state in self._run(chosen, epochs - 1, advance) if epochs > 1 else ():
+                    after.append(now)
+                    if now < lowest:
+                        lowest, best = now, state
         finally:  # also when it is interrupted
             self._set(best)
         return RefineReport(chosen, before, tuple(after))
 
-    def _run(self, rate: float, epochs: int, bar: Any) -> Iterator[tuple[float, list[Tensor]]]:
+    def _run(self, rate: float, epochs: int, advance: Callable[[int], None]) -> Iterator[tuple[float, list[Tensor]]]:
         """After each epoch of a schedule, the divergence and the weights: the last, or the mean over its steps."""
         groups = [{"params": [parameter], "lr": rate * _unit(parameter)} for parameter in self.trained]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -162,7 +163,7 @@ class _Refining:
                 schedule.step()
                 for average, parameter in zip(mean, self.trained, strict=True):
                     average.lerp_(parameter.detach(), 1 / count)
-                bar.update()
+                advance(1)
             yield self._better(mean)
 
     def _better(self, mean: list[Tensor]) -> tuple[float, list[Tensor]]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
@@ -20,6 +19,7 @@ from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.layers.surgery import set_bias, set_factors
 from hf_reparam.linalg import Calibration, PairedMoments, decompose
 from hf_reparam.model.build import apply
@@ -98,10 +98,10 @@ def refit(
     for given in (model, dense):
         check_model(given)
         check_no_adapters(given)
-    with outside_inference_mode():
+    with outside_inference_mode(), one_bar():
         full, calibration = _as_narrow(dense, model, calibration)
         low = frozen_copy(opened(model).model)
-        reads, desc = tokenizer or own_tokenizer(model), "Reading batches"
+        reads, desc = tokenizer or own_tokenizer(model), "reading"
         read = prepare(called(low), data, reads, max_length=max_length, max_samples=max_samples, desc=desc)
         report = _refit(low, full, read, calibration, distance)
         for path, host in hosts(model).items():
@@ -145,7 +145,7 @@ def _refit(
         before = best = sum(one.divergence(distance, layers.values()) for one in judging)
         order = order_of(layers, passes[0].low)
         skipped = dict.fromkeys(layers.keys() - {name for names in order for name in names}, _NOT_ONCE)
-        for names in tqdm(order, desc="Refitting", unit="group"):
+        for names in each(order, "refitting", "group"):
             group = {name: layers[name] for name in names}
             paired, uneven = _collect(group, originals, fitting)
             skipped |= dict.fromkeys(uneven, _UNEVEN)

@@ -225,7 +225,7 @@ class Structure(Protocol):
             with reading(sites[name].name, sites[name].module):
                 return self.losses(name, sites[name], source)
 
-        found = spread({name: source.effort(site) for name, site in sites.items()}, work, desc="Spectra")
+        found = spread({name: source.effort(site) for name, site in sites.items()}, work, desc="decomposing")
         known = {name: losses for name, losses in found.items() if losses is not None}
         return {name: [Way(0.0, {name: self.choices(sites[name], lost, steps)})] for name, lost in known.items()}
 

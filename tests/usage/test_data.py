@@ -615,7 +615,7 @@ def test_the_progress_bar_knows_its_end(gpt2, tokenizer, monkeypatch, data, opti
             super().__init__(*args, **{**kwargs, "disable": False})
             bars.append(self)
 
-    monkeypatch.setattr(sys.modules["hf_reparam.calibrate.batches"], "tqdm", Bar)
+    monkeypatch.setattr(sys.modules["hf_reparam.layers.progress"], "tqdm", Bar)
     calibrate(gpt2, data(), tokenizer=tokenizer, metric="activation", **options)
     assert [bar.total for bar in bars] == [total]
     assert bars[0].n == (total or 1)

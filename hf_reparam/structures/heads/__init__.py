@@ -52,7 +52,7 @@ class Heads(Structure):
 
         costs = {name: float(a.heads * a.width) ** 3 for name, a in heads.items()}
         ways = {}
-        for name, narrow in spread(costs, work, desc="Widths of heads").items() if heads else ():
+        for name, narrow in spread(costs, work, desc="narrowing heads").items() if heads else ():
             a = heads[name]
             ways[name] = [Way(0.0, {part: taken[part] for part in parts[name]})]
             for width, error, losses in narrow:
