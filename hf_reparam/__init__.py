@@ -24,6 +24,7 @@ from hf_reparam.model.auto import generated_class
 from hf_reparam.model.card import model_card
 from hf_reparam.model.summary import report
 from hf_reparam.plan import Entry, RankPlan
+from hf_reparam.recover.adapters import lora_targets
 from hf_reparam.recover.distil import distillation_loss
 from hf_reparam.recover.refine import refine
 from hf_reparam.recover.refit import refit
@@ -47,6 +48,7 @@ __all__ = [
     "distillation_loss",
     "errors",
     "load",
+    "lora_targets",
     "make_plan",
     "merge",
     "merge_folder",
