@@ -190,6 +190,18 @@ def test_what_was_loaded_has_numbers(tmp_path):
     assert not marks.has_numbers(nn.Linear(2, 2))
 
 
+def test_what_a_checkpoint_did_not_have_is_known_until_it_is_trained(tmp_path):
+    saved(tmp_path)
+    loaded = tf.BertForSequenceClassification.from_pretrained(tmp_path)
+    drawn = marks.drawn_parameters(loaded)
+    assert drawn == ["classifier.weight", "classifier.bias"], "loading no longer sets _is_hf_initialized of tensors"
+    assert not marks.drawn_parameters(tf.BertModel(loaded.config)), "nothing of it was loaded"
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    loaded(torch.tensor([[3, 4]]), labels=torch.tensor([1])).loss.backward()
+    optimizer.step()
+    assert not marks.drawn_parameters(loaded), "a step of an optimizer no longer counts in _version of a tensor"
+
+
 def test_no_numbers_are_drawn_for_what_has_them():
     model = bert()
     for part in model.modules():

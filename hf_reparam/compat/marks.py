@@ -21,6 +21,14 @@ def has_numbers(module: nn.Module) -> bool:
     return "_is_hf_initialized" in vars(module) or all(hasattr(tensor, "_is_hf_initialized") for tensor in tensors)
 
 
+def drawn_parameters(model: nn.Module) -> list[str]:
+    """Names of what the checkpoint of a model did not have, and nothing has changed since; none if none was loaded."""
+    loaded = {name: hasattr(value, "_is_hf_initialized") for name, value in model.named_parameters()}
+    if not any(loaded.values()):
+        return []
+    return [name for name, there in loaded.items() if not there and model.get_parameter(name)._version < 2]
+
+
 def tied_keys(model: nn.Module) -> dict[str, Mapping[str, str]]:
     """Attribute -> tied parameters, target -> source: as a model's class declares them, and as they were found."""
     known = {key: getattr(model, key, None) for key in ("_tied_weights_keys", "all_tied_weights_keys")}

@@ -26,7 +26,7 @@ from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import called, check_model, own_tokenizer
 from hf_reparam.tables import as_html, as_markdown, as_text
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "megabytes"]
 
 _LONGEST = 2048  # tokens of a block, if the model has room for so many
 _BATCHES = (1, 32)  # texts in a call that is timed
@@ -123,7 +123,7 @@ def compare(
     tokenizer = checked_tokenizer(tokenizer or own_tokenizer(dense))
     figures: dict[str, tuple[float | None, float | None]] = {
         "parameters": (count_parameters(dense), count_parameters(small)),
-        "MB in memory": (_megabytes(dense), _megabytes(small)),
+        "MB in memory": (megabytes(dense), megabytes(small)),
     }
     with _evaluating(dense, small), torch.no_grad(), one_bar():
         texts = _texts(data, max_samples)
@@ -165,7 +165,7 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _megabytes(model: nn.Module) -> float:
+def megabytes(model: nn.Module) -> float:
     """Of parameters and buffers, each counted once; of a quantized tensor, what it holds inside."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(map(_bytes, tensors.values())) / 1e6

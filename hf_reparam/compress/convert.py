@@ -30,6 +30,7 @@ from hf_reparam.model.checks import (
     check_convertible,
     check_no_adapters,
     check_unquantized,
+    fresh_heads,
     optional_layers,
     outside_inference_mode,
 )
@@ -137,6 +138,12 @@ def convert(
             whole: Any = convert(nn.Sequential(model), config, **sizes, **reading)  # type: ignore[arg-type]
             return whole[0]
         _check(model, inplace=inplace)
+        if fresh := fresh_heads(model):
+            warnings.warn(
+                f"{', '.join(fresh)}: not in the checkpoint, so these are random. Fine-tune first, then convert: "
+                "calibration then knows the task, and less is lost",
+                stacklevel=2,
+            )
         work = opened(model)
         selection = _selection(work.model, asked, plan)
         if not inplace:

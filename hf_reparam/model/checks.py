@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 from hf_reparam.compat.auto import auto_classes
+from hf_reparam.compat.marks import drawn_parameters
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.model.config import stock_config_class
 from hf_reparam.model.host import embeddings_of, hosts, hosts_by_start, saved_otherwise, ties_of, unwrapped
@@ -34,6 +35,13 @@ def optional_layers(model: nn.Module) -> dict[str, str]:
         if role is not None:
             reasons[name] = f"{role}: stays dense unless target_modules names it"
     return reasons
+
+
+def fresh_heads(model: nn.Module) -> list[str]:
+    """Parameters of task heads that no checkpoint gave and no training has changed."""
+    heads = tuple(f"{name}." for name, reason in optional_layers(model).items() if reason.startswith("task head"))
+    drawn = (start + name for start, host in hosts_by_start(model).items() for name in drawn_parameters(host))
+    return [name for name in drawn if name.startswith(heads)]
 
 
 def _has_head(model: Any) -> bool:

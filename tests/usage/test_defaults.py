@@ -1,5 +1,7 @@
 """What a conversion changes when nothing was said about it: no heads, no poolers, no routers, no tiny ranks."""
 
+import warnings
+
 import pytest
 import torch
 import transformers as tf
@@ -218,3 +220,19 @@ def test_everything_kept_of_a_plain_module():
         same = convert(net, keep=1.0)
     x = torch.randn(2, 64)
     assert torch.equal(same(x), net(x))
+
+
+def test_a_fresh_head_is_told_and_a_trained_one_is_not(tmp_path):
+    zoo.BY_BASE["BertModel"].build().save_pretrained(tmp_path / "body")
+    fresh = tf.BertForSequenceClassification.from_pretrained(tmp_path / "body")
+    with pytest.warns(UserWarning, match=r"^classifier.weight, classifier.bias: not in the checkpoint"):
+        convert(nn.ModuleDict({"inside": fresh})["inside"], rank=8)
+    with pytest.warns(UserWarning, match=r"^inside.classifier.weight"):
+        convert(nn.ModuleDict({"inside": fresh}), rank=8)
+    fresh.save_pretrained(tmp_path / "whole")
+    whole = tf.BertForSequenceClassification.from_pretrained(tmp_path / "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(whole, rank=8)
+        convert(convert(whole, rank=8), rank=8 - 1)
+        convert(tf.BertForSequenceClassification(whole.config), rank=8)
