@@ -4,26 +4,38 @@
 
 MiniLM fine-tuned on SST-2 (DATA/sst2, as for benchmarks.quality), converted to a quarter of its layers' weights, then
 trained for one epoch on the training sentences: plainly, and with `distillation_loss`. Once from plain SVD, which loses
-much, and once from calibrated factors. Same data, order, steps and learning rate; several seeds. Writes
-results/recovery.json.
+much, and once from calibrated factors. Same data, order, steps and learning rate; several seeds. With the sizes and
+times of the converted models. Writes results/recovery.json.
 """
 
 import argparse
 import copy
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 import hf_reparam
+from benchmarks.frontier import BATCH, CPU, LENGTH, tokens
 from benchmarks.machine import RESULTS, describe
 from benchmarks.tasks import SEED, sentiment, sentiment_rows, train_epoch
+from hf_reparam.compress.clock import medians
+from hf_reparam.compress.compare import megabytes
 
 KEEP = 0.25
 SEEDS = (0, 1, 2)
+
+
+def sizes(small: nn.Module, dense: nn.Module) -> dict[str, float]:
+    """Megabytes of two models, and the first one's time for 8 x 128 tokens over the second one's."""
+    taken = tokens(dense, BATCH, LENGTH)
+    took = medians({name: partial(model, **taken) for name, model in (("small", small), ("dense", dense))}, CPU)
+    return {"MB": megabytes(small), "dense MB": megabytes(dense), "time": took["small"] / took["dense"]}
 
 
 def main() -> None:
@@ -42,7 +54,7 @@ def main() -> None:
         config = hf_reparam.LowRankConfig(keep=KEEP, exclude_modules=task.exclude, **options)
         small = hf_reparam.convert(task.model, config, calibration=calibration)
         converted = score(small)
-        found: dict[str, Any] = {"converted": converted, "fine-tuned": [], "distilled": []}
+        found: dict[str, Any] = {"converted": converted, "fine-tuned": [], "distilled": [], **sizes(small, task.model)}
         for seed in SEEDS:
             for way in ("fine-tuned", "distilled"):
                 model = copy.deepcopy(small)
