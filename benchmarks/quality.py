@@ -191,24 +191,33 @@ def measure(task: tasks.Task, methods: Collection[str], *, slow: bool = False) -
     return {"seconds": seconds, "rows": rows}
 
 
+LINES = {
+    "plain SVD": "plain SVD",
+    "SVD-LLM": "the formula of SVD-LLM, equal shares",
+    "fisher, global, pivoted": "convert, by default",
+    "fisher, global, pivoted, refit": "convert, then refit",
+}
+
+
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One panel for each model with all METHODS: what is lost against the dense model, by method and size."""
+    """One panel for each model with all METHODS: what four of them reach at every size, and the dense model."""
     results = {name: result for name, result in results.items() if "plain SVD" in result["rows"]}
-    figure, axes = pyplot.subplots(
-        1, len(results), figsize=(4.6 * len(results), 4.4), layout="constrained", squeeze=False
-    )
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for method, marker in zip(METHODS, "v^<>soD8*PX", strict=True):
-            if method not in result["rows"]:
-                continue
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+    for axis, (name, result) in zip(axes.flat, results.items(), strict=True):
+        kind = next((kind for kind in ("accuracy", "loss") if kind in result["rows"]["dense"]["1.0"]), "cosine")
+        level = lambda scores, kind=kind: scores.get(kind, 1 - scores["lost"])  # noqa: E731
+        for (method, label), marker in zip(LINES.items(), "v>oD", strict=True):
             row = result["rows"][method]
-            lost = [scores["lost"] for scores in row.values()]
-            color = {"+ embeddings": "black"}.get(method)
-            axis.plot([float(keep) for keep in row], lost, marker=marker, label=method, color=color)  # of ten others
-        axis.set(title=name, xlabel="share of the factored layers' weights kept", ylabel=result["lost"])
-        axis.set_yscale("symlog", linthresh=1e-2 if "accuracy" in result["lost"] else 1e-5)
+            axis.plot(
+                [float(keep) for keep in row], [level(scores) for scores in row.values()], marker, ls="-", label=label
+            )
+        axis.axhline(level(result["rows"]["dense"]["1.0"]), color="black", ls="--", lw=1, label="dense")
+        unit = f", {result['lost'].rpartition(', ')[2]}" if kind == "loss" else ""
+        of = "cosine to the dense embedding" if kind == "cosine" else f"{kind}{unit}"
+        axis.set(title=f"{name}: {of}", xlabel="share of the layers' parameters that is kept")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
+    figure.suptitle("Calibrated conversion stays near the dense model where plain SVD does not (nothing is trained)")
     figure.savefig(path, dpi=110)
 
 
