@@ -1,9 +1,12 @@
-"""Texts of the root are pages, the README the front one; figures and pictures go with them; examples are code."""
+"""Texts of the root are pages, the README the front one; figures and pictures go with them; examples are code; formulas
+are MathML, which browsers show without a script."""
 
+import html
 import re
 from pathlib import Path
 
 from griffe import Extension
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +31,13 @@ def on_page_markdown(markdown, page, config, files):
         for target, source in ROOTED.items():
             markdown = markdown.replace(f"]({source})", f"]({target})")
     return markdown
+
+
+def on_page_content(content, page, config, files):
+    """Formulas, which arithmatex has found, as MathML."""
+    made = lambda found, display: convert(html.unescape(found[1]), display=display)  # noqa: E731
+    content = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: made(m, "inline"), content, flags=re.S)
+    return re.sub(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', lambda m: made(m, "block"), content, flags=re.S)
 
 
 class Examples(Extension):
