@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo check test test-oldest conformance census audit format notebooks benchmarks gpu clean
+.PHONY: demo check test test-oldest conformance census audit format notebooks site benchmarks gpu clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -46,6 +46,11 @@ format: $(VENV)/test.stamp
 # Run the notebooks and store what they show
 notebooks: $(VENV)/test.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py notebooks/*.ipynb
+
+# README, docs and notebooks as a site, in build/site
+site: $(VENV)/test.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+	@echo "open build/site/index.html"
 
 benchmarks: $(VENV)/benchmark.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.foundation
