@@ -21,7 +21,7 @@ from hf_reparam.model.card import prepare_upload
 from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, made_anew, plan_of
 from hf_reparam.model.drawing import deviations, draw, draw_new, out_of_sight
 from hf_reparam.model.naming import check_absent, low_rank, while_loading
-from hf_reparam.model.parallel import factor_rules
+from hf_reparam.model.parallel import factor_entries, factor_rules
 from hf_reparam.model.remote import named_in_config, write_module
 from hf_reparam.model.sites import check_forms, fit, note_plan
 from hf_reparam.model.stored import (
@@ -75,6 +75,16 @@ class ReparamMixin(LoadingSeam):
                 "embeddings of low rank cannot be resized: merge the model, resize the dense one and convert it again"
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """The base's tensor-parallel plan, with entries for the factors of low-rank layers before those of layers."""
+        plan: dict[str, str] = super().tp_plan  # type: ignore[misc]
+        return {**factor_entries(plan, low_rank(self)), **plan} if plan else plan  # type: ignore[arg-type]
+
+    @tp_plan.setter
+    def tp_plan(self, plan: dict[str, str] | None) -> None:
+        PreTrainedModel.tp_plan.fset(self, plan)
 
     def parallel_rules(self, rules: dict[str, str]) -> dict[str, str]:
         """The base's tensor-parallel rules, with a low-rank layer's rule for its factors."""

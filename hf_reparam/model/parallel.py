@@ -5,19 +5,39 @@ inputs: `down` does, and what is added up between processes is rank numbers a to
 every input for its gather: the inputs are brought together, and `up` shards its outputs, which are gathered.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from hf_reparam.compat.loading import register_style
+from hf_reparam.config import layer_kind
 from hf_reparam.errors import PlanError
+from hf_reparam.layers.linear import LowRankLinear
 
 _GATHER_INPUT = "hf_reparam_gather_input"
 
 
+def factor_entries(plan: dict[str, str], layers: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """Entries for the factors of (path, layer) each, by the styles that a plan has for the layers.
+
+    They are for servers, which take the first pattern that a module's name begins with: it would be the layer's, and
+    they would shard both factors alike. A pivoted layer with sharded inputs is left out, because it needs them whole.
+    """
+    entries: dict[str, str] = {}
+    for path, layer in layers:
+        name = layer_kind(path)
+        style = plan.get(name, "") if isinstance(layer, LowRankLinear) else ""
+        if "colwise" in style:
+            entries |= {f"{name}.down": "replicate", f"{name}.up": style}
+        elif "rowwise" in style and layer.form == "pair":
+            entries |= {f"{name}.down": style, f"{name}.up": "replicate"}
+    return entries
+
+
 def factor_rules(rules: dict[str, str], name: str, layer: Any) -> dict[str, str]:
-    """The rules, path of a module or parameter -> style, with that of a low-rank layer moved to its factors. Raises
-    PlanError for a style that shards packed inputs, where the layer has pivots."""
+    """The rules, path of a module or parameter -> style, with that of a low-rank layer moved to its factors, which have
+    no others. Raises PlanError for a style that shards packed inputs, where the layer has pivots."""
     style = rules.get(name, "") if hasattr(layer, "down") else ""
     if "colwise" in style:
         moved = _rules(f"{name}.up", layer.up, style)
@@ -30,7 +50,7 @@ def factor_rules(rules: dict[str, str], name: str, layer: Any) -> dict[str, str]
         raise PlanError(f"{name}: a pivoted layer cannot be sharded in the style {style!r}; convert with form='pair'")
     else:
         return rules
-    return {key: value for key, value in rules.items() if key != name} | moved
+    return {key: value for key, value in rules.items() if key != name and not key.startswith(f"{name}.")} | moved
 
 
 def _rules(name: str, linear: torch.nn.Linear, style: str) -> dict[str, str]:

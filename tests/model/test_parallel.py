@@ -7,7 +7,7 @@ from torch import nn
 from hf_reparam import LowRankConfig, convert
 from hf_reparam.errors import PlanError
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.model.parallel import factor_rules
+from hf_reparam.model.parallel import factor_entries, factor_rules
 from tests import zoo
 from tests.launch import launch
 
@@ -115,6 +115,29 @@ def test_rules(form):
     assert factor_rules({"fc": "grouped"}, "fc", layer) == {"fc": "grouped"}
     up = {"fc.up.weight": "colwise", "fc.up.bias": "colwise", "fc.up": "colwise"}
     assert list(factor_rules({"fc": "colwise", "x": "rowwise"}, "fc", layer).items()) == [("x", "rowwise"), *up.items()]
+
+
+@pytest.mark.parametrize("form", zoo.FORMS)
+def test_rules_of_factors_are_those_of_their_layer(form):
+    """What the plan says of the factors is for servers, and of other layers of the kind."""
+    said = {"fc": "colwise", "fc.down.weight": "replicate", "fc.down": "replicate", "fc2.down": "rowwise"}
+    up = {"fc.up.weight": "colwise", "fc.up.bias": "colwise", "fc.up": "colwise"}
+    assert factor_rules(said, "fc", low(form)) == {"fc2.down": "rowwise", **up}
+
+
+def test_the_plan_names_factors_before_their_layers():
+    model = convert(zoo.BY_BASE["LlamaForCausalLM"].build(), LowRankConfig(rank=6, form="pair"))
+    plan = model.tp_plan
+    attention, mlp = "model.layers.*.self_attn", "model.layers.*.mlp"
+    assert (plan[f"{attention}.q_proj.down"], plan[f"{attention}.q_proj.up"]) == ("replicate", "colwise")
+    assert (plan[f"{mlp}.down_proj.down"], plan[f"{mlp}.down_proj.up"]) == ("rowwise", "replicate")
+    order = list(plan)
+    assert order.index(f"{attention}.q_proj.down") < order.index(f"{attention}.q_proj")
+    model.tp_plan = {f"{attention}.q_proj": "rowwise"}
+    assert model.tp_plan[f"{attention}.q_proj.down"] == "rowwise"
+    model.tp_plan = None
+    assert model.tp_plan == {}
+    assert factor_entries({"fc": "rowwise"}, [("fc", low("pivoted"))]) == {}
 
 
 def test_packed_inputs():
