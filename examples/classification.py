@@ -1,4 +1,4 @@
-"""Classification with a low-rank BERT, and its pipeline.    python -m examples.classification"""
+"""Classification with a low-rank BERT: fine-tune, convert, distil.    python -m examples.classification"""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MODEL = None  # for a real one: MODEL = "textattack/bert-base-uncased-SST-2"
 
 
 def main() -> dict[str, float]:
-    model, tokenizer = flow.load(MODEL, AutoModelForSequenceClassification, tiny.bert_for_labels)
+    model, tokenizer = flow.load(MODEL, AutoModelForSequenceClassification, tiny.bert_for_labels)  # fine-tuned
     texts, labels = (list(part) for part in zip(*tiny.reviews(), strict=True))  # your data: texts and labels
     test = tokenizer(texts[:200], return_tensors="pt", padding=True)
 
@@ -22,7 +22,8 @@ def main() -> dict[str, float]:
 
     rows = [{**tokenizer(text), "labels": label} for text, label in zip(texts, labels, strict=True)]
     collator = DataCollatorWithPadding(tokenizer)
-    small, scores = flow.run(model, tokenizer, AutoModelForSequenceClassification, rows, collator, score, keep=0.25)
+    auto = AutoModelForSequenceClassification
+    small, scores = flow.run(model, tokenizer, auto, rows, collator, score, keep=0.25, distil=True)
     classify = pipeline("text-classification", model=small, tokenizer=tokenizer)
     for text in texts[:3]:
         print(f"{text}  ->  {classify(text)[0]}")

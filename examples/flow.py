@@ -1,7 +1,7 @@
 """The part that is the same for every task: convert, fine-tune, save, load, merge, with a score after each step."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -32,6 +32,8 @@ def run(
     *,
     keep: float,
     steps: int = 60,
+    distil: bool = False,
+    lora: Collection[str] = (),
 ) -> tuple[Any, dict[str, float]]:
     """Take a dense model through it all.
 
@@ -42,6 +44,8 @@ def run(
         score: model -> number, higher is better.
         keep: share of the layers' weights that the low-rank model may hold.
         steps: of fine-tuning.
+        distil: fine-tune towards the dense model's predictions and hidden states, without labels.
+        lora: names of dense layers; fine-tune with adapters of these, merged afterwards.
 
     Returns:
         The model as loaded from disk, and the scores.
@@ -51,7 +55,18 @@ def run(
     print(hf_reparam.report(small), "\n")
     scores = {"dense": score(model), "converted": score(small)}
 
-    fit(small, rows, collator, steps=steps)  # a Trainer
+    if distil:
+        with hf_reparam.distillation_loss(model, small, alpha=1.0, hidden=1.0) as loss:
+            fit(small, rows, collator, steps=steps, loss=loss)
+    elif lora:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(target_modules=hf_reparam.lora_targets(small, lora), r=8, lora_alpha=32)
+        adapted = get_peft_model(small, config)
+        fit(adapted, rows, collator, steps=steps)
+        small = adapted.merge_and_unload()
+    else:
+        fit(small, rows, collator, steps=steps)  # a Trainer
     scores["fine-tuned"] = score(small)
 
     with tempfile.TemporaryDirectory() as out:

@@ -1,4 +1,4 @@
-"""Text generation with a low-rank GPT-2 or Llama.    python -m examples.text_generation [gpt2|llama]"""
+"""Text generation with a low-rank GPT-2 or Llama.    python -m examples.text_generation [gpt2|llama] [lora]"""
 
 import math
 import sys
@@ -11,6 +11,7 @@ from examples import flow, tiny
 
 MODEL = None  # for a real one: MODEL = "openai-community/gpt2"
 TINY = {"gpt2": tiny.gpt2, "llama": tiny.llama}
+LAYERS = {"gpt2": ["c_attn", "c_fc", "c_proj"], "llama": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 
 
 def go_on(model: Any, tokenizer: Any, prompt: str) -> str:
@@ -18,7 +19,7 @@ def go_on(model: Any, tokenizer: Any, prompt: str) -> str:
     return tokenizer.decode(model.generate(**batch, max_new_tokens=5, do_sample=False)[0], skip_special_tokens=True)
 
 
-def main(kind: str = "gpt2") -> dict[str, float]:
+def main(kind: str = "gpt2", how: str = "") -> dict[str, float]:
     model, tokenizer = flow.load(MODEL, AutoModelForCausalLM, TINY[kind])
     rows = [tokenizer(text) for text in tiny.counting()]  # your data: texts
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -29,7 +30,8 @@ def main(kind: str = "gpt2") -> dict[str, float]:
         """Minus the perplexity."""
         return -math.exp(candidate(**test).loss)
 
-    small, scores = flow.run(model, tokenizer, AutoModelForCausalLM, rows, collator, score, keep=0.3)
+    lora = LAYERS[kind] if how == "lora" else ()
+    small, scores = flow.run(model, tokenizer, AutoModelForCausalLM, rows, collator, score, keep=0.3, lora=lora)
     for prompt in ("two three four", "nine eight seven", "two four six"):
         print(go_on(small, tokenizer, prompt))
     return scores
