@@ -76,15 +76,14 @@ class ReparamMixin(LoadingSeam):
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)  # type: ignore[misc]
 
-    @property
-    def tp_plan(self) -> dict[str, str]:
-        """The base's tensor-parallel plan, with entries for the factors of low-rank layers before those of layers."""
-        plan: dict[str, str] = super().tp_plan  # type: ignore[misc]
-        return {**factor_entries(plan, low_rank(self)), **plan} if plan else plan  # type: ignore[arg-type]
-
-    @tp_plan.setter
-    def tp_plan(self, plan: dict[str, str] | None) -> None:
-        PreTrainedModel.tp_plan.fset(self, plan)
+    def init_parallel_plans(self) -> None:
+        """As the base's. In the tensor-parallel plan, entries for the factors of low-rank layers go before the rest."""
+        super().init_parallel_plans()  # type: ignore[misc]
+        plan: dict[str, str] = self.tp_plan  # type: ignore[attr-defined]
+        entries = factor_entries(plan, low_rank(self))  # type: ignore[arg-type]
+        rest = dict(plan)
+        plan.clear()
+        plan.update({**entries, **rest})
 
     def parallel_rules(self, rules: dict[str, str]) -> dict[str, str]:
         """The base's tensor-parallel rules, with a low-rank layer's rule for its factors."""

@@ -125,18 +125,18 @@ def test_rules_of_factors_are_those_of_their_layer(form):
     assert factor_rules(said, "fc", low(form)) == {"fc2.down": "rowwise", **up}
 
 
+@pytest.mark.skipif(not SUPPORTED, reason="Transformers makes its plans otherwise")
 def test_the_plan_names_factors_before_their_layers():
-    model = convert(zoo.BY_BASE["LlamaForCausalLM"].build(), LowRankConfig(rank=6, form="pair"))
-    plan = model.tp_plan
+    converted = convert(zoo.BY_BASE["LlamaForCausalLM"].build(), LowRankConfig(rank=6, form="pair"))
+    model = type(converted)(converted.config)
     attention, mlp = "model.layers.*.self_attn", "model.layers.*.mlp"
-    assert (plan[f"{attention}.q_proj.down"], plan[f"{attention}.q_proj.up"]) == ("replicate", "colwise")
-    assert (plan[f"{mlp}.down_proj.down"], plan[f"{mlp}.down_proj.up"]) == ("rowwise", "replicate")
-    order = list(plan)
+    expected = {f"{attention}.q_proj.down": "replicate", f"{attention}.q_proj.up": "colwise"}
+    expected |= {f"{mlp}.down_proj.down": "rowwise", f"{mlp}.down_proj.up": "replicate"}
+    assert expected.items() <= model.tp_plan.items()
+    order = list(model.tp_plan)
     assert order.index(f"{attention}.q_proj.down") < order.index(f"{attention}.q_proj")
-    model.tp_plan = {f"{attention}.q_proj": "rowwise"}
-    assert model.tp_plan[f"{attention}.q_proj.down"] == "rowwise"
-    model.tp_plan = None
-    assert model.tp_plan == {}
+    model.tp_plan["lm_head.scale"] = "replicate"  # as quantizers do
+    assert "lm_head.scale" in model.tp_plan
     assert factor_entries({"fc": "rowwise"}, [("fc", low("pivoted"))]) == {}
 
 

@@ -221,6 +221,7 @@ def test_a_server_computes_what_the_converted_model_does(base, form, tmp_path, p
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "init_parallel_plans"), reason="an older Transformers")
 def test_two_ranks_compute_what_one_does(tmp_path, plugin):
     model = converted("LlamaForCausalLM")
     model.save_pretrained(tmp_path)
