@@ -23,6 +23,10 @@ def compare_folders(
     max_samples: int | None = None,
     times: bool = True,
     card: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> Comparison:
     """As `compare`, of two folders or Hub ids and the lines of a text file; bytes on disk beside.
 
@@ -30,6 +34,7 @@ def compare_folders(
         dense, small: dense, converted, merged or quantized models for the same inputs. The tokenizer is the first's.
         texts: a file, one text a line.
         max_length, max_samples, times: as in `compare`.
+        revision, token, dtype, device: as in `convert_folder`; the revision is the first model's.
         card: whether the table is put into the second folder's README.md, in the place of an earlier one.
 
     Raises:
@@ -39,8 +44,9 @@ def compare_folders(
     if card and not os.path.isdir(small):
         raise CheckpointError(f"the card of {small} cannot be written: give a folder")
     data = lines_of(texts)
-    places = [model_place(locate(os.fspath(source))) for source in (dense, small)]
-    first, second = (load(place)[0] for place in places)
+    folders = [locate(os.fspath(dense), revision=revision, token=token), locate(os.fspath(small), token=token)]
+    places = [model_place(folder) for folder in folders]
+    first, second = (load(place, dtype=dtype, device=device)[0] for place in places)
     reading = {"tokenizer": load_tokenizer(places[0]), "max_length": max_length, "max_samples": max_samples}
     found = compare(first, second, data, times=times, **reading)
     stored = {"MB on disk": (_megabytes(places[0]), _megabytes(places[1]))}

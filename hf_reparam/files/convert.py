@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hf_reparam.calibrate.batches import batched
 from hf_reparam.calibrate.collect import calibrate, size_in_bytes
 from hf_reparam.compress.convert import asked_of, convert
@@ -20,6 +22,7 @@ from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.folder import (
     card_of,
+    check_device,
     copy_companions,
     lines_of,
     load,
@@ -38,7 +41,7 @@ from hf_reparam.plan import RankPlan
 from hf_reparam.recover.refit import refit as refit_factors
 from hf_reparam.report import Report
 
-__all__ = ["convert_folder", "inspect_folder", "merge_folder"]
+__all__ = ["calibration_or_texts", "convert_folder", "inspect_folder", "merge_folder", "skeleton_of"]
 
 _SHARD = {True: "500MB", False: "50GB"}  # when streaming, one is held in memory at a time
 
@@ -61,6 +64,10 @@ def convert_folder(
     max_shard_size: int | str | None = None,
     remote_code: bool = False,
     force: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> Report:
     """Convert a model folder into another, layer by layer: the model need not fit in memory.
 
@@ -83,6 +90,10 @@ def convert_folder(
             memory at a time.
         remote_code: also write the file that lets the result load where hf_reparam is not installed.
         force: replace `out` if it exists.
+        revision: branch, tag or commit of a Hub id.
+        token: for the Hub; by default the one that is stored there.
+        dtype: name of the dtype in which the weights are loaded and stored, "bfloat16"; by default their own.
+        device: where the model is while it is converted, "cuda"; needs `stream=False`.
 
     Returns:
         The report of the conversion. `out` holds a model card made from it, `README.md`.
@@ -96,16 +107,15 @@ def convert_folder(
     layer in float64, in the metric of calibration data its moments, too, or two shards; at least twice the largest
     tensor.
     """
-    folder = _open(source, Path(out), force)
+    folder = _open(source, Path(out), force, revision=revision, token=token)
     place = model_place(folder)
     _check_size("max_memory", max_memory)
     _check_size("max_shard_size", max_shard_size)
     reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
-    known, texts = _calibration(calibration)
-    if texts is None and (max_length is not None or max_samples is not None):
-        raise TargetError(
-            "max_length and max_samples say how texts are read: give calibration=FILE of texts (--calibration FILE)"
-        )
+    known, texts = calibration_or_texts(calibration, max_length, max_samples)
+    if device is not None and stream:
+        raise TargetError("device needs the model in memory: give stream=False (leave --stream out)")
+    check_device(device)
     if refit and texts is None:
         raise TargetError("refit needs the calibration texts themselves: give calibration=FILE of texts")
     if refit and stream:
@@ -119,10 +129,10 @@ def convert_folder(
         plan = config
     if texts is not None:
         reading["tokenizer"] = load_tokenizer(place)
-    options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples]
+    options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples, dtype]
     same_work = _same_work(folder, known, texts, options) if stream else None
     with _work_folder(Path(out), force, same_work) as work, one_bar():
-        model, dropped = load(place, offload_folder=work / "source" if stream else None)
+        model, dropped = load(place, offload_folder=work / "source" if stream else None, dtype=dtype, device=device)
         if not os.path.isdir(source):
             model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
         if texts is not None:
@@ -152,6 +162,8 @@ def merge_folder(
     stream: bool = True,
     max_shard_size: int | str | None = None,
     force: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Report:
     """Multiply the factors of a converted model's folder out and save the plain dense model, layer by layer.
 
@@ -160,7 +172,7 @@ def merge_folder(
     Returns:
         The report of the model before it was merged.
     """
-    folder = _open(source, Path(out), force)
+    folder = _open(source, Path(out), force, revision=revision, token=token)
     _check_size("max_shard_size", max_shard_size)
     with _work_folder(Path(out), force, _same_work(folder, None, None, ["merge"]) if stream else None) as work:
         model, dropped = load(model_place(folder), offload_folder=work / "source" if stream else None)
@@ -170,9 +182,15 @@ def merge_folder(
     return done
 
 
-def inspect_folder(source: str | os.PathLike[str]) -> Report:
+def inspect_folder(source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Report:
     """Report on a folder or Hub id from its configuration alone: low-rank layers, or what could be converted."""
-    return report(skeleton(str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)))
+    return report(skeleton_of(source, revision=revision, token=token))
+
+
+def skeleton_of(source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
+    """As `skeleton`, of a folder that may hold the model in a subfolder."""
+    place = str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)
+    return skeleton(place, **options)
 
 
 def _check_size(option: str, size: int | str | None) -> None:
@@ -180,22 +198,24 @@ def _check_size(option: str, size: int | str | None) -> None:
         raise TargetError(f"{option} must be above 0, got {size!r}")
 
 
-def _calibration(given: Any) -> tuple[Any, list[str] | None]:
-    """A calibration, or where it is stored; or the lines of a text file."""
-    if given is None or isinstance(given, Calibration):
-        return given, None
-    path = Path(given)
-    if path.is_dir() or path.suffix == ".safetensors":
-        return path, None
-    return None, lines_of(path)
+def calibration_or_texts(given: Any, max_length: int | None, max_samples: int | None) -> tuple[Any, list[str] | None]:
+    """A calibration, or where it is stored; or the lines of a text file, for which alone the options are meant."""
+    path = None if given is None or isinstance(given, Calibration) else Path(given)
+    if path is not None and not path.is_dir() and path.suffix != ".safetensors":
+        return None, lines_of(path)
+    if max_length is not None or max_samples is not None:
+        raise TargetError(
+            "max_length and max_samples say how texts are read: give calibration=FILE of texts (--calibration FILE)"
+        )
+    return path or given, None
 
 
-def _open(source: str | os.PathLike[str], out: Path, force: bool) -> Path:
+def _open(source: str | os.PathLike[str], out: Path, force: bool, *, revision: str | None, token: str | None) -> Path:
     """The source's folder, after `out` was judged."""
     if out.name in ("", ".."):
         raise CheckpointError(f"{out} is a place, no name: give the folder to make")
     _check_absent(out, force)
-    folder = locate(os.fspath(source))
+    folder = locate(os.fspath(source), revision=revision, token=token)
     made, read = out.resolve(), folder.resolve()
     if read.is_relative_to(made):
         raise CheckpointError(f"{out} is the source or holds it; choose another place")

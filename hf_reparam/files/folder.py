@@ -22,7 +22,7 @@ from yaml import YAMLError
 from hf_reparam.compat.accelerate import meant_for_disk
 from hf_reparam.compat.auto import default_model
 from hf_reparam.compat.loading import unexpected_names
-from hf_reparam.errors import CheckpointError, PlanError, ReparamError
+from hf_reparam.errors import CheckpointError, PlanError, ReparamError, TargetError
 from hf_reparam.layers.offload import check_stored
 from hf_reparam.layers.processes import is_first
 from hf_reparam.model.auto import generated_class
@@ -32,6 +32,7 @@ from hf_reparam.model.stored import check_folder
 
 __all__ = [
     "card_of",
+    "check_device",
     "copy_companions",
     "lines_of",
     "load",
@@ -39,6 +40,7 @@ __all__ = [
     "locate",
     "model_place",
     "new_folder",
+    "one_line",
     "skeleton",
 ]
 
@@ -54,22 +56,31 @@ _OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf",
 _OTHER_FORMATS += [f"{name}/*" for name in _OTHER_FOLDERS]
 
 
-def locate(source: str) -> Path:
+def locate(source: str, *, revision: str | None = None, token: str | None = None) -> Path:
     """The folder of a model: itself, or the local snapshot of a Hub id (downloaded, or from the cache when offline)."""
     if os.path.isdir(source):
+        _check_no_revision(source, revision)
         return Path(source)
     if os.path.exists(source):
         raise CheckpointError(f"{source} is a file; give a model folder or a Hub id")
     _check_name(source)
     try:
-        return Path(snapshot_download(source, ignore_patterns=_OTHER_FORMATS))
+        return Path(snapshot_download(source, revision=revision, token=token, ignore_patterns=_OTHER_FORMATS))
     except OSError as error:  # all that the Hub raises
         raise CheckpointError(
-            f"{source} is neither a folder nor a model that the Hub or its cache has: {_line(error)}"
+            f"{source} is neither a folder nor a model that the Hub or its cache has: {one_line(error)}"
         ) from None
 
 
+def _check_no_revision(folder: str, revision: str | None) -> None:
+    if revision is not None:
+        raise CheckpointError(f"{folder} is a folder, which has no revision {revision!r}: leave it out")
+
+
 def _check_name(source: str) -> None:
+    """Refuse what can be no Hub id, and say of a path that there is no such folder."""
+    if source.startswith(("/", ".", "~")) or "\\" in source or source.count("/") > 1 or source.endswith("/"):
+        raise CheckpointError(f"no such folder: {source}")
     try:
         validate_repo_id(source)
     except HFValidationError:
@@ -102,19 +113,25 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """A model as the class that saved it, with the dtype it was saved in, and the names of tensors it has no place for.
+def load(
+    folder: Path, *, offload_folder: Path | None = None, dtype: str | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """A model as the class that saved it, and the names of tensors it has no place for.
+
+    Its dtype is that in which it was saved, unless another is asked for.
 
     With an `offload_folder` every weight stays on disk until it is used: in the model's own files where it is used as
     it is stored, else in this folder. Raises CheckpointError for a folder that cannot be loaded, or lacks weights, and
-    PlanError for a plan that is malformed or does not fit.
+    PlanError for a plan that is malformed or does not fit, and TargetError
+    for a device that is not there.
     """
     check_folder(folder)
+    check_device(device)
     try:
         kind = _saved_class(AutoConfig.from_pretrained(folder))
         on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
         with meant_for_disk(), unexpected_names(kind) as found:
-            model, info = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **on_disk)
+            model, info = kind.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **on_disk)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise CheckpointError(
@@ -123,11 +140,21 @@ def load(folder: Path, *, offload_folder: Path | None = None) -> tuple[PreTraine
         if on_disk:
             check_stored(model)
             model.tie_weights()  # tied weights that were stored twice
+        elif device is not None:
+            model.to(device)
     except (ReparamError, BrokenPipeError):  # nobody reads the progress bar any more
         raise
     except Exception as error:  # whatever a tampered folder makes Transformers stumble over
-        raise CheckpointError(f"{folder} cannot be loaded: {_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
     return model, _left_out(model, set(info["unexpected_keys"]), found)
+
+
+def check_device(device: str | None) -> None:
+    """Raise TargetError for a device that is not here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TargetError(f"there is no device {device!r} here: {one_line(error)}") from None
 
 
 def _left_out(model: PreTrainedModel, unexpected: set[str], found: set[str]) -> tuple[str, ...]:
@@ -145,7 +172,7 @@ def load_tokenizer(folder: Path) -> Any:
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes up an empty one
             raise ValueError("its vocabulary is empty")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: {_line(error)}") from None
+        raise CheckpointError(f"{folder} has no tokenizer to read calibration texts with: {one_line(error)}") from None
     if tokenizer.pad_token is None:  # GPT-2 and Llama; padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -167,21 +194,26 @@ def card_of(folder: Path) -> ModelCard:
         return ModelCard("")
 
 
-def skeleton(source: str) -> PreTrainedModel:
+def skeleton(
+    source: str, *, revision: str | None = None, token: str | None = None, dtype: str | None = None
+) -> PreTrainedModel:
     """The model of a folder or Hub id on the meta device: every shape, no weight read. Raises as `load`."""
-    if not os.path.exists(source):
+    if os.path.exists(source):
+        _check_no_revision(source, revision)
+    else:
         _check_name(source)
     check_folder(Path(source))
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, revision=revision or "main", token=token)
         with torch.device("meta"):
             model = _saved_class(config)(config)
     except ReparamError:
         raise
     except Exception as error:  # as in `load`
-        raise CheckpointError(f"{source} cannot be read: {_line(error)}") from error
+        raise CheckpointError(f"{source} cannot be read: {one_line(error)}") from error
     model.tie_weights()
-    return model
+    saved = getattr(torch, dtype) if dtype is not None else config.dtype
+    return model if saved is None else model.to(saved)
 
 
 def _saved_class(config: PreTrainedConfig) -> Any:
@@ -206,7 +238,8 @@ def _saved_class(config: PreTrainedConfig) -> Any:
     return found
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, as part of a message of one line."""
     text = " ".join(str(error).split())[:300]
     plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
     return text if plain else f"{type(error).__name__}: {text}"
@@ -242,7 +275,7 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
     except BrokenPipeError:  # as in `load`
         raise
     except (OSError, SafetensorError) as error:  # a full disk
-        raise CheckpointError(f"{out} cannot be written: {_line(error)}") from error
+        raise CheckpointError(f"{out} cannot be written: {one_line(error)}") from error
     finally:
         if done and (is_first() or resume is None):
             shutil.rmtree(work, ignore_errors=True)

@@ -126,12 +126,13 @@ def prepare_upload(
     create_pr: bool = False,
     tags: Collection[str] = (),
     remote_code: bool = False,
+    card: ModelCard | None = None,
 ) -> Callable[[], Any]:
-    """Make a repository where it is not there, and the card, from the one that it has: what can fail before the long
-    work fails here. What it returns commits the card and what has been written into the folder since."""
+    """Make a repository where it is not there, and the card, from this or the one that it has: what can fail before the
+    long work fails here. What it returns commits the card and what has been written into the folder since."""
     api = HfApi(token=token, library_name="hf_reparam")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    card = model_card(model, card=_published_card(repo_id, token), remote_code=remote_code)
+    card = model_card(model, card=card or _published_card(repo_id, token), remote_code=remote_code)
     _add_tags(card, [*(model.model_tags or ()), *tags])
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -1,0 +1,110 @@
+"""A converted model's folder, uploaded whole: what `hf-reparam push` does, for use from Python."""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hf_reparam.errors import CheckpointError, ReparamError, TargetError
+from hf_reparam.files.folder import card_of, model_place, one_line, skeleton
+from hf_reparam.model.card import prepare_upload
+from hf_reparam.model.config import ReparamConfigMixin
+from hf_reparam.model.remote import FILE
+
+__all__ = ["Pushed", "push_folder"]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded.
+
+    Args:
+        repo: Hub id.
+        url: of the commit.
+        files: names in the repository.
+    """
+
+    repo: str
+    url: str
+    files: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain strings, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{len(self.files)} files pushed to {self.repo}: {self.url}"
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+    create_pr: bool = False,
+) -> Pushed:
+    """Upload the folder of a converted model in one commit: weights, tokenizer and whatever else it holds.
+
+    Its card is the folder's README.md, or else the one that the repository has, with this package's section written
+    anew. No weight is loaded, and the folder is not changed.
+
+    Args:
+        folder: as `save_pretrained` or `convert_folder` wrote it.
+        repo: Hub id; made where it is not there.
+        private, revision, token, commit_message, create_pr: as for `push_to_hub`.
+
+    Raises:
+        CheckpointError: no such folder, or the Hub cannot be reached or refuses.
+        TargetError: the model in the folder is not a converted one.
+    """
+    source = Path(folder)
+    if not source.is_dir():
+        raise CheckpointError(f"no such folder: {folder}")
+    place = model_place(source)
+    model = skeleton(str(place))
+    if not isinstance(model.config, ReparamConfigMixin):
+        raise TargetError(f"{folder} holds a {type(model).__name__}, which is not converted: push it by other means")
+    card = card_of(source) if (source / "README.md").is_file() else None
+    with TemporaryDirectory() as work:
+        copy = Path(work)
+        try:
+            send = prepare_upload(
+                model,
+                copy,
+                repo,
+                card=card,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                remote_code=(place / FILE).is_file(),
+            )
+            files = _linked(source, copy)
+            done = send()
+        except ReparamError:
+            raise
+        except Exception as error:  # whatever the Hub and its client raise
+            raise CheckpointError(f"{folder} cannot be pushed to {repo}: {one_line(error)}") from error
+    return Pushed(repo, str(getattr(done, "commit_url", done)), tuple(sorted({*files, "README.md"})))
+
+
+def _linked(source: Path, target: Path) -> list[str]:
+    """Have the files of a folder in another, without copies where the system has links; no card, nothing hidden."""
+    names = []
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and relative != Path("README.md"):  # which is written anew
+            names.append(relative.as_posix())
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (target / relative).symlink_to(path.resolve())
+            except OSError:
+                shutil.copyfile(path, target / relative)
+    return names
