@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 from jupyter_client import KernelManager
 from transformers import AutoModel, AutoTokenizer
 
+import hf_reparam_cli
 from examples import tiny
 from hf_reparam import __main__ as cli
 from hf_reparam import report
@@ -54,6 +56,9 @@ def run_command(line, source, capsys):
     if words[0] == "compare":
         assert "\nparameters" in printed, line
         assert "| parameters |" in Path(words[2], "README.md").read_text()
+        return
+    if words[0] == "plan":
+        assert "keep 0.6" in printed or json.loads(Path(words[-1]).read_text())["modules"], line
         return
     dense = words[:2] == ["inspect", source]
     assert ("dense layers that can be converted" if dense else "low-rank layers") in printed.splitlines()[0], line
@@ -106,7 +111,7 @@ def test_commands_are_found():
         page: sum(line.startswith("hf-reparam") for b in blocks("bash", page) for line in b.splitlines())
         for page in COMMANDED
     }
-    assert list(counts.values()) == [2, 7, 2, 3]
+    assert list(counts.values()) == [2, 10, 2, 3]
 
 
 COMMANDED = sorted(
@@ -125,7 +130,7 @@ def test_the_commands_of_pages_run(page, tmp_path, shallow, monkeypatch, capsys)
     launched = [line for line in lines if "-m hf_reparam" in line]
     assert len(launched) == (2 if page == "docs/big-models.md" else 0)
     for line in launched:  # what follows the launcher is the command line's
-        assert cli._parser().parse_args(shlex.split(line.partition("-m hf_reparam ")[2])).keep == 0.5
+        assert hf_reparam_cli.parsed(shlex.split(line.partition("-m hf_reparam ")[2])).keep == 0.5
 
 
 TASKS = [

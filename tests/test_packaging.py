@@ -47,7 +47,7 @@ def test_both_are_well_formed(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"hf_reparam/py.typed", "hf_reparam/model/remote.py", "hf_reparam/layers/linear.py"} <= names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_reparam"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"hf_reparam", "hf_reparam_cli.py"}
     (sdist,) = built.glob("*.gz")
     with tarfile.open(sdist) as archive:
         kept = {name.partition("/")[2] for name in archive.getnames()}
