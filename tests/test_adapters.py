@@ -1,6 +1,8 @@
 """`lora_targets`: a LoraConfig for the dense model adapts the same layers of the converted one."""
 
 import pytest
+import torch
+import transformers as tf
 
 from hf_reparam import Entry, LowRankConfig, RankPlan, convert, lora_targets
 from hf_reparam.errors import TargetError
@@ -90,6 +92,30 @@ def test_layers_to_transform_are_heeded():
     config = peft.LoraConfig(target_modules=lora_targets(small, ["query"]), layers_to_transform=[1])
     adapted = {name for name, part in peft.get_peft_model(small, config).named_modules() if hasattr(part, "lora_A")}
     assert {name.partition(".attention.")[0] for name in adapted} == {"base_model.model.bert.encoder.layer.1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", ["from_pretrained", "load_adapter"])
+def test_transformers_loads_adapters_by_itself(load, tmp_path):
+    """From a folder of adapters, whose base is a folder of its own; here with a head of low rank."""
+    import peft
+
+    case = zoo.BY_BASE["BertForSequenceClassification"]
+    small = convert(case.build(), LowRankConfig(rank=2, target_modules="*"))
+    small.save_pretrained(tmp_path / "base")
+    auto = tf.AutoModelForSequenceClassification
+    config = peft.LoraConfig(target_modules=lora_targets(small, ["query", "classifier"]), init_lora_weights=False)
+    adapted = peft.get_peft_model(auto.from_pretrained(tmp_path / "base"), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    if load == "from_pretrained":
+        loaded = auto.from_pretrained(tmp_path / "adapter")
+    else:
+        loaded = auto.from_pretrained(tmp_path / "base")
+        loaded.load_adapter(str(tmp_path / "adapter"))
+    assert type(loaded) is type(small)
+    expected, got = (zoo.outputs(model, case.batch())[0] for model in (adapted, loaded))
+    assert not torch.equal(expected, zoo.outputs(small, case.batch())[0])
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.slow

@@ -132,6 +132,18 @@ def test_loading_shows_the_file_to_the_model_first(tmp_path):
     assert model.loaded == [str(tmp_path / "model.safetensors")], "it gets something else than paths of files"
 
 
+@pytest.mark.slow
+def test_adapters_come_with_the_keys_to_expect(tmp_path):
+    peft = pytest.importorskip("peft")
+    saved(tmp_path)
+    adapted = peft.get_peft_model(tf.BertModel.from_pretrained(tmp_path), peft.LoraConfig(target_modules=["query"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = Seamed.from_pretrained(tmp_path)
+    del model.loaded
+    model.load_adapter(str(tmp_path / "adapter"))
+    assert not hasattr(model, "loaded"), "load_adapter no longer gives _load_pretrained_model expected_keys"
+
+
 def test_loading_asks_the_model_about_wrong_shapes_before_it_draws(tmp_path):
     saved(tmp_path)
     with pytest.raises(Exception) as caught:  # noqa: PT011  # the base's, if it is the first to look

@@ -26,10 +26,12 @@ class LoadingSeam:
         return self.parallel_rules(super()._expand_parallel_plan(plan))  # type: ignore[misc,attr-defined]
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, files: Any, *args: Any) -> Any:
-        model.before_loading(state_dict, files)
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """Adapters for a model that is there come with the keys to expect, the model's own tensors without."""
+        if kwargs.get("expected_keys") is None:
+            model.before_loading(state_dict, checkpoint_files)
         base: Any = super(LoadingSeam, type(model))
-        return base._load_pretrained_model(model, state_dict, files, *args)
+        return base._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
