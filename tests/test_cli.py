@@ -388,6 +388,7 @@ def test_the_script_is_the_module_outside_of_the_package():
 # Plans
 
 
+@pytest.mark.slow
 def test_plan_sets_sizes_beside_each_other_and_reads_no_weights(dense, capsys):
     for file in ("model.safetensors", "pytorch_model.bin"):
         (dense / file).unlink()
@@ -549,6 +550,7 @@ def test_push_writes_a_card_where_there_is_none(tmp_path, dense, commits, monkey
     assert "## Low-rank layers" in commits[0][3]["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_push_refuses_a_dense_model_and_says_that_the_hub_is_out_of_reach(tmp_path, dense, capsys):
     assert run("push", dense, "me/small", "--quiet") == 2
     assert "holds a BertForMaskedLM, which is not converted" in only_line(capsys)

@@ -39,6 +39,7 @@ def net():
 DATA = [{"input": torch.randn(40, 64, generator=torch.Generator().manual_seed(i))} for i in range(10)]
 
 
+@pytest.mark.slow
 def test_a_conversion_has_one_bar_with_named_stages(bars):
     hf_reparam.convert(net(), keep=0.5, calibration=DATA)
     ((bar, said),) = bars.items()
@@ -54,6 +55,7 @@ def test_two_conversions_have_two_bars(bars):
     assert list(bars.values()) == [["factoring"], ["factoring"]]
 
 
+@pytest.mark.slow
 def test_search_says_how_many_sizes_it_has_tried(bars):
     hf_reparam.search_plan(net(), lambda model: 1.0, 0.1, config=hf_reparam.LowRankConfig(min_rank=1))
     (said,) = bars.values()

@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from hf_reparam.calibrate.batches import batched
 from hf_reparam.calibrate.collect import calibrate, size_in_bytes
 from hf_reparam.compress.convert import asked_of, convert
@@ -23,15 +21,14 @@ from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.folder import (
     card_of,
     check_device,
-    copy_companions,
     lines_of,
     load,
     load_tokenizer,
     locate,
     model_place,
-    new_folder,
     skeleton,
 )
+from hf_reparam.files.out import copy_companions, new_folder
 from hf_reparam.layers.processes import alone, is_first, own_share, wait_for_all
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.linalg import Calibration, fingerprint
@@ -41,7 +38,7 @@ from hf_reparam.plan import RankPlan
 from hf_reparam.recover.refit import refit as refit_factors
 from hf_reparam.report import Report
 
-__all__ = ["calibration_or_texts", "convert_folder", "inspect_folder", "merge_folder", "skeleton_of"]
+__all__ = ["calibration_or_texts", "convert_folder", "inspect_folder", "merge_folder"]
 
 _SHARD = {True: "500MB", False: "50GB"}  # when streaming, one is held in memory at a time
 
@@ -184,13 +181,7 @@ def merge_folder(
 
 def inspect_folder(source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Report:
     """Report on a folder or Hub id from its configuration alone: low-rank layers, or what could be converted."""
-    return report(skeleton_of(source, revision=revision, token=token))
-
-
-def skeleton_of(source: str | os.PathLike[str], **options: Any) -> PreTrainedModel:
-    """As `skeleton`, of a folder that may hold the model in a subfolder."""
-    place = str(model_place(Path(source))) if os.path.isdir(source) else os.fspath(source)
-    return skeleton(place, **options)
+    return report(skeleton(os.fspath(source), revision=revision, token=token))
 
 
 def _check_size(option: str, size: int | str | None) -> None:

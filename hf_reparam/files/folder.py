@@ -1,12 +1,8 @@
-"""Model folders: find, load, build a skeleton from, and write one so that it appears whole or not at all."""
+"""Model folders: find, load, and build a skeleton from."""
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,6 @@ import transformers
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from yaml import YAMLError
 
@@ -24,36 +19,27 @@ from hf_reparam.compat.auto import default_model
 from hf_reparam.compat.loading import unexpected_names
 from hf_reparam.errors import CheckpointError, PlanError, ReparamError, TargetError
 from hf_reparam.layers.offload import check_stored
-from hf_reparam.layers.processes import is_first
 from hf_reparam.model.auto import generated_class
 from hf_reparam.model.config import PREFIX, ReparamConfigMixin
-from hf_reparam.model.remote import FILE
 from hf_reparam.model.stored import check_folder
 
 __all__ = [
+    "OTHER_FOLDERS",
     "card_of",
     "check_device",
-    "copy_companions",
     "lines_of",
     "load",
     "load_tokenizer",
     "locate",
     "model_place",
-    "new_folder",
     "one_line",
+    "read_json",
     "skeleton",
 ]
 
-_OWN = (  # written by the model, or true of the source alone; weights; what a Trainer left
-    *("config.json", "generation_config.json", "README.md", FILE),
-    *("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json"),
-    *("tf_model*.h5", "tf_model.h5.index*.json", "flax_model*.msgpack", "flax_model.msgpack.index*.json", "*.ot"),
-    *("consolidated*.safetensors", "consolidated*.pth", "*model*.onnx*", "*.gguf", "*.tflite"),
-    *("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
-)
-_OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
+OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
 _OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf", "*.tflite"]
-_OTHER_FORMATS += [f"{name}/*" for name in _OTHER_FOLDERS]
+_OTHER_FORMATS += [f"{name}/*" for name in OTHER_FOLDERS]
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -96,10 +82,10 @@ def model_place(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     try:
-        paths = [Path(entry["path"]) for entry in _read_json(folder / "modules.json")]
+        paths = [Path(entry["path"]) for entry in read_json(folder / "modules.json")]
         inside = [folder / path for path in paths if str(path) == path.name != ".."]
         configs = [place / "config.json" for place in inside]
-        places = [c.parent for c in configs if c.is_file() and "model_type" in _read_json(c)]
+        places = [c.parent for c in configs if c.is_file() and "model_type" in read_json(c)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return folder
     if len(places) > 1:
@@ -109,7 +95,8 @@ def model_place(folder: Path) -> Path:
     return places[0] if places else folder
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises OSError and ValueError."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -200,6 +187,7 @@ def skeleton(
     """The model of a folder or Hub id on the meta device: every shape, no weight read. Raises as `load`."""
     if os.path.exists(source):
         _check_no_revision(source, revision)
+        source = str(model_place(Path(source)))
     else:
         _check_name(source)
     check_folder(Path(source))
@@ -243,66 +231,3 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
     plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
     return text if plain else f"{type(error).__name__}: {text}"
-
-
-@contextmanager
-def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
-    """A work folder beside `out`; its subfolder `new` takes the place of `out` when the block ends well.
-
-    `resume` is a fingerprint of the work. A work folder that a broken run of the same work left is taken up again, and
-    this one is left when the block fails, unless for a ReparamError. None for a new one that always vanishes.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if resume is None:
-            work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        else:
-            work = out.parent / f".{out.name}-{resume}"
-            work.mkdir(exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{out.parent} cannot be written: {error.strerror or error}") from None
-    done = resume is None
-    try:
-        yield work
-        if is_first():
-            if out.exists():
-                out.rename(work / "old")
-            (work / "new").rename(out)
-        done = True
-    except ReparamError:
-        done = True
-        raise
-    except BrokenPipeError:  # as in `load`
-        raise
-    except (OSError, SafetensorError) as error:  # a full disk
-        raise CheckpointError(f"{out} cannot be written: {one_line(error)}") from error
-    finally:
-        if done and (is_first() or resume is None):
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def copy_companions(source: Path, target: Path, model: Path) -> None:
-    """Copy what belongs to a model beside its weights and configuration: tokenizer, pooling and dense modules, voices.
-
-    Files that the target has are kept. Not copied are the model's own weights, in whatever format, what a Trainer
-    left, hidden files and the source's model card. `model` is where in the source the model is.
-    """
-    shards: set[str] = set()
-    for index in model.glob("*.index.json"):
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is another file
-            shards |= set(_read_json(index)["weight_map"].values())
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or str(relative) == "README.md" or not path.is_file() or (target / relative).exists():
-            continue
-        if not (path.is_relative_to(model) and _is_own(path.relative_to(model), shards)):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
-
-
-def _is_own(place: Path, shards: set[str]) -> bool:
-    """Whether a file is the model's own or a Trainer's; below the model's folder only known folders are."""
-    first, *deeper = place.parts
-    known = any(fnmatchcase(first, pattern) for pattern in (_OTHER_FOLDERS if deeper else _OWN))
-    return known or (not deeper and first in shards)

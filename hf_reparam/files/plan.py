@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from hf_reparam.calibrate.batches import batched
 from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.compress.convert import asked_of
 from hf_reparam.compress.planning import make_plan
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import CheckpointError, RankError
-from hf_reparam.files.convert import calibration_or_texts, skeleton_of
-from hf_reparam.files.folder import load, load_tokenizer, locate, model_place
+from hf_reparam.files.convert import calibration_or_texts
+from hf_reparam.files.folder import check_device, load, load_tokenizer, locate, model_place, skeleton
+from hf_reparam.layers.processes import own_share
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.checks import count_parameters
@@ -117,16 +119,17 @@ def plan_folder(
     allocation is "global" or a speedup is asked for.
     """
     known, texts = calibration_or_texts(calibration, max_length, max_samples)
+    check_device(device)
     with one_bar():
         if known is None and texts is None and config.allocation != "global" and config.speedup is None:
-            model: Any = skeleton_of(source, revision=revision, token=token, dtype=dtype)
+            model: Any = skeleton(os.fspath(source), revision=revision, token=token, dtype=dtype)
         else:
             place = model_place(locate(os.fspath(source), revision=revision, token=token))
             model, _ = load(place, dtype=dtype, device=device)
         if texts is not None:
-            reading = {"tokenizer": load_tokenizer(place), "max_length": max_length, "max_samples": max_samples}
-            wanted = asked_of(model, config, None)
-            known = calibrate(model, texts, metric=config.metric or "fisher", **reading, **wanted)
+            reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
+            mine = own_share(list(batched(model, texts, load_tokenizer(place), **reading)))
+            known = calibrate(model, mine, metric=config.metric or "fisher", **asked_of(model, config, None))
         elif known is not None and not isinstance(known, Calibration):
             known = Calibration.load(known)
         return make_plan(model, config, known) if config.sized else _estimates(model, config, known)

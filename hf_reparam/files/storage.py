@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_reparam.config import METRICS
 from hf_reparam.errors import CheckpointError, TargetError
-from hf_reparam.files.folder import new_folder
+from hf_reparam.files.out import new_folder
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import undone_on_error
 from hf_reparam.model.build import Made, install

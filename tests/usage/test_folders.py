@@ -329,10 +329,10 @@ def test_the_other_has_just_finished(tmp_path, dense, monkeypatch):
 
     locate = checkpoint.locate
 
-    def slowly(source):
+    def slowly(source, **options):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").touch()
-        return locate(source)
+        return locate(source, **options)
 
     monkeypatch.setattr(checkpoint, "locate", slowly)
     with pytest.raises(CheckpointError, match="exists; choose another place"):
