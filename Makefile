@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := install --quiet --disable-pip-version-check
 
-.PHONY: demo check test test-oldest conformance census audit format notebooks site benchmarks gpu clean
+.PHONY: demo check test test-oldest conformance census audit format notebooks site figures benchmarks gpu clean
 
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
@@ -46,6 +46,10 @@ format: $(VENV)/test.stamp
 # Run the notebooks and store what they show
 notebooks: $(VENV)/test.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py notebooks/*.ipynb
+
+# What benchmarks stored, into the tables of README and pages
+figures: $(VENV)/test.stamp
+	$(BIN)/python -m benchmarks.figures
 
 # README, docs and notebooks as a site, in build/site
 site: $(VENV)/test.stamp

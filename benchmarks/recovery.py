@@ -27,6 +27,7 @@ from benchmarks.tasks import SEED, sentiment, sentiment_rows, train_epoch
 from hf_reparam.compress.clock import medians
 from hf_reparam.compress.compare import megabytes
 
+STORED = RESULTS / "recovery.json"
 KEEP = 0.25
 SEEDS = (0, 1, 2)
 
@@ -41,6 +42,7 @@ def sizes(small: nn.Module, dense: nn.Module) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sizes", action="store_true", help="sizes and times alone; what was trained stays as stored")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.manual_seed(SEED)
@@ -48,13 +50,19 @@ def main() -> None:
     score = lambda model: task.score(model)["accuracy"]  # noqa: E731
     dense = score(task.model)
     results: dict[str, Any] = {"dense": dense, "keep": KEEP, "train_sentences": len(rows), "seeds": SEEDS}
+    old = json.loads(STORED.read_text()) if args.sizes else {}
     calibration = hf_reparam.calibrate(task.model, task.batches)
     svd = {"metric": "svd", "allocation": "uniform", "form": "pair"}
     for start, options in {"plain SVD": svd, "calibrated": {}}.items():
         config = hf_reparam.LowRankConfig(keep=KEEP, exclude_modules=task.exclude, **options)
         small = hf_reparam.convert(task.model, config, calibration=calibration)
         converted = score(small)
-        found: dict[str, Any] = {"converted": converted, "fine-tuned": [], "distilled": [], **sizes(small, task.model)}
+        measured = {"converted": converted, **sizes(small, task.model)}
+        print(start, measured, flush=True)
+        if args.sizes:
+            results[start] = old["results"][start] | measured
+            continue
+        found: dict[str, Any] = {"fine-tuned": [], "distilled": [], **measured}
         for seed in SEEDS:
             for way in ("fine-tuned", "distilled"):
                 model = copy.deepcopy(small)
@@ -70,8 +78,8 @@ def main() -> None:
             way: (statistics.mean(found[way]) - converted) / lost for way in ("fine-tuned", "distilled")
         }
         results[start] = found
-    out = {"machine": describe(SEED), "results": results}
-    (RESULTS / "recovery.json").write_text(json.dumps(out, indent=1) + "\n")
+    machine = {"machine": old["machine"], "machine of sizes": describe(SEED)} if old else {"machine": describe(SEED)}
+    STORED.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

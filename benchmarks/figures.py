@@ -1,0 +1,240 @@
+"""Write the figures that benchmarks stored into the tables of README and pages.
+
+    python -m benchmarks.figures        (`make figures`)
+
+A table below `<!-- figures: NAME -->` keeps its two lines of head; the rows up to the next empty line are those of
+TABLES[NAME]. Figures within sentences are written by hand, and tests/test_figures.py compares them.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.machine import RESULTS
+
+ROOT = Path(__file__).parents[1]
+Rows = Iterable[Iterable[Any]]
+FORMS = ("pair", "pivoted")
+SIZES = ("0.8", "0.6", "0.4")
+DEFAULT = "fisher, global, pivoted"
+MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n\n(?:\|.*\n){2})(?:\|.*\n)*")
+
+
+def stored(name: str) -> dict[str, Any]:
+    """What a benchmark wrote last."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def series(values: Iterable[float], style: str = ".2f") -> str:
+    """Figures of one cell."""
+    return " / ".join(format(value, style) for value in values)
+
+
+def quality() -> Rows:
+    results = stored("quality")["results"]
+    columns = {"MiniLM": ((*SIZES, "0.25"), "lost", ".3f"), "Llama 0.9M": (SIZES, "lost", ".4f")}
+    columns |= {"GPT-2 2.2M": (SIZES, "lost", ".4f"), "SST-2": (("0.5", "0.25"), "accuracy", ".3f")}
+    for method in (method for method in results["MiniLM"]["rows"] if method != "dense"):
+        rows = {model: results[model]["rows"][method] for model in columns}
+        yield method, *(series((rows[m][keep][s] for keep in keeps), f) for m, (keeps, s, f) in columns.items())
+
+
+def why() -> Rows:
+    """The methods one after the other, each with what it adds."""
+    results = stored("quality")["results"]
+    lines = {"plain SVD": ": error of the weight", "SVD-LLM": ": error of the output"}
+    lines |= {"fisher, uniform": ": predicted loss, equal shares", "fisher, global": ": predicted loss, one budget"}
+    for method, adds in {**lines, DEFAULT: ""}.items():
+        rows = [results[model]["rows"][method] for model in ("Llama 0.9M", "GPT-2 2.2M")]
+        yield method + adds, *(series((row[keep]["lost"] for keep in SIZES), ".4f") for row in rows)
+
+
+def held_out() -> Rows:
+    rows = [DEFAULT, f"{DEFAULT}, not measured", "fisher, uniform, pivoted", "activation, uniform, pivoted"]
+    results = stored("quality")["results"]
+    for name in sorted((name for name in results if re.search(r"\d+ \w+$", name)), key=_model_and_examples):
+        found = results[name]["rows"]
+        keeps = [keep for keep in found[DEFAULT] if keep not in ("0.9", *(["0.25"] if "SST" not in name else []))]
+        cells = [series((found[row][keep]["lost"] for keep in keeps), ".4f") for row in (*rows, "activation, uniform")]
+        yield name, " / ".join(keeps), *cells
+
+
+def _model_and_examples(name: str) -> tuple[int, int]:
+    model, _, count = name.rpartition(", ")
+    order = ["Llama 0.9M", "GPT-2 2.2M", "MiniLM", "SentenceTransformer MiniLM", "SST-2", "Whisper 38M"]
+    return order.index(model), int(count.split()[0])
+
+
+def narrower_heads() -> Rows:
+    results = stored("quality")["results"]
+    scores = {"Llama 0.9M": "loss above dense", "GPT-2 2.2M": "loss above dense", "MiniLM": "1 - cosine"}
+    for model, score in {**scores, "SST-2": "accuracy"}.items():
+        rows = [results[model]["rows"][name] for name in (DEFAULT, "joint attention")]
+        keeps = [keep for keep in rows[0] if keep != "0.9"]
+        style, key = (".4f" if "loss" in score else ".3f"), ("accuracy" if model == "SST-2" else "lost")
+        cells = (" / ".join(format(row[keep][key], style).lstrip("0") for keep in keeps) for row in rows)
+        yield f"{model}, {score}, keep {' / '.join(keeps)}", *cells
+
+
+def _layers(cell: Callable[[Any], str]) -> Iterable[tuple[str, list[str]]]:
+    """Kind of layers, and a cell of three sizes for 1, 32 and 1,024 tokens."""
+    rows = stored("speed")["summary"]
+    for kind in dict.fromkeys((row["family"], row["dtype"], row["compiled"]) for row in rows):
+        of_kind = [row for row in rows if (row["family"], row["dtype"], row["compiled"]) == kind]
+        columns = ([cell(row) for row in of_kind if row["tokens"] == tokens] for tokens in (1, 32, 1024))
+        name = f"{kind[0]}, {kind[1]}, {'compiled' if kind[2] else 'eager'}"
+        yield name, [" / ".join(column) for column in columns]
+
+
+def pivoted_over_pair() -> Rows:
+    for name, cells in _layers(lambda row: f"{row['pivoted / pair']:.2f}"):
+        yield name, *cells
+
+
+def layers() -> Rows:
+    by_form = [list(_layers(lambda row, form=form: f"{row[form]:.2f}")) for form in FORMS]  # type: ignore[misc]
+    for rows in zip(*by_form, strict=True):
+        yield from ((name, form, *cells) for form, (name, cells) in zip(FORMS, rows, strict=True))
+
+
+def models() -> Rows:
+    results = stored("speed")["models"]["results"]
+    for tokens in (1, 32, 1024):
+        for form in FORMS:
+            ratios = (row["ratio"][form] for row in results["forward"] if row["tokens"] == tokens)
+            yield f"BERT-base, float32, {tokens} token{'s' * (tokens > 1)}", form, series(ratios)
+    for dtype in ("float32", "bfloat16"):
+        for form in FORMS:
+            ratios = (row["ratio"][form] for row in results["decoding"] if row["dtype"] == dtype)
+            yield f"GPT-2 small, {dtype}, decoding with its cache", form, series(ratios)
+
+
+def packed() -> Rows:
+    rows = stored("speed")["packed"]["results"]
+    for width, keep in dict.fromkeys((row["width"], row["keep"]) for row in rows):
+        ratios = [row["ratio"] for row in rows if (row["width"], row["keep"]) == (width, keep)]
+        yield width, keep, *(f"{ratio:.2f}" for ratio in ratios)
+
+
+def frontier(model: str) -> Rows:
+    for asked, row in stored("frontier")["results"][model]["rows"].items():
+        yield asked, f"{row['lost']:.4f}", *(f"{row[share]:.2f}" for share in ("parameters", "layers", "whole"))
+
+
+def reached() -> Rows:
+    shapes = {name: calls for name, calls in stored("frontier")["shapes"].items() if name != "machine"}
+    for name, calls in shapes.items():
+        for call, rows in calls.items():
+            yield f"{name}, {call}", *(f"{row['layers']:.2f}, {row['whole']:.2f}" for row in rows.values())
+
+
+def ablations(model: str) -> Rows:
+    found = stored("ablations")["results"][model]["keep"]
+    for choice in next(iter(found.values())):
+        yield choice, *(f"{scores[choice]:.4f}" for scores in found.values())
+
+
+def recovery() -> Rows:
+    results = stored("recovery")["results"]
+    for start, name in (("plain SVD", "plain SVD, uniform ranks"), ("calibrated", "calibration data")):
+        row = results[start]
+        cells = (row["converted"], mean(row["fine-tuned"]), mean(row["distilled"]))
+        yield name, *(f"{cell:.3f}" for cell in cells)
+
+
+def first() -> Rows:
+    """What the first page shows."""
+    results = stored("recovery")["results"]
+    yield "dense", f"{results['dense']:.3f}", f"{results['calibrated']['dense MB']:.1f}", 1
+    for start, name in (("plain SVD", "plain SVD"), ("calibrated", "`convert(model, keep=0.25, calibration=data)`")):
+        row = results[start]
+        yield name, f"{row['converted']:.3f}", f"{row['MB']:.1f}", f"{row['time']:.2f}"
+    trained = f"{mean(results['calibrated']['fine-tuned']):.3f}"
+    yield "the same, one more epoch of training", trained, "as above", "as above"
+
+
+def refine() -> Rows:
+    for name, found in stored("refine")["results"].items():
+        lost = (f"{found['steps'][step]['lost']:.4f}" for step in ("convert", "refit", "refine"))
+        yield f"{name}, {found['lost']}", *lost, series((step["seconds"] for step in found["steps"].values()), ".0f")
+
+
+def textbook() -> Rows:
+    for keep, row in stored("textbook")["results"].items():
+        scores = (f"{row[name]:.3f}" for name in ("plain SVD", "converted", "fine-tuned", "merged"))
+        yield keep, f"{row['parameters'][1] / row['parameters'][0]:.2f}", *scores
+
+
+def decoding_with_heads() -> Rows:
+    for row in stored("heads")["decoding"]:
+        shares = (f"{row[name]:.2f}" for name in ("cache_ratio", "ratio"))
+        yield row["prompt"], row["model"], f"{row['cache_bytes']:,}", *shares
+
+
+def maps_of_heads() -> Rows:
+    tables = [stored("heads")["quality"][model]["rows"] for model in ("MiniLM", "GPT-2 2.2M")]
+    for method in tables[0]:
+        shares = ("0.75", "0.5", "0.25")
+        yield method, *(series((rows[method][share]["lost"] for share in shares), ".4f") for rows in tables)
+
+
+def by_bytes(model: str) -> Rows:
+    found = stored("bytes")["results"][model]["rows"]
+    whole = found["dense, float32"]["MB"]
+    for name, row in found.items():
+        time = f"{row['time']:.2f}" if "time" in row else ""
+        yield name, f"{row['MB'] / whole:.2f}", f"{row['whole MB']:.1f}", f"{row['lost']:.4f}", time
+
+
+TABLES: Mapping[str, Callable[[], Rows]] = {
+    "quality": quality,
+    "why": why,
+    "held-out": held_out,
+    "narrower-heads": narrower_heads,
+    "pivoted-over-pair": pivoted_over_pair,
+    "layers": layers,
+    "models": models,
+    "packed": packed,
+    "reached": reached,
+    "recovery": recovery,
+    "first": first,
+    "refine": refine,
+    "textbook": textbook,
+    "decoding-with-heads": decoding_with_heads,
+    "maps-of-heads": maps_of_heads,
+    "frontier-llama": partial(frontier, "Llama 0.9M, 200 chunks"),
+    "frontier-gpt2": partial(frontier, "GPT-2 2.2M, 200 chunks"),
+    "frontier-minilm": partial(frontier, "MiniLM, 200 sentences"),
+    "ablations-gpt2": partial(ablations, "GPT-2 2.2M, 200 chunks"),
+    "ablations-llama": partial(ablations, "Llama 0.9M, 200 chunks"),
+    "bytes-minilm": partial(by_bytes, "MiniLM, 200 sentences"),
+    "bytes-gpt2": partial(by_bytes, "GPT-2 2.2M, 200 chunks"),
+    "bytes-llama": partial(by_bytes, "Llama 0.9M, 200 chunks"),
+    "bytes-sst2": partial(by_bytes, "SST-2"),
+}
+
+
+def updated(text: str) -> str:
+    """A page with the rows of its marked tables as they are stored."""
+
+    def table(found: re.Match[str]) -> str:
+        rows = ("| " + " | ".join(map(str, row)) + " |\n" for row in TABLES[found[2]]())
+        return found[1] + "".join(rows).replace("|  |", "| |")
+
+    return MARKED.sub(table, text)
+
+
+def pages() -> list[Path]:
+    """Those that have a marked table."""
+    texts = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in texts if MARKED.search(page.read_text(encoding="utf-8"))]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
