@@ -101,6 +101,18 @@ def test_times_are_measured_once_for_each_shape_and_number_of_tokens(counted):
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers change
 
 
+def test_compiled_layers_are_timed_as_torch_compile_makes_them(counted, monkeypatch):
+    usual, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda layer: compiled.append(layer) or usual(layer))
+    calibration = calibrate(net(), batches())
+    eager = make_plan(net(), LowRankConfig(speedup=1.25), calibration)
+    assert not compiled
+    counted.clear()
+    plan = make_plan(net(), LowRankConfig(speedup=1.25, compiled=True), calibration)
+    assert len(compiled) == len(counted) > 50, "eager times are not taken for compiled ones"
+    assert plan.modules == eager.modules, "the work is the same here"
+
+
 def test_what_no_rank_reaches_is_refused_with_the_highest_speed(counted):
     with pytest.raises(RankError, match=r"speedup=50 cannot be reached: .* a speedup of \d\.\d\d"):
         make_plan(net(), LowRankConfig(speedup=50, min_rank=4), calibrate(net(), batches()))

@@ -107,8 +107,12 @@ class Clock:
         return curves | {"dense": ([0], [took["dense", 0]])}
 
     def _call(self, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-        made: Any = torch.compile(layer) if self.compiled else layer
+        made = self.made(layer)
         return lambda: made(x)
+
+    def made(self, module: nn.Module) -> Any:
+        """A module as it runs: compiled, or as it is."""
+        return torch.compile(module) if self.compiled else module
 
 
 def _device(site: Site) -> torch.device:
@@ -158,7 +162,7 @@ def speed_of(
         replace_modules(small, {layer: drawn(layer, entries[n]) for n, layer in layers.items() if n in entries})
         models = {"dense": called(frozen_copy(work)), "small": called(small)}
         taken = send_to_device(unlabelled(models["dense"], batch), device)
-        took = medians({name: partial(model, **taken) for name, model in models.items()}, device)
+        took = medians({name: partial(clock.made(model), **taken) for name, model in models.items()}, device)
         whole = round(took["dense"] / took["small"], 3)
     layers_alone = clock.reached([(item.site, entries.get(item.name)) for item in found])
     return Speed(device.type, clock.tokens, asked, round(layers_alone, 3), whole)
