@@ -183,6 +183,30 @@ def maps_of_heads() -> Rows:
         yield method, *(series((rows[method][share]["lost"] for share in shares), ".4f") for rows in tables)
 
 
+def conformance() -> Rows:
+    for family, forms in stored("conformance")["families"].items():
+        for form, row in forms.items():
+            worse = len(row["worse_than_dense"]) if form != "dense" else "-"
+            yield family, form, row["passed"], row["failed"], row["skipped"], worse
+
+
+def hostile() -> Rows:
+    parts = {"configurations": "`config.json`, read by `AutoConfig`"}
+    parts |= {"whole_loads": "`config.json`, whole model loaded", "skeletons": "`config.json`, skeleton built"}
+    for part, what in {**parts, "weight_files": "`model.safetensors`, whole model loaded"}.items():
+        found = stored("hostile")[part]
+        ends, cases = found["ends"], found["cases"]
+        good = sum(ends.get(end, 0) for end in ("read", "loaded", "built"))
+        early = sum(count for end, count in ends.items() if end.endswith("before the plan is read"))
+        slowest = f"{found['slowest_seconds']:.2f} s"
+        yield what, f"{cases:,}", f"{good:,}", f"{cases - good - early:,}", f"{early:,}", slowest, found["bad"]
+
+
+def kills() -> Rows:
+    for work, found in stored("faults")["killed"].items():
+        yield work, *(found[outcome] for outcome in ("kills", "absent", "whole", "broken"))
+
+
 def by_bytes(model: str) -> Rows:
     found = stored("bytes")["results"][model]["rows"]
     whole = found["dense, float32"]["MB"]
@@ -212,6 +236,9 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "frontier-minilm": partial(frontier, "MiniLM, 200 sentences"),
     "ablations-gpt2": partial(ablations, "GPT-2 2.2M, 200 chunks"),
     "ablations-llama": partial(ablations, "Llama 0.9M, 200 chunks"),
+    "conformance": conformance,
+    "hostile": hostile,
+    "kills": kills,
     "bytes-minilm": partial(by_bytes, "MiniLM, 200 sentences"),
     "bytes-gpt2": partial(by_bytes, "GPT-2 2.2M, 200 chunks"),
     "bytes-llama": partial(by_bytes, "Llama 0.9M, 200 chunks"),

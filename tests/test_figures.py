@@ -63,13 +63,13 @@ def test_quality_figures_are_the_results():
 
 
 def test_figures_of_sentence_embeddings_are_the_results():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]["MiniLM"]["rows"]
+    rows = figures.stored("quality")["results"]["MiniLM"]["rows"]
     page = (ROOT / "docs" / "tasks" / "sentence-transformers.md").read_text()
     keeps, methods = ("0.8", "0.6", "0.4", "0.25"), ("fisher, global, pivoted", "+ embeddings")
     for method in methods:
         for score in ("spearman", "lost"):
-            figures = [rows["dense"]["1.0"][score], *(rows[method][keep][score] for keep in keeps)]
-            assert f" | {' | '.join(f'{figure:.3f}' for figure in figures)} |" in page
+            values = [rows["dense"]["1.0"][score], *(rows[method][keep][score] for keep in keeps)]
+            assert f" | {' | '.join(f'{value:.3f}' for value in values)} |" in page
         ratios = [f"{rows[method][keep]['parameter_ratio']:.2f}" for keep in keeps]
         assert f"| 1.00 | {' | '.join(ratios)} |" in page
 
