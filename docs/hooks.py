@@ -1,7 +1,8 @@
-"""Texts of the root are pages, the README the front one; figures and pictures go with them; examples are code; formulas
-are MathML, which browsers show without a script."""
+"""Texts of the root are pages, the README the front one; figures and pictures go with them; so are notebooks with their
+outputs; examples are code; formulas are MathML, which browsers show without a script."""
 
 import html
+import json
 import re
 from pathlib import Path
 
@@ -18,7 +19,23 @@ def on_files(files, config):
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
     for path in sorted((ROOT / "benchmarks" / "results").iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        content = "\n\n".join(part for cell in cells for part in parts(cell))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=content))
     return files
+
+
+def parts(cell):
+    """A cell of a notebook and its outputs, as Markdown."""
+    source = "".join(cell["source"])
+    yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        if "image/png" in data:
+            yield f"![output](data:image/png;base64,{''.join(data['image/png'].split())})"
+        elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+            yield f"```text\n{text}\n```"
 
 
 def on_page_markdown(markdown, page, config, files):

@@ -33,7 +33,7 @@ def spectrum(
     Args:
         model: a dense model.
         calibration: what `calibrate` returned; None for the weights alone.
-        names: layers to draw, names as in a plan; None for all, with one colour for layers of one kind.
+        names: layers to draw, as in a plan, each in its colour; None for all, with one colour for layers of one kind.
         plan: marks the ranks that it gives them.
         ax: matplotlib Axes to draw into, and returned; None for a new figure.
 
@@ -51,12 +51,13 @@ def spectrum(
     if missing or not chosen:
         raise TargetError(f"no such layers among the {len(found)} of the model: {missing[:3]}")
     ax = _axes(ax, (6.4, 4.2))
-    kinds = list(dict.fromkeys(map(layer_kind, chosen)))
-    for name in chosen:
-        left, kind = _left_out(found[name], source), layer_kind(name)
-        color = f"C{kinds.index(kind) % 10}"
-        known = any(line.get_label() == kind for line in ax.lines)
-        ax.plot(range(len(left)), left, color=color, linewidth=1, label=None if known else kind)
+    labels = {name: layer_kind(name) if names is None else name for name in chosen}
+    distinct = list(dict.fromkeys(labels.values()))
+    for name, label in labels.items():
+        left = _left_out(found[name], source)
+        color = f"C{distinct.index(label) % 10}"
+        known = any(line.get_label() == label for line in ax.lines)
+        ax.plot(range(len(left)), left, color=color, linewidth=1, label=None if known else label)
         if plan is not None and name in plan.modules:
             rank = plan.modules[name].rank
             ax.scatter([rank], [left[min(rank, len(left) - 1)]], color=color, s=18, zorder=3)
@@ -71,7 +72,7 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
     """A heat map of a plan: a row for each layer of the model, a column for each kind of dense layer, the rank inside.
 
     Args:
-        plan: from `make_plan`; layers that it leaves dense are blank. Its embeddings and heads are not drawn.
+        plan: from `make_plan`; the layers that it leaves dense are marked. Its embeddings and heads are not drawn.
         ax: matplotlib Axes to draw into, and returned; None for a new figure.
 
     Raises:
@@ -86,7 +87,8 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
     if not layers:
         raise PlanError("the plan makes no layer low-rank: there is nothing to draw")
     kinds = list(dict.fromkeys(map(layer_kind, layers)))
-    where = {name: ".".join(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) or "-" for name in layers}
+    dense = [] if plan.report is None else [s.name for s in plan.report.skipped if layer_kind(s.name) in kinds]
+    where = {name: ".".join(re.findall(r"(?:^|(?<=\.))\d+(?=\.|$)", name)) or "-" for name in (*layers, *dense)}
     rows = sorted(set(where.values()), key=lambda row: [int(part) for part in row.split(".") if part != "-"])
     every = [entry.rank for entry in layers.values()]
     table = [[math.nan] * len(kinds) for _ in rows]
@@ -96,6 +98,9 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
         table[i][j] = entry.rank
         color = "white" if entry.rank < 0.6 * max(every) else "black"
         ax.text(j, i, str(entry.rank), ha="center", va="center", fontsize=8, color=color)
+    for name in dense:
+        at = {"x": kinds.index(layer_kind(name)), "y": rows.index(where[name])}
+        ax.text(**at, s="dense", ha="center", va="center", fontsize=7, color="gray")
     image = ax.imshow(table, aspect="auto", cmap="viridis", vmin=0)
     short = [kind.rpartition("*.")[2] for kind in kinds]  # what follows the layer's number
     ax.set_xticks(range(len(kinds)), short, rotation=40, ha="right", fontsize=8)
@@ -106,12 +111,18 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
     return ax
 
 
-def frontier(results: Mapping[str, Mapping[float, float]], *, score: str = "score", ax: Any = None) -> Any:
-    """Quality against size, a line for each method.
+def frontier(
+    results: Mapping[str, Mapping[float, float]],
+    *,
+    score: str = "score",
+    size: str = "share of the parameters kept",
+    ax: Any = None,
+) -> Any:
+    """Quality against size or time, a line for each method.
 
     Args:
         results: method -> {size: score}, such as {"svd": {0.8: 0.70, 0.4: 0.55}}.
-        score: what the scores are, for the axis.
+        score, size: what the scores and the sizes are, for the axes: `size="MB"`, or "ms a batch".
         ax: matplotlib Axes to draw into, and returned; None for a new figure.
 
     Raises:
@@ -127,8 +138,8 @@ def frontier(results: Mapping[str, Mapping[float, float]], *, score: str = "scor
     ax = _axes(ax, (6.4, 4.2))
     for method, scores in results.items():
         sizes = sorted(scores)
-        ax.plot(sizes, [scores[size] for size in sizes], marker="o", label=method)
-    ax.set_xlabel("share of the weights kept")
+        ax.plot(sizes, [scores[one] for one in sizes], marker="o", label=method)
+    ax.set_xlabel(size)
     ax.set_ylabel(score)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)

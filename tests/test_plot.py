@@ -63,10 +63,25 @@ def test_ranks_of_a_real_plan_and_own_axes():
     assert plot.ranks(plan, ax=ax) is ax
 
 
+def test_ranks_marks_the_layers_that_stay_dense():
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64)) for _ in range(2)])
+    plan = make_plan(net, rank={"0.0": 8})
+    assert [text.get_text() for text in plot.ranks(plan).texts] == ["8", "dense"]
+
+
+def test_layers_that_are_named_have_a_colour_each():
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8)) for _ in range(3)])
+    of_kind, named = plot.spectrum(net), plot.spectrum(net, names=["0.0", "2.0"])
+    assert len({line.get_color() for line in of_kind.lines}) == 1
+    assert [line.get_label() for line in named.lines] == ["0.0", "2.0"]
+    assert len({line.get_color() for line in named.lines}) == 2
+
+
 def test_frontier_is_sorted_by_size():
     ax = plot.frontier({"a": {0.8: 3.0, 0.4: 1.0}, "b": {0.5: 2.0}}, score="loss")
     assert [list(line.get_xdata()) for line in ax.lines] == [[0.4, 0.8], [0.5]]
     assert list(ax.lines[0].get_ydata()) == [1.0, 3.0]
+    assert plot.frontier({"a": {90.9: 1.0}}, size="MB").get_xlabel() == "MB"
     with pytest.raises(TargetError):
         plot.frontier({"a": {}})
 
