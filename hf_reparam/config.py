@@ -72,7 +72,7 @@ class LowRankConfig:
         metric: "svd", "activation" or "fisher"; the richest that the calibration serves by default.
         allocation: "global" (default in the fisher metric): the predicted increase of the loss is least, with staying
             dense as one of the choices. "uniform" (default otherwise): every layer gets the same share.
-        form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function of x in fewer numbers.
+        form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function, fewer parameters.
             With `speedup` the faster one for every layer by default.
         multiple_of: ranks that a budget gives are multiples of this. Default: 8, which suits tensor cores, where
             min(in, out) is 256 or more, and 1 below.
@@ -86,7 +86,7 @@ class LowRankConfig:
             with global allocation.
         verify: measure layers on held-out calibration data, try the plan for a budget beside uniform ones, and take the
             best.
-        allow_larger: with `rank`, also convert layers whose product would hold no fewer numbers than the layer.
+        allow_larger: with `rank`, also convert layers whose product would hold no fewer parameters than the layer.
 
     Raises:
         RankError: a size, `multiple_of` or `min_rank` is out of range, or several sizes are given.

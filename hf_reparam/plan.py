@@ -1,4 +1,4 @@
-"""The rank plan: what is decided. Which parts of a model are held in fewer numbers, how, and of which rank.
+"""The rank plan: what is decided. Which parts of a model are held with fewer parameters, how, and of which rank.
 
 With the base configuration it is all that is needed to build the skeleton of a converted model: loading runs no SVD.
 """
@@ -39,7 +39,7 @@ class Entry:
         rank: the inner width r of a product, 1 <= r; for "heads" the width of each head. Whether it fits is checked
             when it is applied.
         form: which structure holds it: "pair" for y = up(down(x)), down (r, in), up (out, r); "pivoted" for
-            y = up(x[p] + down(x[rest])), down (r, in - r), up (out, r), r^2 numbers fewer; "table" for embeddings;
+            y = up(x[p] + down(x[rest])), down (r, in - r), up (out, r), r^2 fewer parameters; "table" for embeddings;
             "heads" for narrower heads of an attention; "experts" for the fused experts of a MoE layer.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a conversion did, in numbers: dict, Markdown or a table for the terminal."""
+"""What a conversion did: a dict, Markdown or a table for the terminal."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class LayerReport:
         kind: class of the dense layer ("Linear", "Conv1D").
         in_features, out_features: the dense shape; of an attention with narrower heads, that of its narrower layer.
         rank: inner width of the factors; None while it is dense.
-        parameters_before, parameters_after: numbers in the dense model and now, bias included.
+        parameters_before, parameters_after: of the dense model and now, bias included.
         error: ||W - up @ down|| / ||W|| in the metric's norm; None where nothing was factored in this call, or a layer
             that was low-rank already: how far it is from its dense weight is not known then.
         form: as in a plan, "pair", "pivoted", "table" ...; None while it is dense.

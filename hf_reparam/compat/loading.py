@@ -111,7 +111,7 @@ def drawing_nothing() -> AbstractContextManager[None]:
 
 
 def draw_as_class(model: PreTrainedModel, module: nn.Module) -> None:
-    """Draw numbers for a module, without its parts, as the model's class does."""
+    """Initialize a module, without its parts, as the model's class does."""
     model._init_weights(module)
 
 

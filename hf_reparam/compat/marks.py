@@ -11,7 +11,7 @@ NO_CODE_FILE: Mapping[str, Any] = {"_auto_class": None}
 
 
 def set_initialized(target: Any) -> None:
-    """Keep Transformers from drawing numbers for a module, a tensor, or all objects of a class."""
+    """Keep Transformers from initializing a module, a tensor, or all objects of a class."""
     target._is_hf_initialized = True
 
 

@@ -20,7 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def to_pairs(model: M, *, inplace: bool = False) -> M:
-    """Hold every pivoted layer as a pair, y = up(down(x)) of the same rank: the same function in r^2 more numbers.
+    """Hold every pivoted layer as a pair, y = up(down(x)) of the same rank: the same function with r^2 more parameters.
 
     A pair is two plain Linears, without a buffer and without a gather: what serves, exports or shards Linears takes it
     as it is, and where a call has few tokens it is faster. Trained factors stay as they are.

@@ -156,7 +156,7 @@ def _check_options(work: nn.Module, selection: Selection, config: LowRankConfig,
             continue
         if not any(item.structure is structure for item in selection.selected):
             why = "".join(f": {site.reason}" for site in structure.sites(work)[:1] if site.reason)
-            raise TargetError(f"{option}=True, and there are none here that can be held in fewer numbers{why}")
+            raise TargetError(f"{option}=True, and there are none here that can be held with fewer parameters{why}")
     if source.metric != "fisher" or source.calibration is None:
         return
     for item in selection.selected:

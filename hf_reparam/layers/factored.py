@@ -54,7 +54,7 @@ class Factored(nn.Module):
         return up.detach().double() @ down.detach().double()
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
-        """A dense module of the type that it stands for, of its or another shape (in, out); its numbers are not set."""
+        """A dense module of the type that it stands for, of its or another shape (in, out); its values are not set."""
         raise NotImplementedError
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
@@ -171,7 +171,7 @@ class Product(Tensor):
         return func(*map(_formed, args), **{key: _formed(value) for key, value in (kwargs or {}).items()})
 
 
-set_initialized(Product)  # Transformers' initialisers must not draw numbers for it
+set_initialized(Product)  # Transformers' initialisers must not initialize it
 
 
 def _refuse_writing(what: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ class LowRankLinear(Factored):
 
 
 class PivotedLinear(LowRankLinear):
-    """y = up(x[p] + down(x[rest])): a product of rank r that holds r^2 numbers fewer than the pair of the same rank.
+    """y = up(x[p] + down(x[rest])): a product of rank r that holds r^2 fewer parameters than the pair of the same rank.
 
     The columns of `up` are r columns of the product W, the pivots p; `down` says how every other column is combined
     from them. No entry of a fresh `down` is above 1.05, so that low precision and quantizers keep their range.

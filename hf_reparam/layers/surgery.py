@@ -30,7 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def low_rank_like(dense: nn.Module, entry: Entry) -> LowRankLinear:
-    """A low-rank layer of a layer's shape, dtype, device, training mode and `requires_grad`; its numbers are not set.
+    """A low-rank layer of a layer's shape, dtype, device, training mode and `requires_grad`; its values are not set.
 
     The layer is dense, or low-rank of another rank or form. A pivoted layer needs more inputs than its rank.
     """
@@ -49,7 +49,7 @@ def low_rank_like(dense: nn.Module, entry: Entry) -> LowRankLinear:
 
 
 def _empty_linear(n_in: int, n_out: int, like: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    """An nn.Linear whose numbers are not set: drawing them is most of what building a skeleton costs."""
+    """An nn.Linear whose values are not set: drawing them is most of what building a skeleton costs."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = n_in, n_out

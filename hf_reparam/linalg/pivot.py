@@ -1,8 +1,8 @@
 """Pivots: a matrix of rank r written by r of its columns and the combinations of them that give the others.
 
 W = up @ down of rank r has r columns W[:, p] of which every other column is a combination: W x = C (x[p] + S x[rest])
-with C = W[:, p] (out, r) and S (r, in - r). That holds r^2 numbers fewer than the pair, and always fewer than the dense
-weight. Which columns: those of nearly the largest volume, for which no entry of S is much above 1.
+with C = W[:, p] (out, r) and S (r, in - r). That is r^2 fewer parameters than the pair, and always fewer than the
+dense weight. Which columns: those of nearly the largest volume, for which no entry of S is much above 1.
 """
 
 from dataclasses import dataclass

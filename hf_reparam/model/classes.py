@@ -219,7 +219,7 @@ def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 
 def _swap(model: Any, *, strict: bool) -> None:
-    """Replace what the plan names by empty modules, and draw numbers for them where there is memory."""
+    """Replace what the plan names by empty modules, and initialize them where there is memory."""
     plan = plan_of(model.config)
     check_forms(plan)
     for structure in STRUCTURES:

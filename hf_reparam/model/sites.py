@@ -32,7 +32,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Selection:
-    """What may be held in fewer numbers, and every other weight of two or more dimensions, with the reason."""
+    """What may be held with fewer parameters, and every other weight of two or more dimensions, with the reason."""
 
     selected: tuple[Found, ...]
     skipped: tuple[SkippedReport, ...]
@@ -193,7 +193,7 @@ def fit(
 
 
 def live_sites(model: nn.Module) -> list[Site]:
-    """What a live model holds in fewer numbers. Raises TargetError where its plan has no place for a part of it."""
+    """What a live model holds with fewer parameters. Raises TargetError where its plan has no place for a part."""
     sites = [site for structure in STRUCTURES for site in structure.sites(model) if site.entry is not None]
     for site in sites:
         if site.stray:
@@ -202,7 +202,7 @@ def live_sites(model: nn.Module) -> list[Site]:
 
 
 def entries_of(model: nn.Module) -> dict[str, Entry]:
-    """Name in a plan -> entry, of all that a live model holds in fewer numbers."""
+    """Name in a plan -> entry, of all that a live model holds with fewer parameters."""
     return {layer_name(model, site.name): site.entry for site in live_sites(model) if site.entry is not None}
 
 

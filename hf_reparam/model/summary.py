@@ -1,4 +1,4 @@
-"""`report`: what a model holds in fewer numbers, and what it could."""
+"""`report`: what a model holds with fewer parameters, and what it could."""
 
 from collections.abc import Mapping
 from dataclasses import replace

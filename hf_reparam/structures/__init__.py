@@ -1,4 +1,4 @@
-"""Every way to hold a part of a model in fewer numbers, in the order in which they apply."""
+"""Every way to hold a part of a model with fewer parameters, in the order in which they apply."""
 
 from hf_reparam.structures.experts import Experts
 from hf_reparam.structures.heads import Heads

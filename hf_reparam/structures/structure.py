@@ -1,4 +1,4 @@
-"""What a structure is: one way to hold a part of a model in fewer numbers.
+"""What a structure is: one way to hold a part of a model with fewer parameters.
 
 Conversion, loading, merging and reports are loops over `hf_reparam.structures.STRUCTURES` and know nothing but this
 interface.
@@ -29,7 +29,7 @@ CAUTION = 1.5  # what narrower heads and tables lose counts for so much more: it
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A place in a model that a structure can hold in fewer numbers, or holds so already.
+    """A place in a model that a structure can hold with fewer parameters, or holds so already.
 
     Args:
         names: every path at which it hangs; under the first it is reported.
@@ -176,7 +176,7 @@ class Way:
 
 
 class Structure(Protocol):
-    """One way to hold a part of a model in fewer numbers. Its sites may be of a subclass of `Site`.
+    """One way to hold a part of a model with fewer parameters. Its sites may be of a subclass of `Site`.
 
     Attributes:
         forms: what entries of a plan call it; the first is taken where a configuration says nothing.

@@ -54,7 +54,7 @@ class LowRankTable(Factored):
         (self.out_features, self.rank), self.in_features = table.weight.shape, len(up.weight)
 
     def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
-        """An embedding of its or another shape (width, tokens); its numbers are not set."""
+        """An embedding of its or another shape (width, tokens); its values are not set."""
         width, tokens = shape or (self.in_features, self.out_features)
         like = self.up.weight
         return nn.utils.skip_init(nn.Embedding, tokens, width, dtype=like.dtype, device=like.device)
