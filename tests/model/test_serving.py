@@ -234,6 +234,14 @@ def test_two_ranks_compute_what_one_does(tmp_path, plugin):
 
 
 @pytest.mark.slow
+def test_a_layer_that_stayed_dense_is_loaded(tmp_path, plugin):
+    dense = zoo.BY_BASE["LlamaForCausalLM"].build()
+    model = convert(dense, LowRankConfig(rank=6, form="pair", exclude_modules="*layers.1.self_attn.o_proj"))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(served(tmp_path)[1], outputs(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_without_the_plugin_pairs_load_and_pivots_are_missed(tmp_path, monkeypatch):
     """As with the one file of `remote_code=True`: the names of architectures come from its `auto_map`."""
     monkeypatch.setattr(PreTrainedModel, "is_backend_compatible", classmethod(lambda cls: True))
