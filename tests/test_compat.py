@@ -44,6 +44,7 @@ NAMES = {
     "_load_pretrained_model": MODEL,
     "_model_mapping": "transformers:AutoModel",
     "_tied_weights_keys": MODEL,
+    "_version": "torch:Tensor",
     "_weight_conversions": "",
     "align_module_device": "accelerate.utils",
     "attach_align_device_hook": "accelerate.hooks",
