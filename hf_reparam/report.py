@@ -222,8 +222,17 @@ class Report:
         def alike(x: LayerReport) -> tuple[object, ...]:
             return x.kind, x.in_features, x.out_features, x.form, x.metric
 
-        rows = [[name, *_layer_cells(group, self.metric)] for name, group in _folded(self.layers, alike)]
-        return [["layer", "type", "in x out", "rank", "parameters", "error"], *rows]
+        rows = [[name, *_layer_cells(group, self.metric, self._form)] for name, group in _folded(self.layers, alike)]
+        table = [["layer", "type", "in x out", "rank", "parameters", "error"], *rows]
+        if {layer.kind for layer in self.layers} == {"Linear"}:
+            return [[row[0], *row[2:]] for row in table]
+        return table
+
+    @property
+    def _form(self) -> str:
+        """That of all layers, or else the one that goes without saying."""
+        forms = {layer.form for layer in self.layers if layer.form is not None}
+        return forms.pop() if len(forms) == 1 else "pair"
 
     def _left_alone(self) -> list[list[str]]:
         groups = _folded(self.skipped, lambda item: item.reason)
@@ -233,7 +242,7 @@ class Report:
     def _headline(self) -> list[str]:
         if count := sum(layer.rank is not None for layer in self.layers):
             lines = [
-                f"{self.model}: {count} low-rank layers ({self.metric})",
+                f"{self.model}: {count} low-rank layers ({self.metric}){', pivoted' * (self._form == 'pivoted')}",
                 f"factored layers:  {_change(self.factored_before, self.factored_after)}",
                 *_some("no data:", self._others("svd"), ", by plain SVD"),
                 *_some("no gradient:", self._others("activation"), ", in the activation metric"),
@@ -287,17 +296,18 @@ def _folded(rows: Sequence[R], alike: Callable[[R], object]) -> list[tuple[str, 
     groups: dict[tuple[str, object], list[R]] = {}
     for row in rows:
         groups.setdefault((layer_kind(row.name), alike(row)), []).append(row)
-    return [(g[0].name if len(g) == 1 else f"{kind} (x{len(g)})", g) for (kind, _), g in groups.items()]
+    return [(g[0].name if len(g) == 1 else f"{kind} x{len(g)}", g) for (kind, _), g in groups.items()]
 
 
-def _layer_cells(group: list[LayerReport], method: str) -> list[str]:
+def _layer_cells(group: list[LayerReport], metric: str, form: str) -> list[str]:
+    """What a table shows of layers, without the metric and the form that go without saying."""
     first = group[0]
     before, after = sum(x.parameters_before for x in group), sum(x.parameters_after for x in group)
     errors = [x.error for x in group if x.error is not None]
-    error = _range(errors, ".3f") if errors else "-"
-    error += f" ({first.metric})" if first.metric not in (None, method) else ""
+    error = _range(errors, ".2f") if errors else "-"
+    error += f" ({first.metric})" if first.metric not in (None, metric) else ""
     rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
-    rank += f" {first.form}" if first.form not in (None, "pair") else ""
+    rank += f" {first.form}" if first.form not in (None, form) else ""
     count = f"{before:,}" if before == after else f"{before:,} -> {after:,}"
     return [first.kind, f"{first.in_features} x {first.out_features}", rank, count, error]
 

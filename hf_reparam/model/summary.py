@@ -36,9 +36,9 @@ def report(model: nn.Module) -> Report:
     Sequential: 1 low-rank layers (svd)
     factored layers:  4,160 -> 2,112 parameters (50.8%)
     <BLANKLINE>
-    layer  type    in x out  rank  parameters      error
-    ----------------------------------------------------
-    0      Linear  64 x 64   16    4,160 -> 2,112  0...
+    layer  in x out  rank  parameters      error
+    --------------------------------------------
+    0      64 x 64   16    4,160 -> 2,112  0...
     <BLANKLINE>
     whole model:      4,160 -> 2,112 parameters (50.8%)
     """
@@ -51,7 +51,7 @@ def report(model: nn.Module) -> Report:
     plans = {start: plan_of(host.config) for start, host in hosts_by_start(model).items()}
     records = {start: plan.record for start, plan in plans.items() if plan.record is not None}
     rows = [replace(_row(item, item.site.entry), **_made(item, records)) for item in found]
-    left = _left(dense, "dense") if rows else []
+    left = _left(dense, "the plan leaves it dense") if rows else []
     rows = rows or [_row(item, None) for item in dense]
     after = count_parameters(model)
     before = after + sum(item.parameters_before - item.parameters_after for item in rows)
