@@ -3,7 +3,7 @@
     pip install -e '.[benchmark]' torchao
     python -m benchmarks.bytes --data DATA --models MODELS        about 15 minutes on 2 cores
 
-DATA and MODELS are those of benchmarks.quality. Real models, calibrated with 200 examples (SST-2: 2,000), dense and
+DATA and MODELS are those of benchmarks.quality. Three real models, calibrated with 200 examples, dense and
 converted by default options, are stored in float32, in bfloat16 and in int8 by torchao: weights alone, one scale for
 each output, or with dynamic int8 activations, too. Bytes are those of the targeted layers, scales and biases included:
 all else stays as it is. Nothing is trained. Time is that of the process, one forward pass over 8 x 128 random tokens,
@@ -42,7 +42,6 @@ TASKS: dict[str, Callable[..., tasks.Task]] = {
     "minilm": partial(tasks.similarity, examples=EXAMPLES),
     "gpt2": partial(tasks.gpt2, examples=EXAMPLES),
     "llama": partial(tasks.llama, examples=EXAMPLES),
-    "sst2": tasks.sentiment,
 }
 Store = Callable[[nn.Module], Any]
 

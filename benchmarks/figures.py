@@ -242,7 +242,6 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "bytes-minilm": partial(by_bytes, "MiniLM, 200 sentences"),
     "bytes-gpt2": partial(by_bytes, "GPT-2 2.2M, 200 chunks"),
     "bytes-llama": partial(by_bytes, "Llama 0.9M, 200 chunks"),
-    "bytes-sst2": partial(by_bytes, "SST-2"),
 }
 
 
