@@ -8,6 +8,7 @@ TABLES[NAME]. Figures within sentences are written by hand, and tests/test_figur
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import RESULTS
+from hf_reparam.structures.heads import attention
 
 ROOT = Path(__file__).parents[1]
 Rows = Iterable[Iterable[Any]]
@@ -215,6 +217,29 @@ def by_bytes(model: str) -> Rows:
         yield name, f"{row['MB'] / whole:.2f}", f"{row['whole MB']:.1f}", f"{row['lost']:.4f}", time
 
 
+FAMILIES = {
+    "text encoders": "bert roberta distilbert albert electra deberta-v2 modernbert mpnet xlm-roberta",
+    "text decoders": "gpt2 opt llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt_neox bloom falcon mamba2",
+    "mixtures of experts": "mixtral qwen2_moe qwen3_moe deepseek_v3 gpt_oss",
+    "encoder-decoders": "t5 bart mbart marian pegasus m2m_100",
+    "speech": "whisper wav2vec2 hubert",
+    "images, and images with text": "vit deit swin dinov2 clip siglip blip llava",
+}
+"""Model types of the page on what is supported, by what people look for."""
+
+
+def families() -> Rows:
+    """Of each type, classes that came through the census, and those that were left out; heads that can be narrower."""
+    rows = stored("census")["rows"]
+    narrower = {kind.partition("modeling_")[2].partition(".")[0] for kind in attention._registry}
+    for group, types in FAMILIES.items():
+        for name in types.split():
+            ends = Counter(row["ends"] for row in rows if row["type"] == name)
+            through = ends["outputs equal"] + ends["tensors equal"]
+            heads = "yes" if name.replace("-", "_") in narrower else ""
+            yield group, name, f"{through} of {ends.total()}", ends["failed"], heads
+
+
 TABLES: Mapping[str, Callable[[], Rows]] = {
     "quality": quality,
     "why": why,
@@ -238,6 +263,7 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "ablations-llama": partial(ablations, "Llama 0.9M, 200 chunks"),
     "conformance": conformance,
     "hostile": hostile,
+    "families": families,
     "kills": kills,
     "bytes-minilm": partial(by_bytes, "MiniLM, 200 sentences"),
     "bytes-gpt2": partial(by_bytes, "GPT-2 2.2M, 200 chunks"),
