@@ -48,6 +48,7 @@ __all__ = [
 
 SEED = 0
 HELD_OUT = 100  # utterances
+COMPARED = 100_000  # characters of a held-out text
 Scores = dict[str, float]
 
 
@@ -64,6 +65,8 @@ class Task:
     exclude: tuple[str, ...] = ()
     slow_score: Callable[[nn.Module], Scores] | None = None
     """More scores, which take long."""
+    unseen: Mapping[str, Any] | None = None
+    """Data that calibration did not see and their tokenizer, for `hf_reparam.compare`."""
 
 
 def llama(data: Path, models: Path, examples: int | None = None) -> Task:
@@ -104,7 +107,8 @@ def _language_model(
     test = _chunks(encode(heldout), length)
     dense = _mean_loss(model, test)
     score = lambda small: {"lost": (loss := _mean_loss(small, test)) - dense, "loss": loss}  # noqa: E731
-    return Task(name, f"loss above dense, nats per {token}", model, batches, score, keeps)
+    unseen = {"data": [heldout[:COMPARED]], "tokenizer": tokenizer}
+    return Task(name, f"loss above dense, nats per {token}", model, batches, score, keeps, unseen=unseen)
 
 
 def _batch_size(examples: int, most: int) -> int:
@@ -141,6 +145,7 @@ def similarity(data: Path, models: Path, examples: int = 2000) -> Task:
         _similarity_scores(test, lambda small, sentences: _embeddings(small, tokenizer, sentences), model),
         [0.8, 0.6, 0.4, 0.25],
         exclude=("pooler.*",),
+        unseen={"data": [text for row in test[:200] for text in row[5:7]], "tokenizer": tokenizer},
     )
 
 
@@ -253,7 +258,8 @@ def sentiment(data: Path, models: Path, examples: int = 2000) -> Task:
     dense = accuracy(model)
     score = lambda small: {"lost": dense - (found := accuracy(small)), "accuracy": found}  # noqa: E731
     name = "SST-2" if examples == 2000 else f"SST-2, {examples} sentences"
-    return Task(name, "accuracy below dense", model, batches, score, [0.5, 0.25], exclude=("*pooler*", "classifier"))
+    exclude, unseen = ("*pooler*", "classifier"), {"data": test}
+    return Task(name, "accuracy below dense", model, batches, score, [0.5, 0.25], exclude=exclude, unseen=unseen)
 
 
 def whisper(data: Path, models: Path, examples: int = 100, test_size: int = HELD_OUT) -> Task:
