@@ -12,12 +12,11 @@ Part = str | list[list[str]]
 """A paragraph, lines in it as they are, or a table, the first row its head."""
 
 _WIDTH = 100
-_INDENT = 18  # of what follows the title of a line, as in "whole model:      ..."
 _LEAST = 20  # columns of text in a table
 
 
 def as_text(parts: Sequence[Part]) -> str:
-    """Plain text: long lines go on, indented, in the next; long cells too.
+    """Plain text. Long lines go on in the next, below what follows their title; long cells below their beginning.
 
     >>> print(as_text(["sizes:", [["name", "rank"], ["fc", "8"]]]))
     sizes:
@@ -41,7 +40,9 @@ def as_html(parts: Sequence[Part]) -> str:
 
 def _paragraph(text: str) -> str:
     def fill(line: str) -> str:
-        return textwrap.fill(line, _WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False)
+        title = re.match(r"[^:]+: {2,}|", line)
+        indent = " " * len(title[0]) if title else ""
+        return textwrap.fill(line, _WIDTH, subsequent_indent=indent, break_long_words=False)
 
     return "\n".join(map(fill, text.splitlines()))
 

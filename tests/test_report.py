@@ -1,6 +1,7 @@
 """The report's sums, its folded rows, and what people read: text, Markdown, notebooks."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,16 @@ def test_lines_have_at_most_100_columns_and_lose_nothing():
     assert "uniform ranks (activation) 0.375" in " ".join(headline.split())
     why = left.splitlines()[0].index("why")
     assert " ".join(line[why:].strip() for line in left.splitlines()[2:]).split() == SUBCLASS.split()
+
+
+def test_long_lines_go_on_below_what_follows_their_title():
+    lines = str(of_many(dropped=[f"{LONG.format(0)}.{kind}" for kind in ("first", "second")])).splitlines()
+    (held,) = [i for i, line in enumerate(lines) if line.startswith("held-out data:    0.125")]
+    assert re.match(r" {18}\S", lines[held + 1])
+    (dropped,) = [
+        i for i, line in enumerate(lines) if line.startswith("2 tensors of the source are not in the result:")
+    ]
+    assert re.match(r"model\.language_model", lines[dropped + 1])
 
 
 def test_layers_that_repeat_are_one_line_with_their_range_of_ranks():

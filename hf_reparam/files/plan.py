@@ -87,7 +87,7 @@ class Estimates:
         if self.unit is None:
             advice = "Calibration data (--calibration TEXTS.txt) tell what each size is predicted to lose."
             return [self.model, [row[:-2] for row in rows], advice]
-        what = f"Predicted and measured: divergence from the dense model on held-out data, {self.unit}."
+        what = f"Predicted and measured: divergence from the dense model on held-out data ({self.unit})."
         return [self.model, rows, what]
 
 
