@@ -3,12 +3,12 @@
     pip install -e '.[benchmark]' torchao
     python -m benchmarks.bytes --data DATA --models MODELS        about 15 minutes on 2 cores
 
-DATA and MODELS are those of benchmarks.quality. Three real models, calibrated with 200 examples, dense and
-converted by default options, are stored in float32, in bfloat16 and in int8 by torchao: weights alone, one scale for
-each output, or with dynamic int8 activations, too. Bytes are those of the targeted layers, scales and biases included:
-all else stays as it is. Nothing is trained. Time is that of the process, one forward pass over 8 x 128 random tokens,
-in rounds in which all take their turn. A GPT-2's Conv1D are Linears here, for torchao knows no others. Writes
-results/bytes.json and results/bytes.png.
+DATA and MODELS are those of benchmarks.quality. Three real models, calibrated with 200 examples, dense and converted by
+default options, are stored in float32, in bfloat16 and in int8 by torchao: weights alone, one scale for each output; of
+MiniLM also with dynamic int8 activations, which take ten times as long. Bytes are those of the targeted layers, scales
+and biases included: all else stays as it is. Nothing is trained. Time is that of the process, one forward pass over
+8 x 128 random tokens, in rounds in which all take their turn. A GPT-2's Conv1D are Linears here, for torchao knows no
+others. Writes results/bytes.json and results/bytes.png.
 """
 
 import copy
@@ -77,6 +77,8 @@ def measure(task: tasks.Task) -> dict[str, Any]:
     dense = with_linears(task.model)
     calibration = hf_reparam.calibrate(dense, task.batches)
     names = [item.site.name for item in select(dense, LowRankConfig(exclude_modules=task.exclude)).selected]
+    decodes = task.model.can_generate()  # type: ignore[operator]
+    stores = {kind: store for kind, store in STORES.items() if kind != "int8, dynamic" or not decodes}
     models: dict[str, nn.Module] = {}
     rows: dict[str, dict[str, float]] = {}
     for keep in (None, *KEEPS):
@@ -84,7 +86,7 @@ def measure(task: tasks.Task) -> dict[str, Any]:
         if keep:
             config = LowRankConfig(keep=keep, exclude_modules=task.exclude)
             small = hf_reparam.convert(dense, config, calibration=calibration)
-        for kind, store in STORES.items():
+        for kind, store in stores.items():
             made = copy.deepcopy(small)
             for name in names:
                 store(made.get_submodule(name))
@@ -111,6 +113,8 @@ def draw(results: Mapping[str, Any]) -> None:
         whole = result["rows"]["dense, float32"]["MB"]
         for kind, marker in zip(STORES, "os^v", strict=True):
             found = {key: row for key, row in result["rows"].items() if key.partition(", ")[2] == kind}
+            if not found:
+                continue
             low = sorted((row["MB"] / whole, row["lost"]) for key, row in found.items() if key.startswith("keep"))
             (line,) = axis.plot(*zip(*low, strict=True), marker=marker, ms=4, label=f"low rank, {kind}")
             if kind != "float32":
