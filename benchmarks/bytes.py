@@ -4,11 +4,11 @@
     python -m benchmarks.bytes --data DATA --models MODELS        about 15 minutes on 2 cores
 
 DATA and MODELS are those of benchmarks.quality. Three real models, calibrated with 200 examples, dense and converted by
-default options, are stored in float32, in bfloat16 and in int8 by torchao: weights alone, one scale for each output; of
-MiniLM also with dynamic int8 activations, which take ten times as long. Bytes are those of the targeted layers, scales
-and biases included: all else stays as it is. Nothing is trained. Time is that of the process, one forward pass over
-8 x 128 random tokens, in rounds in which all take their turn. A GPT-2's Conv1D are Linears here, for torchao knows no
-others. Writes results/bytes.json and results/bytes.png.
+default options, are stored in float32, in bfloat16 and in int8 by torchao: weights alone, one scale for each output.
+With dynamic int8 activations, too, they are timed and not scored: that takes ten times as long here. Bytes are those
+of the targeted layers, scales and biases included: all else stays as it is. Nothing is trained. Time is that of the
+process, one forward pass over 8 x 128 random tokens, in rounds in which all take their turn. A GPT-2's Conv1D are
+Linears here, for torchao knows no others. Writes results/bytes.json and results/bytes.png.
 """
 
 import copy
@@ -43,6 +43,7 @@ TASKS: dict[str, Callable[..., tasks.Task]] = {
     "gpt2": partial(tasks.gpt2, examples=EXAMPLES),
     "llama": partial(tasks.llama, examples=EXAMPLES),
 }
+UNSCORED = "int8, dynamic"
 Store = Callable[[nn.Module], Any]
 
 
@@ -77,8 +78,6 @@ def measure(task: tasks.Task) -> dict[str, Any]:
     dense = with_linears(task.model)
     calibration = hf_reparam.calibrate(dense, task.batches)
     names = [item.site.name for item in select(dense, LowRankConfig(exclude_modules=task.exclude)).selected]
-    decodes = task.model.can_generate()  # type: ignore[operator]
-    stores = {kind: store for kind, store in STORES.items() if kind != "int8, dynamic" or not decodes}
     models: dict[str, nn.Module] = {}
     rows: dict[str, dict[str, float]] = {}
     for keep in (None, *KEEPS):
@@ -86,7 +85,7 @@ def measure(task: tasks.Task) -> dict[str, Any]:
         if keep:
             config = LowRankConfig(keep=keep, exclude_modules=task.exclude)
             small = hf_reparam.convert(dense, config, calibration=calibration)
-        for kind, store in stores.items():
+        for kind, store in STORES.items():
             made = copy.deepcopy(small)
             for name in names:
                 store(made.get_submodule(name))
@@ -94,7 +93,8 @@ def measure(task: tasks.Task) -> dict[str, Any]:
             models[key] = made
             layers = sum(megabytes(made.get_submodule(name)) for name in names)
             size = layers / 2 if kind == "bfloat16" else layers
-            rows[key] = {**task.score(made), "MB": size, "whole MB": megabytes(made) - layers + size}
+            scores = task.score(made) if kind != UNSCORED else {}
+            rows[key] = {**scores, "MB": size, "whole MB": megabytes(made) - layers + size}
             print(task.name, key, rows[key], flush=True)
     taken = tokens(task.model, BATCH, LENGTH)
     timed = {key: partial(model, **taken) for key, model in models.items() if "bfloat16" not in key}
@@ -113,7 +113,7 @@ def draw(results: Mapping[str, Any]) -> None:
         whole = result["rows"]["dense, float32"]["MB"]
         for kind, marker in zip(STORES, "os^v", strict=True):
             found = {key: row for key, row in result["rows"].items() if key.partition(", ")[2] == kind}
-            if not found:
+            if kind == UNSCORED:
                 continue
             low = sorted((row["MB"] / whole, row["lost"]) for key, row in found.items() if key.startswith("keep"))
             (line,) = axis.plot(*zip(*low, strict=True), marker=marker, ms=4, label=f"low rank, {kind}")

@@ -213,8 +213,10 @@ def by_bytes(model: str) -> Rows:
     found = stored("bytes")["results"][model]["rows"]
     whole = found["dense, float32"]["MB"]
     for name, row in found.items():
-        time = f"{row['time']:.2f}" if "time" in row else ""
-        yield name, f"{row['MB'] / whole:.2f}", f"{row['whole MB']:.1f}", f"{row['lost']:.4f}", time
+        lost, time = (
+            format(row[key], style) if key in row else "" for key, style in (("lost", ".4f"), ("time", ".2f"))
+        )
+        yield name, f"{row['MB'] / whole:.2f}", f"{row['whole MB']:.1f}", lost, time
 
 
 FAMILIES = {
