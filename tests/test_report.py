@@ -5,7 +5,10 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+import hf_reparam
 from hf_reparam import Calibration, Comparison, Entry, LowRankConfig, RankPlan, Report
 from hf_reparam.plan import Judgement, Speed
 from hf_reparam.report import LayerReport, SkippedReport, TriedSize
@@ -171,3 +174,10 @@ def test_dict_is_json():
     }
     assert data["factored_after"] == 288
     assert data["skipped"][0]["reason"] == "tied"
+
+
+def test_a_plain_module_says_in_which_metric_it_was_made():
+    net = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48))
+    data = [{"input": torch.randn(16, 48)} for _ in range(4)]
+    assert hf_reparam.report(hf_reparam.convert(net, keep=0.5, calibration=data)).metric == "fisher"
+    assert hf_reparam.report(hf_reparam.convert(net, keep=0.5)).metric == "svd"

@@ -1,5 +1,6 @@
 """`report`: what a model holds with fewer parameters, and what it could."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -59,7 +60,9 @@ def report(model: nn.Module) -> Report:
     skipped = (*left, *selection.skipped)
     judgement = next((record.judgement for record in records.values() if record.judgement), None)
     speed = next((record.speed for record in records.values() if record.speed), None)
-    whole = Report(type(model).__name__, metric_of(model), tuple(rows), skipped, before, after, again)
+    metrics = Counter(row.metric for row in rows if row.metric)  # a plain module has no configuration that says it
+    metric = metric_of(model) if plans or not metrics else metrics.most_common(1)[0][0]
+    whole = Report(type(model).__name__, metric, tuple(rows), skipped, before, after, again)
     return replace(whole, judgement=judgement, speed=speed)
 
 
