@@ -1,6 +1,6 @@
 """Low rank, int8, and both: what is lost at how many bytes, and how long it takes.
 
-    pip install -e '.[benchmark]' torchao
+    pip install -e '.[benchmark]'
     python -m benchmarks.bytes --data DATA --models MODELS        about 15 minutes on 2 cores
 
 DATA and MODELS are those of benchmarks.quality. Three real models, calibrated with 200 examples, dense and converted by

@@ -70,5 +70,5 @@ def test_extras_that_are_named_exist(built):
     extras = {line.partition(": ")[2] for line in archive.read(name).decode().splitlines() if "Provides-Extra" in line}
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
     named = {found for page in pages for found in re.findall(r"(?:hf-reparam|\.)\[(\w+)\]'", page.read_text())}
-    assert {"plot", "docs", "benchmark", "peers"} <= named
+    assert {"plot", "benchmark", "peers"} <= named
     assert named <= extras
