@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_reparam import compare, compare_folders, convert
+from hf_reparam import Comparison, compare, compare_folders, convert
 from hf_reparam.__main__ import main
 from hf_reparam.errors import CheckpointError, TargetError
 from tests import zoo
@@ -156,3 +156,10 @@ def test_folders_on_the_command_line(tmp_path, words, capsys):
     with pytest.raises(CheckpointError, match="give a folder"):
         compare_folders(dense, "me/small", texts, card=True)
     assert main(["compare", str(dense), str(small), "--texts", str(tmp_path / "none.txt")]) == 2
+
+
+def test_what_is_zero_but_for_rounding_has_no_ratio():
+    found = Comparison({"lost": (1e-8, 0.08), "loss": (2.0, 3.0)}, "1 example", "cpu")
+    lost, loss = (line.split() for line in str(found).splitlines()[2:4])
+    assert lost == ["lost", "1e-08", "0.08"]
+    assert loss == ["loss", "2", "3", "1.50"]

@@ -31,6 +31,7 @@ __all__ = ["Comparison", "compare", "megabytes"]
 _LONGEST = 2048  # tokens of a block, if the model has room for so many
 _BATCHES = (1, 32)  # texts in a call that is timed
 _LENGTH = 128  # of these texts
+_NEAR_ZERO = 1e-6  # of what is rounding, a ratio says nothing
 _NEW = 32  # tokens that are generated after as many
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -67,7 +68,8 @@ class Comparison:
     def _rows(self) -> list[list[str]]:
         rows = [["", "dense", "this model", "ratio"]]
         for name, (first, second) in self.figures.items():
-            ratio = "" if not first or second is None else f"{second / first:.2f}"
+            known = first and second is not None and abs(first) > _NEAR_ZERO
+            ratio = f"{second / first:.2f}" if known else ""  # type: ignore[operator]  # both are numbers
             rows.append([name, _shown(first), _shown(second), ratio])
         return rows
 
