@@ -219,6 +219,31 @@ def by_bytes(model: str) -> Rows:
         yield name, f"{row['MB'] / whole:.2f}", f"{row['whole MB']:.1f}", lost, time
 
 
+def served() -> Rows:
+    """Time of every form in every runtime over the dense model's in the same, and over dense in eager PyTorch."""
+    for row in stored("export")["results"]:
+        eager = row["seconds"]["torch"]["dense"]
+        for runtime, seconds in row["seconds"].items():
+            own = (f"{seconds[form] / seconds['dense']:.2f}" for form in ("pair", "pivoted"))
+            yield row["model"], runtime, *own, *(f"{seconds[form] / eager:.2f}" for form in ("dense", "pair"))
+
+
+def assisted() -> Rows:
+    for keep, row in stored("speculative")["results"].items():
+        yield keep, f"{row['accepted']:.2f}", f"{row['tokens_per_call']:.1f}", f"{row['ratio']:.2f}"
+
+
+def compared() -> Rows:
+    """What `compare` said of each model: dense and converted."""
+    for name, found in stored("compared")["results"].items():
+        for figure, (dense, small) in found["figures"].items():
+            cells = (
+                "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+                for value in (dense, small)
+            )
+            yield name, figure, *cells
+
+
 FAMILIES = {
     "text encoders": "bert roberta distilbert albert electra deberta-v2 modernbert mpnet xlm-roberta",
     "text decoders": "gpt2 opt llama mistral qwen2 qwen3 gemma2 gemma3_text phi3 gpt_neox bloom falcon mamba2",
@@ -265,6 +290,9 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "ablations-llama": partial(ablations, "Llama 0.9M, 200 chunks"),
     "conformance": conformance,
     "hostile": hostile,
+    "served": served,
+    "assisted": assisted,
+    "compared": compared,
     "families": families,
     "kills": kills,
     "bytes-minilm": partial(by_bytes, "MiniLM, 200 sentences"),
