@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import RESULTS
+from hf_reparam.compress.compare import shown
 from hf_reparam.structures.heads import attention
 
 ROOT = Path(__file__).parents[1]
@@ -236,12 +237,8 @@ def assisted() -> Rows:
 def compared() -> Rows:
     """What `compare` said of each model: dense and converted."""
     for name, found in stored("compared")["results"].items():
-        for figure, (dense, small) in found["figures"].items():
-            cells = (
-                "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-                for value in (dense, small)
-            )
-            yield name, figure, *cells
+        for figure, values in found["figures"].items():
+            yield name, figure, *map(shown, values)
 
 
 FAMILIES = {

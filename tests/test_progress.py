@@ -86,3 +86,14 @@ def test_an_error_leaves_no_stage_behind(bars):
         advance(1)
     assert list(bars.values()) == [["broken"], ["next"]]
     del caught  # which holds the generator, that may end as late as this
+
+
+def test_stages_that_end_after_their_bar_say_nothing(bars):
+    with one_bar():
+        outer, inner = each([1, 2], "outer", "item"), each([1, 2], "inner", "piece")
+        next(outer), next(inner)
+    (said,) = bars.values()
+    assert said == ["outer", "outer 1/2, inner"]
+    inner.close()
+    outer.close()
+    assert said == ["outer", "outer 1/2, inner"]

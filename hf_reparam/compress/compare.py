@@ -26,7 +26,7 @@ from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import called, check_model, own_tokenizer
 from hf_reparam.tables import as_html, as_markdown, as_text
 
-__all__ = ["Comparison", "compare", "megabytes"]
+__all__ = ["Comparison", "compare", "megabytes", "shown"]
 
 _LONGEST = 2048  # tokens of a block, if the model has room for so many
 _BATCHES = (1, 32)  # texts in a call that is timed
@@ -68,9 +68,7 @@ class Comparison:
     def _rows(self) -> list[list[str]]:
         rows = [["", "dense", "this model", "ratio"]]
         for name, (first, second) in self.figures.items():
-            known = first and second is not None and abs(first) > _NEAR_ZERO
-            ratio = f"{second / first:.2f}" if known else ""  # type: ignore[operator]  # both are numbers
-            rows.append([name, _shown(first), _shown(second), ratio])
+            rows.append([name, shown(first), shown(second), _ratio(first, second)])
         return rows
 
 
@@ -148,7 +146,15 @@ def compare(
     return Comparison(figures, what.format(sum(map(examples_in, batches)), length), _machine(pair[0]))
 
 
-def _shown(value: float | None) -> str:
+def _ratio(first: float | None, second: float | None) -> str:
+    """An empty string where the first is zero but for rounding, or either is not known."""
+    if first is None or second is None or abs(first) <= _NEAR_ZERO:
+        return ""
+    return f"{second / first:.2f}"
+
+
+def shown(value: float | None) -> str:
+    """A figure of a Comparison; an empty string for None."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

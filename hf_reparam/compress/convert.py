@@ -70,7 +70,7 @@ def convert(
 
     Give one size, or a plan. With calibration data the factors minimise the error on that data instead of the error of
     the weights, and the budget is spent where it lowers the loss most; without, they are truncated SVDs.
-    `hf_reparam.report(model)` says what was done.
+    `hf_reparam.report(model)` says what was done. A task head that is still random gets a warning.
 
     Args:
         model: any `PreTrainedModel` or `nn.Module`. Transformers models inside another object (SentenceTransformer,
@@ -138,12 +138,6 @@ def convert(
             whole: Any = convert(nn.Sequential(model), config, **sizes, **reading)  # type: ignore[arg-type]
             return whole[0]
         _check(model, inplace=inplace)
-        if fresh := fresh_heads(model):
-            warnings.warn(
-                f"{', '.join(fresh)}: not in the checkpoint, so these are random. Fine-tune first, then convert: "
-                "calibration then knows the task, and less is lost",
-                stacklevel=2,
-            )
         work = opened(model)
         selection = _selection(work.model, asked, plan)
         if not inplace:
@@ -194,12 +188,18 @@ def _check_calibration(calibration: Data | None, tokenizer: Any) -> None:
 
 
 def _check(model: nn.Module, *, inplace: bool) -> None:
-    """What would fail at the end fails here, before any work."""
+    """What would fail at the end fails here, before any work; what calibration cannot know is told."""
     check_no_adapters(model)
     check_convertible(model, inplace=inplace)
     check_unquantized(model)
     check_loadable(model)
     live_sites(model)
+    if fresh := fresh_heads(model):
+        warnings.warn(
+            f"{', '.join(fresh)}: not in the checkpoint, so these are random. Fine-tune first, then convert: "
+            "calibration then knows the task, and less is lost",
+            stacklevel=3,
+        )
 
 
 def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> Selection:

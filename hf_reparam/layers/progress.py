@@ -35,10 +35,9 @@ class _Bar:
         self._show()
 
     def leave(self, old: _Stage) -> None:
-        if old in self.stages:  # unless the bar was closed before: a generator may be forgotten, and end late
-            self.stages.remove(old)
-            if self.stages:
-                self._show()
+        self.stages.remove(old)
+        if self.stages:
+            self._show()  # nothing, where the bar was closed before: a generator may be forgotten, and end late
 
     def advance(self, at: _Stage, count: int) -> None:
         at.done += count
@@ -46,7 +45,6 @@ class _Bar:
             self.shown.update(count)
 
     def close(self) -> None:
-        self.stages.clear()
         if self.shown is not None:
             self.shown.close()
 
@@ -68,15 +66,15 @@ _current: ContextVar[_Bar | None] = ContextVar("_current", default=None)
 
 
 @contextmanager
-def one_bar() -> Iterator[None]:
+def one_bar() -> Iterator[_Bar]:
     """Let all stages that begin while the block runs share one bar; within another such block, that block's."""
-    if _current.get() is not None:
-        yield
+    if (around := _current.get()) is not None:
+        yield around
         return
     bar = _Bar()
     _current.set(bar)
     try:
-        yield
+        yield bar
     finally:
         _current.set(None)
         bar.close()
@@ -90,9 +88,8 @@ def stage(name: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
     ...     for _ in range(3):
     ...         advance(1)
     """
-    with one_bar():
-        bar, new = _current.get(), _Stage(name, total, unit)
-        assert bar is not None
+    with one_bar() as bar:
+        new = _Stage(name, total, unit)
         bar.enter(new)
         try:
             yield lambda count: bar.advance(new, count)
