@@ -12,6 +12,7 @@ from hf_reparam import LowRankConfig, calibrate, convert, make_plan
 from hf_reparam.__main__ import main
 from hf_reparam.compress import clock
 from hf_reparam.compress.units import Parameters, Seconds
+from hf_reparam.config import FORMS
 from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.linalg import Options
@@ -73,6 +74,19 @@ def test_layers_together_take_their_share_of_the_time(counted, asked):
     )
     assert plan.report.speed == Speed("cpu", 1024, asked, plan.report.speed.layers, plan.report.speed.layers)
     assert "3" not in plan.modules  # 32 x 8: two products take longer than one
+
+
+@pytest.mark.parametrize("off", [0.8, 1.25])
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_curves_that_are_off_are_set_right_by_the_ranks_that_were_chosen(counted, monkeypatch, off, allocation):
+    right = clock.medians
+
+    def medians(calls, device, rounds=7):
+        return {key: took * (off if key[0] in FORMS else 1) for key, took in right(calls, device, rounds).items()}
+
+    monkeypatch.setattr(clock, "medians", medians)
+    plan = make_plan(net(), LowRankConfig(speedup=1.5, allocation=allocation), calibrate(net(), batches()))
+    assert plan.report.speed.layers == pytest.approx(1.5, rel=0.06)
 
 
 def test_every_layer_gets_the_faster_form(counted):
