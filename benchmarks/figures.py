@@ -210,14 +210,15 @@ def kills() -> Rows:
         yield work, *(found[outcome] for outcome in ("kills", "absent", "whole", "broken"))
 
 
-def by_bytes(model: str) -> Rows:
-    found = stored("bytes")["results"][model]["rows"]
-    whole = found["dense, float32"]["MB"]
-    for name, row in found.items():
-        lost, time = (
-            format(row[key], style) if key in row else "" for key, style in (("lost", ".4f"), ("time", ".2f"))
-        )
-        yield name, f"{row['MB'] / whole:.2f}", f"{row['whole MB']:.1f}", lost, time
+def by_bytes() -> Rows:
+    """Bytes of the layers, megabytes and time of the first model, and what each of them loses."""
+    found = {name: result["rows"] for name, result in stored("bytes")["results"].items()}
+    first = found["MiniLM, 200 sentences"]
+    whole = first["dense, float32"]["MB"]
+    for name, row in first.items():
+        lost = [f"{rows[name]['lost']:.4f}" if "lost" in rows[name] else "" for rows in found.values()]
+        time = f"{row['time']:.2f}" if "time" in row else ""
+        yield name, f"{row['MB'] / whole:.2f}", f"{row['whole MB']:.1f}", time, *lost
 
 
 def served() -> Rows:
@@ -292,9 +293,7 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "compared": compared,
     "families": families,
     "kills": kills,
-    "bytes-minilm": partial(by_bytes, "MiniLM, 200 sentences"),
-    "bytes-gpt2": partial(by_bytes, "GPT-2 2.2M, 200 chunks"),
-    "bytes-llama": partial(by_bytes, "Llama 0.9M, 200 chunks"),
+    "bytes": by_bytes,
 }
 
 
