@@ -16,7 +16,6 @@ from conformance.families import DENSE, FAMILIES, FORMS
 OUTCOMES = ("passed", "failed", "skipped")
 EXPECTED = {
     "test_base_model_prefix_loads_base_weights",
-    "test_can_load_from_already_mapped_keys",
     "test_model_weights_reload_no_missing_tied_weights",
     "test_reverse_loading_mapping",
     "test_training_overfit",

@@ -154,10 +154,10 @@ def test_recovery_figures_are_the_results():
     readme = (ROOT / "README.md").read_text()
     shares = [results["calibrated"]["converted"], results["dense"], mean(results["calibrated"]["fine-tuned"])]
     said = [f"{share:.1%}".replace("%", " %") for share in shares]
-    assert f"{said[0]} of {said[1]} accuracy" in " ".join(readme.split())
-    assert f"it is at {said[2]}." in " ".join(readme.split())
+    assert f"has {said[0]} accuracy (dense: {said[1]})" in " ".join(readme.split())
+    assert f"it has {said[2]}." in " ".join(readme.split())
     row = results["calibrated"]
-    assert f"{row['MB']:.0f} of {row['dense MB']:.0f} MB, in {row['time']:.2f} of the time" in " ".join(readme.split())
+    assert f"{row['MB']:.0f} MB instead of {row['dense MB']:.0f}, in {row['time']:.2f} of the time" in " ".join(readme.split())
     assert [share in readme for share in (f"{value:.1%}" for value in shares)] == [True] * 3, "in Chinese, too"
 
 
