@@ -18,9 +18,10 @@ EXPECTED = {
     "test_base_model_prefix_loads_base_weights",
     "test_model_weights_reload_no_missing_tied_weights",
     "test_reverse_loading_mapping",
-    "test_training_overfit",
 }
 """Tests that end worse than dense; docs/trust.md says why."""
+BY_CHANCE = {"test_training_overfit"}
+"""Tests that may: of models drawn at random, by seed and number of threads."""
 
 
 def outcome(counts: dict[str, int]) -> str:
@@ -99,9 +100,9 @@ def main() -> int:
         result = {"machine": {**describe(0), "command": "make conformance"}, "seconds": round(time.time() - start)}
         (RESULTS / "conformance.json").write_text(json.dumps({**result, "families": report}, indent=1) + "\n")
     worse = {name for forms in report.values() for row in forms.values() for name in row["worse_than_dense"]}
-    for name in sorted(worse - EXPECTED):
+    for name in sorted(worse - EXPECTED - BY_CHANCE):
         print(f"worse than dense, and not as expected: {name}")
-    return int(bool(reasons) or not worse <= EXPECTED)
+    return int(bool(reasons) or not worse <= EXPECTED | BY_CHANCE)
 
 
 if __name__ == "__main__":
