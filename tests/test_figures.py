@@ -151,13 +151,13 @@ def test_recovery_figures_are_the_results():
     page = (ROOT / "docs" / "how-to" / "fine-tune.md").read_text()
     mean = lambda scores: sum(scores) / len(scores)  # noqa: E731
     assert f"dense {results['dense']:.3f}:" in page
-    readme = (ROOT / "README.md").read_text()
+    readme = " ".join((ROOT / "README.md").read_text().split())
     shares = [results["calibrated"]["converted"], results["dense"], mean(results["calibrated"]["fine-tuned"])]
     said = [f"{share:.1%}".replace("%", " %") for share in shares]
-    assert f"has {said[0]} accuracy (dense: {said[1]})" in " ".join(readme.split())
-    assert f"it has {said[2]}." in " ".join(readme.split())
+    assert f"has {said[0]} accuracy (dense: {said[1]})" in readme
+    assert f"it has {said[2]}." in readme
     row = results["calibrated"]
-    assert f"{row['MB']:.0f} MB instead of {row['dense MB']:.0f}, in {row['time']:.2f} of the time" in " ".join(readme.split())
+    assert f"{row['MB']:.0f} MB instead of {row['dense MB']:.0f}, in {row['time']:.2f} of the time" in readme
     assert [share in readme for share in (f"{value:.1%}" for value in shares)] == [True] * 3, "in Chinese, too"
 
 
