@@ -12,6 +12,7 @@ results/speed.json and results/speed.png.
 import argparse
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,27 +127,21 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Time over dense against size: a row for each family and number type, a column for each count of tokens."""
-    kinds = list(dict.fromkeys((r["family"], r["dtype"], r["compiled"]) for r in found))
-    figure, axes = pyplot.subplots(
-        len(kinds), len(ROUNDS), figsize=(4.2 * len(ROUNDS), 2.6 * len(kinds)), sharey=True, layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    for row, kind in zip(axes, kinds, strict=True):
-        for axis, tokens in zip(row, ROUNDS, strict=True):
-            points = [r for r in found if (r["family"], r["dtype"], r["compiled"], r["tokens"]) == (*kind, tokens)]
-            for form, marker in zip(FORMS, "os", strict=True):
-                axis.plot([r["keep"] for r in points], [r[form] for r in points], marker=marker, label=form)
-            axis.plot(KEEPS, KEEPS, "k:", label="share of the multiply-adds")
-            axis.axhline(1, color="gray", linewidth=0.8)
-            mode = "compiled" if kind[2] else "eager"
-            axis.set_title(f"{kind[0]}, {kind[1]}, {mode}, {tokens} tokens", fontsize=10)
-            axis.grid(alpha=0.3)
-        row[0].set_ylabel("time / dense")
-    for axis in axes[-1]:
-        axis.set_xlabel("share of the weights kept")
-    axes[0, 0].legend(fontsize=8)
+def draw(found: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Time of whole models over dense, in float32, by the share of the layers' parameters: pair and pivoted."""
+    panels = {f"BERT-base, {n} token{'s' * (n > 1)}": [r for r in found["forward"] if r["tokens"] == n] for n in ROUNDS}
+    panels["GPT-2 small, decoding"] = [r for r in found["decoding"] if r["dtype"] == "float32"]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.6), sharey=True, layout="constrained")
+    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        for form, marker in zip(FORMS, "so", strict=True):
+            axis.plot([r["keep"] for r in rows], [r["ratio"][form] for r in rows], marker=marker, label=form)
+        axis.axhline(1, color="black", ls="--", lw=1, label="dense")
+        axis.set(title=name, xlabel="keep")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("time over dense")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend()
+    figure.suptitle("The more tokens a call has, the more of the saved parameters is saved time")
     figure.savefig(path, dpi=110)
 
 
@@ -171,7 +166,8 @@ def main() -> None:
             if name in ("layers", "compiled"):
                 found = [row for part in ("layers", "compiled") if part in stored for row in stored[part]["results"]]
                 stored["summary"] = summary(found)
-                draw(stored["summary"], RESULTS / "speed.png")
+            if name == "models":
+                draw(stored[name]["results"], RESULTS / "speed.png")
             STORED.write_text(json.dumps(stored, indent=1) + "\n")
 
 
