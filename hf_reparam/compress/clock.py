@@ -30,7 +30,7 @@ __all__ = ["Clock", "drawn", "medians", "speed_of"]
 
 _RANKS = 12
 _ROUNDS = 7
-_LEAST = 2e-3  # seconds that one measurement takes at least
+_LEAST = 1e-2  # seconds that one measurement takes at least
 
 Curve = tuple[list[int], list[float]]
 """Ranks, and seconds at each."""
