@@ -236,10 +236,11 @@ def assisted() -> Rows:
 
 
 def compared() -> Rows:
-    """What `compare` said of each model: dense and converted."""
-    for name, found in stored("compared")["results"].items():
-        for figure, values in found["figures"].items():
-            yield name, figure, *map(shown, values)
+    """What `compare` said of each model, dense and then converted, without the scores of single genres."""
+    found = [result["figures"] for result in stored("compared")["results"].values()]
+    for figure in dict.fromkeys(name for figures in found for name in figures if not name.startswith("main-")):
+        values = [tuple(shown(value and round(value, 6)) for value in figures.get(figure, ())) for figures in found]
+        yield figure, *(" / ".join(filter(None, pair)) for pair in values)
 
 
 FAMILIES = {
