@@ -41,6 +41,7 @@ BATCH, LENGTH = 8, 128
 KEEPS = (0.8, 0.6, 0.5, 0.4)
 SPEEDUPS = (1.25, 1.5, 2.0)
 ROUNDS = 7
+WORK = f"ms for {BATCH} x {LENGTH} tokens"
 CPU = torch.device("cpu")
 SIZES: dict[str, dict[str, Any]] = {
     **{f"keep={keep}, {form}": {"keep": keep, "form": form} for form in ("pivoted", "pair") for keep in KEEPS},
@@ -88,7 +89,8 @@ def measure(task: tasks.Task) -> dict[str, Any]:
     took = medians({name: partial(model, **taken) for name, model in models.items()}, CPU, ROUNDS)
     for name, row in rows.items():
         row["whole"] = took[name] / took["dense"]
-    return {"rows": rows, "dense_ms": 1000 * took["dense"], "dense": task.score(task.model)}
+    dense = {"dense_ms": 1000 * took["dense"], "dense_MB": 4e-6 * count_parameters(task.model)}  # float32
+    return {"rows": rows, **dense, "dense": task.score(task.model)}
 
 
 def reached(make: Callable[[], nn.Module]) -> dict[str, Any]:
@@ -111,17 +113,21 @@ def reached(make: Callable[[], nn.Module]) -> dict[str, Any]:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """For every model, what is lost by the share of parameters and by the share of time."""
+    """For every model, what is lost by megabytes and by milliseconds; dashed, what the dense model has."""
     size = (4.6 * len(results), 7.6)
     figure, axes = pyplot.subplots(2, len(results), figsize=size, layout="constrained", squeeze=False)
     for column, (name, result) in enumerate(results.items()):
-        for axis, share, label in zip(axes[:, column], ("parameters", "whole"), ("parameters", "time"), strict=True):
+        units = {"parameters": (result["dense_MB"], "MB of the model"), "whole": (result["dense_ms"], WORK)}
+        for axis, (share, (dense, label)) in zip(axes[:, column], units.items(), strict=True):
             for kind, marker in (("pivoted", "o"), ("pair", "s"), ("speedup", "*")):
-                points = sorted((row[share], row["lost"]) for size, row in result["rows"].items() if kind in size)
+                rows = [row for size, row in result["rows"].items() if kind in size]
+                points = sorted((dense * row[share], row["lost"]) for row in rows)
                 axis.plot(*zip(*points, strict=True), marker=marker, label=f"{kind}=" if kind == "speedup" else kind)
-            axis.set(title=name, xlabel=f"{label} of the whole model over dense", ylabel=result["lost"], yscale="log")
+            axis.axvline(dense, color="black", ls="--", lw=1, label="dense")
+            axis.set(title=name, xlabel=label, ylabel=result["lost"], yscale="log")
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
+    figure.suptitle("What is lost at a size, and at a speed (nothing is trained)")
     figure.savefig(path, dpi=110)
 
 
