@@ -59,8 +59,8 @@ class LowRankConfig:
     Args:
         rank: an int; a float in (0, 1] for that fraction of min(in, out); or a mapping of name patterns to either, in
             which the first match decides and layers that none matches stay dense.
-        keep: in (0, 1], share of the *targeted* layers' weights, biases not counted, that together they may hold; ranks
-            are chosen. At 1.0 nothing is factored.
+        keep: in (0, 1], the share of their weights, biases not counted, that the *targeted* layers together may keep;
+            ranks are chosen. At 1.0 nothing is factored.
         target_params: parameters that the *whole* model may have, everything counted: an int, or a float in (0, 1] for
             that share of what it has.
         speedup: at least 1, how many times as fast the *targeted* layers together are to become, on the device where
@@ -69,8 +69,8 @@ class LowRankConfig:
             ("*.layer.0.*"), or `re:` and a regular expression over it. None for all, except what stays dense by default
             in Transformers models: task heads, poolers and the routers of experts.
         exclude_modules: patterns of layers to leave alone; wins over `target_modules`.
-        metric: "svd", "activation" or "fisher"; the richest that the calibration serves by default.
-        allocation: "global" (default in the fisher metric): the predicted increase of the loss is least, with staying
+        metric: "svd", "activation" or "fisher". Default: the richest that the calibration supports.
+        allocation: "global" (default in the fisher metric): minimise the predicted increase of the loss, with staying
             dense as one of the choices. "uniform" (default otherwise): every layer gets the same share.
         form: "pair" (default with `rank`), or "pivoted" (default otherwise): the same function, fewer parameters.
             With `speedup` the faster one for every layer by default.

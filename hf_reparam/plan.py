@@ -320,7 +320,7 @@ class RankPlan:
         if version != FORMAT_VERSION:
             raise PlanError(
                 f"this model was saved in format version {_short(version)}, and this hf_reparam reads version "
-                f"{FORMAT_VERSION}: install the hf_reparam that wrote it (pip install -U hf-reparam)"
+                f"{FORMAT_VERSION}: install the hf_reparam that wrote it"
             )
         if unknown := sorted(map(str, set(data) - _PLAN_KEYS)):
             raise PlanError(f"'reparam' has unknown keys {unknown[:3]}; known are {sorted(_PLAN_KEYS)}")

@@ -50,10 +50,10 @@ def calibrate(
     target_modules: str | Iterable[str] | None = None,
     embeddings: bool = False,
 ) -> Calibration:
-    """What data say of every layer that is factored by default, or that `target_modules` matches.
+    """Collect what the data say about every layer that is factored by default, or that `target_modules` matches.
 
     About every fifth batch, up to 256 examples, is held out to judge what the others predict; it is counted in all
-    sums, too. Its content says whether it is, so that order does not matter.
+    sums, too. Its content alone decides whether a batch is held out, so that order does not matter.
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples
     of a Transformers model, together and one by one, show whether the shapes of masks tell its padding. Where they do

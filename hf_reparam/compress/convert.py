@@ -61,7 +61,7 @@ def convert(
     inplace: bool = False,
     workdir: str | os.PathLike[str] | None = None,
 ) -> M:
-    """Hold dense layers, and what else is asked for, with fewer parameters: W ~ up @ down.
+    """Represent dense layers, and what else is asked for, with fewer parameters: W ~ up @ down.
 
     A `PreTrainedModel` comes back as its derived class (`BertForMaskedLM` -> `ReparamBertForMaskedLM`, still a
     `BertForMaskedLM`), ready for `save_pretrained`, `Trainer`, `generate` and `pipeline`. dtype, device,

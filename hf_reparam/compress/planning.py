@@ -45,8 +45,8 @@ def make_plan(
 
     In the fisher metric what a layer drops is its predicted increase of the loss, in one unit for all layers:
     allocation "global" minimises their sum under the budget, with staying dense as one of the choices. "uniform" gives
-    every layer the same share. With held-out data in the calibration every layer is cut alone and measured, and the
-    plan is tried beside uniform ranks in both metrics; the best is taken. `plan.report.judgement` says what was
+    every layer the same share. With held-out data in the calibration each layer is truncated on its own and measured,
+    and the plan compared with uniform ranks in both metrics; the best is taken. `plan.report.judgement` says what was
     predicted and measured.
 
     Args:

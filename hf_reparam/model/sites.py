@@ -128,7 +128,7 @@ def check_forms(plan: RankPlan) -> None:
         if entry.form not in known:
             raise PlanError(
                 f"{name}: the plan holds it as {entry.form!r}, and this hf_reparam knows {known}: install the "
-                "hf_reparam that wrote it (pip install -U hf-reparam)"
+                "hf_reparam that wrote it"
             )
 
 
