@@ -127,6 +127,45 @@ def test_compiled_layers_are_timed_as_torch_compile_makes_them(counted, monkeypa
     assert plan.modules == eager.modules, "the work is the same here"
 
 
+def test_every_compiled_layer_is_compiled(monkeypatch):
+    """Layers share their code, of which torch compiles no more than eight by itself."""
+    usual, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda layer: usual(layer, backend=backend))
+    monkeypatch.setattr(clock, "_LEAST", 0.0)
+    torch.compiler.reset()
+    (site,) = Linears().sites(nn.Sequential(nn.Linear(96, 96)))
+    curves = clock.Clock(4, compiled=True)._curves(site)
+    assert len(graphs) == sum(len(ranks) for ranks, _ in curves.values()) > 20
+
+
+def test_speed_of_experts_alone_is_refused():
+    model = zoo.BY_BASE["MixtralForCausalLM"].build()
+    with pytest.raises(TargetError, match="speedup counts the time of dense layers"):
+        make_plan(model, LowRankConfig(speedup=1.5, target_modules="*.experts*"))
+
+
+def test_what_is_not_calibrated_with_may_be_too_small_for_its_share():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.other = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 96)), nn.Linear(96, 2)
+
+        def forward(self, input):
+            return self.body(input), self.other(input.detach())
+
+    model = Net()
+    calibration = calibrate(model, batches(), loss_fn=lambda model, batch: model(**batch)[0].square().sum())
+    plan = make_plan(model, calibration=calibration, keep=0.5)
+    assert set(plan.modules) == {"body.0", "body.1"}
+    weights = plan.report.factored_after - 2 * 96  # without biases
+    assert weights + 2 * 96 <= 0.5 * (2 * 96 * 96 + 2 * 96) < weights + 5 * 96
+
+
 def test_what_no_rank_reaches_is_refused_with_the_highest_speed(counted):
     with pytest.raises(RankError, match=r"speedup=50 cannot be reached: .* a speedup of \d\.\d\d"):
         make_plan(net(), LowRankConfig(speedup=50, min_rank=4), calibrate(net(), batches()))

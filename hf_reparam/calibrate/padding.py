@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from hf_reparam.calibrate.inputs import forward_names
 from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in, seeds_of
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 from hf_reparam.compat.accelerate import execution_device
 
-__all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "unlabelled"]
+__all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "taken_by", "unlabelled"]
 
 Batch = Mapping[str, Any]
 
@@ -220,6 +221,12 @@ def unlabelled(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """A batch without labels, where the model does not make its decoder's inputs of them: they may be another head's,
     or -1 where they are not known."""
     return {key: value for key, value in batch.items() if decodes(model) or key not in _ANSWERS}
+
+
+def taken_by(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a model's `forward` takes of a batch, without labels."""
+    names = forward_names(model)
+    return {key: value for key, value in unlabelled(model, batch).items() if key in names.known or names.others}
 
 
 def decodes(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_reparam.calibrate.padding import unlabelled
+from hf_reparam.calibrate.padding import taken_by
 from hf_reparam.config import FORMS
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.copies import frozen_copy
@@ -30,6 +30,7 @@ __all__ = ["Clock", "drawn", "medians", "speed_of"]
 
 _RANKS = 12
 _ROUNDS = 7
+_COMPILED = 10_000  # layers of one kind
 _LEAST = 1e-2  # seconds that one measurement takes at least
 
 Curve = tuple[list[int], list[float]]
@@ -61,17 +62,22 @@ class Clock:
 
     def reached(self, layers: Sequence[tuple[Site, Entry | None]]) -> float:
         """Dense time over low-rank time of some layers together, measured at the very ranks that they get."""
+        return spread({"ranks": 1.0}, lambda _: self._reached(layers), desc="timing ranks")["ranks"]
+
+    def _reached(self, layers: Sequence[tuple[Site, Entry | None]]) -> float:
         calls: dict[Any, Callable[[], Any]] = {}
+        inputs: dict[Any, Tensor] = {}
         times: Counter[tuple[Any, Entry | None]] = Counter()
         for site, entry in layers:
             layer: Any = site.module
             key = self._key(site)
             times[key, entry] += 1
-            x = self._rows(site)
+            if key not in inputs:
+                inputs[key] = self._rows(site)
             for one in (entry, None):
                 if (key, one) not in calls:
-                    calls[key, one] = self._call(layer if one is None else drawn(layer, one), x)
-        took = medians(calls, _device(layers[0][0]))
+                    calls[key, one] = self._call(layer if one is None else drawn(layer, one), inputs[key])
+        took = self.medians(calls, _device(layers[0][0]))
         dense = sum(count * took[key, None] for (key, _), count in times.items())
         return dense / sum(count * took[both] for both, count in times.items())
 
@@ -102,13 +108,20 @@ class Clock:
         calls = {("dense", 0): self._call(layer, x)}
         for form, some in ranks.items():
             calls |= {(form, rank): self._call(drawn(layer, Entry(rank, form)), x) for rank in some}
-        took = medians(calls, x.device)
+        took = self.medians(calls, x.device)
         curves = {form: (some, _rising([took[form, rank] for rank in some])) for form, some in ranks.items()}
         return curves | {"dense": ([0], [took["dense", 0]])}
 
     def _call(self, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
         made = self.made(layer)
         return lambda: made(x)
+
+    def medians(self, calls: Mapping[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
+        """As the function of this name. Layers share their code, which torch compiles eight times, and then no more."""
+        if not self.compiled:
+            return medians(calls, device)
+        with torch._dynamo.config.patch(recompile_limit=_COMPILED, accumulated_recompile_limit=_COMPILED):
+            return medians(calls, device)
 
     def made(self, module: nn.Module) -> Any:
         """A module as it runs: compiled, or as it is."""
@@ -161,21 +174,23 @@ def speed_of(
         layers = {item.name: small.get_submodule(item.site.name) for item in found}
         replace_modules(small, {layer: drawn(layer, entries[n]) for n, layer in layers.items() if n in entries})
         models = {"dense": called(frozen_copy(work)), "small": called(small)}
-        taken = send_to_device(unlabelled(models["dense"], batch), device)
-        took = medians({name: partial(clock.made(model), **taken) for name, model in models.items()}, device)
+        taken = send_to_device(taken_by(models["dense"], batch), device)
+        took = clock.medians({name: partial(clock.made(model), **taken) for name, model in models.items()}, device)
         whole = round(took["dense"] / took["small"], 3)
     layers_alone = clock.reached([(item.site, entries.get(item.name)) for item in found])
     return Speed(device.type, clock.tokens, asked, round(layers_alone, 3), whole)
 
 
 @torch.inference_mode()
-def medians(calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int = _ROUNDS) -> dict[Any, float]:
+def medians(
+    calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int = _ROUNDS, *, wall: bool = False
+) -> dict[Any, float]:
     """Median seconds of every call, over rounds in which all take their turn, so that all see the same noise.
 
-    On a CPU it is the time of the process, which others that are running do not stretch.
+    On a CPU it is the time of the process, which others that are running do not stretch, unless `wall` is asked for.
     """
-    synchronize = getattr(getattr(torch, device.type), "synchronize", lambda: None)
-    now = time.process_time if device.type == "cpu" else time.perf_counter
+    synchronize = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    now = time.process_time if device.type == "cpu" and not wall else time.perf_counter
 
     def took(call: Callable[[], Any], times: int) -> float:
         synchronize()

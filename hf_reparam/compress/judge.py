@@ -19,7 +19,7 @@ from hf_reparam.calibrate.objective import (
     position_mask,
     unit_of,
 )
-from hf_reparam.calibrate.padding import decodes, rows_of, splits, unlabelled
+from hf_reparam.calibrate.padding import decodes, rows_of, splits, taken_by
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.linalg import HeldOut, fingerprint
@@ -43,15 +43,15 @@ class Judge:
 
     def __init__(self, dense: nn.Module, batches: Sequence[HeldOut], *, alone: bool = False) -> None:
         inner = called(dense)
-        names = forward_names(inner)
-        plain = {"use_cache": False} if "use_cache" in names.known else {}  # what is skipped could not fill it
+        plain = (
+            {"use_cache": False} if "use_cache" in forward_names(inner).known else {}
+        )  # what is skipped could not fill it
         self.batches: list[HeldOut] = []
         self.passes: list[Replay] = []
         self.references: list[dict[str, Tensor]] = []
         self.unit, self.count, self.size = "", 0, 0.0
         for batch, masks in batches:
-            taken = {k: v for k, v in unlabelled(inner, batch).items() if k in names.known or names.others}
-            taken, masks = send_to_device((taken | plain, masks), execution_device(inner))
+            taken, masks = send_to_device((taken_by(inner, batch) | plain, masks), execution_device(inner))
             one = Replay(_MOST_BYTES)
             with torch.no_grad():
                 reference = compared(one.first(inner, partial(inner, **taken)))

@@ -1,13 +1,13 @@
 """`make_plan`: what becomes of every part of a model, from one size, without touching the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.compress.budget import Budget
-from hf_reparam.compress.clock import Clock, speed_of
+from hf_reparam.compress.clock import speed_of
 from hf_reparam.compress.ranks import given_ranks
 from hf_reparam.compress.units import Seconds, Unit, unit_of
 from hf_reparam.compress.verify import best_plan, can_be_judged
@@ -25,10 +25,6 @@ from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps
 
 __all__ = ["make_plan", "plan_for"]
-
-_CORRECTIONS = 3
-_CLOSE = 0.02  # of the time that was asked for
-_NEARLY_DENSE = 0.99
 
 
 def make_plan(
@@ -122,35 +118,18 @@ def _budgeted(
     found = [item for item in selection.selected if item.site.weights or item.structure.changes_moments]
     if config.speedup is not None:
         found = [item for item in found if item.structure.of_rows]
+        if not found:
+            raise TargetError("speedup counts the time of dense layers, and none of them is targeted")
     steps = Steps("pivoted" if config.speedup else config.stored_form, config.multiple_of, config.min_rank)
     budget = Budget(found, _share(work, found, config), steps, unit)
     if budget.share >= 1:
         return {}, source.metric, None
-    uniform = (config.allocation or ("global" if source.metric == "fisher" else "uniform")) == "uniform"
-    ways = {} if uniform else budget.ways(source)
-    if isinstance(unit, Seconds):
-        budget = _as_measured(budget, (lambda b: b.uniform()) if uniform else (lambda b: b.spent(ways)), unit.clock)
-    if uniform:
-        return budget.uniform(), source.metric, None
+    if (config.allocation or ("global" if source.metric == "fisher" else "uniform")) == "uniform":
+        return budget.as_measured(Budget.uniform).uniform(), source.metric, None
+    ways = budget.ways(source)
     if can_be_judged(work, config, source):
         return best_plan(work, config, budget, ways, source, whole=whole)
-    return budget.spent(ways), source.metric, None
-
-
-def _as_measured(budget: Budget, spend: Callable[[Budget], Mapping[str, Entry]], clock: Clock) -> Budget:
-    """The budget with a share at which layers take the time that was asked for when their very ranks are timed: curves
-    through a dozen ranks, all of one shape, are off by a tenth, most where the budget likes them best."""
-    asked = budget.share
-    for _ in range(_CORRECTIONS):
-        entries = spend(budget)
-        took = 1 / clock.reached([(item.site, entries.get(item.name)) for item in budget.found])
-        if abs(took / asked - 1) < _CLOSE:
-            break
-        try:
-            budget = replace(budget, share=min(budget.share * asked / took, _NEARLY_DENSE))
-        except RankError:  # the least ranks cost more by the curves
-            break
-    return budget
+    return budget.as_measured(lambda known: known.spent(ways)).spent(ways), source.metric, None
 
 
 def _speed(

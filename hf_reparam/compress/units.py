@@ -32,6 +32,9 @@ class Unit(Protocol):
     def priced(self, item: Found | None, choices: Choices) -> Choices:
         """The choices that are worth having, by ascending cost, with what they cost; of None for a part of a site."""
 
+    def measured(self, layers: Sequence[tuple[Found, Entry | None]]) -> float | None:
+        """What sites cost together as they are held, of what they cost dense; None where `cost` is exact."""
+
     def too_small(self, share: float, least: float, steps: Steps) -> str:
         """What to say where the least ranks cost a higher share of what is dense."""
 
@@ -63,6 +66,9 @@ class Parameters:
         most = (1 - self.least_saving) * float(options.costs[-1])  # dense is the last one
         kept = [i for i, entry in enumerate(entries) if entry is None or float(options.costs[i]) <= most]
         return [entries[i] for i in kept], _of(options, kept)
+
+    def measured(self, layers: Sequence[tuple[Found, Entry | None]]) -> float | None:
+        return None
 
     def too_small(self, share: float, least: float, steps: Steps) -> str:
         return (
@@ -103,6 +109,9 @@ class Seconds:
                 least = costs[i]
         priced = replace(options, costs=torch.tensor(costs, dtype=torch.float64))
         return [faster[i] for i in kept], _of(priced, kept)
+
+    def measured(self, layers: Sequence[tuple[Found, Entry | None]]) -> float | None:
+        return 1 / self.clock.reached([(item.site, entry) for item, entry in layers])
 
     def too_small(self, share: float, least: float, steps: Steps) -> str:
         return (

@@ -53,8 +53,10 @@ def best_plan(
     fitting, batches = replace(source, fitting=True, kept=Kept()), calibration.batches
     dense = frozen_copy(work)
     found = {item.name: item for item in select(dense, config).selected}
-    judge, uniform = Judge(dense, few(batches), alone=True), budget.uniform()
-    measured = probed(ways, budget.spent, uniform, Prober(found, dense, judge, fitting, calibration.probes))
+    judge = Judge(dense, few(batches), alone=True)
+    measured = probed(ways, budget.spent, budget.uniform(), Prober(found, dense, judge, fitting, calibration.probes))
+    budget = budget.as_measured(lambda known: known.spent(measured))
+    uniform = budget.uniform()
     plans = {
         _MEASURED: (budget.spent(measured), source.metric),
         "predicted ranks": (budget.spent(ways), source.metric),
