@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_reparam import Comparison, compare, compare_folders, convert
 from hf_reparam.__main__ import main
 from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.files.compare import _megabytes
 from tests import zoo
 
 TEXTS = ["the cat sat on the mat", "a dog", "rain fell on the town all night", "who is there"] * 3
@@ -163,3 +164,53 @@ def test_what_is_zero_but_for_rounding_has_no_ratio():
     lost, loss = (line.split() for line in str(found).splitlines()[2:4])
     assert lost == ["lost", "1e-08", "0.08"]
     assert loss == ["loss", "2", "3", "1.50"]
+
+
+@torch.no_grad()
+def test_losses_are_means_over_the_labels_that_count():
+    case = zoo.BY_BASE["GPT2LMHeadModel"]
+    model, small = case.build(), convert(case.build(), rank=4)
+    batches = []
+    for count in (2, 9):  # labels in a row of 12
+        ids = torch.arange(12)[None] + count
+        batches.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) >= count, -100)})
+    sums = [float(small(**batch).loss) * (count - 1) for batch, count in zip(batches, (2, 9), strict=True)]
+    _, second = compare(model, small, batches, times=False).figures["loss"]
+    assert second == pytest.approx(sum(sums) / 9, rel=1e-5)
+
+
+def test_a_loss_by_other_labels_than_labels():
+    case = zoo.BY_BASE["BertForQuestionAnswering"]
+    spans = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([2, 3])}
+    batch = {"input_ids": torch.arange(8).reshape(2, 4) + 3, **spans}
+    model = case.build()
+    first, _ = compare(model, convert(model, rank=4), [batch], times=False).figures["loss"]
+    assert first == pytest.approx(float(model.eval()(**batch).loss))
+
+
+def test_scores_of_one_number_by_their_difference():
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[1].bias += 0.5
+    found = compare(net, other, [{"input": torch.randn(4, 16)}], times=False).figures
+    assert found["mean difference of output"][1] == pytest.approx(0.5)
+
+
+def test_bytes_on_disk_are_those_of_the_format_that_is_loaded(tmp_path):
+    for name, size in (("model.safetensors", 7), ("pytorch_model.bin", 11), ("training_args.bin", 13)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert _megabytes(tmp_path) == 7e-6
+    (tmp_path / "model.safetensors").unlink()
+    assert _megabytes(tmp_path) == 11e-6
+
+
+def test_a_card_that_cannot_be_read_is_not_written_over(tmp_path, words):
+    case = zoo.BY_BASE["GPT2LMHeadModel"]
+    case.build().save_pretrained(tmp_path / "m")
+    words.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "README.md").write_text("---\nlicense: [\n---\nmine\n")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    with pytest.raises(CheckpointError, match="cannot be read as a model card"):
+        compare_folders(tmp_path / "m", tmp_path / "m", tmp_path / "texts.txt", times=False, card=True)
+    assert (tmp_path / "m" / "README.md").read_text().endswith("mine\n")

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 
 from hf_reparam.calibrate.batches import Batches, batched
 from hf_reparam.calibrate.inputs import positions
-from hf_reparam.calibrate.objective import batch_masks, compared, divergence, examples_in, position_mask
+from hf_reparam.calibrate.objective import (
+    IGNORED,
+    batch_masks,
+    compared,
+    divergence,
+    examples_in,
+    position_mask,
+)
 from hf_reparam.calibrate.padding import decodes
 from hf_reparam.calibrate.texts import checked_tokenizer
 from hf_reparam.compat.accelerate import execution_device
@@ -33,6 +40,7 @@ _BATCHES = (1, 32)  # texts in a call that is timed
 _LENGTH = 128  # of these texts
 _NEAR_ZERO = 1e-6  # of what is rounding, a ratio says nothing
 _NEW = 32  # tokens that are generated after as many
+_OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}  # that models take beside ids
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -92,7 +100,7 @@ def compare(
     first of a block predicted; what remains after the last block is left out.
 
     Times are medians of rounds in which both take turns: one text and 32 texts of 128 tokens, and 32 tokens generated
-    after 32 others. On a CPU they are those of the process, which other programs do not stretch.
+    after 32 others.
 
     Args:
         dense, small: models for the same inputs: dense, converted, merged or quantized; each on a device of its own.
@@ -212,11 +220,10 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
         outputs = [_outputs(model, batch) for model in pair]
         parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
         if len(parts) == len(pair):
-            labels = batch["labels"]
-            weight = labels[:, 1:].numel() if _is_causal(pair[0]) else examples_in(batch)
+            weight = _counted(pair[0], batch)
             losses = [total + float(part.mean()) * weight for total, part in zip(losses, parts, strict=True)]
             weights += weight
-        for name, value in _distances(outputs, batch_masks(batch)).items():
+        for name, value in _distances(outputs, batch_masks(send_to_device(dict(batch), "cpu"))).items():
             sums[name] = sums.get(name, torch.zeros(2)) + value
     found: dict[str, Any] = {}
     if weights:
@@ -225,6 +232,14 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
         if _is_causal(pair[0]):
             found["perplexity"] = (math.exp(first), math.exp(second))
     return found | {name: (None, float(value[0] / value[1])) for name, value in sums.items()}
+
+
+def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Over how many tokens, or examples, the loss of a batch is a mean."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or not _is_causal(model):
+        return examples_in(batch)
+    return int((labels[:, 1:] != IGNORED).sum())
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -251,6 +266,9 @@ def _distances(outputs: Sequence[Any], masks: tuple[Tensor, ...]) -> dict[str, T
             f"divergence from dense, nats per {name}": torch.tensor([distance, count]),
             "same first choice": torch.tensor([float(same), count]),
         }
+    if one.shape[-1] == 1:  # scores, of which a cosine sees the sign alone
+        apart = (one.float() - other.float()).abs()[..., 0][real].sum()
+        return {f"mean difference of {key.replace('_', ' ')}": torch.tensor([float(apart), count])}
     cosine = F.cosine_similarity(one.float(), other.float(), dim=-1)[real].sum()
     return {f"cosine of {key.replace('_', ' ')}": torch.tensor([float(cosine), count])}
 
@@ -271,7 +289,7 @@ def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any
     """Milliseconds of a forward pass, and tokens generated in a second."""
     found: dict[str, Any] = {}
     ids: Any = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not batch.keys().isdisjoint(_OTHER_INPUTS):
         took = _in_turns(pair, [partial(_outputs, model, batch) for model in pair])
         return {"ms for a batch of the data": tuple(1000 * seconds for seconds in took)}
     length = int(min(_LENGTH, *map(positions, pair)))
@@ -299,7 +317,9 @@ def _generate(model: Any, prompt: Tensor) -> Any:
 
 
 def _in_turns(pair: Sequence[nn.Module], calls: Sequence[Callable[[], Any]]) -> list[float]:
-    took = medians(dict(enumerate(calls)), execution_device(pair[0]))
+    devices = [execution_device(model) for model in pair]
+    device = next((device for device in devices if device.type != "cpu"), devices[0])
+    took = medians(dict(enumerate(calls)), device, wall=True)
     return [took[i] for i in range(len(calls))]
 
 

@@ -11,7 +11,7 @@ from hf_reparam.model.card import with_comparison
 
 __all__ = ["compare_folders"]
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of which Transformers loads the first that is there
 
 
 def compare_folders(
@@ -52,10 +52,11 @@ def compare_folders(
     stored = {"MB on disk": (_megabytes(places[0]), _megabytes(places[1]))}
     found = replace(found, figures={**stored, **found.figures})
     if card:
-        with_comparison(card_of(Path(small)), found.to_markdown()).save(Path(small) / "README.md")
+        with_comparison(card_of(Path(small), strict=True), found.to_markdown()).save(Path(small) / "README.md")
     return found
 
 
 def _megabytes(place: Path) -> float:
-    """Of the weights in a folder."""
-    return sum(path.stat().st_size for path in place.iterdir() if path.suffix in _WEIGHTS) / 1e6
+    """Of the weights in a folder, in the format that is loaded."""
+    formats = ([path.stat().st_size for path in place.glob(pattern)] for pattern in _WEIGHTS)
+    return sum(next(filter(None, formats), [])) / 1e6

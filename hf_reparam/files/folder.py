@@ -173,11 +173,15 @@ def lines_of(path: str | os.PathLike[str]) -> list[str]:
         raise CheckpointError(f"{path} cannot be read as text: {error}") from None
 
 
-def card_of(folder: Path) -> ModelCard:
-    """The model card of a folder; an empty one if it has none that can be read."""
+def card_of(folder: Path, *, strict: bool = False) -> ModelCard:
+    """The model card of a folder; an empty one if it has none that can be read. `strict`, where a card is written back:
+    CheckpointError for one that is there and cannot be read."""
+    path = folder / "README.md"
     try:
-        return ModelCard.load(folder / "README.md")
-    except (OSError, ValueError, YAMLError):
+        return ModelCard.load(path)
+    except (OSError, ValueError, YAMLError) as error:
+        if strict and path.exists():
+            raise CheckpointError(f"{path} cannot be read as a model card, mend it first: {one_line(error)}") from None
         return ModelCard("")
 
 

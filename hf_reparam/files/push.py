@@ -69,7 +69,7 @@ def push_folder(
     model = skeleton(str(place))
     if not isinstance(model.config, ReparamConfigMixin):
         raise TargetError(f"{folder} holds a {type(model).__name__}, which is not converted: push it by other means")
-    card = card_of(source) if (source / "README.md").is_file() else None
+    card = card_of(source, strict=True) if (source / "README.md").is_file() else None
     with TemporaryDirectory() as work:
         copy = Path(work)
         try:
