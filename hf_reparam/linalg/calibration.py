@@ -106,9 +106,9 @@ class Calibration:
             held = {} if layer.held is None else layer.held.tensors()
             tensors |= {f"{name}.{_HELD}{key}": value for key, value in held.items()}
         for i, (batch, masks) in enumerate(self.batches):
-            if all(isinstance(value, Tensor) for value in batch.values()):
-                tensors |= {f"{_BATCH}{i}.{key}": value.contiguous() for key, value in batch.items()}
-                tensors |= {f"{_MASK}{i}.{j}": mask.contiguous() for j, mask in enumerate(masks)}
+            if all(isinstance(value, Tensor) for value in batch.values()):  # labels may be the ids themselves
+                tensors |= {f"{_BATCH}{i}.{key}": value.contiguous().clone() for key, value in batch.items()}
+                tensors |= {f"{_MASK}{i}.{j}": mask.contiguous().clone() for j, mask in enumerate(masks)}
         for name, table in self.tables.items():
             tensors |= {f"{name}.{f.name}": getattr(table, f.name) for f in fields(table)}
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -142,3 +142,12 @@ def test_saved_over_itself(tmp_path):
     (stored + stored).save(tmp_path / "m.safetensors")
     assert stored.layers["a"].tokens == 10
     assert stored.layers["a"].input_products[0].tolist() == [10.0] * 4
+
+
+def test_held_out_batches_may_hold_one_tensor_twice(tmp_path):
+    ids, mask = torch.arange(6)[None], torch.ones(1, 6, dtype=torch.bool)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+    Calibration("activation", {"a": layer(torch.ones(5, 4))}, batches=((batch, (mask,)),)).save(tmp_path / "m")
+    stored, masks = Calibration.load(tmp_path / "m").batches[0]
+    assert torch.equal(stored["labels"], ids)
+    assert torch.equal(masks[0], mask)
