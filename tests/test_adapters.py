@@ -41,6 +41,11 @@ def test_a_string_is_a_regular_expression():
     assert lora_targets(bert(), "all-linear") == "all-linear"
 
 
+def test_a_glob_is_refused_as_what_it_is():
+    with pytest.raises(TargetError, match=r"'\*.query' is no regular expression"):
+        lora_targets(convert(zoo.BY_BASE["BertModel"].build(), rank=4), "*.query")
+
+
 def test_a_fused_layer_with_narrower_heads_means_its_three():
     found = lora_targets(gpt2_with_narrower_heads(), ["c_attn"])
     assert found == [f"c_attn.{part}" for part in ("down", "key", "query", "up", "value")]

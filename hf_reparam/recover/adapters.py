@@ -29,8 +29,8 @@ def lora_targets(model: nn.Module, targets: str | Iterable[str]) -> str | list[s
         others did not, the dense ones go by their whole names, to which PEFT does not apply `layers_to_transform`.
 
     Raises:
-        TargetError: a target means no layer, or one whose factors cannot be adapted (embeddings and experts of low
-            rank), or the model has adapters.
+        TargetError: a target is no regular expression, or means no layer, or one whose factors cannot be adapted
+            (embeddings and experts of low rank), or the model has adapters.
 
     Cost: reads names only. An adapter of rank r holds r (in + out) parameters for a dense layer, and r (in + out + 2k)
     for a pair of rank k.
@@ -49,7 +49,10 @@ def lora_targets(model: nn.Module, targets: str | Iterable[str]) -> str | list[s
     ends: dict[str, str] = {}  # whole name of a layer to adapt -> the end of it that says so
     for target in [targets] if isinstance(targets, str) else targets:
         pattern = target if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}"
-        meant = [name for name in modules if re.fullmatch(pattern, name)]
+        try:
+            meant = [name for name in modules if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise TargetError(f"lora_targets: {target!r} is no regular expression: {error}") from None
         if not meant:
             raise TargetError(f"lora_targets: no layer of {type(model).__name__} is named {target!r}")
         for name in meant:
