@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hf_reparam.config import as_patterns, check_used, first_match
+from hf_reparam.config import METRICS, as_patterns, check_used, first_match
 from hf_reparam.errors import PlanError
 from hf_reparam.tables import Part, as_html, as_text
 
@@ -28,7 +28,6 @@ _NAME = re.compile(r"\.?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _FORM = re.compile(r"[a-z_]{1,32}")
 _PLAN_KEYS = frozenset({"format_version", "base_model_type", "metric", "modules", "record"})
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
-_METRICS = ("svd", "activation", "fisher")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +200,8 @@ class ConversionRecord:
         check("refitted_layers", _is_count(self.refitted_layers), "an int of at least 0")
         finite = isinstance(errors, Mapping) and all(map(_is_error, errors.values()))
         check("errors", finite, "an object of finite numbers of at least 0, or null")
-        known = isinstance(metrics, Mapping) and all(value in _METRICS for value in metrics.values())
-        check("metrics", known, f"an object of {list(_METRICS)}")
+        known = isinstance(metrics, Mapping) and all(value in METRICS for value in metrics.values())
+        check("metrics", known, f"an object of {list(METRICS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

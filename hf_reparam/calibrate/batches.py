@@ -15,7 +15,7 @@ from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.progress import stage
 
-__all__ = ["Batches", "batched", "kept", "prepare"]
+__all__ = ["Batches", "batched", "prepare"]
 
 Batches = Iterable[Mapping[str, Any]] | Iterable[str]
 """Dicts for `model(**batch)`, rows of a `datasets.Dataset`, or texts."""
@@ -72,11 +72,6 @@ def batched(
     """Batches as `prepare` makes them of any data, not yet moved to a device."""
     reader = _Reader(model, tokenizer, max_length, count(data, max_samples))
     return (batch for batch, _, _ in reader.read(data, max_samples))
-
-
-def kept(model: nn.Module, data: Batches, max_samples: int | None = None) -> list[Any]:
-    """The data in memory, for several passes: texts, rows and batches, no more than `max_samples` examples."""
-    return [row for row, _ in examples(data, forward_names(model), max_samples)]
 
 
 class _Reader:

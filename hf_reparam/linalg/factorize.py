@@ -76,11 +76,6 @@ class Decomposition:
         root = self.singular_values[:rank].sqrt()
         return Factors(self.left[:, :rank] * root, root[:, None] * self.right[:rank])
 
-    def to(self, device: torch.device) -> "Decomposition":
-        """The same on another device."""
-        left, values, right = (part.to(device) for part in (self.left, self.singular_values, self.right))
-        return Decomposition(left, values, right, self.energy, self.dtype)
-
     def relative_error(self, rank: int) -> float:
         """||W - W_r|| / ||W|| of this rank in the metric's norm, before it is rounded to `dtype`.
 

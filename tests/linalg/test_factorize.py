@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_reparam.errors import RankError, TargetError, WeightError
-from hf_reparam.linalg import Decomposition, decompose, factorize, working_device
+from hf_reparam.linalg import decompose, factorize, working_device
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (8, 8), (24, 40), (40, 24), (300, 300), (320, 500)]
 EXCESS = 1e-6  # relative to the optimal squared error, as decompose promises
@@ -216,11 +216,9 @@ def test_where_a_weight_is_decomposed():
     assert working_device(on_cuda) == torch.device("cuda", 1)
 
 
-def test_the_weight_is_not_changed_and_the_parts_move_together():
+def test_the_weight_is_not_changed():
     for dtype in (torch.float32, torch.float64):
         weight = torch.randn(20, 30, dtype=dtype) * 7
         before = weight.clone()
-        moved = decompose(weight).to(torch.device("meta"))
+        decompose(weight)
         assert torch.equal(weight, before)
-        assert isinstance(moved, Decomposition)
-        assert {moved.left.device.type, moved.singular_values.device.type, moved.right.device.type} == {"meta"}
