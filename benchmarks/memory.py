@@ -164,7 +164,7 @@ WORKERS = (
     "convert a copy, pair",
     "calibrate",
     "calibrate within 500MB",
-    "calibrate within 200MB",
+    "calibrate within 300MB",
     "convert 8192 x 2048 in place, pair",
 )
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}  # glibc then keeps no freed block: what is resident is in use
