@@ -245,8 +245,9 @@ def test_every_row_has_an_end_and_a_reason_unless_all_was_equal():
     assert len(rows) * results()["every"] > 1500
     assert {row["ends"] for row in rows} <= {OUTPUTS, TENSORS, LEFT_OUT, FAILED}
     assert [row for row in rows if (row["ends"] == OUTPUTS) == bool(row["why"])] == []
-    published = set(transformers._class_to_module)
-    assert [row["class"] for row in rows if row["class"] not in published] == []
+    if results()["machine"]["versions"]["transformers"] == transformers.__version__:
+        published = set(transformers._class_to_module)
+        assert [row["class"] for row in rows if row["class"] not in published] == []
 
 
 def test_nothing_failed():

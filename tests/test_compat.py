@@ -16,6 +16,7 @@ from transformers import conversion_mapping, core_model_loading, initialization
 from transformers.distributed import DistributedConfig
 
 from hf_reparam.compat import accelerate, auto, loading, marks
+from hf_reparam.compat.compiling import without_limit
 
 MODEL = "transformers:PreTrainedModel"
 NAMES = {
@@ -33,6 +34,7 @@ NAMES = {
     "_can_record_outputs": MODEL,
     "_can_set_experts_implementation": MODEL,
     "_expand_parallel_plan": MODEL,
+    "_dynamo": "torch",
     "_experts_implementation": "transformers:PreTrainedConfig",
     "_experts_implementation_internal": "",
     "_finalize_model_loading": MODEL,
@@ -479,6 +481,14 @@ def test_experts_run_one_by_one_where_the_configuration_says_so():
     assert type(model)._can_set_experts_implementation(), "a class of experts no longer says that it has several ways"
 
 
+def test_torch_compiles_one_function_a_limited_number_of_times():
+    config = torch._dynamo.config
+    with without_limit():
+        assert config.recompile_limit == config.accumulated_recompile_limit > 1_000
+    assert config.recompile_limit < 100, "torch has another limit of compilations by itself"
+
+
+@pytest.mark.skipif(OLD, reason="Transformers spreads no experts that it would have to mark")
 def test_experts_that_are_spread_say_so():
     source = inspect.getsource(importlib.import_module("transformers.integrations.moe"))
     everything = source + inspect.getsource(importlib.import_module("transformers.distributed.tensor_parallel"))

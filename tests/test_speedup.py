@@ -155,11 +155,11 @@ def test_what_is_not_calibrated_with_may_be_too_small_for_its_share():
             super().__init__()
             self.body, self.other = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 96)), nn.Linear(96, 2)
 
-        def forward(self, input):
-            return self.body(input), self.other(input.detach())
+        def forward(self, x):
+            return self.body(x), self.other(x.detach())
 
-    model = Net()
-    calibration = calibrate(model, batches(), loss_fn=lambda model, batch: model(**batch)[0].square().sum())
+    model, data = Net(), [{"x": batch["input"]} for batch in batches()]
+    calibration = calibrate(model, data, loss_fn=lambda model, batch: model(**batch)[0].square().sum())
     plan = make_plan(model, calibration=calibration, keep=0.5)
     assert set(plan.modules) == {"body.0", "body.1"}
     weights = plan.report.factored_after - 2 * 96  # without biases

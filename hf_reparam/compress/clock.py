@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.padding import taken_by
+from hf_reparam.compat.compiling import without_limit
 from hf_reparam.config import FORMS
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.copies import frozen_copy
@@ -30,7 +31,6 @@ __all__ = ["Clock", "drawn", "medians", "speed_of"]
 
 _RANKS = 12
 _ROUNDS = 7
-_COMPILED = 10_000  # layers of one kind
 _LEAST = 1e-2  # seconds that one measurement takes at least
 
 Curve = tuple[list[int], list[float]]
@@ -117,10 +117,10 @@ class Clock:
         return lambda: made(x)
 
     def medians(self, calls: Mapping[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
-        """As the function of this name. Layers share their code, which torch compiles eight times, and then no more."""
+        """As the function of this name. Layers share their code, which has to be compiled for each of them."""
         if not self.compiled:
             return medians(calls, device)
-        with torch._dynamo.config.patch(recompile_limit=_COMPILED, accumulated_recompile_limit=_COMPILED):
+        with without_limit():
             return medians(calls, device)
 
     def made(self, module: nn.Module) -> Any:

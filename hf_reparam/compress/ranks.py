@@ -37,8 +37,7 @@ def given_ranks(found: Sequence[Found], config: LowRankConfig) -> tuple[dict[str
             continue
         value = rules[pattern]
         rank = max(1, round(value * site.full_rank)) if isinstance(value, float) else int(value or 0)
-        form = config.stored_form if config.stored_form in item.structure.forms else item.structure.forms[0]
-        entry = Entry(rank, form)
+        entry = item.structure.entry(rank, config.stored_form)
         _check_again(site, rank)
         reason = _useless(item, entry, allow_larger=config.allow_larger)
         if reason is None:
@@ -102,8 +101,7 @@ def _nothing(
     largest = max(item.site.full_rank for item in found)
     if isinstance(config.rank, int) and config.rank > largest:
         return RankError(f"rank {config.rank} is above min(in, out) of every layer; the largest of them is {largest}")
-    form = config.stored_form
-    useful = max(_highest(item, form if form in item.structure.forms else item.structure.forms[0]) for item in found)
+    useful = max(_highest(item, item.structure.entry(1, config.stored_form).form) for item in found)
     return TargetError(
         f"no layer would change: {skipped[0].name}: {skipped[0].reason} (and {len(skipped) - 1} more). The highest "
         f"rank that makes any layer smaller is {useful}; allow_larger=True converts all the same"

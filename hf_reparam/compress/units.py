@@ -52,8 +52,7 @@ class Parameters:
     least_saving: float
 
     def entry(self, item: Found, rank: int) -> Entry:
-        forms = item.structure.forms
-        return Entry(rank, self.form if self.form in forms else forms[0])
+        return item.structure.entry(rank, self.form)
 
     def cost(self, item: Found, entry: Entry | None) -> float:
         try:

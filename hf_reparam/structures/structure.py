@@ -152,9 +152,6 @@ class Steps:
         """The ranks of a site up to one."""
         return range(self.least(site), most + 1, self.step(site))
 
-    def entry(self, rank: int, forms: Sequence[str]) -> Entry:
-        return Entry(rank, self.form if self.form in forms else forms[0])
-
 
 Choices = tuple[list[Entry | None], Options]
 """Entries of one site, None for dense, with what they cost and lose in the same order."""
@@ -194,6 +191,10 @@ class Structure(Protocol):
 
     def sites(self, model: nn.Module) -> list[Any]:
         """Every `Site` where it can stand or stands; reads shapes only, so it works on the meta device."""
+
+    def entry(self, rank: int, form: str) -> Entry:
+        """Of this form, or of the first where this structure has no such form."""
+        return Entry(rank, form if form in self.forms else self.forms[0])
 
     def cost(self, site: Any, entry: Entry | None) -> int:
         """Numbers that a site holds so, biases not counted; None for dense.
@@ -235,7 +236,7 @@ class Structure(Protocol):
 
     def choices(self, site: Any, losses: Tensor, steps: Steps) -> Choices:
         """Entries at which a site is smaller than dense, by ascending rank, and, last, dense, which loses nothing."""
-        entries = [steps.entry(rank, self.forms) for rank in steps.up_to(site, site.full_rank - 1)]
+        entries = [self.entry(rank, steps.form) for rank in steps.up_to(site, site.full_rank - 1)]
         entries = [entry for entry in entries if self.cost(site, entry) < site.weights]
         costs = [float(self.cost(site, entry)) for entry in (*entries, None)]
         kept = losses.cumsum(0)[torch.tensor([entry.rank - 1 for entry in entries], dtype=torch.int64)]
