@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import repocard
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,6 +14,7 @@ from hf_reparam import Comparison, compare, compare_folders, convert
 from hf_reparam.__main__ import main
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.compare import _megabytes
+from hf_reparam.files.folder import card_of
 from tests import zoo
 
 TEXTS = ["the cat sat on the mat", "a dog", "rain fell on the town all night", "who is there"] * 3
@@ -203,6 +205,13 @@ def test_bytes_on_disk_are_those_of_the_format_that_is_loaded(tmp_path):
     assert _megabytes(tmp_path) == 7e-6
     (tmp_path / "model.safetensors").unlink()
     assert _megabytes(tmp_path) == 11e-6
+
+
+def test_a_folder_without_a_card_is_read_in_silence(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(repocard.logger, "warning", heard.append)
+    assert card_of(tmp_path).text == ""
+    assert heard == []
 
 
 def test_a_card_that_cannot_be_read_is_not_written_over(tmp_path, words):

@@ -40,6 +40,7 @@ __all__ = [
 OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
 _OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf", "*.tflite"]
 _OTHER_FORMATS += [f"{name}/*" for name in OTHER_FOLDERS]
+_NO_CARD = "---\n\n---\n"  # an empty text is warned of
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -182,7 +183,7 @@ def card_of(folder: Path, *, strict: bool = False) -> ModelCard:
     except (OSError, ValueError, YAMLError) as error:
         if strict and path.exists():
             raise CheckpointError(f"{path} cannot be read as a model card, mend it first: {one_line(error)}") from None
-        return ModelCard("")
+        return ModelCard(_NO_CARD)
 
 
 def skeleton(
