@@ -297,8 +297,8 @@ def test_missing_factors_are_an_error(tmp_path):
     [
         ({"embeddings.word_embeddings": {"form": "table", "rank": 32}}, "rank 32, above the 31"),
         ({"embeddings.word_embeddings": {"form": "table", "rank": 0}}, "int of at least 1"),
-        ({"embeddings.position_embeddings": {"form": "table", "rank": 4}}, "position_embeddings: .* is a Embedding"),
-        ({"embeddings.word_embeddings": {"form": "pair", "rank": 4}}, "as 'pair', and it is a Embedding"),
+        ({"embeddings.position_embeddings": {"form": "table", "rank": 4}}, "position_embeddings: .* is of type Embedding"),
+        ({"embeddings.word_embeddings": {"form": "pair", "rank": 4}}, "as 'pair', and it is of type Embedding"),
         ({"..": {"form": "table", "rank": 4}}, "module path"),
         ({"embeddings.word_embeddings": 4}, "must be an object"),
         ([4], "must be an object"),
@@ -324,7 +324,7 @@ def test_what_cannot_be_of_low_rank_is_named():
     with pytest.raises(TargetError, match="embeddings=True, and there are none here"):
         make_plan(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), asked)
     model = zoo.BY_BASE["BertModel"].build()
-    with pytest.raises(PlanError, match="0: the plan holds it as 'table', and it is a Linear"):
+    with pytest.raises(PlanError, match="0: the plan holds it as 'table', and it is of type Linear"):
         convert(nn.Sequential(nn.Linear(4, 4)), RankPlan({"0": Entry(2, "table")}))
     small = convert(model, plan_of("BertModel", model))
     for rank in (4, 13):

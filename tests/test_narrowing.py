@@ -623,7 +623,7 @@ def test_a_converted_model_makes_no_plan():
 
 def test_unknown_attentions_are_named():
     model, _, _ = bert()
-    with pytest.raises(PlanError, match="is a BertLayer; of such there are .*encoder.layer.0.attention"):
+    with pytest.raises(PlanError, match="is of type BertLayer; of such there are .*encoder.layer.0.attention"):
         convert(model, RankPlan({"encoder.layer.0": Entry(4, "heads")}, "bert"))
     with pytest.raises(PlanError, match="above the 8"):
         convert(model, RankPlan({"encoder.layer.0.attention": Entry(9, "heads")}, "bert"))
@@ -635,7 +635,7 @@ def test_rotary_attention_is_no_candidate():
     assert find_attentions(model) == []
     with pytest.raises(TargetError, match="heads=True, and there are none here"):
         make_plan(model, LowRankConfig(keep=0.3, min_rank=1, heads=True), calibrate(model, [case.batch()]))
-    with pytest.raises(PlanError, match="layers.0.self_attn: the plan holds it as 'heads', and it is a LlamaAttention"):
+    with pytest.raises(PlanError, match="layers.0.self_attn: the plan holds it as 'heads', and it is of type LlamaAttention"):
         convert(model, RankPlan({"layers.0.self_attn": Entry(4, "heads")}))
 
 
@@ -662,5 +662,5 @@ def test_a_registered_attention_of_a_plain_model(tmp_path):
         assert torch.equal(again(x), small(x))
         close(merge(again)(x), small(x))
     other = nn.Sequential(nn.Linear(16, 16), OwnAttention())
-    with pytest.raises(PlanError, match="0: the plan holds it as 'heads', and it is a Linear"):
+    with pytest.raises(PlanError, match="0: the plan holds it as 'heads', and it is of type Linear"):
         hf_reparam.load(other, tmp_path / "net")

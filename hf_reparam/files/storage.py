@@ -92,7 +92,7 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
 
     Raises:
         CheckpointError: no such folder, or tensors that are missing, left over or of another shape.
-        PlanError: the plan is malformed, or names what is no dense layer of this model.
+        PlanError: the plan is malformed, or names what is not a dense layer of this model.
         TargetError: the model is a `PreTrainedModel`, which has `from_pretrained`.
     """
     check_model(model)

@@ -117,7 +117,7 @@ def _other_weights(model: nn.Module, known: Container[nn.Module]) -> Iterator[Sk
             if parameter is not None and not is_lazy(parameter) and parameter.dim() >= 2:
                 kind = type(module).__name__
                 whole = key == "weight"
-                reason = f"{kind} is no dense layer" if whole else f"{BARE} of {kind}, no module of its own"
+                reason = f"{kind} is not a dense layer" if whole else f"{BARE} of {kind}, no module of its own"
                 yield SkippedReport(name if whole else f"{name}.{key}".lstrip("."), kind, parameter.numel(), reason)
 
 
@@ -169,8 +169,8 @@ def fit(
         site = sites.get(path)
         if site is None:
             kind = type(modules[path]).__name__
-            what = ", no dense layer" if structure.option is None else f"; of such there are {sorted(sites)[:3]}"
-            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is a {kind}{what}")
+            what = ", not a dense layer" if structure.option is None else f"; of such there are {sorted(sites)[:3]}"
+            raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is of type {kind}{what}")
         if site.entry == entry:
             continue
         reason = protected.get(path) or site.reason

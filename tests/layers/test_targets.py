@@ -91,7 +91,7 @@ def test_reasons():
         "attention.in_proj_weight": "inside nn.MultiheadAttention",
         "attention.out_proj": "inside nn.MultiheadAttention",
         "experts.gate_up": "a bare parameter of Experts",
-        "table": "Embedding is no dense layer",
+        "table": "Embedding is not a dense layer",
         "normed": "subclass of a dense type",
         "hooked": "hooks",
         "head": "tied",

@@ -625,7 +625,7 @@ def test_inspect_says_why_nothing_can_be_converted(tmp_path, capsys):
     shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
     transformers.ResNetModel(transformers.ResNetConfig(**shape)).save_pretrained(tmp_path / "cnn")
     assert run("inspect", tmp_path / "cnn") == 0
-    assert "ResNetModel: no dense layer can be converted: Conv2d is no dense layer (x6)" in capsys.readouterr().out
+    assert "ResNetModel: no dense layer can be converted: Conv2d is not a dense layer (x6)" in capsys.readouterr().out
 
 
 def test_the_examples_of_the_help_are_commands(capsys):

@@ -178,7 +178,7 @@ def _attention(module: nn.Module, names: list[str], paths: Mapping[nn.Module, li
         return replace(found, entry=Entry(width, "heads"))
     layers = [found.layer(role) for role in ROLES]
     if not all(map(dense_type, layers)):
-        return replace(found, reason="a projection is no dense layer")
+        return replace(found, reason="a projection is not a dense layer")
     if any(len(paths[layer]) != len(names) for layer in layers):
         return replace(found, reason="a projection hangs elsewhere, too, and cannot change its shape")
     return found
