@@ -235,7 +235,7 @@ def _watch_group(
     for host in hosts(work).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
-    whole = {name: known.map(_on_cpu) for name, known in _whole(sums).items()}
+    whole = {name: known.map(Tensor.cpu) for name, known in _whole(sums).items()}
     for name in list(before) if total(torch.tensor(len(held))) else ():
         whole[name].held = whole[name] - before.pop(name)
     if not _sum_over_processes(whole, seen):
