@@ -297,7 +297,10 @@ def test_missing_factors_are_an_error(tmp_path):
     [
         ({"embeddings.word_embeddings": {"form": "table", "rank": 32}}, "rank 32, above the 31"),
         ({"embeddings.word_embeddings": {"form": "table", "rank": 0}}, "int of at least 1"),
-        ({"embeddings.position_embeddings": {"form": "table", "rank": 4}}, "position_embeddings: .* is of type Embedding"),
+        (
+            {"embeddings.position_embeddings": {"form": "table", "rank": 4}},
+            "position_embeddings: .* is of type Embedding",
+        ),
         ({"embeddings.word_embeddings": {"form": "pair", "rank": 4}}, "as 'pair', and it is of type Embedding"),
         ({"..": {"form": "table", "rank": 4}}, "module path"),
         ({"embeddings.word_embeddings": 4}, "must be an object"),

@@ -635,7 +635,7 @@ def test_rotary_attention_is_no_candidate():
     assert find_attentions(model) == []
     with pytest.raises(TargetError, match="heads=True, and there are none here"):
         make_plan(model, LowRankConfig(keep=0.3, min_rank=1, heads=True), calibrate(model, [case.batch()]))
-    with pytest.raises(PlanError, match="layers.0.self_attn: the plan holds it as 'heads', and it is of type LlamaAttention"):
+    with pytest.raises(PlanError, match="self_attn: the plan holds it as 'heads', and it is of type LlamaAttention"):
         convert(model, RankPlan({"layers.0.self_attn": Entry(4, "heads")}))
 
 
