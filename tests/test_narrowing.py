@@ -552,7 +552,7 @@ def heads(width):
     ("change", "message"),
     [
         ({"encoder.layer.0.attention": heads(9)}, "9 wide, above the 8"),
-        ({"encoder.layer.0.output": heads(4)}, "is a BertOutput; of such there are .*encoder.layer.0.attention"),
+        ({"encoder.layer.0.output": heads(4)}, "is of type BertOutput; of such there are .*encoder.layer.0.attention"),
         ({"encoder.layer.0.attention": heads(0)}, "int of at least 1"),
         ({"encoder.layer.0.attention": heads(True)}, "int of at least 1"),
         ({"encoder.layer.0.attention": heads(10**9)}, "heads 1000000000 wide, above the 8"),

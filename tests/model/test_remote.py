@@ -92,7 +92,7 @@ BROKEN = [
     (lambda c: c["reparam"].update(format_version=4), "format version 4"),
     (with_entry(HEADS, "heads", 99), "heads 99 wide, above the 8 they have"),
     (with_entry(HEADS, "heads", 4), "do not have the shapes that config.json gives them"),
-    (with_entry("encoder.layer.0", "heads", 4), "it is a BertLayer; of such there are"),
+    (with_entry("encoder.layer.0", "heads", 4), "it is of type BertLayer; of such there are"),
     (with_entry("embeddings.word_embeddings", "table", 99), "rank 99, above the 31"),
     (with_entry("embeddings.word_embeddings", "table", 4), "are missing or do not fit"),
     (with_entry(LAYER, "spiral", 4), "this hf_reparam knows"),
