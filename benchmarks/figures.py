@@ -163,7 +163,8 @@ def first() -> Rows:
 
 def refine() -> Rows:
     for name, found in stored("refine")["results"].items():
-        lost = (f"{found['steps'][step]['lost']:.4f}" for step in ("convert", "refit", "refine"))
+        after = [found["steps"][step] for step in ("convert", "refit", "refine")]
+        lost = (f"{step['lost']:.4f} / {step['elsewhere']:.4f}" for step in after)
         yield f"{name}, {found['lost']}", *lost, series((step["seconds"] for step in found["steps"].values()), ".0f")
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.refine --data DATA --models MODELS       about 22 processor minutes; see benchmarks.quality
 
 The Llama, the GPT-2 and MiniLM of benchmarks.quality, converted, refitted and refined by default on all of their
-calibration data, without labels; loss above the dense model, or 1 - cosine to its embeddings, on the test data, with
-the processor seconds of each step. Writes results/refine.json.
+calibration data, without labels; loss above the dense model, or 1 - cosine to its embeddings, on the test data and on
+data of another kind (GPT-2: WikiText-2 in the place of novels; Llama: novels in the place of TinyStories; MiniLM: SST-2
+in the place of STS-B), with the processor seconds of each step. Writes results/refine.json.
 """
 
 import time
@@ -32,14 +33,17 @@ def steps(task: tasks.Task) -> dict[str, dict[str, float]]:
         found[name] = {"seconds": time.process_time() - start}
         return result
 
+    def score(name: str, small: Any) -> None:
+        found[name] |= {"lost": task.score(small)["lost"], "elsewhere": task.elsewhere(small)}
+
     calibration = step("calibrate", lambda: hf_reparam.calibrate(task.model, task.batches))
     config = LowRankConfig(keep=KEEP, exclude_modules=task.exclude)
     small = step("convert", lambda: hf_reparam.convert(task.model, config, calibration=calibration))
-    found["convert"]["lost"] = task.score(small)["lost"]
+    score("convert", small)
     step("refit", lambda: hf_reparam.refit(small, task.model, task.batches, calibration=calibration))
-    found["refit"]["lost"] = task.score(small)["lost"]
+    score("refit", small)
     print(step("refine", lambda: hf_reparam.refine(small, task.model, task.batches)), flush=True)
-    found["refine"]["lost"] = task.score(small)["lost"]
+    score("refine", small)
     return found
 
 

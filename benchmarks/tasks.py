@@ -67,21 +67,26 @@ class Task:
     """More scores, which take long."""
     unseen: Mapping[str, Any] | None = None
     """Data that calibration did not see and their tokenizer, for `hf_reparam.compare`."""
+    elsewhere: Callable[[nn.Module], float] | None = None
+    """What is lost on data of another kind than those of calibration."""
 
 
 def llama(data: Path, models: Path, examples: int | None = None) -> Task:
     """A character-level Llama on TinyStories: calibrated on the first half of the text, or on so many chunks of it, and
-    measured on the second."""
+    measured on the second; elsewhere is novels."""
     text = (data / "tinystories" / "tinystories.txt").read_text()
     half = len(text) // 2
-    parts = text[:half], text[half:]
+    parts = text[:half], text[half:], (data / "novels" / "heldout.txt").read_text()
     keeps, folder = [0.9, 0.8, 0.6, 0.4], models / "babyllama105"
     return _language_model("Llama 0.9M", folder, *parts, "character", 256, None, keeps, examples)
 
 
 def gpt2(data: Path, models: Path, examples: int | None = None) -> Task:
-    """A small GPT-2 on novels: calibrated on 400 chunks of 128 tokens, or on so many of these, measured on others."""
-    parts = [(data / "novels" / f"{name}.txt").read_text() for name in ("calibration", "heldout")]
+    """A small GPT-2 on novels: calibrated on 400 chunks of 128 tokens, or on so many of these, measured on others;
+    elsewhere is WikiText-2."""
+    parts = [
+        (data / name).read_text() for name in ("novels/calibration.txt", "novels/heldout.txt", "wikitext-2/test.txt")
+    ]
     keeps, folder = [0.8, 0.6, 0.4], models / "gpt2-novels"
     return _language_model("GPT-2 2.2M", folder, *parts, "token", 128, 400, keeps, examples)
 
@@ -91,6 +96,7 @@ def _language_model(
     folder: Path,
     calibration: str,
     heldout: str,
+    other: str,
     token: str,
     length: int,
     count: int | None,
@@ -104,11 +110,13 @@ def _language_model(
         name = f"{name}, {examples} chunks"
         chunks = chunks[torch.randperm(len(chunks), generator=torch.Generator().manual_seed(SEED))[:examples]]
     batches = [{"input_ids": part} for part in chunks.split(_batch_size(len(chunks), 16))]
-    test = _chunks(encode(heldout), length)
-    dense = _mean_loss(model, test)
+    test, strange = (_chunks(encode(part), length) for part in (heldout, other[:COMPARED]))
+    dense, dense_elsewhere = _mean_loss(model, test), functools.cache(lambda: _mean_loss(model, strange))
     score = lambda small: {"lost": (loss := _mean_loss(small, test)) - dense, "loss": loss}  # noqa: E731
+    elsewhere = lambda small: _mean_loss(small, strange) - dense_elsewhere()  # noqa: E731
     unseen = {"data": [heldout[:COMPARED]], "tokenizer": tokenizer}
-    return Task(name, f"loss above dense, nats per {token}", model, batches, score, keeps, unseen=unseen)
+    lost = f"loss above dense, nats per {token}"
+    return Task(name, lost, model, batches, score, keeps, unseen=unseen, elsewhere=elsewhere)
 
 
 def _batch_size(examples: int, most: int) -> int:
@@ -129,10 +137,14 @@ def _mean_loss(model: nn.Module, data: torch.Tensor, batch: int = 32) -> float:
 
 
 def similarity(data: Path, models: Path, examples: int = 2000) -> Task:
-    """MiniLM sentence embeddings: calibrated on random STS-B training sentences, measured on all test pairs."""
+    """MiniLM sentence embeddings: calibrated on random STS-B training sentences, measured on all test pairs; elsewhere
+    is what reviewers of films wrote (SST-2)."""
     folder = minilm_folder()
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     texts, test = _stsb(data, examples)
+    reviews = [line.rsplit("\t", 1)[0] for line in _lines(data / "sst2" / "test.tsv")]
+    embed = lambda small, sentences: _embeddings(small, tokenizer, sentences)  # noqa: E731
+    dense = functools.cache(lambda: embed(model, reviews))
     size = _batch_size(examples, 32)
     batches = [
         dict(tokenizer(texts[i : i + size], padding=True, return_tensors="pt")) for i in range(0, examples, size)
@@ -142,10 +154,11 @@ def similarity(data: Path, models: Path, examples: int = 2000) -> Task:
         "1 - cosine to the dense embedding",
         model,
         batches,
-        _similarity_scores(test, lambda small, sentences: _embeddings(small, tokenizer, sentences), model),
+        _similarity_scores(test, embed, model),
         [0.8, 0.6, 0.4, 0.25],
         exclude=("pooler.*",),
         unseen={"data": [text for row in test[:200] for text in row[5:7]], "tokenizer": tokenizer},
+        elsewhere=lambda small: float(1 - (embed(small, reviews) * dense()).sum(-1).mean()),
     )
 
 
