@@ -217,6 +217,15 @@ def test_what_a_checkpoint_did_not_have_is_known_until_it_is_trained(tmp_path):
     assert not marks.drawn_parameters(loaded), "a step of an optimizer no longer counts in _version of a tensor"
 
 
+def test_a_head_that_a_fused_optimizer_has_trained_is_not_fresh(tmp_path):
+    tf.BertModel(tf.BertConfig(**SIZES)).save_pretrained(tmp_path)
+    loaded = tf.BertForSequenceClassification.from_pretrained(tmp_path)
+    assert marks.drawn_parameters(loaded)
+    loaded(input_ids=torch.arange(4)[None], labels=torch.tensor([1])).loss.backward()
+    torch.optim.AdamW(loaded.parameters(), fused=True).step()
+    assert not marks.drawn_parameters(loaded)
+
+
 def test_no_numbers_are_drawn_for_what_has_them():
     model = bert()
     for part in model.modules():
