@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -107,8 +108,13 @@ class Calibration:
             tensors |= {f"{name}.{_HELD}{key}": value for key, value in held.items()}
         for i, (batch, masks) in enumerate(self.batches):
             if all(isinstance(value, Tensor) for value in batch.values()):  # labels may be the ids themselves
-                tensors |= {f"{_BATCH}{i}.{key}": value.contiguous().clone() for key, value in batch.items()}
-                tensors |= {f"{_MASK}{i}.{j}": mask.contiguous().clone() for j, mask in enumerate(masks)}
+                tensors |= {
+                    f"{_BATCH}{i}.{key}": value.clone(memory_format=torch.contiguous_format)
+                    for key, value in batch.items()
+                }
+                tensors |= {
+                    f"{_MASK}{i}.{j}": mask.clone(memory_format=torch.contiguous_format) for j, mask in enumerate(masks)
+                }
         for name, table in self.tables.items():
             tensors |= {f"{name}.{f.name}": getattr(table, f.name) for f in fields(table)}
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
