@@ -4,7 +4,6 @@ Outside of the package, because importing that imports torch and Transformers: h
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -276,7 +275,3 @@ def _parser() -> argparse.ArgumentParser:
             for option, settings in options.items():
                 group.add_argument(f"--{option}", **settings)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

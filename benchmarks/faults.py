@@ -25,15 +25,16 @@ import transformers
 from tqdm import tqdm
 
 import hf_reparam
+import hf_reparam_cli
 from benchmarks.machine import write
-from hf_reparam import __main__ as cli
 
 SEED = 0
 
 
-def _cli(*more: str) -> Callable[[Path, Path], object]:
+def _convert(*more: str) -> Callable[[Path, Path], object]:
     """Convert a folder on the command line, in this process."""
-    return lambda source, out: cli.main(["convert", str(source), str(out), "--rank", "16", "--quiet", *more])
+    command = ["--rank", "16", "--quiet", *more]
+    return lambda source, out: hf_reparam_cli.main(["convert", str(source), str(out), *command])
 
 
 def _calibrate(source: Path, out: Path) -> None:
@@ -44,8 +45,8 @@ def _calibrate(source: Path, out: Path) -> None:
 
 
 ACTIONS: dict[str, Callable[[Path, Path], object]] = {
-    "convert --stream": _cli("--stream"),
-    "convert": _cli(),
+    "convert --stream": _convert("--stream"),
+    "convert": _convert(),
     "moments": _calibrate,
 }
 

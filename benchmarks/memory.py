@@ -61,7 +61,7 @@ def llama(folder: Path) -> float:
 
 RUN = """
 import sys
-from hf_reparam.__main__ import main
+from hf_reparam_cli import main
 code = main(sys.argv[1:])
 lines = open("/proc/self/status").read().splitlines()
 print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))

@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any
 
 import transformers
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # not in its list
@@ -15,30 +15,19 @@ from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import ReparamError
 from hf_reparam.files.compare import compare_folders
 from hf_reparam.files.convert import convert_folder, inspect_folder, merge_folder
-from hf_reparam.files.plan import check_new, plan_folder, read_plan, write_plan
+from hf_reparam.files.estimate import plan_folder
+from hf_reparam.files.plan import check_new, read_plan, write_plan
 from hf_reparam.files.push import push_folder
 from hf_reparam.layers.processes import connected, is_first
 from hf_reparam.plan import RankPlan
 from hf_reparam_cli import parsed
 
-__all__ = ["main", "run"]
+__all__ = ["run"]
 
 _READING = ("calibration", "max_length", "max_samples")
 _HUB = ("revision", "token")
 _LOADING = (*_HUB, "dtype", "device")
 _WRITING = ("stream", "max_shard_size", "force")
-
-
-class Result(Protocol):
-    """What a command gives: a report of some kind."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run one command and return the exit code."""
-    return run(parsed(argv))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,13 +67,13 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str]:
     return 0, json.dumps(result.to_dict(), indent=2) if args.json else str(result)
 
 
-def _convert(args: argparse.Namespace) -> Result:
+def _convert(args: argparse.Namespace) -> Any:
     asked = _config(args) if args.plan is None else read_plan(args.plan)
     options = _given(args, *_READING, "max_memory", "refit", *_LOADING, *_WRITING, "remote_code")
     return convert_folder(args.source, args.out, asked, **options)
 
 
-def _plan(args: argparse.Namespace) -> Result:
+def _plan(args: argparse.Namespace) -> Any:
     if args.out is not None:
         check_new(args.out, force=bool(args.force))
     found = plan_folder(args.source, _config(args), **_given(args, *_READING, *_LOADING))
@@ -93,25 +82,25 @@ def _plan(args: argparse.Namespace) -> Result:
     return found
 
 
-def _merge(args: argparse.Namespace) -> Result:
+def _merge(args: argparse.Namespace) -> Any:
     return merge_folder(args.source, args.out, **_given(args, *_HUB, *_WRITING))
 
 
-def _inspect(args: argparse.Namespace) -> Result:
+def _inspect(args: argparse.Namespace) -> Any:
     return inspect_folder(args.source, **_given(args, *_HUB))
 
 
-def _compare(args: argparse.Namespace) -> Result:
+def _compare(args: argparse.Namespace) -> Any:
     options = _given(args, "max_length", "max_samples", "times", "card", *_LOADING)
     return compare_folders(args.source, args.out, args.texts, **options)
 
 
-def _push(args: argparse.Namespace) -> Result:
+def _push(args: argparse.Namespace) -> Any:
     options = _given(args, "private", "revision", "token", "commit_message", "create_pr")
     return push_folder(args.folder, args.repo, **options)
 
 
-_COMMANDS: Mapping[str, Callable[[argparse.Namespace], Result]] = {
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
     "convert": _convert,
     "plan": _plan,
     "merge": _merge,
@@ -131,4 +120,4 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parsed()))

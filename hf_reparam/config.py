@@ -40,14 +40,7 @@ SOLVERS = ("exact", "randomized")
 _CHOICES = {"form": FORMS, "metric": METRICS, "allocation": ALLOCATIONS, "solver": SOLVERS}
 ONE_SIZE = "give exactly one size: rank, keep, target_params, speedup, a plan or a LowRankConfig with one"
 _SIZES = ("rank", "keep", "target_params", "speedup")
-_OF_BUDGETS = {  # with their defaults
-    "allocation": None,
-    "multiple_of": None,
-    "min_rank": 8,
-    "least_saving": 0.1,
-    "embeddings": False,
-    "heads": False,
-}
+_OF_BUDGETS = ("allocation", "multiple_of", "min_rank", "least_saving", "embeddings", "heads")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -176,7 +169,7 @@ class LowRankConfig:
     ) -> "LowRankConfig":
         """A configuration with one size, its own or one beside it; TargetError for none or several."""
         if config is not None and not isinstance(config, cls):
-            raise TargetError(f"give a LowRankConfig or a RankPlan, got {type(config).__name__}")
+            raise TargetError(f"give a LowRankConfig (`convert` also takes a RankPlan), got {type(config).__name__}")
         sizes = {"rank": rank, "keep": keep, "target_params": target_params, "speedup": speedup}
         given = {name: size for name, size in sizes.items() if size is not None}
         if (config is not None and config.sized) + len(given) != 1:
@@ -214,7 +207,7 @@ def _check_sizes(config: LowRankConfig) -> None:
 def _check_together(config: LowRankConfig) -> None:
     """Refuse options that the others leave without a meaning."""
     if config.rank is not None:
-        idle = [option for option, default in _OF_BUDGETS.items() if getattr(config, option) != default]
+        idle = [option for option in _OF_BUDGETS if option in config.to_dict()]
         if idle:
             raise TargetError(
                 f"{idle[0]} says how a budget is spent, and rank gives none: use keep, target_params or speedup"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_reparam.config import METRICS, as_patterns, check_used, first_match
 from hf_reparam.errors import PlanError
-from hf_reparam.tables import Part, as_html, as_text
+from hf_reparam.tables import Part, Readable
 
 if TYPE_CHECKING:  # a plan carries its report, and prints it
     from hf_reparam.report import Report
@@ -64,12 +64,9 @@ class Entry:
     @classmethod
     def from_dict(cls, data: object) -> "Entry":
         """Read the JSON form; PlanError on anything else."""
-        if not isinstance(data, Mapping):
-            raise PlanError(f"an entry must be an object with 'form' and 'rank', got {_short(data)}")
-        if unknown := sorted(map(str, set(data) - {"rank", "form"})):
-            raise PlanError(f"unknown keys {unknown[:3]}; an entry has 'form' and 'rank'")
-        if len(data) != 2:
-            raise PlanError("an entry needs 'form' and 'rank'")
+        if not isinstance(data, Mapping) or set(data) != {"rank", "form"}:
+            keys = sorted(map(str, data))[:4] if isinstance(data, Mapping) else _short(data)
+            raise PlanError(f"an entry must be an object with 'form' and 'rank' alone, got {keys}")
         return cls(data["rank"], data["form"])
 
 
@@ -112,7 +109,11 @@ class Judgement:
             raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
         if predicted is not None and not _is_divergence(predicted):
             raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
-        if data["chosen"] not in measured or not all(_is_brief(t) for t in (data["unit"], *measured)):
+        if (
+            not isinstance(data["chosen"], str)
+            or data["chosen"] not in measured
+            or not all(_is_brief(t) for t in (data["unit"], *measured))
+        ):
             raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
         return cls(**{**data, "measured": dict(measured)})
 
@@ -222,7 +223,7 @@ class ConversionRecord:
 
 
 @dataclass(frozen=True, repr=False)
-class RankPlan:
+class RankPlan(Readable):
     """What becomes of the parts of one model.
 
     Args:
@@ -232,13 +233,14 @@ class RankPlan:
             whose name begins alike. Layers of an attention with narrower heads are the narrower ones; of a fused layer
             there are three then, "h.0.attn.c_attn.query" and so on.
         base_model_type: Transformers' `model_type` of the dense model ("bert"), None for a plain `nn.Module`.
-        metric: in which the ranks were chosen and the factors are made: "svd", "activation" or "fisher".
+        metric: in which the ranks were chosen and the factors are made: "activation" or "fisher"; "svd" for plans that
+            were made without data, whose factors are made in the richest metric of the data that `convert` gets.
         record: what is remembered of a conversion that was carried out; no part of the decision, and not compared.
         report: sizes before and after, and why the rest stays dense; of plans from `make_plan` that were not edited.
 
     Raises:
-        PlanError: a name is not a dotted module path, a rank is not a positive int, or there are more than 100000
-            names.
+        PlanError: a name is not a dotted module path, a value is not an Entry, the metric is unknown, or there are more
+            than 100000 names.
 
     >>> plan = RankPlan({"encoder.layer.0.output.dense": Entry(32)}, base_model_type="bert")
     >>> RankPlan.from_dict(plan.to_dict()) == plan
@@ -257,6 +259,11 @@ class RankPlan:
 
     def __post_init__(self) -> None:
         _check_names(self.modules)
+        for name, entry in self.modules.items():
+            if not isinstance(entry, Entry):
+                raise PlanError(f"{name}: give an Entry, such as Entry(rank=8), got {_short(entry)}")
+        if self.metric not in METRICS:
+            raise PlanError(f"'reparam.metric' must be one of {list(METRICS)}, got {_short(self.metric)}")
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy does not pickle
@@ -271,13 +278,13 @@ class RankPlan:
         check_used(ranks, list(self.modules), "with_ranks")
         found = {name: first_match(ranks, [name]) for name in self.modules}
         edited = {n: replace(self.modules[n], rank=ranks[p]) for n, p in found.items() if p is not None}
-        return replace(self, modules={**self.modules, **edited}, report=None)
+        return replace(self, modules={**self.modules, **edited}, record=None, report=None)
 
     def without(self, *patterns: str) -> "RankPlan":
         """The same with these parts left dense; TargetError for a pattern that matches no name of the plan."""
         check_used(as_patterns(patterns, "without") or (), list(self.modules), "without")
         kept = {n: entry for n, entry in self.modules.items() if first_match(patterns, [n]) is None}
-        return replace(self, modules=kept, report=None)
+        return replace(self, modules=kept, record=None, report=None)
 
     def of(self, forms: tuple[str, ...]) -> dict[str, Entry]:
         """The entries of these forms."""
@@ -289,13 +296,10 @@ class RankPlan:
         of = f"base_model_type={self.base_model_type!r}, metric={self.metric!r}"
         return f"RankPlan({of}, modules={len(ranks)}{shown})"
 
-    def __str__(self) -> str:
-        return as_text(self._parts()) if self.report is None else str(self.report)
-
-    def _repr_html_(self) -> str:
-        return as_html(self._parts() if self.report is None else self.report.parts())
-
-    def _parts(self) -> list[Part]:
+    def parts(self) -> list[Part]:
+        """What is printed: the report, or a table of names, forms and ranks."""
+        if self.report is not None:
+            return self.report.parts()
         return [[["name", "form", "rank"], *([n, e.form, str(e.rank)] for n, e in self.modules.items())]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -327,7 +331,6 @@ class RankPlan:
         modules: Any = data.get("modules")
         for key, value, kind, what in (
             ("base_model_type", base, (str, type(None)), "a string"),
-            ("metric", metric, str, "a string"),
             ("modules", modules, Mapping, "an object of names"),
         ):
             if not isinstance(value, kind):

@@ -1,4 +1,4 @@
-"""Pictures of spectra, ranks and sizes, with matplotlib: `pip install 'hf-reparam[plot]'`."""
+"""Pictures of spectra, ranks and sizes, with matplotlib, an optional package."""
 
 import math
 import re
@@ -153,7 +153,7 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
     try:
         from matplotlib import pyplot
     except ImportError:
-        raise ImportError("hf_reparam.plot needs matplotlib: pip install 'hf-reparam[plot]'") from None
+        raise ImportError("hf_reparam.plot needs matplotlib: pip install matplotlib") from None
     return pyplot.subplots(figsize=size, layout="constrained")[1]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from hf_reparam.config import layer_kind
 from hf_reparam.plan import Judgement, Speed
-from hf_reparam.tables import Part, as_html, as_markdown, as_text
+from hf_reparam.tables import Part, Readable, as_markdown
 
 __all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "TriedSize"]
 
@@ -125,7 +125,7 @@ class TriedSize:
 
 
 @dataclass(frozen=True, repr=False)
-class Report:
+class Report(Readable):
     """The state of a model, or what a plan will make of it.
 
     Args:
@@ -177,26 +177,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
-        return {
-            "model": self.model,
-            "metric": self.metric,
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "factored_before": self.factored_before,
-            "factored_after": self.factored_after,
-            "coverage": self.coverage,
-            "refitted_layers": self.refitted_layers,
-            "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [asdict(item) for item in self.skipped],
-            "dropped": list(self.dropped),
-            "judgement": None if self.judgement is None else asdict(self.judgement),
-            "speed": None if self.speed is None else asdict(self.speed),
-            "tried": [asdict(size) for size in self.tried],
-        }
-
-    def to_markdown(self) -> str:
-        """Markdown tables; layers that repeat are one row, with their ranges of ranks and errors."""
-        return as_markdown(self.parts())
+        known = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return known | {name: getattr(self, name) for name in ("factored_before", "factored_after", "coverage")}
 
     def layer_table(self) -> str:
         """The Markdown table of the layers alone."""
@@ -211,12 +193,6 @@ class Report:
         sizes = dict.fromkeys([f"{self.parameters_before:,}", f"{self.parameters_after:,}"])
         shown = f"model={self.model!r}, metric={self.metric!r}, layers={len(self.layers)}"
         return f"Report({shown}, parameters='{' -> '.join(sizes)}')"
-
-    def __str__(self) -> str:
-        return as_text(self.parts())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.parts())
 
     def _layers(self) -> list[list[str]]:
         def alike(x: LayerReport) -> tuple[object, ...]:

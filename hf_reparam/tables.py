@@ -6,13 +6,31 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 
-__all__ = ["Part", "as_html", "as_markdown", "as_text"]
+__all__ = ["Part", "Readable", "as_html", "as_markdown", "as_text"]
 
 Part = str | list[list[str]]
 """A paragraph, lines in it as they are, or a table, the first row its head."""
 
 _WIDTH = 100
 _LEAST = 20  # columns of text in a table
+
+
+class Readable:
+    """What says itself in parts: as plain text, as Markdown, and as tables in notebooks."""
+
+    def parts(self) -> list[Part]:
+        """What is printed."""
+        raise NotImplementedError
+
+    def to_markdown(self) -> str:
+        """Markdown tables, and paragraphs."""
+        return as_markdown(self.parts())
+
+    def __str__(self) -> str:
+        return as_text(self.parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.parts())
 
 
 def as_text(parts: Sequence[Part]) -> str:
@@ -71,7 +89,7 @@ def _pieces(text: str, width: int) -> list[str]:
 
 
 def _markdown_table(rows: list[list[str]]) -> str:
-    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    head, *body = ("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
     return "\n".join([head, "| " + " | ".join(["---"] * len(rows[0])) + " |", *body])
 
 

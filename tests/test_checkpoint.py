@@ -221,7 +221,7 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
 def test_kill_and_go_on(tmp_path, bert):
     """SIGKILL at any moment leaves no `out`, and the next run finishes the work."""
     code = (
-        "import sys, time, hf_reparam.structures.linear as f, hf_reparam.__main__ as cli\n"
+        "import sys, time, hf_reparam.structures.linear as f, hf_reparam_cli as cli\n"
         "factor = f.factor\n"
         "f.factor = lambda *a, **k: (print('layer', flush=True), time.sleep(0.05), factor(*a, **k))[-1]\n"
         "cli.main(sys.argv[1:])"
@@ -300,8 +300,13 @@ def test_missing_weights_are_refused(tmp_path, bert):
         ({"rank": 600}, hf_reparam.errors.RankError, "above min"),
         ({"keep": 7}, hf_reparam.errors.RankError, "keep must be in"),
         ({"config": PLAN, "rank": 6}, hf_reparam.errors.TargetError, "exactly one size"),
-        ({"config": {"rank": 6}}, hf_reparam.errors.TargetError, "give a LowRankConfig or a RankPlan, got dict"),
+        (
+            {"config": {"rank": 6}},
+            hf_reparam.errors.TargetError,
+            "takes a RankPlan\\), got dict",
+        ),
         ({"rank": 6, "calibration": "none.safetensors"}, hf_reparam.errors.CheckpointError, "cannot be read"),
+        ({"rank": 6, "max_memory": "8GB"}, hf_reparam.errors.TargetError, "max_memory say how texts are read"),
         ({"rank": 6, "calibration": "none.txt"}, hf_reparam.errors.CheckpointError, "cannot be read as text"),
     ],
 )
@@ -362,3 +367,21 @@ def test_streaming_holds_a_few_layers(tmp_path):
     assert peaks["memory"] > 1.5 * peaks["stream"]
     assert_same_folder(tmp_path / "stream", tmp_path / "memory")
     shutil.rmtree(tmp_path / "dense")
+
+
+@pytest.mark.slow
+def test_a_folder_takes_the_solver_and_the_metric_that_were_asked_for(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=99, **sizes)).eval()
+    model.save_pretrained(tmp_path / "dense")
+    data = hf_reparam.calibrate(model, [{"input_ids": torch.randint(3, 99, (4, 8))}])
+    for i, asked in enumerate([{"solver": "randomized"}, {"metric": "svd"}]):
+        config = LowRankConfig(rank=8, target_modules="intermediate.dense", **asked)
+        hf_reparam.convert_folder(tmp_path / "dense", tmp_path / str(i), config, calibration=data)
+        small = hf_reparam.convert(model, config, calibration=data)
+        other = hf_reparam.convert(model, LowRankConfig(rank=8, target_modules="intermediate.dense"), calibration=data)
+        stored = type(small).from_pretrained(tmp_path / str(i)).state_dict()
+        name = "encoder.layer.0.intermediate.dense.up.weight"
+        assert torch.equal(stored[name], small.state_dict()[name])
+        assert not torch.equal(stored[name], other.state_dict()[name])

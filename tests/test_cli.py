@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import hf_reparam
 import hf_reparam_cli
 from hf_reparam import LowRankConfig, RankPlan, compare_folders, make_plan
-from hf_reparam import __main__ as cli
 from hf_reparam.config import ALLOCATIONS, FORMS, METRICS, SOLVERS
 from hf_reparam.files import convert as checkpoint
 from hf_reparam.files import folder
@@ -46,7 +45,7 @@ def dense(tmp_path):
 
 
 def run(*args):
-    return cli.main([str(a) for a in args])
+    return hf_reparam_cli.main([str(a) for a in args])
 
 
 def only_line(capsys):
@@ -252,7 +251,7 @@ def test_interrupt(tmp_path, dense, monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "convert", interrupted)
+    monkeypatch.setattr(checkpoint, "carry_out", interrupted)
     assert run("convert", dense, tmp_path / "o", "--rank", 6, "--quiet") == 130
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"]
 
@@ -261,7 +260,7 @@ def test_interrupt(tmp_path, dense, monkeypatch, capsys):
 def test_kill_leaves_no_out(tmp_path, dense):
     out = tmp_path / "o"
     code = (
-        "import sys, time, hf_reparam.files.convert as c, hf_reparam.__main__ as cli\n"
+        "import sys, time, hf_reparam.files.convert as c, hf_reparam_cli as cli\n"
         "c.copy_companions = lambda *a: (print('here', flush=True), time.sleep(60))\n"
         "cli.main(sys.argv[1:])"
     )

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import repocard
@@ -11,10 +12,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reparam import Comparison, compare, compare_folders, convert
-from hf_reparam.__main__ import main
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.compare import _megabytes
 from hf_reparam.files.folder import card_of
+from hf_reparam_cli import main
 from tests import zoo
 
 TEXTS = ["the cat sat on the mat", "a dog", "rain fell on the town all night", "who is there"] * 3
@@ -62,6 +63,9 @@ def test_perplexity_is_that_of_consecutive_blocks(words):
     ids = words("\n\n".join(TEXTS), return_tensors="pt")["input_ids"][0]
     blocks = ids[: len(ids) // 8 * 8].view(-1, 8)
     assert found.data == f"{len(blocks)} blocks of 8 tokens"
+    column = datasets.Dataset.from_dict({"text": TEXTS})["text"]  # a sequence, and not a list
+    same = compare(model, small, column, tokenizer=words, max_length=8, times=False)
+    assert same.figures == found.figures
     for column, one in enumerate((model, small)):
         logits = one(blocks).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())

@@ -176,7 +176,7 @@ def dense(tmp_path):
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["memory", "stream"])
 def test_a_folder_that_cannot_be_written(dense, stream, capsys):
-    from hf_reparam.__main__ import main
+    from hf_reparam_cli import main
 
     assert main(["convert", str(dense), "/proc/no_such_place/out", "--rank", "6", *stream]) == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written(dense, stream, capsys):
 
 FULL = """
 import resource, signal, sys
-from hf_reparam.__main__ import main
+from hf_reparam_cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 for name, more in (("memory", []), ("stream", ["--stream"])):

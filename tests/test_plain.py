@@ -254,7 +254,7 @@ LAYER = "layers.1.self_attn.q_proj"
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), CheckpointError, "does not fit"),
         (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "No such file"),
         (lambda f: (f / "plan.json").unlink(), CheckpointError, "holds no model that `save` wrote"),
-        (lambda f: (f / "plan.json").write_text("{"), CheckpointError, "holds no model that `save` wrote"),
+        (lambda f: (f / "plan.json").write_text("{"), CheckpointError, "cannot be read as a plan"),
         (
             lambda f: replan(f, lambda p: p["modules"].update(a={"rank": 1, "form": "pair"})),
             PlanError,

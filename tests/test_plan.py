@@ -59,13 +59,15 @@ def test_frozen():
         (changed(metric=None), "metric"),
         (changed(method="svd"), "unknown keys \\['method'\\]"),
         (changed(extra=1), "unknown keys \\['extra'\\]"),
+        (changed(metric="spectral"), "reparam.metric"),
+        (changed(metric=3), "reparam.metric"),
         (changed(modules=None), "modules"),
         (changed(modules=[["a", 1]]), "modules"),
         (changed(modules={f"m{i}": {"rank": 1} for i in range(100_001)}), "100001 modules"),
         (with_entry(4), "'a.b': an entry must be an object"),
-        (with_entry({}), "needs 'form' and 'rank'"),
-        (with_entry({"rank": 4}), "needs 'form' and 'rank'"),
-        (with_entry({"form": "pair"}), "needs 'form' and 'rank'"),
+        (with_entry({}), "'form' and 'rank' alone"),
+        (with_entry({"rank": 4}), "'form' and 'rank' alone"),
+        (with_entry({"form": "pair"}), "'form' and 'rank' alone"),
         (with_entry({"rank": 0, "form": "pair"}), "at least 1, got 0"),
         (with_entry({"rank": -3, "form": "pair"}), "got -3"),
         (with_entry({"rank": True, "form": "pair"}), "got True"),
@@ -74,7 +76,7 @@ def test_frozen():
         (with_entry({"rank": None, "form": "pair"}), "got None"),
         (with_entry({"rank": 4, "form": "spi ral"}), "form must be a word"),
         (with_entry({"rank": 4, "form": None}), "form must be a word"),
-        (with_entry({"rank": 4, "form": "pair", "shape": 3}), "unknown keys"),
+        (with_entry({"rank": 4, "form": "pair", "shape": 3}), "alone, got .*shape"),
         (with_entry({"rank": 4, "form": "pair"}, ""), "not a module path"),
         (with_entry({"rank": 4, "form": "pair"}, "a..b"), "not a module path"),
         (with_entry({"rank": 4, "form": "pair"}, "../../etc"), "not a module path"),
@@ -165,3 +167,9 @@ def test_entries_by_form_and_printed():
         "a.key    pivoted  5",
         "b        table    6",
     ]
+
+
+@pytest.mark.parametrize("options", [{"modules": {"fc": 8}}, {"modules": {}, "metric": "spectral"}])
+def test_a_plan_is_checked_when_it_is_made(options):
+    with pytest.raises(PlanError):
+        RankPlan(**options)

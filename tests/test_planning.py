@@ -495,7 +495,7 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     ):
         with pytest.raises(TargetError, match="exactly one size: rank, keep, target_params"):
             convert(model, asked, **sizes)
-    with pytest.raises(TargetError, match="give a LowRankConfig or a RankPlan, got dict"):
+    with pytest.raises(TargetError, match="takes a RankPlan\\), got dict"):
         convert(model, plan.to_dict())
 
     def touched():

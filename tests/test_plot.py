@@ -94,4 +94,4 @@ def test_without_matplotlib_the_error_says_what_to_install():
         "try: hf_reparam.plot.frontier({'a': {1.0: 1.0}})\n"
         "except ImportError as error: print(error)"
     )
-    assert "pip install 'hf-reparam[plot]'" in launch("-c", code, processes=1)
+    assert "pip install matplotlib" in launch("-c", code, processes=1)

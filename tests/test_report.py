@@ -157,6 +157,11 @@ def test_markdown_tables():
     assert "| layer.*.head x2 | 68 | tied |" in lines
 
 
+def test_bars_in_cells_are_escaped_in_markdown():
+    skipped = (SkippedReport("fc", "Linear", 64, "left alone by exclude_modules='re:(query|key)'"),)
+    assert "re:(query\\|key)" in Report("Net", "svd", (), skipped, 64, 64).to_markdown()
+
+
 def test_dict_is_json():
     data = json.loads(json.dumps(report().to_dict()))
     assert data["layers"][1] == {

@@ -9,7 +9,6 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, make_plan
-from hf_reparam.__main__ import main
 from hf_reparam.compress import clock
 from hf_reparam.compress.units import Parameters, Seconds
 from hf_reparam.config import FORMS
@@ -19,6 +18,7 @@ from hf_reparam.linalg import Options
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import RankPlan, Speed
 from hf_reparam.structures.linear import Linears
+from hf_reparam_cli import main
 from tests import zoo
 
 OVERHEAD = 400.0  # of every product, in the unit of `work`

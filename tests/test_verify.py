@@ -143,6 +143,7 @@ def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
         ("unit", 3),
         ("unit", "n" * 65),
         ("chosen", "another"),
+        ("chosen", []),
         ("predicted", float("nan")),
         ("predicted", "much"),
         ("measured", {}),

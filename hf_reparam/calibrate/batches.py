@@ -84,7 +84,7 @@ class _Reader:
         examples: how many there are, or None.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None, examples: int | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None, examples: int | None) -> None:
         self.model = model
         self.names = forward_names(model)
         self.tokenizer = checked_tokenizer(tokenizer)

@@ -1,8 +1,6 @@
 """`calibrate`: run calibration batches through a model once, for every size that may be wanted of it."""
 
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +20,7 @@ from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.processes import alone, distributed, total
 from hf_reparam.layers.progress import one_bar
+from hf_reparam.layers.warn import warn
 from hf_reparam.linalg import Calibration, HeldOut, LayerMoments, TableMoments
 from hf_reparam.model.checks import check_no_adapters, check_unsharded, outside_inference_mode
 from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
@@ -205,7 +204,7 @@ def _watch_group(
     fisher, inner = metric == "fisher", called(work)
     sums = {found.name: found.structure.sums(found.name, found.site, gradients=fisher) for found in group}
     seen = 0
-    plain = {f.name: f.site.module for f in group if f.structure.option is None and f.site.parts == 1}
+    plain = {f.name: f.site.module for f in group if f.structure.of_rows}
 
     def install(watcher: Watcher) -> list[Any]:
         return [h for f in group for h in f.structure.watch(f.name, f.site, sums[f.name], watcher)]
@@ -293,11 +292,11 @@ def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> 
     rows = {name: count for name, count in rows.items() if name in inputs}  # experts have theirs from all together
     unseen = [name for name, count in rows.items() if count == 0]
     if unseen:
-        _warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")
+        warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")
     few = sorted((count / inputs[n], n) for n, count in rows.items() if 0 < count < inputs.get(n, 0))
     if few:
         worst = [f"{name}: {rows[name]:,} rows, {inputs[name]:,} inputs" for _, name in few[:3]]
-        _warn(
+        warn(
             f"{len(few)} of {len(rows)} layers saw fewer rows than they have inputs, e.g. {'; '.join(worst)}: "
             "give more calibration data"
         )
@@ -306,18 +305,10 @@ def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> 
 def _warn_of_padding(layers: list[str], masks: tuple[Tensor, ...]) -> None:
     if layers:
         shapes = " and ".join(str(tuple(mask.shape)) for mask in masks)
-        _warn(
+        warn(
             f"a mask of shape {shapes} fits no input of {len(layers)} layers, among them {layers[:3]}: if they get "
             "padding, it was counted; give examples one by one, or rows of one length"
         )
-
-
-def _warn(text: str) -> None:
-    """A UserWarning of the code that called the package."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith("hf_reparam."):
-        level += 1
-    warnings.warn(text, stacklevel=level + 1)
 
 
 def _no_gradient(layers: Mapping[str, object]) -> TargetError:

@@ -21,9 +21,8 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
     """
     if source.metric == "svd" or source.calibration is None:
         return
-    layers = {item.name: item.site for item in found if item.site.weights and item.structure.option is None}
-    parts = {f"{name}.{i}": site for name, site in layers.items() if site.parts > 1 for i in range(site.parts)}
-    named = {name: site for name, site in layers.items() if site.parts == 1} | parts
+    targeted = [item for item in found if item.site.weights and item.structure.option is None]
+    named = {name: item.site for item in targeted for name in item.watched}
     known = shapes_of_layers(source.calibration.layers)
     if not known:
         return
@@ -34,7 +33,7 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
             raise WeightError(
                 f"{name}: the calibration is of a layer of {shape}, and here it is {own[0]} x {own[1]}: {_OTHER}"
             )
-    every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)} | parts.keys()
+    every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)} | named.keys()
     missing, foreign = sorted(named.keys() - known.keys()), sorted(known.keys() - every)
     starts = [f"{path}." if path else "" for path in hosts(model)]
     if starts and named.keys() & known.keys():

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
+from hf_reparam.model.host import embeddings_of
+
 __all__ = ["Names", "batches_of_one", "forward_names", "host", "padding_id", "positions", "predicts_tokens"]
 
 
@@ -66,9 +68,7 @@ def positions(model: nn.Module) -> float:
 
 def _first_position(model: PreTrainedModel, size: int) -> int:
     """Where a table of positions starts: RoBERTa and its kin count on from the padding token's id."""
-    words = None
-    with suppress(NotImplementedError, AttributeError):
-        words = model.get_input_embeddings()
+    words = embeddings_of(model)[0]
     for module in model.modules():
         if module is not words and getattr(module, "num_embeddings", None) == size:
             padding = getattr(module, "padding_idx", None)
@@ -92,10 +92,8 @@ def _config_padding(model: nn.Module) -> Any:
 
 def predicts_tokens(model: nn.Module) -> bool:
     """Whether a model's labels are tokens: it has output embeddings."""
-    with suppress(NotImplementedError, AttributeError):
-        inside = host(model)
-        return inside is not None and inside.get_output_embeddings() is not None
-    return False
+    inside = host(model)
+    return inside is not None and embeddings_of(inside)[1] is not None
 
 
 def batches_of_one(model: nn.Module) -> bool:

@@ -7,7 +7,6 @@ same examples have one by one, without padding, batches are watched as they are.
 one by one, which is right for every model, and slower.
 """
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -210,7 +209,7 @@ def _along(batch: Batch, name: str, axis: int, length: int) -> list[str]:
 def _with_decoder_mask(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """The mask of a decoder whose inputs are made of labels, or that was left out."""
     decoded = batch.get("decoder_input_ids", batch.get("labels"))
-    known = "decoder_attention_mask" in batch or "decoder_attention_mask" not in _forward_names(model)
+    known = "decoder_attention_mask" in batch or "decoder_attention_mask" not in forward_names(model).known
     if known or not isinstance(decoded, Tensor) or decoded.dim() != 2 or not decodes(model):
         return batch
     real = (decoded != IGNORED).long()
@@ -232,10 +231,6 @@ def taken_by(model: nn.Module, batch: Batch) -> dict[str, Any]:
 def decodes(model: nn.Module) -> bool:
     """Whether a model has a decoder whose inputs it can make of labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _forward_names(model: nn.Module) -> Iterable[str]:
-    return inspect.signature(model.forward).parameters
 
 
 def _to_window(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from hf_reparam.errors import TargetError
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import called, check_model, own_tokenizer
-from hf_reparam.tables import as_html, as_markdown, as_text
+from hf_reparam.tables import Part, Readable
 
 __all__ = ["Comparison", "compare", "megabytes", "shown"]
 
@@ -46,7 +46,7 @@ Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Readable):
     """What two models are and do, beside each other.
 
     Args:
@@ -63,21 +63,12 @@ class Comparison:
         """Plain numbers and strings, ready for JSON."""
         return asdict(self)
 
-    def to_markdown(self) -> str:
-        """A Markdown table and a line about data and machine."""
-        return as_markdown([self._rows(), f"Compared on {self.data}; {self.machine}."])
-
-    def __str__(self) -> str:
-        return as_text([self._rows(), f"on {self.data}; {self.machine}"])
-
-    def _repr_html_(self) -> str:
-        return as_html([self._rows(), f"on {self.data}; {self.machine}"])
-
-    def _rows(self) -> list[list[str]]:
+    def parts(self) -> list[Part]:
+        """What is printed: a table, and a line about data and machine."""
         rows = [["", "dense", "this model", "ratio"]]
         for name, (first, second) in self.figures.items():
             rows.append([name, shown(first), shown(second), _ratio(first, second)])
-        return rows
+        return [rows, f"Compared on {self.data}; {self.machine}."]
 
 
 def compare(
@@ -195,7 +186,7 @@ def _bytes(tensor: Any) -> int:
 
 def _texts(data: Batches, max_samples: int | None) -> list[str] | None:
     """The data, if they are texts."""
-    found = list(data)[:max_samples] if isinstance(data, (list, tuple)) else None
+    found = list(data)[:max_samples] if isinstance(data, Sequence) and not isinstance(data, str) else None
     return found if found and all(isinstance(item, str) for item in found) else None
 
 

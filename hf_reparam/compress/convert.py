@@ -1,7 +1,6 @@
 """`convert`: the whole flow, top to bottom."""
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,6 +22,7 @@ from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.processes import distributed
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
+from hf_reparam.layers.warn import warn
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.auto import check_loadable
 from hf_reparam.model.build import Made, apply, install
@@ -118,25 +118,34 @@ def convert(
       (2): Linear(in_features=64, out_features=10, bias=True)
     )
     """
-    plan = config if isinstance(config, RankPlan) else None
-    sizes = {"rank": rank, "keep": keep, "target_params": target_params, "speedup": speedup}
-    if plan is not None:
-        if any(size is not None for size in sizes.values()):
-            raise TargetError(ONE_SIZE)
-        asked = LowRankConfig(metric=plan.metric if plan.metric != "svd" or calibration is not None else None)
-    else:
-        asked = LowRankConfig.asked(config, **sizes)  # type: ignore[arg-type]  # no plan
+    sizes: dict[str, Any] = {"rank": rank, "keep": keep, "target_params": target_params, "speedup": speedup}
+    asked, plan = asked_for(config, **sizes)
     check_model(model)
-    _check_calibration(calibration, tokenizer)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        check_data(calibration)
+    elif tokenizer is not None:
+        raise TargetError("tokenizer= reads calibration texts: give calibration=texts")
+    reading: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "workdir": workdir}
+    if _is_layer(model):
+        if inplace:
+            raise TargetError("a model that is itself one dense layer cannot be changed in place: use inplace=False")
+        whole: Any = carry_out(nn.Sequential(model), asked, plan, **reading)
+        return whole[0]
+    return carry_out(model, asked, plan, inplace=inplace, **reading)
+
+
+def carry_out(
+    model: M,
+    asked: LowRankConfig,
+    plan: RankPlan | None,
+    *,
+    calibration: Calibration | Data | None,
+    tokenizer: Any = None,
+    inplace: bool = False,
+    workdir: str | os.PathLike[str] | None = None,
+) -> M:
+    """As `convert`: what is asked, or a plan, of which the configuration says the metric and the solver."""
     with outside_inference_mode(), one_bar(), ExitStack() as scratch:
-        if _is_layer(model):
-            if inplace:
-                raise TargetError(
-                    "a model that is itself one dense layer cannot be changed in place: use inplace=False"
-                )
-            reading: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "workdir": workdir}
-            whole: Any = convert(nn.Sequential(model), config, **sizes, **reading)  # type: ignore[arg-type]
-            return whole[0]
         _check(model, inplace=inplace)
         work = opened(model)
         selection = _selection(work.model, asked, plan)
@@ -155,12 +164,21 @@ def convert(
         on_disk = workdir is not None and any(map(is_offloaded, model.modules()))
         made, source = apply(work, plan, source, folder)
         if not plan.modules:
-            warnings.warn("nothing was factored: the size leaves every layer dense", stacklevel=2)
+            warn("nothing was factored: the size leaves every layer dense")
         result = _finish(model, work, made, source, plan.report, inplace=inplace, on_disk=on_disk)
         if folder is not None and not on_disk:
             for module in made.modules:
                 recall(module)
         return result
+
+
+def asked_for(config: LowRankConfig | RankPlan | None, **sizes: Any) -> tuple[LowRankConfig, RankPlan | None]:
+    """A configuration of one size; or, for a plan, its metric, and the plan. TargetError for none or several sizes."""
+    if not isinstance(config, RankPlan):
+        return LowRankConfig.asked(config, **sizes), None
+    if any(size is not None for size in sizes.values()):
+        raise TargetError(ONE_SIZE)
+    return LowRankConfig(metric=None if config.metric == "svd" else config.metric), config  # "svd": made without data
 
 
 def asked_of(model: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> dict[str, Any]:
@@ -179,14 +197,6 @@ def _is_layer(model: nn.Module) -> bool:
     return any(site.name == "" for structure in STRUCTURES for site in structure.sites(model))
 
 
-def _check_calibration(calibration: Data | None, tokenizer: Any) -> None:
-    if calibration is None or isinstance(calibration, Calibration):
-        if tokenizer is not None:
-            raise TargetError("tokenizer= reads calibration texts: give calibration=texts")
-    else:
-        check_data(calibration)
-
-
 def _check(model: nn.Module, *, inplace: bool) -> None:
     """What would fail at the end fails here, before any work; what calibration cannot know is told."""
     check_no_adapters(model)
@@ -195,10 +205,9 @@ def _check(model: nn.Module, *, inplace: bool) -> None:
     check_loadable(model)
     live_sites(model)
     if fresh := fresh_heads(model):
-        warnings.warn(
+        warn(
             f"{', '.join(fresh)}: not in the checkpoint, so these are random. Fine-tune first, then convert: "
             "calibration then knows the task, and less is lost",
-            stacklevel=3,
         )
 
 

@@ -61,7 +61,7 @@ def search_plan(
     check_model(model)
     check_no_adapters(model)
     config = config or LowRankConfig()
-    if config.sized:
+    if not isinstance(config, LowRankConfig) or config.sized:
         raise TargetError("search_plan finds the size: give a LowRankConfig without one")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -20,25 +20,6 @@ __all__ = ["Parameters", "Seconds", "Unit", "unit_of"]
 _TOKENS = 1024  # of a call: 8 texts of 128 tokens
 
 
-class Unit(Protocol):
-    """How costs are counted."""
-
-    def entry(self, item: Found, rank: int) -> Entry:
-        """How a site is held at a rank."""
-
-    def cost(self, item: Found, entry: Entry | None) -> float:
-        """What it costs so; None for dense, infinite where it cannot be."""
-
-    def priced(self, item: Found | None, choices: Choices) -> Choices:
-        """The choices that are worth having, by ascending cost, with what they cost; of None for a part of a site."""
-
-    def measured(self, layers: Sequence[tuple[Found, Entry | None]]) -> float | None:
-        """What sites cost together as they are held, of what they cost dense; None where `cost` is exact."""
-
-    def too_small(self, share: float, least: float, steps: Steps) -> str:
-        """What to say where the least ranks cost a higher share of what is dense."""
-
-
 @dataclass(frozen=True)
 class Parameters:
     """Numbers that a site holds, biases not counted.
@@ -52,24 +33,29 @@ class Parameters:
     least_saving: float
 
     def entry(self, item: Found, rank: int) -> Entry:
+        """How a site is held at a rank."""
         return item.structure.entry(rank, self.form)
 
     def cost(self, item: Found, entry: Entry | None) -> float:
+        """What it costs so; None for dense, infinite where it cannot be."""
         try:
             return item.structure.cost(item.site, entry)
         except RankError:
             return math.inf
 
     def priced(self, item: Found | None, choices: Choices) -> Choices:
+        """The choices that are worth having, by ascending cost, with what they cost; of None for a part of a site."""
         entries, options = choices
         most = (1 - self.least_saving) * float(options.costs[-1])  # dense is the last one
         kept = [i for i, entry in enumerate(entries) if entry is None or float(options.costs[i]) <= most]
         return [entries[i] for i in kept], _of(options, kept)
 
     def measured(self, layers: Sequence[tuple[Found, Entry | None]]) -> float | None:
+        """What sites cost together as they are held, of what they cost dense; None where `cost` is exact."""
         return None
 
     def too_small(self, share: float, least: float, steps: Steps) -> str:
+        """What to say where the least ranks cost a higher share of what is dense."""
         return (
             f"a share of {share:.3g} is below the smallest size: keep at least {math.ceil(1000 * least) / 1000:.3f}, "
             f"or allow lower ranks with min_rank= (now {steps.min_rank}; multiple_of is {steps.multiple_of})"
@@ -94,10 +80,8 @@ class Seconds:
     def cost(self, item: Found, entry: Entry | None) -> float:
         return self.clock.seconds(item.site, entry)
 
-    def priced(self, item: Found | None, choices: Choices) -> Choices:
+    def priced(self, item: Any, choices: Choices) -> Choices:  # no part of a site, which has no time of its own
         entries, options = choices
-        if item is None:
-            raise TypeError("parts of a site have no time of their own")
         faster = [None if entry is None else self.entry(item, entry.rank) for entry in entries]
         costs = [self.cost(item, entry) for entry in faster]
         kept: list[int] = []
@@ -117,6 +101,10 @@ class Seconds:
             f"speedup={1 / share:.3g} cannot be reached: at the least ranks (min_rank={steps.min_rank}) the layers "
             f"take {least:.3f} of their dense time with {self.clock.tokens} tokens a call, a speedup of {1 / least:.2f}"
         )
+
+
+Unit = Parameters | Seconds
+"""How costs are counted."""
 
 
 def unit_of(config: LowRankConfig, calibration: Calibration | None) -> Unit:

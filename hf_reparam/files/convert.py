@@ -1,6 +1,5 @@
 """From model folder to model folder: what the command line does, for use from Python."""
 
-import json
 import os
 import shutil
 import warnings
@@ -11,17 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_reparam.calibrate.batches import batched
-from hf_reparam.calibrate.collect import calibrate, size_in_bytes
-from hf_reparam.compress.convert import asked_of, convert
+from hf_reparam.compress.convert import asked_for, carry_out
 from hf_reparam.compress.merge import merge
 from hf_reparam.compress.planning import make_plan
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.files.data import CalibrationData, check_size
 from hf_reparam.files.folder import (
     card_of,
     check_device,
-    lines_of,
     load,
     load_tokenizer,
     locate,
@@ -29,7 +26,8 @@ from hf_reparam.files.folder import (
     skeleton,
 )
 from hf_reparam.files.out import copy_companions, new_folder
-from hf_reparam.layers.processes import alone, is_first, own_share, wait_for_all
+from hf_reparam.files.plan import check_absent, read_plan, write_plan
+from hf_reparam.layers.processes import alone, is_first, wait_for_all
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.linalg import Calibration, fingerprint
 from hf_reparam.model.card import model_card
@@ -38,7 +36,7 @@ from hf_reparam.plan import RankPlan
 from hf_reparam.recover.refit import refit as refit_factors
 from hf_reparam.report import Report
 
-__all__ = ["calibration_or_texts", "convert_folder", "inspect_folder", "merge_folder"]
+__all__ = ["convert_folder", "inspect_folder", "merge_folder"]
 
 _SHARD = {True: "500MB", False: "50GB"}  # when streaming, one is held in memory at a time
 
@@ -106,46 +104,32 @@ def convert_folder(
     """
     folder = _open(source, Path(out), force, revision=revision, token=token)
     place = model_place(folder)
-    _check_size("max_memory", max_memory)
-    _check_size("max_shard_size", max_shard_size)
-    reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
-    known, texts = calibration_or_texts(calibration, max_length, max_samples)
+    check_size("max_shard_size", max_shard_size)
+    data = CalibrationData.of(calibration, max_length, max_samples, max_memory)
+    check_device(device)
     if device is not None and stream:
         raise TargetError("device needs the model in memory: give stream=False (leave --stream out)")
-    check_device(device)
-    if refit and texts is None:
+    if refit and data.texts is None:
         raise TargetError("refit needs the calibration texts themselves: give calibration=FILE of texts")
     if refit and stream:
         raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
-    plan, asked = None, LowRankConfig()
-    if not isinstance(config, RankPlan):
-        asked = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params, speedup=speedup)
-    elif any(size is not None for size in (rank, keep, target_params, speedup)):
-        raise TargetError("give exactly one size: a plan has ranks of its own")
-    else:
-        plan = config
-    if texts is not None:
-        reading["tokenizer"] = load_tokenizer(place)
+    asked, plan = asked_for(config, rank=rank, keep=keep, target_params=target_params, speedup=speedup)
+    tokenizer = None if data.texts is None else load_tokenizer(place)
     options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples, dtype]
-    same_work = _same_work(folder, known, texts, options) if stream else None
+    same_work = _same_work(folder, data, options) if stream else None
     with _work_folder(Path(out), force, same_work) as work, one_bar():
         model, dropped = load(place, offload_folder=work / "source" if stream else None, dtype=dtype, device=device)
         if not os.path.isdir(source):
             model.config.name_or_path = os.fspath(source)  # the Hub id, not the place in the cache
-        if texts is not None:
-            metric = (plan.metric if plan is not None and plan.metric != "svd" else asked.metric) or "fisher"
-            collect: dict[str, Any] = {"metric": metric, "max_memory": max_memory, **asked_of(model, asked, plan)}
-            mine = own_share(list(batched(model, texts, **reading)))  # whole batches round as in one process
-            if stream:
-                known = _kept_calibration(model, mine, work, collect)
-            else:
-                known = calibrate(model, mine, folder=None if max_memory is None else work / "moments", **collect)
-        elif known is not None and not isinstance(known, Calibration):
-            known = Calibration.load(known)
-        plan = plan or _kept_plan(model, asked, known, work)
-        small = convert(model, plan, calibration=known, inplace=not refit, workdir=work / "layers" if stream else None)
-        if refit and texts is not None:
-            refit_factors(small, model, texts, calibration=known, **reading)
+        moments = work / "moments" if stream or max_memory is not None else None
+        known = data.calibration(model, tokenizer, asked, plan, folder=moments)
+        if plan is None:
+            plan = _kept_plan(model, asked, known, work)
+            asked = LowRankConfig(metric=plan.metric, solver=asked.solver)
+        layers = work / "layers" if stream else None
+        small = carry_out(model, asked, plan, calibration=known, inplace=not refit, workdir=layers)
+        if refit and data.texts is not None:
+            refit_factors(small, model, data.texts, calibration=known, tokenizer=tokenizer, **data.reading)
         done = replace(report(small), dropped=dropped)
         if _save(small, folder, work, {"max_shard_size": max_shard_size or _SHARD[stream], "remote_code": remote_code}):
             model_card(small, base_card=card_of(folder), remote_code=remote_code).save(work / "new" / "README.md")
@@ -170,8 +154,8 @@ def merge_folder(
         The report of the model before it was merged.
     """
     folder = _open(source, Path(out), force, revision=revision, token=token)
-    _check_size("max_shard_size", max_shard_size)
-    with _work_folder(Path(out), force, _same_work(folder, None, None, ["merge"]) if stream else None) as work:
+    check_size("max_shard_size", max_shard_size)
+    with _work_folder(Path(out), force, _same_work(folder, CalibrationData(), ["merge"]) if stream else None) as work:
         model, dropped = load(model_place(folder), offload_folder=work / "source" if stream else None)
         done = replace(report(model), dropped=dropped)
         dense = merge(model, inplace=True, workdir=work / "layers" if stream else None)
@@ -184,28 +168,11 @@ def inspect_folder(source: str | os.PathLike[str], *, revision: str | None = Non
     return report(skeleton(os.fspath(source), revision=revision, token=token))
 
 
-def _check_size(option: str, size: int | str | None) -> None:
-    if size is not None and size_in_bytes(option, size) < 1:
-        raise TargetError(f"{option} must be above 0, got {size!r}")
-
-
-def calibration_or_texts(given: Any, max_length: int | None, max_samples: int | None) -> tuple[Any, list[str] | None]:
-    """A calibration, or where it is stored; or the lines of a text file, for which alone the options are meant."""
-    path = None if given is None or isinstance(given, Calibration) else Path(given)
-    if path is not None and not path.is_dir() and path.suffix != ".safetensors":
-        return None, lines_of(path)
-    if max_length is not None or max_samples is not None:
-        raise TargetError(
-            "max_length and max_samples say how texts are read: give calibration=FILE of texts (--calibration FILE)"
-        )
-    return path or given, None
-
-
 def _open(source: str | os.PathLike[str], out: Path, force: bool, *, revision: str | None, token: str | None) -> Path:
     """The source's folder, after `out` was judged."""
     if out.name in ("", ".."):
         raise CheckpointError(f"{out} is a place, no name: give the folder to make")
-    _check_absent(out, force)
+    check_absent(out, force=force)
     folder = locate(os.fspath(source), revision=revision, token=token)
     made, read = out.resolve(), folder.resolve()
     if read.is_relative_to(made):
@@ -215,45 +182,24 @@ def _open(source: str | os.PathLike[str], out: Path, force: bool, *, revision: s
     return folder
 
 
-def _check_absent(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise CheckpointError(f"{out} exists; choose another place, or replace it with --force")
-
-
 @contextmanager
 def _work_folder(out: Path, force: bool, same_work: str | None) -> Iterator[Path]:
     """As `new_folder`, for one run at a time."""
     refusal = f"another process is converting into {out}; wait until it has finished, or choose another place"
     with alone(out.parent / f".{out.name}.lock", refusal):
-        _check_absent(out, force)  # the other may have finished just now
+        check_absent(out, force=force)  # the other may have finished just now
         with new_folder(out, resume=same_work) as work:
             yield work
 
 
-def _kept_calibration(model: Any, data: Any, work: Path, options: dict[str, Any]) -> Calibration:
-    """As `calibrate`, in the work folder that all processes share; an earlier, broken run may have left it there."""
-    place, unfinished = work / "moments", work / "moments~"
-    if not place.exists():
-        if is_first():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        wait_for_all()
-        calibrate(model, data, folder=unfinished, **options)
-        wait_for_all()
-        if is_first():
-            unfinished.rename(place)
-        wait_for_all()
-    return Calibration.load(place)
-
-
 def _kept_plan(model: Any, config: LowRankConfig, calibration: Calibration | None, work: Path) -> RankPlan:
     """As `make_plan`; an earlier, broken run may have left the plan in the work folder."""
-    place, unfinished = work / "plan.json", work / "plan.json~"
+    place = work / "plan.json"
     if place.exists():
-        return RankPlan.from_dict(json.loads(place.read_text()))
+        return read_plan(place)
     plan = make_plan(model, config, calibration)
     if is_first():
-        unfinished.write_text(json.dumps(plan.to_dict()))
-        unfinished.rename(place)
+        write_plan(plan, place)
     return plan
 
 
@@ -271,14 +217,14 @@ def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool
     return True
 
 
-def _same_work(source: Path, calibration: Any, lines: list[str] | None, options: list[Any]) -> str:
+def _same_work(source: Path, data: CalibrationData, options: list[Any]) -> str:
     """The same for the same work: source files, calibration data and options."""
-    parts: list[Any] = [version("hf-reparam"), options, lines]
+    parts: list[Any] = [version("hf-reparam"), options, data.texts]
     parts += map(_stamp, sorted({*_files(source), *_files(model_place(source))}))
-    if isinstance(calibration, Calibration):
-        parts.append(calibration.fingerprint())
-    elif calibration is not None:
-        parts += map(_stamp, _files(calibration))
+    if isinstance(data.known, Calibration):
+        parts.append(data.known.fingerprint())
+    elif data.known is not None:
+        parts += map(_stamp, _files(data.known))
     return fingerprint(parts)[:12]
 
 

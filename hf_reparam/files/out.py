@@ -14,7 +14,7 @@ from hf_reparam.files.folder import OTHER_FOLDERS, one_line, read_json
 from hf_reparam.layers.processes import is_first
 from hf_reparam.model.remote import FILE
 
-__all__ = ["copy_companions", "new_folder"]
+__all__ = ["copy_companions", "new_folder", "visible_files"]
 
 _OWN = (  # written by the model, or true of the source alone; weights; what a Trainer left
     *("config.json", "generation_config.json", "README.md", FILE),
@@ -61,6 +61,12 @@ def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files below a folder, by paths relative to it; no hidden ones, and not its card."""
+    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [f for f in files if not any(part.startswith(".") for part in f.parts) and f != Path("README.md")]
+
+
 def copy_companions(source: Path, target: Path, model: Path) -> None:
     """Copy what belongs to a model beside its weights and configuration: tokenizer, pooling and dense modules, voices.
 
@@ -71,12 +77,10 @@ def copy_companions(source: Path, target: Path, model: Path) -> None:
     for index in model.glob("*.index.json"):
         with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):  # it is another file
             shards |= set(read_json(index)["weight_map"].values())
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or str(relative) == "README.md" or not path.is_file() or (target / relative).exists():
-            continue
-        if not (path.is_relative_to(model) and _is_own(path.relative_to(model), shards)):
+    for relative in visible_files(source):
+        path = source / relative
+        own = path.is_relative_to(model) and _is_own(path.relative_to(model), shards)
+        if not own and not (target / relative).exists():
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
 

@@ -1,163 +1,24 @@
-"""Plans of model folders, stored and not carried out: what `hf-reparam plan` does, for use from Python."""
+"""Rank plans in files: what `hf-reparam plan` writes, and what model folders and runs that can be resumed keep."""
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-
-from hf_reparam.calibrate.batches import batched
-from hf_reparam.calibrate.collect import calibrate
-from hf_reparam.compress.convert import asked_of
-from hf_reparam.compress.planning import make_plan
-from hf_reparam.config import LowRankConfig
-from hf_reparam.errors import CheckpointError, RankError
-from hf_reparam.files.convert import calibration_or_texts
-from hf_reparam.files.folder import check_device, load, load_tokenizer, locate, model_place, skeleton
-from hf_reparam.layers.processes import own_share
-from hf_reparam.layers.progress import each, one_bar
-from hf_reparam.linalg import Calibration
-from hf_reparam.model.checks import count_parameters
+from hf_reparam.errors import CheckpointError
 from hf_reparam.plan import RankPlan
-from hf_reparam.tables import Part, as_html, as_text
 
-__all__ = ["Estimate", "Estimates", "check_new", "plan_folder", "read_plan", "write_plan"]
-
-_KEEPS = (0.8, 0.6, 0.4)
+__all__ = ["check_absent", "check_new", "read_plan", "write_plan"]
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What one size would give.
-
-    Args:
-        keep: as in `LowRankConfig`.
-        parameters: of the whole model; None where no plan is as small as that.
-        megabytes: of these, in the model's dtype.
-        predicted, measured: divergence from the dense model on held-out calibration data; None without any.
-    """
-
-    keep: float
-    parameters: int | None = None
-    megabytes: float | None = None
-    predicted: float | None = None
-    measured: float | None = None
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """What some sizes would give, beside the dense model.
-
-    Args:
-        model: class name.
-        parameters, megabytes: of the dense model.
-        unit: of divergences, as in a `Judgement`; None without held-out data.
-        sizes: what was estimated.
-    """
-
-    model: str
-    parameters: int
-    megabytes: float
-    unit: str | None
-    sizes: Sequence[Estimate]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, ready for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return as_text(self._parts())
-
-    def _repr_html_(self) -> str:
-        return as_html(self._parts())
-
-    def _parts(self) -> list[Part]:
-        def row(size: Estimate) -> list[str]:
-            if size.parameters is None:
-                return [f"keep {size.keep:g}", "cannot be reached", *[""] * 4]
-            losses = ["" if loss is None else f"{loss:.4g}" for loss in (size.predicted, size.measured)]
-            share = f"{size.parameters / self.parameters:.1%}"
-            return [f"keep {size.keep:g}", f"{size.parameters:,}", share, f"{size.megabytes:,.1f}", *losses]
-
-        dense = ["dense", f"{self.parameters:,}", "100.0%", f"{self.megabytes:,.1f}", "", ""]
-        rows = [["size", "parameters", "share", "MB", "predicted", "measured"], dense, *map(row, self.sizes)]
-        if self.unit is None:
-            advice = "Calibration data (--calibration TEXTS.txt) tell what each size is predicted to lose."
-            return [self.model, [row[:-2] for row in rows], advice]
-        what = f"Predicted and measured: divergence from the dense model on held-out data ({self.unit})."
-        return [self.model, rows, what]
-
-
-def plan_folder(
-    source: str | os.PathLike[str],
-    config: LowRankConfig,
-    *,
-    calibration: Calibration | str | os.PathLike[str] | None = None,
-    max_length: int | None = None,
-    max_samples: int | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-) -> RankPlan | Estimates:
-    """Plan what would become of a model folder or Hub id, and convert nothing.
-
-    Args:
-        source, calibration, max_length, max_samples, revision, token, dtype, device: as in `convert_folder`.
-        config: what is asked.
-
-    Returns:
-        The plan for the size that the configuration has; without one, what `keep` = 0.8, 0.6 and 0.4 would give.
-
-    Raises:
-        ReparamError: as `make_plan` and `convert_folder`.
-
-    Cost: as `calibrate` and `make_plan`, for each size. Without calibration data no weight is read, unless the
-    allocation is "global" or a speedup is asked for.
-    """
-    known, texts = calibration_or_texts(calibration, max_length, max_samples)
-    check_device(device)
-    with one_bar():
-        if known is None and texts is None and config.allocation != "global" and config.speedup is None:
-            model: Any = skeleton(os.fspath(source), revision=revision, token=token, dtype=dtype)
-        else:
-            place = model_place(locate(os.fspath(source), revision=revision, token=token))
-            model, _ = load(place, dtype=dtype, device=device)
-        if texts is not None:
-            reading: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
-            mine = own_share(list(batched(model, texts, load_tokenizer(place), **reading)))
-            known = calibrate(model, mine, metric=config.metric or "fisher", **asked_of(model, config, None))
-        elif known is not None and not isinstance(known, Calibration):
-            known = Calibration.load(known)
-        return make_plan(model, config, known) if config.sized else _estimates(model, config, known)
-
-
-def _estimates(model: nn.Module, config: LowRankConfig, calibration: Calibration | None) -> Estimates:
-    count = count_parameters(model)
-    width = next(model.parameters()).element_size() / 1e6
-    sizes, unit = [], None
-    for keep in each(_KEEPS, "planning", "size"):
-        try:
-            report = make_plan(model, replace(config, keep=keep), calibration).report
-        except RankError:  # below the smallest size
-            sizes.append(Estimate(keep))
-            continue
-        assert report is not None  # of a plan that was not edited
-        found = Estimate(keep, report.parameters_after, report.parameters_after * width)
-        if (judged := report.judgement) is not None:
-            unit = judged.unit
-            found = replace(found, predicted=judged.predicted, measured=judged.measured[judged.chosen])
-        sizes.append(found)
-    return Estimates(type(model).__name__, count, count * width, unit, sizes)
+def check_absent(path: str | os.PathLike[str], *, force: bool) -> None:
+    """Raise CheckpointError for what exists, unless by force."""
+    if Path(path).exists() and not force:
+        raise CheckpointError(f"{path} exists; choose another place, or replace it with --force (force=True)")
 
 
 def check_new(path: str | os.PathLike[str], *, force: bool) -> None:
     """Raise CheckpointError for a file that exists, unless by force, or whose folder does not."""
-    if Path(path).exists() and not force:
-        raise CheckpointError(f"{path} exists; choose another place, or replace it with --force")
+    check_absent(path, force=force)
     if Path(path).is_dir() or not Path(path).parent.is_dir():
         raise CheckpointError(f"{path} cannot be written: give a file in a folder that exists")
 

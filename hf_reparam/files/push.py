@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_reparam.errors import CheckpointError, ReparamError, TargetError
 from hf_reparam.files.folder import card_of, model_place, one_line, skeleton
+from hf_reparam.files.out import visible_files
 from hf_reparam.model.card import prepare_upload
 from hf_reparam.model.config import ReparamConfigMixin
 from hf_reparam.model.remote import FILE
@@ -97,14 +98,11 @@ def push_folder(
 def _linked(source: Path, target: Path) -> list[str]:
     """Have the files of a folder in another, without copies where the system has links; no card, nothing hidden."""
     names = []
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and relative != Path("README.md"):  # which is written anew
-            names.append(relative.as_posix())
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                (target / relative).symlink_to(path.resolve())
-            except OSError:
-                shutil.copyfile(path, target / relative)
+    for relative in visible_files(source):  # the card is written anew
+        names.append(relative.as_posix())
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (target / relative).symlink_to((source / relative).resolve())
+        except OSError:
+            shutil.copyfile(source / relative, target / relative)
     return names

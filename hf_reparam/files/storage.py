@@ -1,6 +1,5 @@
 """`save` and `load` for converted models that are no `PreTrainedModel`: a plan beside safetensors."""
 
-import json
 import os
 from pathlib import Path
 from typing import TypeVar
@@ -10,13 +9,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_reparam.config import METRICS
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.out import new_folder
-from hf_reparam.layers.factored import Factored
+from hf_reparam.files.plan import check_absent, read_plan, write_plan
 from hf_reparam.layers.surgery import undone_on_error
 from hf_reparam.model.build import Made, install
-from hf_reparam.model.host import check_model, hosts, metric_of, opened
+from hf_reparam.model.host import check_model, metric_of, opened
 from hf_reparam.model.retype import retype
 from hf_reparam.model.sites import check_forms, entries_of, fit
 from hf_reparam.plan import ConversionRecord, RankPlan
@@ -59,7 +57,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
     work = opened(model).model
     entries = entries_of(work)
-    tied = [s.name for kind in STRUCTURES if kind.stays_in_memory for s in kind.sites(work) if s.entry and s.parts == 1]
+    tables = [kind for kind in STRUCTURES if kind.stays_in_memory and kind.option is not None]
+    tied = [site.name for kind in tables for site in kind.sites(work) if site.entry]
     if tied:
         raise TargetError(
             f"{tied[0]} is an embedding of low rank, which this format does not hold: save the PreTrainedModel that "
@@ -67,17 +66,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         )
     if not entries:
         raise TargetError(f"{type(model).__name__} has nothing of low rank: save it as any module")
-    if hosts(model):
-        metric = metric_of(model)
-    else:
-        known = {module.metric for module in model.modules() if isinstance(module, Factored)}
-        metric = next((name for name in reversed(METRICS) if name in known), "svd")
     out = Path(path)
-    if out.exists() and not force:
-        raise CheckpointError(f"{out} exists; choose another place, or replace it with force=True")
+    check_absent(out, force=force)
     with new_folder(out) as work:
         (work / "new").mkdir()
-        (work / "new" / _PLAN).write_text(json.dumps(RankPlan(entries, metric=metric).to_dict(), indent=1) + "\n")
+        write_plan(RankPlan(entries, metric=metric_of(model)), work / "new" / _PLAN)
         save_model(model, str(work / "new" / _TENSORS))
 
 
@@ -99,10 +92,9 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
     if isinstance(model, PreTrainedModel):
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use from_pretrained")
     folder = Path(path)
-    try:
-        plan = RankPlan.from_dict(json.loads((folder / _PLAN).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} holds no model that `save` wrote: {error}") from None
+    if not (folder / _PLAN).is_file():
+        raise CheckpointError(f"{folder} holds no model that `save` wrote")
+    plan = read_plan(folder / _PLAN)
     check_forms(plan)
     work, made = opened(model), Made()
     for structure in STRUCTURES:

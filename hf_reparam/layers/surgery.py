@@ -101,6 +101,8 @@ def set_factors(layer: LowRankLinear, factors: Factors) -> None:
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put new modules where old ones hang, at every path at which they hang. Changes the model."""
+    if not replacements:
+        return
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and child in replacements:

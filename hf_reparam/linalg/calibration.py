@@ -226,8 +226,7 @@ class _Stored(Mapping[str, LayerMoments]):
     def __getitem__(self, name: str) -> LayerMoments:
         tensors: dict[str, Any] = _read(self._where[name], name)
         held = {key.removeprefix(_HELD): tensors.pop(key) for key in list(tensors) if key.startswith(_HELD)}
-        part = LayerMoments(int(held.pop("tokens")), **held) if held else None
-        return LayerMoments(int(tensors.pop("tokens")), **tensors, held=part)
+        return LayerMoments.of(tensors, LayerMoments.of(held) if held else None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -236,7 +235,8 @@ class _Stored(Mapping[str, LayerMoments]):
         """The count of every layer."""
         for path in set(self._where.values()):
             with safe_open(path, framework="pt") as file:
-                yield from (int(file.get_tensor(key)) for key in file.keys() if key.endswith(".tokens"))  # noqa: SIM118
+                names = {f"{name}.tokens" for name in self._where}.intersection(file.keys())
+                yield from (int(file.get_tensor(name)) for name in sorted(names))
 
     def shapes(self) -> dict[str, tuple[int, int | None]]:
         """As `shapes_of_layers`."""

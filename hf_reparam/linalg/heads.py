@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_reparam.linalg.factorize import decompose
 from hf_reparam.linalg.metric import Metric, root
-from hf_reparam.linalg.moments import SHRINKAGE
+from hf_reparam.linalg.moments import SHRINKAGES
 
 __all__ = ["HeadMaps", "HeadMoments", "map_both", "map_rows", "output_moment"]
 
@@ -104,7 +104,7 @@ class HeadMoments:
         identity, parts = torch.eye(size, dtype=torch.float64), []
         for head in range(self.heads):
             block = slice(head * size, (head + 1) * size)
-            roots = root(inner[block, block], SHRINKAGE["input"]), root(outer[block, block], SHRINKAGE["gradient"])
+            roots = root(inner[block, block], SHRINKAGES[0][0]), root(outer[block, block], SHRINKAGES[0][1])
             parts.append(decompose(identity, metric=Metric(*roots)).cut(size))
         return torch.stack([part.up.T for part in parts]), torch.stack([part.down for part in parts])
 

@@ -50,13 +50,8 @@ def root(second_moment: Tensor, shrinkage: float) -> Tensor:
     not span. Where rounding of the data is larger than that (all tokens nearly the same), its negative eigenvalues are
     raised to the shrinkage. A zero moment gives the identity.
 
-    Raises:
-        ValueError: shrinkage is not in (0, 1].
-
     Cost: d^3 / 3 multiply-adds.
     """
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
     size = second_moment.shape[0]
     mean = float(second_moment.diagonal().mean())
     if mean <= 0:

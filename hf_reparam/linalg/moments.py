@@ -1,6 +1,6 @@
 """Streaming moments of what goes into a layer and of the gradient that comes back to its output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,12 @@ from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.sums import add_gram, add_rows, widened
 
-__all__ = ["SHRINKAGE", "SHRINKAGES", "LayerMoments", "Shrinkage"]
+__all__ = ["SHRINKAGES", "LayerMoments", "Shrinkage"]
 
-SHRINKAGE = {"input": 1e-3, "gradient": 1e-2}
-"""Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
 Shrinkage = tuple[float, float]
+"""Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
 SHRINKAGES: tuple[Shrinkage, ...] = ((1e-3, 1e-2), (1e-2, 1e-1), (1e-1, 5e-1))
-"""Those that cross-validation chooses from, of inputs and gradients."""
+"""Those that cross-validation chooses from, the least first, which serves where there is no choice."""
 
 
 @dataclass
@@ -44,6 +43,11 @@ class LayerMoments:
         square = torch.zeros(n_out, n_out, dtype=torch.float64) if gradients else None
         return cls(0, torch.zeros(n_in, dtype=torch.float64), torch.zeros(n_in, n_in, dtype=torch.float64), square)
 
+    @classmethod
+    def of(cls, sums: Mapping[str, Tensor], held: "LayerMoments | None" = None) -> "LayerMoments":
+        """From sums by their names, as `tensors` gives them."""
+        return cls(**{**sums, "tokens": int(sums["tokens"])}, held=held)  # type: ignore[arg-type]  # of tensors
+
     def add_inputs(self, x: Tensor) -> None:
         """Add rows x (tokens, in). Products in float32 or better, sums in float64."""
         x = widened(x)
@@ -60,20 +64,15 @@ class LayerMoments:
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         if (self.gradient_products is None) != (other.gradient_products is None):
             raise WeightError("moments with and without gradients cannot be merged")
-        gradients = None
-        if self.gradient_products is not None and other.gradient_products is not None:
-            gradients = self.gradient_products + other.gradient_products
-        sums, products = self.input_sum + other.input_sum, self.input_products + other.input_products
-        held = None if self.held is None or other.held is None else self.held + other.held
-        return LayerMoments(self.tokens + other.tokens, sums, products, gradients, held)
+        return self._with(other, torch.add, self.held and other.held and self.held + other.held)
 
     def __sub__(self, other: "LayerMoments") -> "LayerMoments":
         """Without a part of the data."""
-        gradients = None
-        if self.gradient_products is not None and other.gradient_products is not None:
-            gradients = self.gradient_products - other.gradient_products
-        sums, products = self.input_sum - other.input_sum, self.input_products - other.input_products
-        return LayerMoments(self.tokens - other.tokens, sums, products, gradients)
+        return self._with(other, torch.sub, None)
+
+    def _with(self, other: "LayerMoments", join: Callable[..., Tensor], held: "LayerMoments | None") -> "LayerMoments":
+        mine, theirs = self.tensors(), other.tensors()
+        return LayerMoments.of({name: join(mine[name], theirs[name]) for name in mine if name in theirs}, held)
 
     def fitting(self) -> "LayerMoments":
         """Without the held-out part."""
@@ -81,10 +80,8 @@ class LayerMoments:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LayerMoments":
         """The same function of every sum, the count of tokens first."""
-        tokens = int(function(torch.tensor(self.tokens)))
-        sums, products = function(self.input_sum), function(self.input_products)
-        gradients = None if self.gradient_products is None else function(self.gradient_products)
-        return LayerMoments(tokens, sums, products, gradients, self.held and self.held.map(function))
+        sums = {name: function(value) for name, value in self.tensors().items()}
+        return LayerMoments.of(sums, self.held and self.held.map(function))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every sum by its name, without the held-out part."""

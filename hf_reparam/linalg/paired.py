@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_reparam.linalg.metric import Metric, root
-from hf_reparam.linalg.moments import SHRINKAGE
+from hf_reparam.linalg.moments import SHRINKAGES
 from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
 
 __all__ = ["PairedMoments", "Refit"]
@@ -83,12 +83,12 @@ class PairedMoments:
         if centred:
             cross = cross - torch.outer(means[0], means[1])
             second = second - torch.outer(means[1], means[1])
-        part, variance = SHRINKAGE["input"], second.diagonal().mean()
+        part, variance = SHRINKAGES[0][0], second.diagonal().mean()
         inputs = root(second, part)
         solution = weight
         if variance > 0:
             cross = (1 - part) * cross
             cross.diagonal().add_(part * variance)
             solution = torch.cholesky_solve((weight @ cross).T, inputs).T
-        outputs = None if gradient_products is None else root(gradient_products, SHRINKAGE["gradient"])
+        outputs = None if gradient_products is None else root(gradient_products, SHRINKAGES[0][1])
         return Refit(solution, Metric(inputs, outputs), *means)

@@ -125,7 +125,8 @@ def _note(
     found: Found, entry: Entry | None, modules: list[nn.Module], error: float | None, source: Source, made: Made
 ) -> None:
     """Remember how a part was made."""
-    metric = source.metric_of(found.name) if found.site.weights else source.metric
+    known = (source.metric_of(name) for name in found.watched)  # of experts, any that saw data
+    metric = next((m for m in known if m != "svd"), "svd") if found.site.weights else source.metric
     for module in modules:
         if isinstance(module, Factored):
             module.error, module.metric = error, metric

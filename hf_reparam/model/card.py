@@ -6,7 +6,6 @@ A card says what a converted model is, from its plan and its record, in one mark
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from hf_reparam.compat.auto import auto_class_of
 from hf_reparam.errors import TargetError
-from hf_reparam.model.config import ReparamConfigMixin, plan_name, plan_of
+from hf_reparam.model.config import ReparamConfigMixin, plan_of
 from hf_reparam.model.summary import report
 from hf_reparam.plan import ConversionRecord, RankPlan, is_hub_id
 
@@ -173,11 +172,6 @@ def _published_card(repo_id: str, token: Any) -> ModelCard | None:
 
 def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: str | None, *, remote_code: bool) -> str:
     whole = report(model)
-    named = {plan_name(model, row.name): row for row in whole.layers}
-    layers = [
-        replace(row, error=record.errors.get(name), metric=record.metrics.get(name, plan.metric))
-        for name, row in named.items()
-    ]
     auto = auto_class_of(model.base_class)
     kind = auto or type(model).__name__
     source = "a dense model" if base_model is None else f"[{base_model}](https://huggingface.co/{base_model})"
@@ -198,7 +192,7 @@ def _section(model: Any, plan: RankPlan, record: ConversionRecord, base_model: s
     return f"""## Low-rank layers
 
 `{model.base_class.__name__}` made from {source} with [hf_reparam](https://pypi.org/project/hf-reparam/)
-{version("hf-reparam")}: {len(layers)} dense layers are products of two smaller ones, W ~ up @ down.
+{version("hf-reparam")}: {len(whole.layers)} dense layers are products of two smaller ones, W ~ up @ down.
 
 {table}
 
@@ -220,7 +214,7 @@ dense = hf_reparam.merge(model)  # the plain {model.base_class.__name__}; saved,
 <details>
 <summary>Ranks, layer by layer</summary>
 
-{replace(whole, layers=layers).layer_table()}
+{whole.layer_table()}
 
 </details>"""
 

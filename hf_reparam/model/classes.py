@@ -33,6 +33,7 @@ from hf_reparam.model.stored import (
     stored_shapes,
 )
 from hf_reparam.structures import STRUCTURES
+from hf_reparam.structures.structure import Replacement
 
 _HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
@@ -223,9 +224,11 @@ def _swap(model: Any, *, strict: bool) -> None:
     plan = plan_of(model.config)
     check_forms(plan)
     for structure in STRUCTURES:
+        new = []
         for found, entry in fit(plan, model, structure, strict=strict, other_heads=True).values():
             if found.site.entry is not None:
                 raise PlanError(f"{found.name}: the plan holds it as {entry}, and the model as {found.site.entry}")
-            new = structure.skeleton(found.site, entry)
-            new.install(model)
-            draw_new(new.new(), model.config)
+            new.append(structure.skeleton(found.site, entry))
+        together = Replacement.joined(new)
+        together.install(model)
+        draw_new(together.new(), model.config)

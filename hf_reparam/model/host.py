@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_reparam.config import METRICS
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
+from hf_reparam.layers.factored import Factored
 from hf_reparam.model.config import plan_name
 from hf_reparam.structures import open_attentions
 from hf_reparam.structures.hosts import embeddings_of as embeddings_of
@@ -66,8 +68,9 @@ def base_type(model: nn.Module) -> str | None:
 
 def metric_of(model: nn.Module) -> str:
     """In which metric the factors of a model, or of the models in an object, were made; "svd" where nothing says it."""
-    known = [getattr(host.config, "reparam", None) for host in hosts(model).values()]
-    return next((entry["metric"] for entry in known if entry), "svd")
+    known = [entry["metric"] for h in hosts(model).values() if (entry := getattr(h.config, "reparam", None))]
+    made = {part.metric for part in model.modules() if isinstance(part, Factored)}  # where no configuration says it
+    return next(iter(known or [metric for metric in reversed(METRICS) if metric in made]), "svd")
 
 
 def opened(model: nn.Module) -> WorkingCopy:

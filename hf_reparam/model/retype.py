@@ -29,22 +29,26 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
         model: a Transformers model, or an object with such models in it.
         new: modules that were put in.
         metric: in which the new factors were made.
-        record: what is to be remembered, with errors by the names that layers have in a plan of the whole object; those
-            of layers that were low-rank before are kept beside.
+        record: what is to be remembered, with errors and metrics by the names that layers have in a plan of the whole
+            object; those of layers that were low-rank before are kept beside.
     """
-    known = set(new)
+    put_in = set(new)
     for start, host in hosts_by_start(model).items():
-        if start and known.isdisjoint(host.modules()):
+        if start and put_in.isdisjoint(host.modules()):
             continue
         old, base = plan_of(host.config), stock_config_class(host.config)
-        errors = {name.removeprefix(start): e for name, e in record.errors.items() if name.startswith(start)}
+        errors = {n.removeprefix(start): e for n, e in record.errors.items() if n.startswith(start)}
+        metrics = {n.removeprefix(start): m for n, m in record.metrics.items() if n.startswith(start)}
         source = host.config.name_or_path
         if old.record is not None:
+            before = {n: old.record.metrics.get(n, old.metric) for n in old.record.errors if n not in errors}
+            metrics = {n: known for n, known in (before | metrics).items() if known != metric}
             source, errors = old.record.base_model, {**old.record.errors, **errors}
         elif not is_hub_id(source) or os.path.exists(source):
             source = None
         entries = {**old.modules, **entries_of(host)}  # of another head, too
-        plan = RankPlan(entries, base.model_type, metric, replace(record, base_model=source, errors=errors))
+        own_record = replace(record, base_model=source, errors=errors, metrics=metrics)
+        plan = RankPlan(entries, base.model_type, metric, own_record)
         configs = _new_configs(host, register(base))
         configs[id(host.config)].reparam = plan.to_dict()
         _retype(host, configs, model_class(type(host)))  # type: ignore[arg-type]  # a class is hashable

@@ -29,6 +29,12 @@ class Found:
     structure: Structure
     site: Site
 
+    @property
+    def watched(self) -> list[str]:
+        """The names under which calibration knows it: its own, or one for each of its matrices."""
+        whole = self.structure.of_rows or self.structure.option is not None
+        return [self.name] if whole else [f"{self.name}.{i}" for i in range(self.site.parts)]
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -212,5 +218,6 @@ def note_plan(model: PreTrainedModel) -> None:
         return
     plan = replace(plan_of(model.config), modules=entries_of(model))
     if plan.record is not None and plan.record.errors:
-        plan = replace(plan, record=replace(plan.record, errors=local_names(model, plan.record.errors)))
+        errors, metrics = local_names(model, plan.record.errors), local_names(model, plan.record.metrics)
+        plan = replace(plan, record=replace(plan.record, errors=errors, metrics=metrics))
     model.config.reparam = plan.to_dict()

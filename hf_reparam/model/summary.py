@@ -1,6 +1,5 @@
 """`report`: what a model holds with fewer parameters, and what it could."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -50,19 +49,17 @@ def report(model: nn.Module) -> Report:
     selection = select(work, LowRankConfig())
     dense = [item for item in selection.selected if item.site.entry is None]
     plans = {start: plan_of(host.config) for start, host in hosts_by_start(model).items()}
-    records = {start: plan.record for start, plan in plans.items() if plan.record is not None}
-    rows = [replace(_row(item, item.site.entry), **_made(item, records)) for item in found]
-    left = _left(dense, "the plan leaves it dense") if rows else []
+    records = [plan.record for plan in plans.values() if plan.record is not None]
+    rows = [replace(_row(item, item.site.entry), **_made(item, plans)) for item in found]
+    left = _left(dense) if rows else []
     rows = rows or [_row(item, None) for item in dense]
     after = count_parameters(model)
     before = after + sum(item.parameters_before - item.parameters_after for item in rows)
-    again = sum(record.refitted_layers for record in records.values())
+    again = sum(record.refitted_layers for record in records)
     skipped = (*left, *selection.skipped)
-    judgement = next((record.judgement for record in records.values() if record.judgement), None)
-    speed = next((record.speed for record in records.values() if record.speed), None)
-    metrics = Counter(row.metric for row in rows if row.metric)  # a plain module has no configuration that says it
-    metric = metric_of(model) if plans or not metrics else metrics.most_common(1)[0][0]
-    whole = Report(type(model).__name__, metric, tuple(rows), skipped, before, after, again)
+    judgement = next((record.judgement for record in records if record.judgement), None)
+    speed = next((record.speed for record in records if record.speed), None)
+    whole = Report(type(model).__name__, metric_of(model), tuple(rows), skipped, before, after, again)
     return replace(whole, judgement=judgement, speed=speed)
 
 
@@ -79,13 +76,14 @@ def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
     modules = dict(work.named_modules(remove_duplicate=False))
     dense = [f for f in selection.selected if f.site.weights and f.site.name not in taken and f.site.name in modules]
     skipped = [item for item in selection.skipped if item.name not in taken]
-    left = (*_left(dense, "the plan leaves it dense"), *skipped)
+    left = (*_left(dense), *skipped)
     before = count_parameters(model)
     after = before - sum(item.parameters_before - item.parameters_after for item in rows)
     return Report(type(model).__name__, plan.metric, tuple(rows), left, before, after)
 
 
-def _left(dense: list[Found], reason: str) -> list[SkippedReport]:
+def _left(dense: list[Found]) -> list[SkippedReport]:
+    reason = "the plan leaves it dense"
     return [SkippedReport(f.site.name, f.site.kind, f.site.weights + f.site.others, reason) for f in dense]
 
 
@@ -98,12 +96,13 @@ def _row(found: Found, entry: Entry | None) -> LayerReport:
     return LayerReport(site.name, site.kind, site.in_features, site.out_features, rank, before, after, None, form)
 
 
-def _made(found: Found, records: Mapping[str, ConversionRecord]) -> dict[str, Any]:
+def _made(found: Found, plans: Mapping[str, RankPlan]) -> dict[str, Any]:
     """Error, metric and former rank of a site, from the module itself or from the record of its model."""
     module = found.site.module
     if isinstance(module, Factored) and (module.error is not None or module.from_rank is not None):
         return {"error": module.error, "metric": module.metric, "from_rank": module.from_rank}
-    for start, record in records.items():
-        if found.name.startswith(start) and (local := found.name.removeprefix(start)) in record.errors:
-            return {"error": record.errors[local], "metric": record.metrics.get(local)}
+    for start, plan in plans.items():
+        local, record = found.name.removeprefix(start), plan.record or ConversionRecord()
+        if found.name.startswith(start) and local in record.errors:
+            return {"error": record.errors[local], "metric": record.metrics.get(local, plan.metric)}
     return {}

@@ -108,7 +108,7 @@ def _unfit(module: nn.Module, parent: nn.Module, owners: Counter[int]) -> str | 
             return f"{type(module).__name__} is a subclass of a dense type; register_dense makes it known"
         weight = module._parameters.get("weight")
         if weight is None:
-            return "its weight is no parameter of its own: FSDP flattens weights, parametrizations compute them"
+            return "its weight is not a parameter of its own: FSDP flattens weights, parametrizations compute them"
         if set(module._parameters) - {"weight", "bias"} or module._modules:
             return "has parameters other than weight and bias"
         if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):

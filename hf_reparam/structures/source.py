@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_reparam.config import METRICS, SOLVERS
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.linalg import (
     SHRINKAGES,
@@ -65,12 +64,10 @@ class Source:
         """The metric that was asked for, or the richest that the calibration serves.
 
         Raises:
-            TargetError: unknown metric or solver, or one that needs calibration data.
+            TargetError: a metric that needs calibration data.
             WeightError: the metric needs gradients that are not there.
         """
         metric = metric or (calibration.metric if calibration is not None else "svd")
-        if metric not in METRICS or solver not in SOLVERS:
-            raise TargetError(f"metric is one of {METRICS} and solver of {SOLVERS}; got {metric!r}, {solver!r}")
         if metric != "svd" and calibration is None:
             raise TargetError(f"the metric {metric!r} needs calibration data: give calibration=")
         if metric == "fisher" and calibration is not None and calibration.metric != "fisher":

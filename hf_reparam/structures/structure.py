@@ -87,6 +87,14 @@ class Replacement:
     retie: bool = False
     parts: Sequence[tuple[nn.Module, str, nn.Module | nn.Parameter]] = ()
 
+    @classmethod
+    def joined(cls, replacements: Sequence["Replacement"]) -> "Replacement":
+        """Several as one: to put them in takes one walk through the model."""
+        modules = {old: new for one in replacements for old, new in one.modules.items()}
+        attributes = [item for one in replacements for item in one.attributes]
+        parts = [item for one in replacements for item in one.parts]
+        return cls(modules, attributes, any(one.retie for one in replacements), parts)
+
     def new(self) -> nn.ModuleList:
         """All that is new, in one module."""
         held = [part if isinstance(part, nn.Module) else nn.ParameterList([part]) for _, _, part in self.parts]

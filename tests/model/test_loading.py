@@ -12,6 +12,7 @@ import hf_reparam
 from hf_reparam import LowRankConfig, convert
 from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.structures import structure
 from tests import zoo
 from tests.launch import launch
 
@@ -361,3 +362,19 @@ def test_no_dense_weight_is_ever_initialised(saved, monkeypatch):
     assert drawn == []
     transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.from_pretrained(saved))
     assert drawn != []
+
+
+@pytest.mark.slow
+def test_loading_does_not_walk_the_model_once_for_every_layer(tmp_path, monkeypatch):
+    walks, counts = [], []
+    install = structure.replace_modules
+    monkeypatch.setattr(structure, "replace_modules", lambda *args: (walks.append(args), install(*args)))
+    for layers in (1, 3):
+        config = zoo.BY_BASE["BertModel"].config()
+        config.num_hidden_layers = layers
+        place = tmp_path / str(layers)
+        convert(transformers.BertModel(config), rank=4).save_pretrained(place)
+        walks.clear()
+        transformers.AutoModel.from_pretrained(place)
+        counts.append(len(walks))
+    assert counts[0] == counts[1] > 0

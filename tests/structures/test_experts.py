@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hf_reparam import Entry, convert, report
+from hf_reparam import Entry, convert, report, save
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg import LayerMoments
 from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
@@ -610,3 +610,14 @@ def test_copies_and_pickles_are_their_own(low, tmp_path):
         with torch.no_grad():
             other.up.zero_()
     assert bool(low.up.any())
+
+
+def test_a_single_expert_is_calibrated_by_its_own_name(tmp_path):
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(**SIZES, num_local_experts=1, num_experts_per_tok=1)
+    model = tf.MixtralForCausalLM(config).eval()
+    ids = torch.randint(3, 99, (4, 16))
+    small = convert(model, rank=4, calibration=[{"input_ids": ids}])
+    assert {row.metric for row in report(small).layers} == {"fisher"}
+    whole = nn.ModuleDict({"moe": model.model.layers[0].mlp})
+    save(convert(whole, rank=4), tmp_path / "small")

@@ -16,10 +16,10 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import calibrate, convert, convert_folder, refit
-from hf_reparam.__main__ import main
 from hf_reparam.calibrate.batches import prepare
 from hf_reparam.calibrate.inputs import positions
 from hf_reparam.errors import TargetError
+from hf_reparam_cli import main
 from tests import zoo
 from tests.test_calibration import assert_same
 

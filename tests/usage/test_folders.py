@@ -17,7 +17,6 @@ from torch import nn
 import hf_reparam
 import hf_reparam_cli
 from hf_reparam import Calibration, Entry, LowRankConfig, RankPlan, calibrate, convert, merge
-from hf_reparam import __main__ as cli
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.convert import inspect_folder
 from hf_reparam.files.folder import model_place
@@ -251,7 +250,7 @@ def dense(tmp_path):
 
 
 def run(*args):
-    return cli.main([str(a) for a in args])
+    return hf_reparam_cli.main([str(a) for a in args])
 
 
 def converts(source, out, how, rank=6):

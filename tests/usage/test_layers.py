@@ -315,7 +315,7 @@ def test_flattened_by_fsdp_with_parameters_of_its_own():
     weight = net[0].weight.detach()
     del net[0].weight
     net[0].weight = weight  # a view of the flat parameter, as FSDP sets it
-    with pytest.raises(TargetError, match="its weight is no parameter of its own: FSDP"):
+    with pytest.raises(TargetError, match="its weight is not a parameter of its own: FSDP"):
         convert(net, rank=4)
 
 

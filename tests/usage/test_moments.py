@@ -9,9 +9,9 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import Calibration, LowRankConfig, calibrate, convert, make_plan, model_card, refit, search_plan
-from hf_reparam.__main__ import main
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam_cli import main
 from tests import zoo
 
 BERT, GPT2 = zoo.BY_BASE["BertModel"], zoo.BY_BASE["GPT2LMHeadModel"]
@@ -107,6 +107,56 @@ def test_a_layer_without_a_gradient_is_told():
     assert {row.name: row.metric for row in report.layers}["pooler.dense"] == "activation"
     assert "no gradient:      1 layers, in the activation metric: pooler.dense" in str(report)
     assert json.loads(small.config.to_json_string())["reparam"]["record"]["metrics"] == {"pooler.dense": "activation"}
+
+
+def test_metrics_of_a_model_inside_have_its_own_names():
+    whole = nn.ModuleDict({"bert": BERT.build()})
+    small = convert(whole, LowRankConfig(rank=4, target_modules="*"), calibration=[BERT.batch()])
+    assert small["bert"].config.reparam["record"]["metrics"] == {"pooler.dense": "activation"}
+
+
+def test_layers_that_were_converted_before_keep_their_metric(tmp_path):
+    small = convert(BERT.build(), LowRankConfig(rank=4, target_modules="query"))
+    small = convert(small, LowRankConfig(rank=4, target_modules="key"), calibration=[BERT.batch()])
+    small.save_pretrained(tmp_path)
+    for model in (small, type(small).from_pretrained(tmp_path)):
+        found = {row.name: row.metric for row in hf_reparam.report(model).layers if row.rank is not None}
+        assert {metric for name, metric in found.items() if name.endswith("query")} == {"svd"}
+        assert {metric for name, metric in found.items() if name.endswith("key")} == {"fisher"}
+
+
+def test_a_plan_made_without_data_takes_what_data_there_is():
+    plan = make_plan(BERT.build(), rank=4)
+    for calibration in ([BERT.batch()], moments_of(BERT)):
+        report = hf_reparam.report(convert(BERT.build(), plan, calibration=calibration))
+        assert report.metric == "fisher"
+        assert {row.metric for row in report.layers if row.rank is not None} == {"fisher"}
+
+
+def test_a_search_takes_no_plan():
+    with pytest.raises(TargetError, match="give a LowRankConfig without one"):
+        search_plan(BERT.build(), lambda model: 0.0, 0.1, None, make_plan(BERT.build(), rank=4))
+
+
+class Read(nn.Module):
+    """A model whose input has the name of a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        return self.fc(tokens)
+
+
+def test_an_input_called_tokens(tmp_path):
+    model, batches = Read(), [{"tokens": torch.randn(4, 8)} for _ in range(6)]
+    known = calibrate(model, batches, metric="activation")
+    known.save(tmp_path / "known.safetensors")
+    loaded = Calibration.load(tmp_path / "known.safetensors")
+    assert loaded.batches
+    assert loaded.tokens == known.tokens == 24
+    convert(model, rank=2, calibration=loaded)
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""Calibration data in files: texts, or what `calibrate` made of them."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_reparam.calibrate.batches import batched
+from hf_reparam.calibrate.collect import calibrate, size_in_bytes
+from hf_reparam.compress.convert import asked_of
+from hf_reparam.config import LowRankConfig
+from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.files.folder import lines_of
+from hf_reparam.layers.processes import is_first, own_share, wait_for_all
+from hf_reparam.linalg import Calibration
+from hf_reparam.plan import RankPlan
+
+__all__ = ["CalibrationData", "check_size"]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a folder's model is calibrated with.
+
+    Args:
+        known: a Calibration, or where one is stored; None for texts, or for nothing.
+        texts: the lines of a text file.
+        reading: how they are read, as for `calibrate`.
+        max_memory: as for `calibrate`.
+    """
+
+    known: Any = None
+    texts: list[str] | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    max_memory: int | str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        given: Calibration | str | os.PathLike[str] | None,
+        max_length: int | None,
+        max_samples: int | None,
+        max_memory: int | str | None = None,
+    ) -> "CalibrationData":
+        """A calibration, where it is stored (a folder or a safetensors file), or a text file, for which the options are
+        meant.
+
+        Raises:
+            TargetError: options without texts, or a limit that is none.
+            CheckpointError: the file cannot be read as text.
+        """
+        check_size("max_memory", max_memory)
+        path = None if given is None or isinstance(given, Calibration) else Path(given)
+        if path is not None and not path.is_dir() and path.suffix != ".safetensors":
+            return cls(None, lines_of(path), {"max_length": max_length, "max_samples": max_samples}, max_memory)
+        if any(option is not None for option in (max_length, max_samples, max_memory)):
+            raise TargetError(
+                "max_length, max_samples and max_memory say how texts are read: give calibration=FILE of texts "
+                "(--calibration FILE)"
+            )
+        return cls(path or given)
+
+    def calibration(
+        self, model: nn.Module, tokenizer: Any, config: LowRankConfig, plan: RankPlan | None, *, folder: Path | None
+    ) -> Calibration | None:
+        """The calibration for what is asked, or a plan; None without data.
+
+        In a `folder` it stays on disk, and what an earlier run has finished there is not made again.
+        """
+        if self.texts is None:
+            return Calibration.load(self.known) if isinstance(self.known, Path) else self.known
+        if folder is not None:
+            with suppress(CheckpointError):  # nothing is there, or what a broken run left
+                return Calibration.load(folder)
+            wait_for_all()
+            if is_first():
+                shutil.rmtree(folder, ignore_errors=True)
+            wait_for_all()
+        # whole batches, as in one process
+        mine = own_share(list(batched(model, self.texts, tokenizer, **self.reading)))
+        asked = {"metric": config.metric or "fisher", **asked_of(model, config, plan)}
+        return calibrate(model, mine, folder=folder, max_memory=self.max_memory, **asked)
+
+
+def check_size(option: str, size: int | str | None) -> None:
+    """Raise TargetError for a size in bytes that is none; None is one."""
+    if size is not None and size_in_bytes(option, size) < 1:
+        raise TargetError(f"{option} must be above 0, got {size!r}")
