@@ -18,7 +18,6 @@ from transformers import AutoModel, AutoTokenizer
 
 import hf_reparam_cli
 from examples import tiny
-from hf_reparam import __main__ as cli
 from hf_reparam import report
 from notebooks.run import run
 
@@ -26,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def blocks(language, page="README.md"):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    return [re.sub(r"\\\n +", "", block) for block in found]  # lines that go on
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_python_blocks_run_in_order(tmp_path, padded, monkeypatch):
 def run_command(line, source, capsys):
     """Run a line that begins with `hf-reparam`, and judge what it printed and wrote."""
     words = [source if word == "SRC" else word for word in shlex.split(line)[1:]]
-    assert cli.main([*words, "--quiet"]) == 0, line
+    assert hf_reparam_cli.main([*words, "--quiet"]) == 0, line
     printed = capsys.readouterr().out
     if words[0] == "compare":
         assert "\nparameters" in printed, line
