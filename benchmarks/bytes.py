@@ -3,13 +3,14 @@
     pip install -e '.[benchmark]'
     python -m benchmarks.bytes --data DATA --models MODELS        about 15 minutes on 2 cores
 
-DATA and MODELS are those of benchmarks.quality. Three real models, calibrated with 200 examples, dense and converted by
-default options, are stored in float32, in bfloat16 and in int8 by torchao: weights alone, a scale for each output; and
-with dynamic int8 activations, too, one scale for each token. Products of int8 take ten times as long here, so these are
-scored with the same rounded inputs and weights multiplied in float32; "apart" says how far the outputs of both are from
-each other. Bytes are those of the targeted layers, scales and biases included: all else stays as it is. Nothing is
-trained. Time is that of the process, one forward pass over 8 x 128 random tokens, in rounds in which all take their
-turn. A GPT-2's Conv1D are Linears here, for torchao knows no others. Writes results/bytes.json and results/bytes.png.
+DATA and MODELS are those of benchmarks.quality. Three real models, calibrated with 200 examples, dense and converted
+by default options, are stored in float32, in bfloat16 and in int8 by torchao: weights alone, a scale for each output;
+and with dynamic int8 activations, too, one scale for each token. Products of int8 take ten times as long here, so
+these are scored with the same rounded inputs and weights multiplied in float32: one layer agrees to 3e-7; over a whole
+model, values that are rounded to the other side add up, and "apart" says how far the outputs of both are from each
+other. Bytes are those of the targeted layers, scales and biases included: all else stays as it is. Nothing is trained.
+Time is that of the process, one forward pass over 8 x 128 random tokens, in rounds in which all take their turn. A
+GPT-2's Conv1D are Linears here, for torchao knows no others. Writes results/bytes.json and results/bytes.png.
 """
 
 import copy
