@@ -81,8 +81,8 @@ class CalibrationData:
             if is_first():
                 shutil.rmtree(folder, ignore_errors=True)
             wait_for_all()
-        # whole batches, as in one process
-        mine = own_share(list(batched(model, self.texts, tokenizer, **self.reading)))
+        batches = list(batched(model, self.texts, tokenizer, **self.reading))
+        mine = own_share(batches)  # whole batches, as in one process
         asked = {"metric": config.metric or "fisher", **asked_of(model, config, plan)}
         return calibrate(model, mine, folder=folder, max_memory=self.max_memory, **asked)
 

@@ -138,6 +138,15 @@ def test_a_search_takes_no_plan():
         search_plan(BERT.build(), lambda model: 0.0, 0.1, None, make_plan(BERT.build(), rank=4))
 
 
+def test_warnings_name_the_line_that_called_the_package(recwarn):
+    convert(BERT.build(), LowRankConfig(rank=4, target_modules="*"), calibration=[BERT.batch()])
+    convert(BERT.build(), keep=1.0)
+    told = {str(w.message).partition(":")[0]: w.filename for w in recwarn if issubclass(w.category, UserWarning)}
+    assert any("saw fewer rows" in text for text in told)
+    assert "nothing was factored" in told
+    assert set(told.values()) == {__file__}
+
+
 class Read(nn.Module):
     """A model whose input has the name of a sum."""
 
