@@ -22,7 +22,7 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
     if source.metric == "svd" or source.calibration is None:
         return
     targeted = [item for item in found if item.site.weights and item.structure.option is None]
-    named = {name: item.site for item in targeted for name in item.watched}
+    named = {name: item.site for item in targeted for name in item.moments}
     known = shapes_of_layers(source.calibration.layers)
     if not known:
         return

@@ -95,7 +95,7 @@ def build(
         return _made_of(name, *parts[name], source)
 
     devices = {name: execution_device(found.site.module) for name, (found, _) in parts.items()}
-    costs = {name: source.effort(found.site) for name, (found, _) in parts.items()}
+    costs = {name: source.effort(found.site) * len(found.moments) for name, (found, _) in parts.items()}
     layers = build_layers(costs, make, empty, devices, place, made_of=made_of, desc=desc)
     moments: dict[str, Callable[[], LayerMoments]] = {}
     gone: frozenset[str] = frozenset()
@@ -125,7 +125,7 @@ def _note(
     found: Found, entry: Entry | None, modules: list[nn.Module], error: float | None, source: Source, made: Made
 ) -> None:
     """Remember how a part was made."""
-    known = (source.metric_of(name) for name in found.watched)  # of experts, any that saw data
+    known = (source.metric_of(name) for name in found.moments)  # any that saw data
     metric = next((m for m in known if m != "svd"), "svd") if found.site.weights else source.metric
     for module in modules:
         if isinstance(module, Factored):

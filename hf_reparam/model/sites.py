@@ -30,10 +30,9 @@ class Found:
     site: Site
 
     @property
-    def watched(self) -> list[str]:
-        """The names under which calibration knows it: its own, or one for each of its matrices."""
-        whole = self.structure.of_rows or self.structure.option is not None
-        return [self.name] if whole else [f"{self.name}.{i}" for i in range(self.site.parts)]
+    def moments(self) -> list[str]:
+        """The names of the moments that calibration has of it."""
+        return self.structure.moments_of(self.name, self.site)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
     for structure, site in found:
         reason = reason_for(structure, site)
         if reason is None:
-            if site.parts == 1 and (parts := not_whole(site.module)) is not None:
+            if (parts := not_whole(site.module)) is not None:
                 raise WeightError(f"{site.name}: {parts}")
             selected.append(Found(layer_name(model, site.name), structure, site))
         elif structure.option is None or site.weights + site.others:  # heads hold numbers in their layers alone

@@ -138,7 +138,7 @@ class Source:
         """Relative cost of decomposing a site: products, the eigenproblem, and the roots of moments."""
         n_in, n_out, rank = site.in_features, site.out_features, site.full_rank
         roots = 0.0 if self.metric == "svd" else (n_in**3 + n_out**3) / 3
-        return float(site.parts * (rank**2 * (n_in + n_out + 10 * rank) + roots) + 1)
+        return float(rank**2 * (n_in + n_out + 10 * rank) + roots + 1)
 
     def made_of(self, name: str) -> dict[str, str]:
         """Fingerprints of the moments that the metric has of a site and within it, or of what they were made from."""

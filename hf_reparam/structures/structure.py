@@ -41,7 +41,6 @@ class Site:
         entry: how it is held now; None while it is dense.
         reason: why it stays dense whatever is asked; None if it need not.
         aliases: other names by which patterns may mean it.
-        parts: how many weights of this shape it has.
         stray: whether a plan of the whole has no place for it, as `reason` says; it can be merged all the same.
     """
 
@@ -55,7 +54,6 @@ class Site:
     entry: Entry | None = None
     reason: str | None = None
     aliases: tuple[str, ...] = ()
-    parts: int = 1
     stray: bool = False
 
     @property
@@ -216,7 +214,7 @@ class Structure(Protocol):
         most = min(site.in_features - pivoted, site.out_features)
         if entry.rank > most:
             raise RankError(f"rank {entry.rank}, above {'min(in - 1, out)' if pivoted else 'min(in, out)'} = {most}")
-        return int(site.parts * entry.rank * (site.in_features + site.out_features - pivoted * entry.rank))
+        return int(entry.rank * (site.in_features + site.out_features - pivoted * entry.rank))
 
     def ways(
         self, sites: Mapping[str, Any], source: Source, steps: Steps, taken: Mapping[str, Choices]
@@ -234,7 +232,8 @@ class Structure(Protocol):
             with reading(sites[name].name, sites[name].module):
                 return self.losses(name, sites[name], source)
 
-        found = spread({name: source.effort(site) for name, site in sites.items()}, work, desc="decomposing")
+        effort = {name: source.effort(site) * len(self.moments_of(name, site)) for name, site in sites.items()}
+        found = spread(effort, work, desc="decomposing")
         known = {name: losses for name, losses in found.items() if losses is not None}
         return {name: [Way(0.0, {name: self.choices(sites[name], lost, steps)})] for name, lost in known.items()}
 
@@ -254,6 +253,10 @@ class Structure(Protocol):
     def sums(self, name: str, site: Any, *, gradients: bool) -> dict[str, Any]:
         """Name -> empty sums over calibration data: LayerMoments, or TableMoments."""
         return {}
+
+    def moments_of(self, name: str, site: Any) -> list[str]:
+        """The names of the LayerMoments that calibration has of it."""
+        return [name]
 
     def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
         """Put hooks on what is there that add to the sums, with `Watcher.watch`; their handles."""

@@ -33,17 +33,19 @@ _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSite(Site):
-    """A parameter with one matrix for each expert, dense or low-rank; `parts` is how many.
+    """A parameter with one matrix for each expert, dense or low-rank.
 
     Args:
         owner: the experts that have it.
         parameter: its name there.
         transposed: whether it is (experts, in, out) and not (experts, out, in).
+        parts: how many matrices.
     """
 
     owner: nn.Module
     parameter: str
     transposed: bool
+    parts: int
 
     @property
     def held(self) -> Any:
@@ -77,6 +79,9 @@ class Experts(Structure):
             if isinstance(held, LowRankExperts) or (isinstance(held, nn.Parameter) and held.dim() == 3)
         ]
 
+    def cost(self, site: ExpertSite, entry: Entry | None) -> int:
+        return super().cost(site, entry) * (1 if entry is None else site.parts)
+
     def losses(self, name: str, site: ExpertSite, source: Source) -> Tensor | None:
         """The sum over experts; None without gradients in the fisher metric: there is no unit of other layers then."""
         if source.metric == "fisher" and not _has_gradient(_moments(name, site, source)):
@@ -89,8 +94,11 @@ class Experts(Structure):
 
     def sums(self, name: str, site: ExpertSite, *, gradients: bool) -> dict[str, Any]:
         shape = (site.in_features, site.out_features)
-        dense = site.parts if site.entry is None else 0
-        return {f"{name}.{i}": LayerMoments.zeros(*shape, gradients=gradients) for i in range(dense)}
+        dense = self.moments_of(name, site) if site.entry is None else []
+        return {known: LayerMoments.zeros(*shape, gradients=gradients) for known in dense}
+
+    def moments_of(self, name: str, site: ExpertSite) -> list[str]:
+        return [f"{name}.{i}" for i in range(site.parts)]
 
     def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
         return [ExpertWatch(site.owner, site.parameter, list(sums.values()), watcher)] if sums else []
