@@ -486,7 +486,12 @@ def test_it_trains():
 
 @pytest.mark.slow
 def test_refit_takes_the_moments_that_the_heads_were_made_with():
-    model, data, moments = bert()
+    model, data, _ = bert()
+    with torch.no_grad():  # predictions change by more than rounding
+        for layer in model.bert.encoder.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight *= 16
+    moments = calibrate(model, data)
     config = LowRankConfig(keep=0.3, min_rank=1, heads=True)
     small = convert(model, config, calibration=moments)
     assert head_rows(hf_reparam.report(small))
