@@ -9,14 +9,14 @@ PIP := install --quiet --disable-pip-version-check
 demo: $(VENV)/demo.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.demo
 
-# About two minutes on two idle cores, 200 s of processor time
+# One to two minutes on two idle cores
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
-# About twelve minutes on two cores: a third of it trains, converts and runs what README, pages and notebooks show
+# Six to twelve minutes on two cores: a third of it trains, converts and runs what README, pages and notebooks show
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
