@@ -1,1 +1,2 @@
-"""Scripts that convert, fine-tune, save, load and merge, one for each task; offline, on tiny models."""
+"""Scripts that fine-tune, convert, save, load and merge, one for each task;
+offline, on tiny models."""

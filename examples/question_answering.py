@@ -1,4 +1,7 @@
-"""Question answering with a low-rank BERT.    python -m examples.question_answering"""
+"""Question answering with a low-rank BERT.
+
+python -m examples.question_answering
+"""
 
 from typing import Any
 
@@ -11,31 +14,47 @@ MODEL = None  # for a real one: MODEL = "deepset/bert-base-cased-squad2"
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, questions: list[str], contexts: list[str]) -> list[str]:
-    """The span of the highest score. Transformers 5 has no pipeline for this."""
+def answer(
+    model: Any, tokenizer: Any, questions: list[str], contexts: list[str]
+) -> list[str]:
+    """The span of the highest score; Transformers 5 has no pipeline for it."""
     batch = tokenizer(questions, contexts, return_tensors="pt", padding=True)
     out = model(**batch)
-    scores = (out.start_logits[:, :, None] + out.end_logits[:, None]).triu().tril(15)  # start <= end
-    real = (batch["attention_mask"][:, :, None] * batch["attention_mask"][:, None]).bool().triu().tril(15)
+    mask = batch["attention_mask"].bool()
+    scores = out.start_logits[:, :, None] + out.end_logits[:, None]
+    real = mask[:, :, None] & mask[:, None]
+    scores, real = (s.triu().tril(15) for s in (scores, real))  # start <= end
     best = scores.masked_fill(~real, -torch.inf).flatten(1).argmax(1)
     length = out.start_logits.shape[1]
     spans = [(int(i) // length, int(i) % length) for i in best]
-    return [tokenizer.decode(ids[a : b + 1]) for ids, (a, b) in zip(batch["input_ids"], spans, strict=True)]
+    return [
+        tokenizer.decode(ids[a : b + 1])
+        for ids, (a, b) in zip(batch["input_ids"], spans, strict=True)
+    ]
 
 
 def main() -> dict[str, float]:
-    model, tokenizer = flow.load(MODEL, AutoModelForQuestionAnswering, tiny.bert_for_answers)
+    auto = AutoModelForQuestionAnswering
+    model, tokenizer = flow.load(MODEL, auto, tiny.bert_for_answers)
     asked = tiny.places()  # your data: (question, context, answer)
-    questions, contexts, answers = (list(part) for part in zip(*asked[:100], strict=True))
+    questions, contexts, answers = (
+        list(part) for part in zip(*asked[:100], strict=True)
+    )
 
     def score(candidate: Any) -> float:
         """Share of the answers that are right."""
-        return sum(map(str.__eq__, answer(candidate, tokenizer, questions, contexts), answers)) / len(answers)
+        given = answer(candidate, tokenizer, questions, contexts)
+        return sum(map(str.__eq__, given, answers)) / len(answers)
 
-    rows, collator = tiny.answer_rows(tokenizer, asked), DataCollatorWithPadding(tokenizer)
-    small, scores = flow.run(model, tokenizer, AutoModelForQuestionAnswering, rows, collator, score, keep=0.3)
+    rows = tiny.answer_rows(tokenizer, asked)
+    collator = DataCollatorWithPadding(tokenizer)
+    small, scores = flow.run(
+        model, tokenizer, auto, rows, collator, score, keep=0.3
+    )
     found = answer(small, tokenizer, questions[:3], contexts[:3])
-    for question, context, text in zip(questions[:3], contexts[:3], found, strict=True):
+    for question, context, text in zip(
+        questions[:3], contexts[:3], found, strict=True
+    ):
         print(f"{context} {question}  ->  {text}")
     return scores
 

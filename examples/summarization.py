@@ -1,4 +1,7 @@
-"""Summarization with a low-rank BART or T5.    python -m examples.summarization [bart|t5]"""
+"""Summarization with a low-rank BART or T5.
+
+python -m examples.summarization [bart|t5]
+"""
 
 import sys
 from typing import Any
@@ -13,7 +16,9 @@ TINY = {"bart": tiny.bart, "t5": lambda: tiny.t5(tiny.stories())}
 
 def summarize(model: Any, tokenizer: Any, texts: list[str]) -> list[str]:
     batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
-    return tokenizer.batch_decode(model.generate(**batch, max_new_tokens=60), skip_special_tokens=True)
+    return tokenizer.batch_decode(
+        model.generate(**batch, max_new_tokens=60), skip_special_tokens=True
+    )
 
 
 def overlap(text: str, wanted: str) -> float:
@@ -30,11 +35,17 @@ def main(kind: str = "bart") -> dict[str, float]:
 
     def score(candidate: Any) -> float:
         """Mean overlap with the summaries."""
-        return sum(map(overlap, summarize(candidate, tokenizer, texts), wanted)) / len(texts)
+        given = summarize(candidate, tokenizer, texts)
+        return sum(map(overlap, given, wanted)) / len(texts)
 
-    rows, collator = tiny.seq2seq_rows(tokenizer, pairs), DataCollatorForSeq2Seq(tokenizer, model=model)
-    small, scores = flow.run(model, tokenizer, AutoModelForSeq2SeqLM, rows, collator, score, keep=0.3)
-    for text, summary in zip(texts[:3], summarize(small, tokenizer, texts[:3]), strict=True):
+    rows = tiny.seq2seq_rows(tokenizer, pairs)
+    collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+    small, scores = flow.run(
+        model, tokenizer, AutoModelForSeq2SeqLM, rows, collator, score, keep=0.3
+    )
+    for text, summary in zip(
+        texts[:3], summarize(small, tokenizer, texts[:3]), strict=True
+    ):
         print(f"{text}  ->  {summary}")
     return scores
 

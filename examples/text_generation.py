@@ -1,4 +1,7 @@
-"""Text generation with a low-rank GPT-2 or Llama.    python -m examples.text_generation [gpt2|llama] [lora]"""
+"""Text generation with a low-rank GPT-2 or Llama.
+
+python -m examples.text_generation [gpt2|llama] [lora]
+"""
 
 import math
 import sys
@@ -11,12 +14,18 @@ from examples import flow, tiny
 
 MODEL = None  # for a real one: MODEL = "openai-community/gpt2"
 TINY = {"gpt2": tiny.gpt2, "llama": tiny.llama}
-LAYERS = {"gpt2": ["c_attn", "c_fc", "c_proj"], "llama": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+LAYERS = {
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "llama": ["q_proj", "v_proj", "up_proj", "down_proj"],
+}
 
 
 def go_on(model: Any, tokenizer: Any, prompt: str) -> str:
     batch = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    return tokenizer.decode(model.generate(**batch, max_new_tokens=5, do_sample=False)[0], skip_special_tokens=True)
+    return tokenizer.decode(
+        model.generate(**batch, max_new_tokens=5, do_sample=False)[0],
+        skip_special_tokens=True,
+    )
 
 
 def main(kind: str = "gpt2", how: str = "") -> dict[str, float]:
@@ -31,7 +40,10 @@ def main(kind: str = "gpt2", how: str = "") -> dict[str, float]:
         return -math.exp(candidate(**test).loss)
 
     lora = LAYERS[kind] if how == "lora" else ()
-    small, scores = flow.run(model, tokenizer, AutoModelForCausalLM, rows, collator, score, keep=0.3, lora=lora)
+    auto = AutoModelForCausalLM
+    small, scores = flow.run(
+        model, tokenizer, auto, rows, collator, score, keep=0.3, lora=lora
+    )
     for prompt in ("two three four", "nine eight seven", "two four six"):
         print(go_on(small, tokenizer, prompt))
     return scores

@@ -1,8 +1,10 @@
-"""The encoder-decoder Transformer of a textbook, from `torch.nn` alone: trained, converted, fine-tuned, stored, merged.
+"""The encoder-decoder Transformer of a textbook, from `torch.nn` alone:
+trained, converted, fine-tuned, stored, merged.
 
     python -m examples.textbook
 
-It learns to write a row of digits backwards, which takes attention and nothing else. Runs offline, in about a minute.
+It learns to write a row of digits backwards, which takes attention and nothing
+else. Runs offline, in about a minute.
 """
 
 import tempfile
@@ -24,7 +26,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(DIGITS + 1, WIDTH)
         self.positions = nn.Embedding(LENGTH, WIDTH)
-        self.transformer = nn.Transformer(WIDTH, 4, 2, 2, dim_feedforward=128, dropout=0.0, batch_first=True)
+        self.transformer = nn.Transformer(
+            WIDTH, 4, 2, 2, dim_feedforward=128, dropout=0.0, batch_first=True
+        )
         self.output = nn.Linear(WIDTH, DIGITS)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -32,13 +36,18 @@ class Transformer(nn.Module):
         return self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
-        """Digits and the answer so far, (batch, length) each -> logits (batch, length, digits)."""
+        """Digits and the answer so far, (batch, length) each -> logits
+        (batch, length, digits)."""
         mask = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1])
-        states = self.transformer(self.embed(src), self.embed(tgt), tgt_mask=mask, tgt_is_causal=True)
+        states = self.transformer(
+            self.embed(src), self.embed(tgt), tgt_mask=mask, tgt_is_causal=True
+        )
         return self.output(states)
 
 
-def draw(rows: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+def draw(
+    rows: int, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs of the model, and the answers (rows, length)."""
     digits = torch.randint(0, DIGITS, (rows, LENGTH), generator=generator)
     answer = digits.flip(1)
@@ -49,7 +58,9 @@ def draw(rows: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tens
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of a batch, summed, as calibration wants it."""
     logits = model(**batch)
-    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["src"].flip(1).flatten(), reduction="sum")
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["src"].flip(1).flatten(), reduction="sum"
+    )
 
 
 def train(model: nn.Module, steps: int, rate: float, seed: int) -> int:
@@ -71,13 +82,16 @@ def train(model: nn.Module, steps: int, rate: float, seed: int) -> int:
 
 @torch.no_grad()
 def score(model: nn.Module) -> float:
-    """Share of rows written backwards without a mistake, greedily, of 500 rows that training does not see."""
+    """Share of rows written backwards without a mistake, greedily, of 500 rows
+    that training does not see."""
     training = model.training
     model.eval()
     batch, answer = draw(500, torch.Generator().manual_seed(10**6))
     written = torch.full((500, 1), START)
     for _ in range(LENGTH):
-        written = torch.cat([written, model(batch["src"], written)[:, -1:].argmax(-1)], 1)
+        written = torch.cat(
+            [written, model(batch["src"], written)[:, -1:].argmax(-1)], 1
+        )
     model.train(training)
     return float((written[:, 1:] == answer).all(1).float().mean())
 
@@ -95,7 +109,9 @@ def main(keep: float = 0.3) -> dict[str, Any]:
     small = hf_reparam.convert(model, keep=keep, calibration=calibration)
     report = hf_reparam.report(small)
     scores |= {"plain SVD": score(plain), "converted": score(small)}
-    scores |= {"parameters": (report.parameters_before, report.parameters_after)}
+    scores |= {
+        "parameters": (report.parameters_before, report.parameters_after)
+    }
     scores["fine-tuning steps"] = train(small, LONGEST // 4, 5e-4, seed=3)
     scores["fine-tuned"] = score(small)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +120,9 @@ def main(keep: float = 0.3) -> dict[str, Any]:
         scores["loaded"] = score(loaded)
     merged = hf_reparam.merge(small)
     scores["merged"] = score(merged)
-    assert isinstance(merged.transformer.encoder.layers[0].self_attn, nn.MultiheadAttention)
+    assert isinstance(
+        merged.transformer.encoder.layers[0].self_attn, nn.MultiheadAttention
+    )
     return scores
 
 

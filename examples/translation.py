@@ -1,4 +1,7 @@
-"""Translation with a low-rank Marian or T5.    python -m examples.translation [marian|t5]"""
+"""Translation with a low-rank Marian or T5.
+
+python -m examples.translation [marian|t5]
+"""
 
 import sys
 from typing import Any
@@ -13,7 +16,10 @@ TINY = {"marian": tiny.marian, "t5": lambda: tiny.t5(tiny.sentences())}
 
 def translate(model: Any, tokenizer: Any, texts: list[str]) -> list[str]:
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    return tokenizer.batch_decode(model.generate(**batch, max_new_tokens=40, num_beams=2), skip_special_tokens=True)
+    return tokenizer.batch_decode(
+        model.generate(**batch, max_new_tokens=40, num_beams=2),
+        skip_special_tokens=True,
+    )
 
 
 def main(kind: str = "marian") -> dict[str, float]:
@@ -23,11 +29,17 @@ def main(kind: str = "marian") -> dict[str, float]:
 
     def score(candidate: Any) -> float:
         """Share of the texts that come out exactly."""
-        return sum(map(str.__eq__, translate(candidate, tokenizer, texts), wanted)) / len(texts)
+        given = translate(candidate, tokenizer, texts)
+        return sum(map(str.__eq__, given, wanted)) / len(texts)
 
-    rows, collator = tiny.seq2seq_rows(tokenizer, pairs), DataCollatorForSeq2Seq(tokenizer, model=model)
-    small, scores = flow.run(model, tokenizer, AutoModelForSeq2SeqLM, rows, collator, score, keep=0.3)
-    for text, translated in zip(texts[:3], translate(small, tokenizer, texts[:3]), strict=True):
+    rows = tiny.seq2seq_rows(tokenizer, pairs)
+    collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+    small, scores = flow.run(
+        model, tokenizer, AutoModelForSeq2SeqLM, rows, collator, score, keep=0.3
+    )
+    for text, translated in zip(
+        texts[:3], translate(small, tokenizer, texts[:3]), strict=True
+    ):
         print(f"{text}  ->  {translated}")
     return scores
 
