@@ -4,6 +4,8 @@ Outside of the package, because importing that imports torch and Transformers: h
 """
 
 import argparse
+import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -47,14 +49,21 @@ _SIZES: Options = {
         "help": "an integer (64), a fraction of min(in, out) (0.25), or PATTERN=RANK ('*.query=32'); repeat it for "
         "several patterns, the first that matches a layer decides",
     },
-    "keep": {"metavar": "SHARE", "type": float, "help": "share of the targeted layers' weights, in (0, 1]"},
+    "keep": {"metavar": "SHARE", "type": float, "help": "share of the targeted layers' parameters, in (0, 1]"},
     "target-params": {"metavar": "N", "type": _number, "help": "parameters of the whole model, or a share (0.7)"},
-    "speedup": {"metavar": "TIMES", "type": float, "help": "how many times as fast the targeted layers become, here"},
+    "speedup": {
+        "metavar": "TIMES",
+        "type": float,
+        "help": "make the targeted layers this many times as fast (1.5), measured here",
+    },
 }
 _PLAN: Options = {"plan": {"metavar": "FILE", "help": "a plan that hf-reparam plan --out has written, edited or not"}}
 _READING: Options = {
-    "calibration": {"metavar": "FILE", "help": "texts, one a line, or a calibration (.safetensors, or a folder)"},
-    "max-length": {"metavar": "TOKENS", "type": int, "help": "of a text in one row, the rest makes more rows (512)"},
+    "calibration": {
+        "metavar": "FILE",
+        "help": "texts, one a line, or what calibrate(...).save(FILE) wrote (.safetensors)",
+    },
+    "max-length": {"metavar": "TOKENS", "type": int, "help": "tokens in one row (512); longer texts make several rows"},
     "max-samples": {"metavar": "N", "type": int, "help": "use the first N texts"},
 }
 _MEMORY: Options = {
@@ -83,19 +92,19 @@ _RANKS: Options = {
     "least-saving": {"metavar": "SHARE", "type": float, "help": "layers that would save less stay dense (0.1)"},
     "verify": {
         "action": argparse.BooleanOptionalAction,
-        "help": "with a budget and --calibration, try layers and plans",
+        "help": "with a budget and --calibration, measure layers and plans on held-out texts (default)",
     },
-    "tokens": {"metavar": "N", "type": int, "help": "of a call, for --speedup (1024)"},
+    "tokens": {"metavar": "N", "type": int, "help": "tokens in one call, for --speedup (1024)"},
     "compiled": {**_SWITCH, "help": "--speedup is meant for a model that torch.compile has compiled"},
     "solver": {"choices": ("exact", "randomized"), "help": "randomized: faster for small ranks"},
 }
 _REFITTING: Options = {"refit": {**_SWITCH, "help": "fit the factors once more on the texts; slower, better"}}
 _HUB: Options = {
     "revision": {"metavar": "NAME", "help": "branch, tag or commit of SRC on the Hub"},
-    "token": {"help": "for the Hub, in the place of the one that `hf auth login` has stored"},
+    "token": {"help": "for the Hub, instead of the one that `hf auth login` has stored"},
 }
 _LOADING: Options = {
-    "dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "of the weights, in the place of SRC's own"},
+    "dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "of the weights, instead of SRC's own"},
     "device": {"metavar": "NAME", "help": "where to compute, such as cuda or cuda:1 (cpu)"},
 }
 _WRITING: Options = {
@@ -127,7 +136,7 @@ _PRINTING: Options = {
     "json": {"action": "store_true", "help": "print the report as JSON"},
     "quiet": {"action": "store_true", "help": "no progress bars"},
 }
-_SIZE = "size (give one)"
+_SIZE = "size (give one; --keep, --target-params and --speedup are budgets)"
 _SOURCE = {"source": ("SRC", "model folder or Hub id")}
 _OUT = {"out": ("OUT", "folder to make")}
 
@@ -203,7 +212,7 @@ COMMANDS: Mapping[str, Command] = {
         {"source": _HUB},
     ),
     "compare": Command(
-        "set OUT beside SRC: sizes, predictions, times",
+        "compare OUT with SRC: sizes, predictions, times",
         [
             "hf-reparam compare SRC OUT --texts TEXTS.txt",
             "hf-reparam compare google-bert/bert-base-uncased OUT --texts TEXTS.txt --max-samples 500 --card",
@@ -234,8 +243,9 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: after help, or a usage error.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    parser, words = _parser(), sys.argv[1:] if argv is None else list(argv)
+    _check_names(parser, words)
+    args = parser.parse_args(words)
     if getattr(args, "rank", None) is not None:
         plain = [value for pattern, value in args.rank if pattern is None]
         if plain and len(args.rank) > 1:
@@ -250,6 +260,20 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _check_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse an option that the command has not, before argparse misses another."""
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None:
+        return
+    known = ["--help", *(f"--{option}" for group in (*command.groups.values(), _PRINTING) for option in group)]
+    known += [f"--no-{name[2:]}" for name in known if name in ("--verify", "--times")]
+    for name in (word.partition("=")[0] for word in words if word.startswith("--") and word != "--"):
+        if not any(option.startswith(name) for option in known):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"hf-reparam {words[0]} --help lists them"
+            parser.error(f"{words[0]} has no option {name}: {hint}")
+
+
 def _value(args: argparse.Namespace, option: str) -> Any:
     return getattr(args, option.replace("-", "_"))
 
@@ -262,7 +286,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         text = f"{command.text[0].upper()}{command.text[1:]}."
         examples = "\n".join(["examples:", *(f"  {line}" for line in command.examples)])
-        usage = " ".join(["%(prog)s", *(shown for shown, _ in command.places.values()), "[options]"])
+        needed = ["SIZE"] * command.needs_size + ["--texts FILE"] * (name == "compare")
+        usage = " ".join(["%(prog)s", *(shown for shown, _ in command.places.values()), *needed, "[options]"])
         made = commands.add_parser(
             name, usage=usage, help=command.text, description=text, epilog=examples, formatter_class=raw
         )

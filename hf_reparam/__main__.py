@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -64,7 +65,18 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str]:
         lost = ", OUT was not written" if args.command in ("convert", "merge") else ""
         kept = "; the same command goes on from here" if getattr(args, "stream", False) else ""
         return 130, f"hf-reparam: interrupted{lost}{kept}"
-    return 0, json.dumps(result.to_dict(), indent=2) if args.json else str(result)
+    return 0, json.dumps(result.to_dict(), indent=2) if args.json else f"{result}{_saved(args, result)}"
+
+
+def _saved(args: argparse.Namespace, result: Any) -> str:
+    """Where the result is, how large, and what to do next, if a model was saved."""
+    if args.command not in ("convert", "merge") or not is_first():
+        return ""
+    size = sum(file.stat().st_size for file in Path(args.out).rglob("*.safetensors")) / 1e6
+    next_step = f"next: hf-reparam compare {args.source} {args.out} --texts TEXTS.txt"
+    if args.command == "merge":
+        next_step = f"a dense model of {result.parameters_before:,} parameters, which loads without hf_reparam"
+    return f"\nsaved in {args.out}: {size:.1f} MB; {next_step}"
 
 
 def _convert(args: argparse.Namespace) -> Any:

@@ -38,7 +38,10 @@ ALLOCATIONS = ("global", "uniform")
 SOLVERS = ("exact", "randomized")
 
 _CHOICES = {"form": FORMS, "metric": METRICS, "allocation": ALLOCATIONS, "solver": SOLVERS}
-ONE_SIZE = "give exactly one size: rank, keep, target_params, speedup, a plan or a LowRankConfig with one"
+ONE_SIZE = (
+    "give exactly one size, such as keep=0.5 for half of the layers' parameters: rank, keep, target_params, speedup, a "
+    "plan or a LowRankConfig with one"
+)
 _SIZES = ("rank", "keep", "target_params", "speedup")
 _OF_BUDGETS = ("allocation", "multiple_of", "min_rank", "least_saving", "embeddings", "heads")
 
@@ -196,7 +199,8 @@ def _check_sizes(config: LowRankConfig) -> None:
                 f"{value!r}"
             )
     if keep is not None and not _is_share(keep):
-        raise RankError(f"keep must be in (0, 1], the share of the targeted layers' weights, got {keep!r}")
+        percent = f": for {keep:g} % give {keep / 100:g}" if isinstance(keep, (int, float)) and 1 < keep <= 100 else ""
+        raise RankError(f"keep must be in (0, 1], the share of the targeted layers' parameters, got {keep!r}{percent}")
     if target is not None and not _is_int(target) and not _is_share(target):
         raise RankError(
             "target_params must be an int, the parameters of the whole model, or a float in (0, 1] for that share of "
@@ -210,7 +214,7 @@ def _check_together(config: LowRankConfig) -> None:
         idle = [option for option in _OF_BUDGETS if option in config.to_dict()]
         if idle:
             raise TargetError(
-                f"{idle[0]} says how a budget is spent, and rank gives none: use keep, target_params or speedup"
+                f"{idle[0]} goes with a budget (keep, target_params or speedup), and rank is none: leave one out"
             )
     elif config.allow_larger:
         raise TargetError("allow_larger goes with rank: a budget never makes a layer larger")
@@ -274,7 +278,9 @@ def check_used(patterns: Iterable[str], names: Sequence[str], option: str) -> No
     for pattern in patterns:
         if pattern not in known and not any(matches(pattern, name) for name in names):
             near = _near(pattern, names)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            endings = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
+            names_end = f"; names end in {', '.join(endings[:8])}" if endings else ""
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else names_end
             raise TargetError(
                 f"{option}: {pattern!r} matches none of the {len(names)} layers (a pattern covers the end of a "
                 f"name, a glob the whole name){hint}"

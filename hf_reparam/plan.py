@@ -89,8 +89,9 @@ class Judgement:
 
     def __str__(self) -> str:
         predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
-        others = ", ".join(f"{name} {value:.4g}" for name, value in self.measured.items() if name != self.chosen)
-        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}; {others}"
+        others = sorted((value, name) for name, value in self.measured.items() if name != self.chosen)
+        tried = ", ".join(f"{name} {value:.4g}" for value, name in others)
+        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}; also tried: {tried}"
 
     @property
     def brief(self) -> str:

@@ -63,8 +63,9 @@ class RefitReport:
     Args:
         layers: names of the layers whose factors were fitted anew; the others kept theirs.
         of: how many low-rank layers there are.
-        before, after: divergence of the predictions from the dense model's on held-out batches, per example.
+        before, after: divergence of the predictions from the dense model's on held-out batches.
         skipped: layers that could not be fitted, with the reason.
+        unit: of the divergence, as in a `Judgement`; "per example" of a distance of your own.
     """
 
     layers: Sequence[str]
@@ -72,10 +73,12 @@ class RefitReport:
     before: float
     after: float
     skipped: Mapping[str, str] = field(default_factory=dict)
+    unit: str = "per example"
 
     def __str__(self) -> str:
-        change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} per example"
-        lines = [f"refit:            {len(self.layers)} of {self.of} layers, {change}"]
+        change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} {self.unit}"
+        advice = "" if self.layers else "; no fit was better: more texts, or calibration=, may help"
+        lines = [f"refit:            {len(self.layers)} of {self.of} layers, {change}{advice}"]
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
             lines += _some("not refitted:", names, f", {reason}")
@@ -88,13 +91,15 @@ class RefineReport:
 
     Args:
         learning_rate: the one that was chosen, relative to the root mean square of each matrix.
-        before: divergence of the predictions from the dense model's on held-out batches, per example.
+        before: divergence of the predictions from the dense model's on held-out batches.
         epochs: the same after each epoch.
+        unit: of the divergence, as in a `Judgement`.
     """
 
     learning_rate: float
     before: float
     epochs: Sequence[float]
+    unit: str = "per example"
 
     @property
     def after(self) -> float:
@@ -103,7 +108,9 @@ class RefineReport:
 
     def __str__(self) -> str:
         best = f"epoch {1 + self.epochs.index(self.after)}" if self.after in self.epochs else "none"
-        change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} per example"
+        change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} {self.unit}"
+        if self.after == self.before:
+            change += "; nothing was better: the model is unchanged, more texts may help"
         return f"refine:           learning rate {self.learning_rate:g}, {best} of {len(self.epochs)} kept, {change}"
 
 

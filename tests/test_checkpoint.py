@@ -146,7 +146,7 @@ def test_two_processes_give_the_same_tensors(tmp_path, gpt2):
     for name, start, more in (("two", launch, []), ("streamed", torchrun, ["--stream"])):
         alone = ["--no-verify"] if more else []  # nothing is tried with a model on disk
         one = launch(*command, tmp_path / f"one-{name}", *options, *alone, processes=1)
-        assert start(*command, tmp_path / name, *options, *more) == one
+        assert start(*command, tmp_path / name, *options, *more) == one.replace(f"one-{name}", name)
         a, b = tensors(tmp_path / f"one-{name}"), tensors(tmp_path / name)
         assert a.keys() == b.keys()
         for key in a:
@@ -307,7 +307,7 @@ def test_missing_weights_are_refused(tmp_path, bert):
         ),
         ({"rank": 6, "calibration": "none.safetensors"}, hf_reparam.errors.CheckpointError, "cannot be read"),
         ({"rank": 6, "max_memory": "8GB"}, hf_reparam.errors.TargetError, "max_memory say how texts are read"),
-        ({"rank": 6, "calibration": "none.txt"}, hf_reparam.errors.CheckpointError, "cannot be read as text"),
+        ({"rank": 6, "calibration": "none.txt"}, hf_reparam.errors.CheckpointError, "no such file: none.txt"),
     ],
 )
 def test_user_errors_leave_nothing(tmp_path, bert, options, error, message):

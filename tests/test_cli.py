@@ -59,7 +59,9 @@ def only_line(capsys):
 def test_convert_inspect_merge(tmp_path, dense, capsys):
     small, merged = tmp_path / "made" / "small", tmp_path / "merged"
     assert run("convert", dense, small, "--rank", 6, "--quiet") == 0
-    assert "12 low-rank layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "12 low-rank layers" in printed
+    assert printed.endswith(f"0.1 MB; next: hf-reparam compare {dense} {small} --texts TEXTS.txt\n")
     files = ["1_Pooling", "README.md", "config.json", "model.safetensors", "vocab.txt"]
     assert sorted(p.name for p in small.iterdir()) == files
     assert [p.name for p in small.parent.iterdir()] == ["small"]
@@ -67,6 +69,8 @@ def test_convert_inspect_merge(tmp_path, dense, capsys):
     report = json.loads(capsys.readouterr().out)
     assert {layer["rank"] for layer in report["layers"]} == {6}
     assert run("merge", small, merged, "--quiet") == 0
+    size = sum(p.numel() for p in zoo.BY_BASE["BertForMaskedLM"].build().parameters())
+    assert f"a dense model of {size:,} parameters" in capsys.readouterr().out
     model = transformers.AutoModelForMaskedLM.from_pretrained(merged)
     expected = hf_reparam.merge(hf_reparam.convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6))
     assert all(torch.equal(v, expected.state_dict()[k]) for k, v in model.state_dict().items())
@@ -124,7 +128,7 @@ def test_a_tokenizer_without_padding_token(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--keep", 0.5, "--calibration", "nowhere.txt"], "nowhere.txt cannot be read as text"),
+        (["--keep", 0.5, "--calibration", "nowhere.txt"], "no such file: nowhere.txt"),
         (["--keep", 0.5, "--calibration", "nowhere.safetensors"], "cannot be read as moments"),
         (["--keep", 2], "keep must be in"),
         (["--keep", 0.5, "--refit"], "refit needs the calibration texts themselves"),
@@ -173,7 +177,7 @@ def test_existing_out_is_refused_and_replaced_with_force(tmp_path, dense, capsys
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     assert run("convert", dense, out, "--rank", 6) == 2
-    assert "exists; choose another place, or replace it with --force" in only_line(capsys)
+    assert "exists; choose another place, or replace it with force (--force)" in only_line(capsys)
     assert (out / "mine.txt").read_text() == "precious"
     assert run("convert", dense, out, "--rank", 6, "--force", "--quiet") == 0
     assert not (out / "mine.txt").exists()
@@ -191,7 +195,10 @@ def test_existing_out_is_refused_and_replaced_with_force(tmp_path, dense, capsys
         (["convert", "{dense}", "{out}", "--keep", "0.5", "--allow-larger"], "allow_larger goes with rank"),
         (["convert", "{dense}", "{dense}", "--rank", "6", "--force"], "is the source or holds it"),
         (["convert", "{dense}", "{dense}/..", "--rank", "6", "--force"], "is a place, no name"),
-        (["convert", "no/such-model", "{out}", "--rank", "6"], "no/such-model is neither a folder nor a model"),
+        (
+            ["convert", "no/such-model", "{out}", "--rank", "6"],
+            "there is no folder 'no/such-model', the cache has no model of that name",
+        ),
         (["convert", "///", "{out}", "--rank", "6"], "cannot be loaded"),
         (["convert", "{dense}/vocab.txt", "{out}", "--rank", "6"], "is a file; give a model folder or a Hub id"),
         (["merge", "{dense}", "{out}"], "BertForMaskedLM has no low-rank layer"),
@@ -359,7 +366,7 @@ def test_choices_are_those_of_the_configuration():
 HELP = """
 import sys, hf_reparam_cli
 for command in [[], *([name] for name in hf_reparam_cli.COMMANDS)]:
-    for more in (["--help"], ["--wrong"]):
+    for more in (["--help"], ["--wrong"], ["--quiet"]):
         try:
             hf_reparam_cli.main([*command, *more])
         except SystemExit:
@@ -376,6 +383,25 @@ def test_help_and_usage_errors_import_nothing_that_takes_long(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "hf-reparam convert: error: the following arguments are required: SRC, OUT" in done.stderr
+    assert "push has no option --wrong" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "a", "b", "--keeep", "0.5"], "convert has no option --keeep: did you mean --keep?"),
+        (["compare", "a", "b", "--text=c"], None),  # the start of a name will do
+        (["plan", "a", "--no-verify"], None),
+        (["plan", "a", "--no-heads"], "plan has no option --no-heads"),
+    ],
+)
+def test_an_option_that_is_none_is_named_first(words, said, capsys):
+    if said is None:
+        assert hf_reparam_cli.parsed(words).command == words[0]
+        return
+    with pytest.raises(SystemExit):
+        hf_reparam_cli.parsed(words)
+    assert said in capsys.readouterr().err
 
 
 def test_the_script_is_the_module_outside_of_the_package():
@@ -423,7 +449,7 @@ def test_a_plan_is_written_read_and_carried_out(tmp_path, dense, capsys):
     assert run("plan", dense, "--keep", 0.5, "--min-rank", 1, "--out", place, "--quiet") == 0
     assert "12 low-rank layers" in capsys.readouterr().out
     assert run("plan", dense, "--keep", 0.4, "--out", place, "--quiet") == 2
-    assert "plan.json exists; choose another place, or replace it with --force" in only_line(capsys)
+    assert "plan.json exists; choose another place, or replace it with force (--force)" in only_line(capsys)
     assert run("convert", dense, tmp_path / "planned", "--plan", place, "--quiet") == 0
     assert run("convert", dense, tmp_path / "direct", "--keep", 0.5, "--min-rank", 1, "--quiet") == 0
     one, other = (transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / n) for n in ("planned", "direct"))

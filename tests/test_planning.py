@@ -493,7 +493,7 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
         (LowRankConfig(rank=4), {"keep": 0.5}),
         (plan, {"rank": 4}),
     ):
-        with pytest.raises(TargetError, match="exactly one size: rank, keep, target_params"):
+        with pytest.raises(TargetError, match="exactly one size, such as keep=0.5"):
             convert(model, asked, **sizes)
     with pytest.raises(TargetError, match="takes a RankPlan\\), got dict"):
         convert(model, plan.to_dict())
@@ -515,7 +515,7 @@ def test_convert_wants_one_size_and_the_moments_of_the_plan(bert):
     separate = make_plan(model, LowRankConfig(keep=0.5, min_rank=1), calibration=moments)
     with pytest.raises(PlanError, match="the plan names it, and GPT2LMHeadModel has no such module"):
         convert(zoo.BY_BASE["GPT2LMHeadModel"].build(), separate, calibration=moments)
-    with pytest.raises(TargetError, match="make plans from the dense model"):
+    with pytest.raises(TargetError, match="convert the dense model, or merge"):
         make_plan(convert(model, rank=4), LowRankConfig(keep=0.5, min_rank=1))
     inputs = calibrate(model, [{"input_ids": zoo._ids()}], metric="activation")
     with pytest.raises(WeightError, match="needs gradients"):

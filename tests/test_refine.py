@@ -62,8 +62,9 @@ def test_the_best_epoch_is_kept(dense, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(dense, monkeypatch):
-    monkeypatch.setattr(module, "_RATES", (3.0, 1e-3, 1e-9))
+@pytest.mark.parametrize("rates", [(3.0, 1e-3, 1e-9), (6.0, 5.0, 3.0, 1e-3, 1e-9), (1e-3, 1e-6, 1e-9)])
+def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(dense, monkeypatch, rates):
+    monkeypatch.setattr(module, "_RATES", rates)
     assert refine(convert(dense, rank=6), dense, batches(), epochs=1).learning_rate == 1e-3
 
 

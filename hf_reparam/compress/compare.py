@@ -65,7 +65,7 @@ class Comparison(Readable):
 
     def parts(self) -> list[Part]:
         """What is printed: a table, and a line about data and machine."""
-        rows = [["", "dense", "this model", "ratio"]]
+        rows = [["", "dense", "converted", "ratio"]]
         for name, (first, second) in self.figures.items():
             rows.append([name, shown(first), shown(second), _ratio(first, second)])
         return [rows, f"Compared on {self.data}; {self.machine}."]
@@ -316,5 +316,9 @@ def _in_turns(pair: Sequence[nn.Module], calls: Sequence[Callable[[], Any]]) -> 
 
 def _machine(model: nn.Module) -> str:
     device = execution_device(model)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
+    )
     return f"{device.type} ({name}), torch {version('torch')}, transformers {version('transformers')}"

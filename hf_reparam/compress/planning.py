@@ -107,7 +107,7 @@ def _check_dense(work: nn.Module, found: Sequence[Found]) -> None:
     """Refuse a model that is converted already, also by narrower heads, whose layers have other shapes."""
     shaped = [site for structure in STRUCTURES if structure.changes_moments for site in structure.sites(work)]
     if any(site.entry is not None for site in (*shaped, *(item.site for item in found))):
-        raise TargetError("the model is converted already: make plans from the dense model")
+        raise TargetError("the model is converted already: convert the dense model, or merge this one first")
 
 
 def _budgeted(

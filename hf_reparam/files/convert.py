@@ -110,7 +110,7 @@ def convert_folder(
     if device is not None and stream:
         raise TargetError("device needs the model in memory: give stream=False (leave --stream out)")
     if refit and data.texts is None:
-        raise TargetError("refit needs the calibration texts themselves: give calibration=FILE of texts")
+        raise TargetError("refit needs the calibration texts themselves: give a file of texts as calibration")
     if refit and stream:
         raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
     asked, plan = asked_for(config, rank=rank, keep=keep, target_params=target_params, speedup=speedup)

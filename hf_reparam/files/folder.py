@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its list
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from yaml import YAMLError
@@ -53,6 +53,11 @@ def locate(source: str, *, revision: str | None = None, token: str | None = None
     _check_name(source)
     try:
         return Path(snapshot_download(source, revision=revision, token=token, ignore_patterns=_OTHER_FORMATS))
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"there is no folder {source!r}, the cache has no model of that name, and the Hub cannot be reached: check "
+            "the path, or the connection"
+        ) from None
     except OSError as error:  # all that the Hub raises
         raise CheckpointError(
             f"{source} is neither a folder nor a model that the Hub or its cache has: {one_line(error)}"
@@ -167,11 +172,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def lines_of(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text file that are not empty; CheckpointError for what cannot be read as text."""
+    """The lines of a text file that are not empty; CheckpointError for what cannot be read as text, or has none."""
     try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as text: {error}") from None
+    if not lines:
+        raise CheckpointError(f"{path} has no text: write one a line")
+    return lines
 
 
 def card_of(folder: Path, *, strict: bool = False) -> ModelCard:

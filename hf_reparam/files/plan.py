@@ -13,7 +13,7 @@ __all__ = ["check_absent", "check_new", "read_plan", "write_plan"]
 def check_absent(path: str | os.PathLike[str], *, force: bool) -> None:
     """Raise CheckpointError for what exists, unless by force."""
     if Path(path).exists() and not force:
-        raise CheckpointError(f"{path} exists; choose another place, or replace it with --force (force=True)")
+        raise CheckpointError(f"{path} exists; choose another place, or replace it with force (--force)")
 
 
 def check_new(path: str | os.PathLike[str], *, force: bool) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
-from hf_reparam.calibrate.objective import compared, divergence, examples_in
+from hf_reparam.calibrate.objective import compared, divergence, examples_in, unit_of
 from hf_reparam.calibrate.padding import Part, rows_of, splits
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
@@ -23,7 +23,7 @@ from hf_reparam.report import RefineReport
 
 __all__ = ["refine"]
 
-_RATES = (4e-3, 2e-3, 1e-3)  # relative: of the root mean square of a matrix
+_RATES = (8e-3, 4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4)  # relative: of the root mean square of a matrix
 _VECTORS = 0.3  # what counts as that of a vector: norms are near 1, biases near 0
 _STEPS = 40  # an epoch at least, where batches can be split
 _CACHE = 2**30  # bytes of dense predictions that are kept
@@ -42,9 +42,10 @@ def refine(
     """Train a converted model towards the dense model's predictions, without labels; changes `model` in place.
 
     AdamW on the factors, their biases, and every other vector (norms, biases). Every fifth batch is held out to judge:
-    the learning rate, relative to the root mean square of each matrix, is the one of 4e-3, 2e-3 and 1e-3 that does best
-    there in a cosine schedule of one epoch, from which a schedule of the others goes on. After each epoch the weights
-    and their mean over its steps are judged, and the model keeps what did best, the weights that it came with included.
+    the learning rate, relative to the root mean square of each matrix, is the one that does best there in a cosine
+    schedule of one epoch, from which a schedule of the others goes on. First 1e-3 is tried, then its halves down to
+    1.25e-4 or its doubles up to 8e-3, while each does better than the one before. After each epoch the weights and
+    their mean over its steps are judged, and the model keeps what did best, the weights that it came with included.
     Batches are split where an epoch would have fewer than 40 steps. Dropout is off. It goes well after `refit`;
     training with labels is the `Trainer`'s.
 
@@ -62,9 +63,9 @@ def refine(
         TargetError: no model, one with adapters, no low-rank layer, fewer than two batches, or `epochs` below 1.
         WeightError: weights made inside `torch.inference_mode()`.
 
-    Cost: `epochs` + 2 times a forward and a backward pass of the model over the data, and a forward pass of the dense
-    model, again in every epoch for predictions beyond 1 GiB. Memory: AdamW's and the weights that are kept, about seven
-    times the trained parameters, those predictions, and the ones for the held-out batches.
+    Cost: `epochs` + 2, at most `epochs` + 3 times, a forward and a backward pass of the model over the data, and a
+    forward pass of the dense model, again in every epoch for predictions beyond 1 GiB. Memory: AdamW's and the weights
+    that are kept, about seven times the trained parameters, those predictions, and the ones for the held-out batches.
 
     Source: relative steps from Adafactor, arXiv 1804.04235; means of weights from SWA, arXiv 1803.05407; a schedule
     after another from SGDR, arXiv 1608.03983.
@@ -109,32 +110,47 @@ class _Refining:
         self.room = _CACHE
         with torch.no_grad():
             self.references = [compared(dense(**part.batch)) for part in judging]
+        units = [unit_of(theirs, part.masks) for theirs, part in zip(self.references, judging, strict=True)]
+        self.unit, self.size = units[0][0], sum(size for _, _, size in units)
 
     def run(self, epochs: int) -> RefineReport:
         """Train, and leave the best weights in the model."""
         start = best = self._state()
         before = lowest = self._judged()
-        tried: dict[float, tuple[float, list[Tensor]]] = {}
-        steps = (epochs + len(_RATES) - 1) * len(self.fitting)
         try:
-            with stage("refining", steps, "step") as advance:
-                for rate in _RATES:
-                    self._set(start)
-                    tried[rate] = next(self._run(rate, 1, advance))
-                    if tried[rate][0] < lowest:
-                        lowest, best = tried[rate]
-                chosen = min(tried, key=lambda rate: tried[rate][0])
-                first, state = tried[chosen]
-                tried.clear()
-                self._set(state)
-                after = [first]
+            with stage("choosing a learning rate", None, "step") as advance:
+                chosen, first, state = self._first_epoch(start, advance)
+            if first < lowest:
+                lowest, best = first, state
+            self._set(state)
+            after = [first]
+            with stage("refining", (epochs - 1) * len(self.fitting), "step") as advance:
                 for now, state in self._run(chosen, epochs - 1, advance) if epochs > 1 else ():
                     after.append(now)
                     if now < lowest:
                         lowest, best = now, state
         finally:  # also when it is interrupted
             self._set(best)
-        return RefineReport(chosen, before, tuple(after))
+        return RefineReport(chosen, before, tuple(after), self.unit)
+
+    def _first_epoch(self, start: list[Tensor], advance: Callable[[int], None]) -> tuple[float, float, list[Tensor]]:
+        """The learning rate that does best in one epoch, with the divergence and the weights after that."""
+
+        def tried(i: int) -> tuple[float, list[Tensor]]:
+            self._set(start)
+            found, state = next(self._run(_RATES[i], 1, advance))
+            return math.inf if math.isnan(found) else found, state
+
+        middle = len(_RATES) // 2
+        at, best = middle, tried(middle)
+        for others in (range(middle + 1, len(_RATES)), reversed(range(middle))):  # lower ones, or else higher ones
+            for i in others:
+                if (new := tried(i))[0] >= best[0]:
+                    break
+                at, best = i, new
+            if at != middle:
+                break
+        return _RATES[at], *best
 
     def _run(self, rate: float, epochs: int, advance: Callable[[int], None]) -> Iterator[tuple[float, list[Tensor]]]:
         """After each epoch of a schedule, the divergence and the weights: the last, or the mean over its steps."""
@@ -191,7 +207,7 @@ class _Refining:
     def _judged(self) -> float:
         pairs = zip(self.judging, self.references, strict=True)
         total = sum(float(divergence(self.model(**part.batch), theirs, part.masks)) for part, theirs in pairs)
-        return total / sum(examples_in(part.batch) for part in self.judging)
+        return total / self.size
 
     def _state(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.trained]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.inputs import forward_names
-from hf_reparam.calibrate.objective import divergence, examples_in
+from hf_reparam.calibrate.objective import divergence, examples_in, unit_of
 from hf_reparam.calibrate.padding import Padding, Part, unlabelled
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
@@ -161,9 +161,12 @@ def _refit(
             finally:  # also when it is interrupted
                 for name, state in saved.items():
                     layers[name].load_state_dict(state)
-    examples = sum(examples_in(one.part.batch) for one in judging)
+        units = [one.unit() for one in judging]
+    unit, size = units[0][0], sum(size for _, _, size in units)
+    if distance is not None:
+        unit, size = "per example", sum(examples_in(one.part.batch) for one in judging)
     order_in_model = {name: skipped[name] for name in layers if name in skipped}
-    return RefitReport(tuple(kept), len(layers), before / examples, best / examples, order_in_model)
+    return RefitReport(tuple(kept), len(layers), before / size, best / size, order_in_model, unit)
 
 
 def parts_of(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Part]:
@@ -206,6 +209,10 @@ class _Passes:
             return float(distance(self.low(), self.full()))
         outputs, reference = self.low_replay(self.low, changed), self.full_replay(self.full)
         return float(divergence(outputs, reference, self.part.masks))
+
+    def unit(self) -> tuple[str, int, float]:
+        """As `unit_of`, of the dense model's predictions."""
+        return unit_of(self.full_replay(self.full), self.part.masks)
 
     def inputs(
         self, layers: Mapping[str, nn.Module], originals: Mapping[str, nn.Module]
