@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from benchmarks.texts import stdlib_docstrings
 from hf_reparam import LowRankConfig
 
 JUDGED, CALIBRATED, TIMED = 64, 160, 16  # docstrings of the standard library
-QUERY = "Sort the items of a list in place."
+QUERY = "Count how often each item occurs."
 NEAREST = 5
 AGREE = 1e-4  # largest difference between embeddings of unit length that still counts as the same
 PICTURE = Path("demo.png")
@@ -108,8 +109,9 @@ def draw(figures: Mapping[str, tuple[float, float]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     for name, (size, cosine) in figures.items():
         axis.scatter(size, cosine, s=60, label=name)
+        axis.annotate(f"{size:.0f} MB, {cosine:.2f}", (size, cosine), (0, -14), textcoords="offset points", ha="center")
     axis.set(xlabel="MB on disk", ylabel="mean cosine to the dense model's embeddings", xlim=(0, None), ylim=(0, 1.05))
-    axis.set_title("the same model, smaller")
+    axis.set_title("Size of the file, and how like the dense model it is")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left")
     figure.savefig(path, dpi=110)
@@ -125,6 +127,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     dense = AutoModel.from_pretrained(source)
     batch = load_batch(source)
+    print(f"{source}: keep {args.keep}, calibrated on {CALIBRATED} docstrings of the standard library")
     models = smaller(dense, AutoTokenizer.from_pretrained(source), args.keep)
     small = models["hf_reparam"]
     print(f"\n{hf_reparam.report(small)}\n")
@@ -142,14 +145,15 @@ def main() -> int:
             figures[name] = size, cosine
             count = f"{model.num_parameters() / 1e6:.1f}M"
             print(f"{name:28}{count:>10}{size:7.1f} MB{seconds / times[0]:7.2f}{cosine:10.4f}")
+        print("keep counts what is converted: with the embeddings in it, the layers keep more and take longer")
         texts = stdlib_docstrings(JUDGED)
         found = {name: nearest(model, source, embeddings[name]) for name, model in models.items()}
         print(f"\nnearest to {QUERY!r} for the dense model:")
-        print("\n".join(f"  {texts[i][:90]}" for i in found["dense"]))
+        print("\n".join(f"  {shorten(texts[i], 88, placeholder=' ...')}" for i in found["dense"]))
         for name in list(models)[1:]:
-            print(f"{name:28}{len({*found[name]} & {*found['dense']})} of these {NEAREST}")
+            print(f"{name:28}has {len({*found[name]} & {*found['dense']})} of these {NEAREST}")
         draw(figures, PICTURE)
-        print(f"picture:         {PICTURE}")
+        print(f"picture:         {PICTURE.resolve()}")
         arguments = [str(folder / "hf_reparam"), source, str(folder / "embeddings.pt")]
         subprocess.run([sys.executable, "-c", RELOAD, *arguments], check=True)
         reloaded = torch.load(folder / "embeddings.pt")
@@ -158,7 +162,7 @@ def main() -> int:
     gaps = [(other - embeddings["hf_reparam"]).abs().max().item() for other in (reloaded, embed(merged, batch))]
     agree = all(gap <= AGREE for gap in gaps)  # which a NaN is not
     print(f"largest difference to the converted model: reloaded {gaps[0]:.1e}, merged {gaps[1]:.1e}")
-    print("all three agree" if agree else f"THEY DIFFER by more than {AGREE}")
+    print("saving and merging change nothing" if agree else f"THEY DIFFER by more than {AGREE}")
     print("read on: README.md, then notebooks/1-convert-and-look.ipynb")
     return 0 if agree else 1
 

@@ -11,6 +11,7 @@ import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, make_plan, refit
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.linalg import SHRINKAGES
 from hf_reparam.recover.refit import __name__ as REFIT
 from tests import zoo
 
@@ -201,3 +202,19 @@ def test_wrong_arguments():
         refit(dense, dense, batches)
     with pytest.raises(TargetError, match="the dense model has no Linear of this shape by that name"):
         refit(convert(dense, rank=4), zoo.BY_BASE["GPT2LMHeadModel"].build(), batches)
+
+
+@pytest.mark.slow
+def test_few_data_get_a_higher_shrinkage(monkeypatch):
+    dense = sharp("BertForMaskedLM")
+    start = convert(dense, LowRankConfig(rank=8, form="pair"), calibration=(moments := calibrate(dense, data(8))))
+    fits = []
+    for least in (True, False):
+        if not least:
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(sys.modules[REFIT], "SHRINKAGES", SHRINKAGES[:1])
+        small = copy.deepcopy(start)
+        fits.append(refit(small, dense, data(10, rows=2), calibration=moments))
+    assert fits[1].after < 0.98 * fits[0].after
+    assert refit(small, dense, data(10, rows=2), calibration=moments).before == pytest.approx(fits[1].after, rel=1e-4)

@@ -7,7 +7,7 @@ from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spect
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.heads import HeadMaps, HeadMoments, map_both, map_rows, output_moment
 from hf_reparam.linalg.metric import Metric
-from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments
+from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments, Shrinkage
 from hf_reparam.linalg.paired import PairedMoments, Refit
 from hf_reparam.linalg.pivot import Pivots, pivot
 from hf_reparam.linalg.tables import Table, TableMoments, decompose_table
@@ -28,6 +28,7 @@ __all__ = [
     "PairedMoments",
     "Pivots",
     "Refit",
+    "Shrinkage",
     "Table",
     "TableMoments",
     "allocate",

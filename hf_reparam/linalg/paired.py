@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_reparam.linalg.metric import Metric, root
-from hf_reparam.linalg.moments import SHRINKAGES
+from hf_reparam.linalg.moments import Shrinkage
 from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
 
 __all__ = ["PairedMoments", "Refit"]
@@ -65,7 +65,7 @@ class PairedMoments:
         self.cross = add(self.cross, dense.T @ low)
         self.products = add_gram(self.products, low)
 
-    def refit(self, weight: Tensor, gradient_products: Tensor | None, *, centred: bool) -> Refit:
+    def refit(self, weight: Tensor, gradient_products: Tensor | None, shrinkage: Shrinkage, *, centred: bool) -> Refit:
         """The least-squares problem of a layer with dense weight W (out, in).
 
         Relative shrinkage adds the same noise to x and x', which draws the solution to W where data are few.
@@ -74,6 +74,7 @@ class PairedMoments:
             weight: W, float64.
             gradient_products: (out, out) sum of g g^T, of any scale, to weigh errors of the output; None for equal
                 weights.
+            shrinkage: shares of the mean variance, and of the mean squared gradient.
             centred: means are left to the bias.
 
         Source: AA-SVD, arXiv 2604.02119; with shrinkage, centring and output weights added here.
@@ -83,12 +84,12 @@ class PairedMoments:
         if centred:
             cross = cross - torch.outer(means[0], means[1])
             second = second - torch.outer(means[1], means[1])
-        part, variance = SHRINKAGES[0][0], second.diagonal().mean()
+        part, variance = shrinkage[0], second.diagonal().mean()
         inputs = root(second, part)
         solution = weight
         if variance > 0:
             cross = (1 - part) * cross
             cross.diagonal().add_(part * variance)
             solution = torch.cholesky_solve((weight @ cross).T, inputs).T
-        outputs = None if gradient_products is None else root(gradient_products, SHRINKAGES[0][1])
+        outputs = None if gradient_products is None else root(gradient_products, shrinkage[1])
         return Refit(solution, Metric(inputs, outputs), *means)

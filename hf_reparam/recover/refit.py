@@ -21,7 +21,7 @@ from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.layers.surgery import set_bias, set_factors
-from hf_reparam.linalg import Calibration, PairedMoments, decompose
+from hf_reparam.linalg import SHRINKAGES, Calibration, PairedMoments, Shrinkage, decompose
 from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.config import note_refit
@@ -58,7 +58,8 @@ def refit(
 
     Conversion fits every layer to inputs of the dense model. Here layer after layer, in the order of the forward pass,
     minimises E ||W x - W' x'||^2 with x the input in the dense model and x' the input in the converted one. Layers with
-    one and the same input are fitted together. A fit is kept if it brings the model's predictions nearer to the dense
+    one and the same input are fitted together, with the least of three shrinkages, and the next ones while these do
+    better or no fit is kept yet. A fit is kept if it brings the model's predictions nearer to the dense
     model's on held-out batches, every fifth, which took no part in it. Ranks and forms stay. Layers that a pass reaches
     more than once or not at all, and those that get a choice of tokens which differs between the models, keep their
     factors. If anything fails, or is interrupted, the layers in work are as they were.
@@ -149,18 +150,21 @@ def _refit(
             group = {name: layers[name] for name in names}
             paired, uneven = _collect(group, originals, fitting)
             skipped |= dict.fromkeys(uneven, _UNEVEN)
-            saved = {n: {key: value.clone() for key, value in layers[n].state_dict().items()} for n in paired}
+            weights = {name: _gradient(calibration, layer_name(model, name)) for name in paired}
+            saved, better = _states(layers, paired), False
             try:
-                for name, pairs in paired.items():
-                    known = calibration.layers.get(layer_name(model, name)) if calibration is not None else None
-                    weights = known.gradient_products if known is not None and known.has_gradient() else None
-                    _fit(layers[name], originals[name], pairs, weights)
-                now = sum(one.divergence(distance, group.values()) for one in judging)
-                if now < best:
-                    best, kept, saved = now, [*kept, *paired], {}
+                for shrinkage in SHRINKAGES:
+                    for name, pairs in paired.items():
+                        _fit(layers[name], originals[name], pairs, weights[name], shrinkage)
+                    now = sum(one.divergence(distance, group.values()) for one in judging)
+                    if now < best:
+                        best, better, saved = now, True, _states(layers, paired)
+                    elif better:
+                        break
             finally:  # also when it is interrupted
                 for name, state in saved.items():
                     layers[name].load_state_dict(state)
+            kept += paired if better else ()
         units = [one.unit() for one in judging]
     unit, size = units[0][0], sum(size for _, _, size in units)
     if distance is not None:
@@ -239,10 +243,23 @@ def _collect(
     return {name: paired[name] for name in layers if name not in uneven}, uneven
 
 
-def _fit(layer: LowRankLinear, original: nn.Module, paired: PairedMoments, gradient: Tensor | None) -> None:
+def _gradient(calibration: Calibration | None, name: str) -> Tensor | None:
+    """The gradient moment of a layer, if there is one."""
+    known = None if calibration is None else calibration.layers.get(name)
+    return known.gradient_products if known is not None and known.has_gradient() else None
+
+
+def _states(layers: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Copies of the tensors of some layers."""
+    return {name: {key: value.clone() for key, value in layers[name].state_dict().items()} for name in names}
+
+
+def _fit(
+    layer: LowRankLinear, original: nn.Module, paired: PairedMoments, gradient: Tensor | None, shrinkage: Shrinkage
+) -> None:
     weight = dense_matrix(original).to(paired.products.device, torch.float64)
     gradient = None if gradient is None else gradient.to(weight.device)
-    fit = paired.refit(weight, gradient, centred=original.bias is not None)
+    fit = paired.refit(weight, gradient, shrinkage, centred=original.bias is not None)
     set_factors(layer, decompose(fit.weight, max_rank=layer.rank, metric=fit.metric).cut(layer.rank))
     if original.bias is not None:
         set_bias(layer, original, fit.dense_mean, fit.low_mean)
