@@ -145,7 +145,7 @@ class Report(Readable):
         dropped: names of tensors in the source's files for which the model's class has no place; of folders alone.
         judgement: how it does on held-out calibration data; None where it was not tried.
         speed: how much faster it became, where that was asked.
-        tried: of a plan of `search_plan`, the sizes that it tried, in their order.
+        tried: of a plan of `search_plan`, the dense model and the sizes that it tried, in their order.
 
     >>> row = LayerReport("fc", "Linear", 64, 64, 16, 4160, 2112, 0.1)
     >>> report = Report("Net", "svd", (row,), (), 5000, 2952)
@@ -262,7 +262,11 @@ class Report(Readable):
         def row(size: TriedSize) -> list[str]:
             count = "cannot be reached" if size.parameters is None else f"{size.parameters:,}"
             score = "-" if size.score is None else f"{size.score:.6g}"
-            return [f"keep {size.keep:.4g}", count, f"{score} (chosen)" if size.chosen else score]
+            return [
+                "dense" if size.keep == 1 else f"keep {size.keep:.4g}",
+                count,
+                f"{score} (chosen)" if size.chosen else score,
+            ]
 
         return [["size tried", "parameters", "score"], *map(row, self.tried)]
 

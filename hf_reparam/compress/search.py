@@ -13,7 +13,7 @@ from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.linalg import Calibration
 from hf_reparam.model.build import apply
-from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
+from hf_reparam.model.checks import check_no_adapters, count_parameters, outside_inference_mode
 from hf_reparam.model.host import check_model, opened
 from hf_reparam.plan import RankPlan
 from hf_reparam.report import TriedSize
@@ -67,9 +67,10 @@ def search_plan(
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
     with outside_inference_mode(), one_bar():
         source = replace(Source.of(calibration, config.metric, config.solver), kept=Kept())
-        floor = _score(evaluate, model) - tolerance
+        dense = TriedSize(1.0, count_parameters(model), aim := _score(evaluate, model))
+        floor = aim - tolerance
         low, high, best, nearest = 0.0, 1.0, None, -math.inf
-        tried: list[TriedSize] = []
+        tried = [dense]
         for _ in each(range(_HALVINGS), "searching", "size"):
             keep = (low + high) / 2
             work = opened(model)
@@ -90,7 +91,7 @@ def search_plan(
         raise RankError(
             f"no size has a score of {floor:.6g} or above; the best had {nearest:.6g}: allow more tolerance"
         )
-    tried = [replace(size, chosen=size.keep == high) for size in tried]
+    tried = [dense, *(replace(size, chosen=size.keep == high) for size in tried[1:])]
     return replace(best, report=best.report and replace(best.report, tried=tried))
 
 
