@@ -12,7 +12,8 @@ class ReparamError(Exception):
 
 
 class TargetError(ReparamError, ValueError):
-    """The choice of layers is wrong: a pattern matches nothing, or nothing is left to convert or to merge."""
+    """What was asked is wrong: no size or two, options that do not go together, a pattern that matches
+    nothing, unfit data, or nothing to convert or to merge."""
 
 
 class RankError(ReparamError, ValueError):
