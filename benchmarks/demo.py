@@ -110,7 +110,7 @@ def draw(figures: Mapping[str, tuple[float, float]], path: Path) -> None:
     for name, (size, cosine) in figures.items():
         axis.scatter(size, cosine, s=60, label=name)
         axis.annotate(f"{size:.0f} MB, {cosine:.2f}", (size, cosine), (0, -14), textcoords="offset points", ha="center")
-    axis.margins(x=0.12)
+    axis.margins(x=0.2)
     axis.set(xlabel="MB on disk", ylabel="mean cosine to the dense model's embeddings", xlim=(0, None), ylim=(0, 1.05))
     axis.set_title("File size and likeness to the dense model")
     axis.grid(alpha=0.3)
