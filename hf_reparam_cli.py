@@ -265,10 +265,12 @@ def _check_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     command = COMMANDS.get(words[0]) if words else None
     if command is None:
         return
-    known = ["--help", *(f"--{option}" for group in (*command.groups.values(), _PRINTING) for option in group)]
-    known += [f"--no-{name[2:]}" for name in known if name in ("--verify", "--times")]
-    for name in (word.partition("=")[0] for word in words if word.startswith("--") and word != "--"):
-        if not any(option.startswith(name) for option in known):
+    options = {name: given for group in (*command.groups.values(), _PRINTING) for name, given in group.items()}
+    both = [name for name, given in options.items() if given.get("action") is argparse.BooleanOptionalAction]
+    known = ["--help", *(f"--{name}" for name in options), *(f"--no-{name}" for name in both)]
+    words = words[: words.index("--")] if "--" in words else words
+    for name in (word.partition("=")[0] for word in words if word.startswith("--")):
+        if " " not in name and not any(option.startswith(name) for option in known):
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"hf-reparam {words[0]} --help lists them"
             parser.error(f"{words[0]} has no option {name}: {hint}")
@@ -286,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         text = f"{command.text[0].upper()}{command.text[1:]}."
         examples = "\n".join(["examples:", *(f"  {line}" for line in command.examples)])
-        needed = ["SIZE"] * command.needs_size + ["--texts FILE"] * (name == "compare")
+        needed = ["(--keep SHARE | another size)"] * command.needs_size + ["--texts FILE"] * (name == "compare")
         usage = " ".join(["%(prog)s", *(shown for shown, _ in command.places.values()), *needed, "[options]"])
         made = commands.add_parser(
             name, usage=usage, help=command.text, description=text, epilog=examples, formatter_class=raw

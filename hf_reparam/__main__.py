@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -14,9 +15,10 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import ReparamError
-from hf_reparam.files.compare import compare_folders
+from hf_reparam.files.compare import compare_folders, megabytes
 from hf_reparam.files.convert import convert_folder, inspect_folder, merge_folder
 from hf_reparam.files.estimate import plan_folder
+from hf_reparam.files.folder import model_place
 from hf_reparam.files.plan import check_new, read_plan, write_plan
 from hf_reparam.files.push import push_folder
 from hf_reparam.layers.processes import connected, is_first
@@ -72,8 +74,9 @@ def _saved(args: argparse.Namespace, result: Any) -> str:
     """Where the result is, how large, and what to do next, if a model was saved."""
     if args.command not in ("convert", "merge") or not is_first():
         return ""
-    size = sum(file.stat().st_size for file in Path(args.out).rglob("*.safetensors")) / 1e6
-    next_step = f"next: hf-reparam compare {args.source} {args.out} --texts TEXTS.txt"
+    size = megabytes(model_place(Path(args.out)))
+    source = [args.source, args.out, *([] if args.revision is None else ["--revision", args.revision])]
+    next_step = f"next: {shlex.join(['hf-reparam', 'compare', *source, '--texts', 'TEXTS.txt'])}"
     if args.command == "merge":
         next_step = f"a dense model of {result.parameters_before:,} parameters, which loads without hf_reparam"
     return f"\nsaved in {args.out}: {size:.1f} MB; {next_step}"

@@ -8,6 +8,7 @@ import difflib
 import fnmatch
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
@@ -199,7 +200,7 @@ def _check_sizes(config: LowRankConfig) -> None:
                 f"{value!r}"
             )
     if keep is not None and not _is_share(keep):
-        percent = f": for {keep:g} % give {keep / 100:g}" if isinstance(keep, (int, float)) and 1 < keep <= 100 else ""
+        percent = f": for {keep:g} % give {keep / 100:g}" if isinstance(keep, (int, float)) and 2 <= keep <= 100 else ""
         raise RankError(f"keep must be in (0, 1], the share of the targeted layers' parameters, got {keep!r}{percent}")
     if target is not None and not _is_int(target) and not _is_share(target):
         raise RankError(
@@ -278,8 +279,8 @@ def check_used(patterns: Iterable[str], names: Sequence[str], option: str) -> No
     for pattern in patterns:
         if pattern not in known and not any(matches(pattern, name) for name in names):
             near = _near(pattern, names)
-            endings = sorted({name.rpartition(".")[2] for name in known if not name.rpartition(".")[2].isdigit()})
-            names_end = f"; names end in {', '.join(endings[:8])}" if endings else ""
+            endings = Counter(name.rpartition(".")[2] for name in known).most_common(8)
+            names_end = f"; names end in {', '.join(sorted(end for end, _ in endings))}"
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else names_end
             raise TargetError(
                 f"{option}: {pattern!r} matches none of the {len(names)} layers (a pattern covers the end of a "

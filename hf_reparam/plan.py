@@ -90,8 +90,8 @@ class Judgement:
     def __str__(self) -> str:
         predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
         others = sorted((value, name) for name, value in self.measured.items() if name != self.chosen)
-        tried = ", ".join(f"{name} {value:.4g}" for value, name in others)
-        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}; also tried: {tried}"
+        tried = f"; also tried: {', '.join(f'{name} {value:.4g}' for value, name in others)}" if others else ""
+        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}{tried}"
 
     @property
     def brief(self) -> str:

@@ -77,7 +77,8 @@ class RefitReport:
 
     def __str__(self) -> str:
         change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} {self.unit}"
-        advice = "" if self.layers else "; no fit was better: more texts, or calibration=, may help"
+        none_better = not self.layers and len(self.skipped) < self.of
+        advice = "; no fit was better: more texts may help, and calibration=" if none_better else ""
         lines = [f"refit:            {len(self.layers)} of {self.of} layers, {change}{advice}"]
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]
@@ -104,12 +105,13 @@ class RefineReport:
     @property
     def after(self) -> float:
         """That of the weights that were kept: never more than before."""
-        return min(self.before, *self.epochs)
+        return min((value for value in (self.before, *self.epochs) if value == value), default=self.before)
 
     def __str__(self) -> str:
-        best = f"epoch {1 + self.epochs.index(self.after)}" if self.after in self.epochs else "none"
+        improved = self.after != self.before
+        best = f"epoch {1 + self.epochs.index(self.after)}" if improved else "none"
         change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} {self.unit}"
-        if self.after == self.before:
+        if not improved:
             change += "; nothing was better: the model is unchanged, more texts may help"
         return f"refine:           learning rate {self.learning_rate:g}, {best} of {len(self.epochs)} kept, {change}"
 
@@ -119,7 +121,7 @@ class TriedSize:
     """A size that `search_plan` tried.
 
     Args:
-        keep: as in `LowRankConfig`.
+        keep: as in `LowRankConfig`; 1 of the dense model.
         parameters: of the whole model; None where no plan is as small as that.
         score: what `evaluate` gave; None likewise.
         chosen: whether it is the size of the plan that was returned.

@@ -197,7 +197,7 @@ def test_existing_out_is_refused_and_replaced_with_force(tmp_path, dense, capsys
         (["convert", "{dense}", "{dense}/..", "--rank", "6", "--force"], "is a place, no name"),
         (
             ["convert", "no/such-model", "{out}", "--rank", "6"],
-            "there is no folder 'no/such-model', the cache has no model of that name",
+            "there is no folder 'no/such-model', the cache has no no/such-model, and the Hub did not give it",
         ),
         (["convert", "///", "{out}", "--rank", "6"], "cannot be loaded"),
         (["convert", "{dense}/vocab.txt", "{out}", "--rank", "6"], "is a file; give a model folder or a Hub id"),
@@ -392,6 +392,8 @@ def test_help_and_usage_errors_import_nothing_that_takes_long(tmp_path):
         (["convert", "a", "b", "--keeep", "0.5"], "convert has no option --keeep: did you mean --keep?"),
         (["compare", "a", "b", "--text=c"], None),  # the start of a name will do
         (["plan", "a", "--no-verify"], None),
+        (["push", "a", "b/c", "--commit-message", "--no longer large"], None),
+        (["inspect", "--quiet", "--", "--weird"], None),
         (["plan", "a", "--no-heads"], "plan has no option --no-heads"),
     ],
 )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reparam import Comparison, compare, compare_folders, convert
 from hf_reparam.errors import CheckpointError, TargetError
-from hf_reparam.files.compare import _megabytes
+from hf_reparam.files.compare import megabytes
 from hf_reparam.files.folder import card_of
 from hf_reparam_cli import main
 from tests import zoo
@@ -206,9 +206,9 @@ def test_scores_of_one_number_by_their_difference():
 def test_bytes_on_disk_are_those_of_the_format_that_is_loaded(tmp_path):
     for name, size in (("model.safetensors", 7), ("pytorch_model.bin", 11), ("training_args.bin", 13)):
         (tmp_path / name).write_bytes(b"x" * size)
-    assert _megabytes(tmp_path) == 7e-6
+    assert megabytes(tmp_path) == 7e-6
     (tmp_path / "model.safetensors").unlink()
-    assert _megabytes(tmp_path) == 11e-6
+    assert megabytes(tmp_path) == 11e-6
 
 
 def test_a_folder_without_a_card_is_read_in_silence(tmp_path, monkeypatch):

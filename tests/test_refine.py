@@ -1,5 +1,7 @@
 """`refine`: steps towards the dense model's predictions, judged by batches that took no part in them."""
 
+import math
+
 import pytest
 import torch
 
@@ -160,3 +162,28 @@ def test_batches_are_split_into_rows():
     assert len(module._split(part, 100)) == 7
     for whole in (Part({"input_ids": ids, "sizes": torch.ones(4)}), Part({"input_ids": ids}, (mask.repeat(2, 1),))):
         assert module._split(whole, 3)[0] is whole
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen", "tried"),
+    [
+        ({1e-3: 3.0, 5e-4: 2.0, 2.5e-4: 1.0, 1.25e-4: 1.5}, 2.5e-4, 4),
+        ({1e-3: 3.0, 5e-4: 4.0, 2e-3: 2.0, 4e-3: 2.5}, 2e-3, 4),
+        ({1e-3: math.nan, 5e-4: math.nan, 2.5e-4: 1.0, 1.25e-4: 2.0}, 2.5e-4, 4),
+        ({1e-3: 1.0, 5e-4: 2.0, 2e-3: math.nan}, 1e-3, 3),
+    ],
+)
+def test_lower_rates_are_tried_while_they_do_better_and_else_higher_ones(values, chosen, tried):
+    work, seen = object.__new__(module._Refining), []
+    work.lowest, work.best = 1.8, ["as it came"]
+    work._set = lambda state: None
+    work._run = lambda rate, epochs, advance: seen.append(rate) or iter([(values[rate], [rate])])
+    rate, found, state = work._first_epoch([], None)
+    assert (rate, found, state, len(seen)) == (chosen, values[chosen], [chosen], tried)
+    assert work.best == ([chosen] if values[chosen] < 1.8 else ["as it came"])
+
+
+def test_what_is_no_number_is_never_best():
+    assert module.RefineReport(1e-3, math.nan, (0.3, math.nan)).after == 0.3
+    assert module.RefineReport(1e-3, 0.2, (math.inf,)).after == 0.2
+    assert "none of 1 kept" in str(module.RefineReport(1e-3, 0.0, (0.0,)))

@@ -218,3 +218,15 @@ def test_few_data_get_a_higher_shrinkage(monkeypatch):
         fits.append(refit(small, dense, data(10, rows=2), calibration=moments))
     assert fits[1].after < 0.98 * fits[0].after
     assert refit(small, dense, data(10, rows=2), calibration=moments).before == pytest.approx(fits[1].after, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_distance_of_your_own_needs_no_logits(monkeypatch):
+    dense = sharp("BertForMaskedLM")
+    small = convert(dense, LowRankConfig(keep=0.5), calibration=(moments := calibrate(dense, data())))
+    monkeypatch.setattr(sys.modules[REFIT], "unit_of", None)
+    report = refit(
+        small, dense, data(), calibration=moments, distance=lambda a, b: (a.logits - b.logits).square().sum()
+    )
+    assert report.unit == "per example"
+    assert report.after < report.before

@@ -316,9 +316,6 @@ def _in_turns(pair: Sequence[nn.Module], calls: Sequence[Callable[[], Any]]) -> 
 
 def _machine(model: nn.Module) -> str:
     device = execution_device(model)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
-    )
+    count = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{count} thread{'s' * (count > 1)}"
     return f"{device.type} ({name}), torch {version('torch')}, transformers {version('transformers')}"

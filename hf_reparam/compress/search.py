@@ -43,8 +43,8 @@ def search_plan(
         config: without a size.
 
     Returns:
-        A plan for `convert`, in steps of 1/128 of the targeted weights. `print(plan)` also shows every size that was
-        tried with its score, which `plan.report.tried` holds.
+        A plan for `convert`, in steps of 1/128 of the targeted weights. `print(plan)` also shows the dense model's
+        score and that of every size that was tried, which `plan.report.tried` holds.
 
     Raises:
         TargetError: the configuration has a size, or `evaluate` gives no number.

@@ -9,7 +9,7 @@ from hf_reparam.errors import CheckpointError
 from hf_reparam.files.folder import card_of, lines_of, load, load_tokenizer, locate, model_place
 from hf_reparam.model.card import with_comparison
 
-__all__ = ["compare_folders"]
+__all__ = ["compare_folders", "megabytes"]
 
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of which Transformers loads the first that is there
 
@@ -49,14 +49,14 @@ def compare_folders(
     first, second = (load(place, dtype=dtype, device=device)[0] for place in places)
     reading = {"tokenizer": load_tokenizer(places[0]), "max_length": max_length, "max_samples": max_samples}
     found = compare(first, second, data, times=times, **reading)
-    stored = {"MB on disk": (_megabytes(places[0]), _megabytes(places[1]))}
+    stored = {"MB on disk": (megabytes(places[0]), megabytes(places[1]))}
     found = replace(found, figures={**stored, **found.figures})
     if card:
         with_comparison(card_of(Path(small), strict=True), found.to_markdown()).save(Path(small) / "README.md")
     return found
 
 
-def _megabytes(place: Path) -> float:
+def megabytes(place: Path) -> float:
     """Of the weights in a folder, in the format that is loaded."""
     formats = ([path.stat().st_size for path in place.glob(pattern)] for pattern in _WEIGHTS)
     return sum(next(filter(None, formats), [])) / 1e6

@@ -53,10 +53,11 @@ def locate(source: str, *, revision: str | None = None, token: str | None = None
     _check_name(source)
     try:
         return Path(snapshot_download(source, revision=revision, token=token, ignore_patterns=_OTHER_FORMATS))
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        at = "" if revision is None else f" at {revision}"
+        why = one_line(error).partition(" An error happened")[0]
         raise CheckpointError(
-            f"there is no folder {source!r}, the cache has no model of that name, and the Hub cannot be reached: check "
-            "the path, or the connection"
+            f"there is no folder {source!r}, the cache has no {source}{at}, and the Hub did not give it: {why}"
         ) from None
     except OSError as error:  # all that the Hub raises
         raise CheckpointError(

@@ -106,7 +106,7 @@ def not_whole(module: nn.Module) -> str | None:
             )
         if hasattr(weight, "placements"):
             return f"its weight is a DTensor, {weight.placements}: do this before the model is sharded"
-        if weight.dim() < 2:
+        if weight.dim() != 2:
             return (
                 f"its weight has the shape {tuple(weight.shape)}, and a matrix is needed: FSDP flattens and shards "
                 "weights; do this before the model is wrapped"

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from hf_reparam.config import LowRankConfig, check_used, first_match
 from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
-from hf_reparam.layers.dense import not_whole
 from hf_reparam.model.checks import optional_layers, protected_layers
 from hf_reparam.model.config import ReparamConfigMixin, plan_of
 from hf_reparam.model.host import layer_name
@@ -66,7 +65,7 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
     for structure, site in found:
         reason = reason_for(structure, site)
         if reason is None:
-            if (parts := not_whole(site.module)) is not None:
+            if (parts := site.in_parts()) is not None:
                 raise WeightError(f"{site.name}: {parts}")
             selected.append(Found(layer_name(model, site.name), structure, site))
         elif structure.option is None or site.weights + site.others:  # heads hold numbers in their layers alone

@@ -23,7 +23,7 @@ from hf_reparam.report import RefineReport
 
 __all__ = ["refine"]
 
-_RATES = (8e-3, 4e-3, 2e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4)  # relative: of the root mean square of a matrix
+_RATES = tuple(1e-3 * 2.0**i for i in range(4, -5, -1))  # relative: of the root mean square of a matrix
 _VECTORS = 0.3  # what counts as that of a vector: norms are near 1, biases near 0
 _STEPS = 40  # an epoch at least, where batches can be split
 _CACHE = 2**30  # bytes of dense predictions that are kept
@@ -44,7 +44,7 @@ def refine(
     AdamW on the factors, their biases, and every other vector (norms, biases). Every fifth batch is held out to judge:
     the learning rate, relative to the root mean square of each matrix, is the one that does best there in a cosine
     schedule of one epoch, from which a schedule of the others goes on. First 1e-3 is tried, then its halves down to
-    1.25e-4 or its doubles up to 8e-3, while each does better than the one before. After each epoch the weights and
+    6.25e-5 or its doubles up to 1.6e-2, while each does better than the one before. After each epoch the weights and
     their mean over its steps are judged, and the model keeps what did best, the weights that it came with included.
     Batches are split where an epoch would have fewer than 40 steps. Dropout is off. It goes well after `refit`;
     training with labels is the `Trainer`'s.
@@ -63,7 +63,7 @@ def refine(
         TargetError: no model, one with adapters, no low-rank layer, fewer than two batches, or `epochs` below 1.
         WeightError: weights made inside `torch.inference_mode()`.
 
-    Cost: `epochs` + 2, at most `epochs` + 3 times, a forward and a backward pass of the model over the data, and a
+    Cost: `epochs` + 2, at most `epochs` + 5 times, a forward and a backward pass of the model over the data, and a
     forward pass of the dense model, again in every epoch for predictions beyond 1 GiB. Memory: AdamW's and the weights
     that are kept, about seven times the trained parameters, those predictions, and the ones for the held-out batches.
 
@@ -115,22 +115,21 @@ class _Refining:
 
     def run(self, epochs: int) -> RefineReport:
         """Train, and leave the best weights in the model."""
-        start = best = self._state()
-        before = lowest = self._judged()
+        self.best = self._state()
+        before = self.lowest = self._judged()
         try:
-            with stage("choosing a learning rate", None, "step") as advance:
-                chosen, first, state = self._first_epoch(start, advance)
-            if first < lowest:
-                lowest, best = first, state
-            self._set(state)
+            with stage("choosing a learning rate", 3 * len(self.fitting), "step") as advance:
+                chosen, first, state = self._first_epoch(self.best, advance)
             after = [first]
+            if epochs == 1 or math.isinf(first):
+                return RefineReport(chosen, before, tuple(after), self.unit)
+            self._set(state)
             with stage("refining", (epochs - 1) * len(self.fitting), "step") as advance:
-                for now, state in self._run(chosen, epochs - 1, advance) if epochs > 1 else ():
+                for now, state in self._run(chosen, epochs - 1, advance):
                     after.append(now)
-                    if now < lowest:
-                        lowest, best = now, state
+                    self._keep(now, state)
         finally:  # also when it is interrupted
-            self._set(best)
+            self._set(self.best)
         return RefineReport(chosen, before, tuple(after), self.unit)
 
     def _first_epoch(self, start: list[Tensor], advance: Callable[[int], None]) -> tuple[float, float, list[Tensor]]:
@@ -139,18 +138,24 @@ class _Refining:
         def tried(i: int) -> tuple[float, list[Tensor]]:
             self._set(start)
             found, state = next(self._run(_RATES[i], 1, advance))
+            self._keep(found, state)
             return math.inf if math.isnan(found) else found, state
 
         middle = len(_RATES) // 2
         at, best = middle, tried(middle)
         for others in (range(middle + 1, len(_RATES)), reversed(range(middle))):  # lower ones, or else higher ones
             for i in others:
-                if (new := tried(i))[0] >= best[0]:
+                if (new := tried(i))[0] >= best[0] and best[0] < math.inf:
                     break
                 at, best = i, new
             if at != middle:
                 break
         return _RATES[at], *best
+
+    def _keep(self, found: float, state: list[Tensor]) -> None:
+        """Remember weights that do better than all before."""
+        if found < self.lowest or math.isnan(self.lowest):
+            self.lowest, self.best = found, state
 
     def _run(self, rate: float, epochs: int, advance: Callable[[int], None]) -> Iterator[tuple[float, list[Tensor]]]:
         """After each epoch of a schedule, the divergence and the weights: the last, or the mean over its steps."""

@@ -1,6 +1,6 @@
 """`refit`: fit the factors once more, layer by layer, to what the low-rank layers before them really give."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,11 +58,11 @@ def refit(
 
     Conversion fits every layer to inputs of the dense model. Here layer after layer, in the order of the forward pass,
     minimises E ||W x - W' x'||^2 with x the input in the dense model and x' the input in the converted one. Layers with
-    one and the same input are fitted together, with the least of three shrinkages, and the next ones while these do
-    better or no fit is kept yet. A fit is kept if it brings the model's predictions nearer to the dense
+    one and the same input are fitted together, first with the least of three shrinkages, then with the next while
+    each is better or none was kept. A fit is kept if it brings the model's predictions nearer to the dense
     model's on held-out batches, every fifth, which took no part in it. Ranks and forms stay. Layers that a pass reaches
     more than once or not at all, and those that get a choice of tokens which differs between the models, keep their
-    factors. If anything fails, or is interrupted, the layers in work are as they were.
+    factors. If anything fails, or is interrupted, the layers in work are as they were, or as the best fit so far.
 
     Args:
         model: a converted model.
@@ -82,9 +82,9 @@ def refit(
             batches.
         WeightError: moments of another model, or weights made inside `torch.inference_mode()`.
 
-    Cost: for each group of layers with one input, a forward pass of its block in both models over the data, and one of
-    what follows it over the held-out part. Up to 1 GiB of outputs of each model's blocks are kept; beyond, or where a
-    model has no lists of blocks, whole passes are run.
+    Cost: for each group of layers with one input, a forward pass of its block in both models over the data, and two or
+    three of what follows it over the held-out part. Up to 1 GiB of outputs of each model's blocks are kept; beyond, or
+    where a model has no lists of blocks, whole passes are run.
 
     Source: AA-SVD, arXiv 2604.02119.
 
@@ -143,6 +143,7 @@ def _refit(
         data = parts_of(full, originals, batches)
         passes = [_Passes(low, full, part, _ROOM // len(data)) for part in data]
         judging, fitting = passes[::HOLD_OUT], [one for i, one in enumerate(passes) if i % HOLD_OUT]
+        unit, size = _unit(judging, distance)
         before = best = sum(one.divergence(distance, layers.values()) for one in judging)
         order = order_of(layers, passes[0].low)
         skipped = dict.fromkeys(layers.keys() - {name for names in order for name in names}, _NOT_ONCE)
@@ -150,6 +151,8 @@ def _refit(
             group = {name: layers[name] for name in names}
             paired, uneven = _collect(group, originals, fitting)
             skipped |= dict.fromkeys(uneven, _UNEVEN)
+            if not paired:
+                continue
             weights = {name: _gradient(calibration, layer_name(model, name)) for name in paired}
             saved, better = _states(layers, paired), False
             try:
@@ -165,10 +168,6 @@ def _refit(
                 for name, state in saved.items():
                     layers[name].load_state_dict(state)
             kept += paired if better else ()
-        units = [one.unit() for one in judging]
-    unit, size = units[0][0], sum(size for _, _, size in units)
-    if distance is not None:
-        unit, size = "per example", sum(examples_in(one.part.batch) for one in judging)
     order_in_model = {name: skipped[name] for name in layers if name in skipped}
     return RefitReport(tuple(kept), len(layers), before / size, best / size, order_in_model, unit)
 
@@ -241,6 +240,14 @@ def _collect(
             follows = None if one.part.follows is None else one.part.follows.get(name)
             paired[name].add(rows(full[name], one.part.masks, follows), rows(low[name], one.part.masks, follows))
     return {name: paired[name] for name in layers if name not in uneven}, uneven
+
+
+def _unit(judging: Sequence[_Passes], distance: Distance | None) -> tuple[str, float]:
+    """In which unit distances are told, and how many of it they are sums over."""
+    if distance is not None:
+        return "per example", sum(examples_in(one.part.batch) for one in judging)
+    units = [one.unit() for one in judging]
+    return units[0][0], sum(size for _, _, size in units)
 
 
 def _gradient(calibration: Calibration | None, name: str) -> Tensor | None:

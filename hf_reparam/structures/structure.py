@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_reparam.compat.accelerate import aligned
 from hf_reparam.errors import RankError, WeightError
+from hf_reparam.layers.dense import not_whole
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.linalg import LayerMoments, Options
@@ -63,6 +64,10 @@ class Site:
     @property
     def full_rank(self) -> int:
         return min(self.in_features, self.out_features)
+
+    def in_parts(self) -> str | None:
+        """Why its weights cannot be read in this process; None if they can."""
+        return not_whole(self.module)
 
     def dense_numbers(self, entry: Entry | None) -> int:
         """Numbers of the dense model that an entry stands for."""

@@ -59,6 +59,9 @@ class ExpertSite(Site):
         weight: Tensor = self.held.detach()[expert]
         return weight.mT if self.transposed else weight
 
+    def in_parts(self) -> None:
+        """Nothing: what is spread over processes stays dense."""
+
     def replaced(self, new: nn.Module | nn.Parameter) -> Replacement:
         """What puts something else in the parameter's place."""
         return Replacement({}, parts=[(self.owner, self.parameter, new)])
