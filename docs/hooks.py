@@ -29,7 +29,7 @@ def on_files(files, config):
 def parts(cell):
     """A cell of a notebook and its outputs, as Markdown."""
     source = "".join(cell["source"])
-    yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+    yield source.replace(".ipynb)", ".md)") if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         if "image/png" in data:
