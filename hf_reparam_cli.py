@@ -61,7 +61,7 @@ _PLAN: Options = {"plan": {"metavar": "FILE", "help": "a plan that hf-reparam pl
 _READING: Options = {
     "calibration": {
         "metavar": "FILE",
-        "help": "texts, one a line, or what calibrate(...).save(FILE) wrote (.safetensors)",
+        "help": "texts, one a line, or what calibrate(...).save(FILE) wrote (.safetensors, or a folder)",
     },
     "max-length": {"metavar": "TOKENS", "type": int, "help": "tokens in one row (512); longer texts make several rows"},
     "max-samples": {"metavar": "N", "type": int, "help": "use the first N texts"},

@@ -95,7 +95,7 @@ def build(
         return _made_of(name, *parts[name], source)
 
     devices = {name: execution_device(found.site.module) for name, (found, _) in parts.items()}
-    costs = {name: source.effort(found.site) * len(found.moments) for name, (found, _) in parts.items()}
+    costs = {name: found.structure.effort(name, found.site, source) for name, (found, _) in parts.items()}
     layers = build_layers(costs, make, empty, devices, place, made_of=made_of, desc=desc)
     moments: dict[str, Callable[[], LayerMoments]] = {}
     gone: frozenset[str] = frozenset()

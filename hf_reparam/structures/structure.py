@@ -237,7 +237,7 @@ class Structure(Protocol):
             with reading(sites[name].name, sites[name].module):
                 return self.losses(name, sites[name], source)
 
-        effort = {name: source.effort(site) * len(self.moments_of(name, site)) for name, site in sites.items()}
+        effort = {name: self.effort(name, site, source) for name, site in sites.items()}
         found = spread(effort, work, desc="decomposing")
         known = {name: losses for name, losses in found.items() if losses is not None}
         return {name: [Way(0.0, {name: self.choices(sites[name], lost, steps)})] for name, lost in known.items()}
@@ -262,6 +262,10 @@ class Structure(Protocol):
     def moments_of(self, name: str, site: Any) -> list[str]:
         """The names of the LayerMoments that calibration has of it."""
         return [name]
+
+    def effort(self, name: str, site: Any, source: Source) -> float:
+        """Relative cost of decomposing all of it."""
+        return source.effort(site) * len(self.moments_of(name, site))
 
     def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
         """Put hooks on what is there that add to the sums, with `Watcher.watch`; their handles."""

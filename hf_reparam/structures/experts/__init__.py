@@ -101,7 +101,7 @@ class Experts(Structure):
         return {known: LayerMoments.zeros(*shape, gradients=gradients) for known in dense}
 
     def moments_of(self, name: str, site: ExpertSite) -> list[str]:
-        return [f"{name}.{i}" for i in range(site.parts)]
+        return _names(name, site)
 
     def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
         return [ExpertWatch(site.owner, site.parameter, list(sums.values()), watcher)] if sums else []
@@ -190,8 +190,13 @@ def expert_moments(moments: Sequence[LayerMoments | None], n_in: int) -> list[La
     return [own if own is not None and own.tokens >= n_in else together for own in moments]
 
 
+def _names(name: str, site: ExpertSite) -> list[str]:
+    """Of each expert's moments."""
+    return [f"{name}.{i}" for i in range(site.parts)]
+
+
 def _moments(name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
-    return [source.moments(f"{name}.{i}") for i in range(site.parts)]
+    return [source.moments(known) for known in _names(name, site)]
 
 
 def _has_gradient(moments: Sequence[LayerMoments | None]) -> bool:
