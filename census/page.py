@@ -75,7 +75,10 @@ def _families(rows: list[dict[str, Any]]) -> str:
     by_type: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         by_type[row["type"]][row["ends"]] += 1
-    lines = [f"| {name} | {' | '.join(str(n[end] or '') for end in ENDS)} |" for name, n in sorted(by_type.items())]
+    lines = [
+        f"| {name or '(a part without a type)'} | {' | '.join(str(n[end] or '') for end in ENDS)} |"
+        for name, n in sorted(by_type.items())
+    ]
     head = f"| model type | {' | '.join(ENDS)} |"
     return "\n".join(["## By model type", "", head, "|---|---|---|---|---|", *lines, ""])
 
