@@ -60,7 +60,7 @@ def exactness() -> dict[str, Any]:
     excess = {}
     for shape in ((768, 768), (768, 3072), (3072, 768)):
         weight = torch.randn(shape, dtype=torch.float64)
-        factors = decompose(weight, max_rank=RANK).truncate(RANK)
+        factors = decompose(weight, max_rank=RANK).cut(RANK)
         optimum = torch.linalg.svdvals(weight)[RANK:].square().sum().item()
         error = (weight - factors.up @ factors.down).square().sum().item()
         excess[f"{shape[0]}x{shape[1]}"] = error / optimum - 1
@@ -71,7 +71,7 @@ def factoring() -> dict[str, Any]:
     """All dense layers of a BERT-base-shaped model at rank 128 against loops of torch.linalg.svd."""
     weights = [m.weight.detach() for m in bert().modules() if isinstance(m, nn.Linear)]
     loops = {
-        "hf_reparam": lambda w: decompose(w, max_rank=RANK).truncate(RANK),
+        "hf_reparam": lambda w: decompose(w, max_rank=RANK).cut(RANK),
         "torch.linalg.svd, float32, full_matrices=False": lambda w: torch.linalg.svd(w, full_matrices=False),
         "torch.linalg.svd, float64, full_matrices=False": lambda w: torch.linalg.svd(w.double(), full_matrices=False),
     }

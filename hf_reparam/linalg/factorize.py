@@ -49,35 +49,27 @@ class Decomposition:
         singular_values: (k,) float64, descending.
         right: (k, in) float64, V L_C^-1 with orthonormal V (zero where the singular value is zero).
         energy: ||W||_F^2, the sum of *all* squared singular values.
-        dtype: dtype of the weight, in which factors are returned.
     """
 
     left: Tensor
     singular_values: Tensor
     right: Tensor
     energy: float
-    dtype: torch.dtype
 
-    def truncate(self, rank: int) -> Factors:
-        """The factors of the best approximation of this rank, singular values split evenly between the two.
+    def cut(self, rank: int) -> Factors:
+        """The factors of the best approximation of this rank, float64, singular values split evenly between the two.
 
         The even split gives both factors the same norm, which keeps half precision in range and gradients balanced.
-        The dtype is the weight's.
 
         Raises:
             RankError: rank is below 1 or above the number of computed singular values.
         """
-        factors = self.cut(rank)
-        return Factors(factors.up.to(self.dtype).contiguous(), factors.down.to(self.dtype).contiguous())
-
-    def cut(self, rank: int) -> Factors:
-        """As `truncate`, in float64."""
         self._check(rank)
         root = self.singular_values[:rank].sqrt()
         return Factors(self.left[:, :rank] * root, root[:, None] * self.right[:rank])
 
     def relative_error(self, rank: int) -> float:
-        """||W - W_r|| / ||W|| of this rank in the metric's norm, before it is rounded to `dtype`.
+        """||W - W_r|| / ||W|| of this rank in the metric's norm, before it is rounded to the weight's dtype.
 
         The root of what the squares leave of the energy: below about 1e-8 it says no more than that.
         """
@@ -129,11 +121,11 @@ def decompose(
     arXiv 0909.4061, theorem 10.5 for the range, to which cutting it to rank r adds at most the optimum.
 
     >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> factors = decompose(w).truncate(2)
+    >>> factors = decompose(w).cut(2)
     >>> torch.round(factors.up @ factors.down, decimals=4).abs()
     tensor([[3., 0., 0.],
             [0., 2., 0.],
-            [0., 0., 0.]])
+            [0., 0., 0.]], dtype=torch.float64)
     """
     _check_weight(weight)
     rows, cols = weight.shape
@@ -160,8 +152,7 @@ def decompose(
     left, right = (near, far) if wide else (far.T, near.T)
     if metric is not None:
         left, right = metric.unapply_left(left), metric.unapply_right(right)
-    energy = _energy(a) * scale**2
-    return Decomposition(left, sigma * scale, right, energy, weight.dtype)
+    return Decomposition(left, sigma * scale, right, _energy(a) * scale**2)
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ class Experts(Structure):
             for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
                 with reading(f"expert {i}"):
                     found = decompose(weight, max_rank=entry.rank, metric=metric, solver=source.solver)
-                factors = found.truncate(entry.rank)
+                factors = found.cut(entry.rank)
                 low.up[i].copy_(factors.up)
                 low.down[i].copy_(factors.down)
                 energy += tokens * found.energy
