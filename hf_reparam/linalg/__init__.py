@@ -8,7 +8,7 @@ from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.heads import HeadMaps, HeadMoments, map_both, map_rows, output_moment
 from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments, Shrinkage
-from hf_reparam.linalg.paired import PairedMoments, Refit
+from hf_reparam.linalg.paired import PairedMoments
 from hf_reparam.linalg.pivot import Pivots, pivot
 from hf_reparam.linalg.tables import Table, TableMoments, decompose_table
 
@@ -27,7 +27,6 @@ __all__ = [
     "Options",
     "PairedMoments",
     "Pivots",
-    "Refit",
     "Shrinkage",
     "Table",
     "TableMoments",

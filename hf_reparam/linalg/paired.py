@@ -13,23 +13,7 @@ from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.moments import Shrinkage
 from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
 
-__all__ = ["PairedMoments", "Refit"]
-
-
-@dataclass(frozen=True, slots=True)
-class Refit:
-    """What to decompose, and in which coordinates.
-
-    Args:
-        weight: (out, in) float64, the unconstrained least-squares solution.
-        metric: coordinates of the inputs x', and of the outputs where a gradient moment is known.
-        dense_mean, low_mean: E x and E x' (in,) float64.
-    """
-
-    weight: Tensor
-    metric: Metric
-    dense_mean: Tensor
-    low_mean: Tensor
+__all__ = ["PairedMoments"]
 
 
 @dataclass
@@ -65,7 +49,13 @@ class PairedMoments:
         self.cross = add(self.cross, dense.T @ low)
         self.products = add_gram(self.products, low)
 
-    def refit(self, weight: Tensor, gradient_products: Tensor | None, shrinkage: Shrinkage, *, centred: bool) -> Refit:
+    def means(self) -> tuple[Tensor, Tensor]:
+        """E x and E x', (in,)."""
+        return self.dense_sum / self.tokens, self.low_sum / self.tokens
+
+    def refit(
+        self, weight: Tensor, gradient_products: Tensor | None, shrinkage: Shrinkage, *, centred: bool
+    ) -> tuple[Tensor, Metric]:
         """The least-squares problem of a layer with dense weight W (out, in).
 
         Relative shrinkage adds the same noise to x and x', which draws the solution to W where data are few.
@@ -77,19 +67,21 @@ class PairedMoments:
             shrinkage: shares of the mean variance, and of the mean squared gradient.
             centred: means are left to the bias.
 
+        Returns:
+            What to decompose, the unconstrained solution (out, in) float64, and the coordinates in which: of the inputs
+            x', and of the outputs where a gradient moment is known.
+
         Source: AA-SVD, arXiv 2604.02119; with shrinkage, centring and output weights added here.
         """
-        n, means = self.tokens, (self.dense_sum / self.tokens, self.low_sum / self.tokens)
-        cross, second = self.cross / n, self.products / n
+        cross, second = self.cross / self.tokens, self.products / self.tokens
         if centred:
-            cross = cross - torch.outer(means[0], means[1])
-            second = second - torch.outer(means[1], means[1])
+            mean, low_mean = self.means()
+            cross = cross - torch.outer(mean, low_mean)
+            second = second - torch.outer(low_mean, low_mean)
         part, variance = shrinkage[0], second.diagonal().mean()
         inputs = root(second, part)
-        solution = weight
         if variance > 0:
             cross = (1 - part) * cross
             cross.diagonal().add_(part * variance)
-            solution = torch.cholesky_solve((weight @ cross).T, inputs).T
-        outputs = None if gradient_products is None else root(gradient_products, shrinkage[1])
-        return Refit(solution, Metric(inputs, outputs), *means)
+            weight = torch.cholesky_solve((weight @ cross).T, inputs).T
+        return weight, Metric(inputs, None if gradient_products is None else root(gradient_products, shrinkage[1]))

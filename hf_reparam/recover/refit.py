@@ -266,7 +266,7 @@ def _fit(
 ) -> None:
     weight = dense_matrix(original).to(paired.products.device, torch.float64)
     gradient = None if gradient is None else gradient.to(weight.device)
-    fit = paired.refit(weight, gradient, shrinkage, centred=original.bias is not None)
-    set_factors(layer, decompose(fit.weight, max_rank=layer.rank, metric=fit.metric).cut(layer.rank))
+    best, metric = paired.refit(weight, gradient, shrinkage, centred=original.bias is not None)
+    set_factors(layer, decompose(best, max_rank=layer.rank, metric=metric).cut(layer.rank))
     if original.bias is not None:
-        set_bias(layer, original, fit.dense_mean, fit.low_mean)
+        set_bias(layer, original, *paired.means())
