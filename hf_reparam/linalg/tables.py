@@ -79,7 +79,7 @@ class TableMoments:
         return TableMoments(*(function(getattr(self, f.name)) for f in fields(self)))
 
     def metric(self) -> tuple[Tensor, Tensor]:
-        """Weights of rows (tokens,) and root L (d, d) of the columns' matrix, for one token.
+        """Weights of rows (tokens,) and root L (d, d) of the columns' matrix, for one token; equal ones if none came.
 
         Raises:
             WeightError: they are not finite.
@@ -154,11 +154,7 @@ def decompose_table(weight: Tensor, moments: TableMoments | None) -> Table:
     full = weight.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(full).all()):
         raise WeightError("the embedding has values that are NaN or infinite")
-    if moments is None:
-        rows = torch.full((len(full),), 1 / len(full), dtype=torch.float64)
-        columns = torch.eye(full.shape[1], dtype=torch.float64)
-    else:
-        rows, columns = moments.metric()
+    rows, columns = (moments or TableMoments.zeros(*full.shape)).metric()
     scaled = rows.sqrt()[:, None] * full @ columns
     values, vectors = torch.linalg.eigh(scaled.T @ scaled)
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
