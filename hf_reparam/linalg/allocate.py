@@ -6,7 +6,7 @@ lambda bisected to the budget; what is left is spent greedily, so that no option
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from hf_reparam.errors import RankError
 
 __all__ = ["Alternative", "Options", "allocate"]
 
-_BISECTIONS = 200
 _HIGHEST = 100.0  # natural logarithm of lambda
 
 K = TypeVar("K")
@@ -56,7 +55,7 @@ def allocate(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict
     Raises:
         RankError: even the cheapest options exceed the budget.
 
-    Cost: about 60 passes over all options, and 50 more where there are alternatives.
+    Cost: about 60 passes over all options, and as many more where there are alternatives.
 
     >>> steps = Options(torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 3.0]))
     >>> flat = Options(torch.tensor([1.0, 0.9, 0.8]), torch.tensor([1.0, 2.0, 3.0]))
@@ -76,7 +75,7 @@ def allocate(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict
             f"the budget of {budget:,.0f} parameters is below the smallest size, {least:,.0f}: "
             f"keep at least {least / total:.3f}"
         )
-    chosen = _bisect(lambda price: _options(layers, price), dict.fromkeys(layers, 0), budget, _BISECTIONS)
+    chosen = _bisect(lambda price: _options(layers, price), dict.fromkeys(layers, 0), budget)
     left = budget - _cost(layers, chosen)
     while (step := _best_step(layers, chosen, left)) is not None:
         key, option = step
@@ -103,16 +102,13 @@ def _ways(groups: Mapping[str, Sequence[Alternative]], budget: float) -> dict[st
         return chosen, cost
 
     cheapest = at(torch.tensor(_HIGHEST, dtype=torch.float64).exp())[0]
-    return _bisect(at, cheapest, budget, _BISECTIONS // 4)  # to a factor of 1 + 1e-13 in lambda
+    return _bisect(at, cheapest, budget)
 
 
-def _bisect(at: Callable[[Tensor], tuple[dict[K, int], float]], first: dict[K, int], budget: float, times: int) -> Any:
+def _bisect(at: Callable[[Tensor], tuple[dict[K, int], float]], first: dict[K, int], budget: float) -> dict[K, int]:
     """What is chosen at the lowest price that meets the budget; `first` if none does."""
     low, high, chosen = -_HIGHEST, _HIGHEST, first  # natural logarithm of lambda; the high end always fits, up to ties
-    for _ in range(times):
-        middle = (low + high) / 2
-        if middle in (low, high):  # neighbours: nothing changes any more
-            break
+    while low < (middle := (low + high) / 2) < high:  # neighbours have none between them
         found, cost = at(torch.tensor(middle, dtype=torch.float64).exp())
         if cost <= budget:
             high, chosen = middle, found
