@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class Calibration:
 
     def with_layers(self, new: Mapping[str, Callable[[], LayerMoments]], gone: Collection[str]) -> "Calibration":
         """The same with moments of other layers, computed when they are asked for, in the place of those `gone`."""
-        return replace(self, layers=_Changed(self.layers, gone, new))
+        kept = {name: partial(self.layers.__getitem__, name) for name in self.layers if name not in gone}
+        return replace(self, layers=_Lazy({**kept, **new}))
 
     def fingerprint(self) -> str:
         """The same for the same moments; reads all of them."""
@@ -107,14 +109,10 @@ class Calibration:
             held = {} if layer.held is None else layer.held.tensors()
             tensors |= {f"{name}.{_HELD}{key}": value for key, value in held.items()}
         for i, (batch, masks) in enumerate(self.batches):
-            if all(isinstance(value, Tensor) for value in batch.values()):  # labels may be the ids themselves
-                tensors |= {
-                    f"{_BATCH}{i}.{key}": value.clone(memory_format=torch.contiguous_format)
-                    for key, value in batch.items()
-                }
-                tensors |= {
-                    f"{_MASK}{i}.{j}": mask.clone(memory_format=torch.contiguous_format) for j, mask in enumerate(masks)
-                }
+            held = {f"{_BATCH}{i}.{key}": value for key, value in batch.items()}
+            held |= {f"{_MASK}{i}.{j}": mask for j, mask in enumerate(masks)}
+            if all(isinstance(value, Tensor) for value in held.values()):  # labels may be the ids themselves
+                tensors |= {key: value.clone(memory_format=torch.contiguous_format) for key, value in held.items()}
         for name, table in self.tables.items():
             tensors |= {f"{name}.{f.name}": getattr(table, f.name) for f in fields(table)}
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -196,40 +194,31 @@ def _missing_parts(headers: Mapping[Path, Mapping[str, str]]) -> int:
     return parts and parts - len(headers)
 
 
-class _Changed(Mapping[str, LayerMoments]):
-    """Moments of which some are computed when they are asked for, in the place of others."""
+class _Lazy(Mapping[str, LayerMoments]):
+    """Moments that are computed, or read, whenever they are asked for."""
 
-    def __init__(
-        self, known: Mapping[str, LayerMoments], gone: Collection[str], new: Mapping[str, Callable[[], LayerMoments]]
-    ) -> None:
-        self._known, self._new = known, new
-        self._names = dict.fromkeys([*(name for name in known if name not in gone), *new])
+    def __init__(self, made: Mapping[str, Callable[[], LayerMoments]]) -> None:
+        self._made = made
 
     def __getitem__(self, name: str) -> LayerMoments:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._new[name]() if name in self._new else self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class _Stored(Mapping[str, LayerMoments]):
-    """Layers in files, each read anew when it is asked for."""
-
-    def __init__(self, where: Mapping[str, Path]) -> None:
-        self._where = where
-
-    def __getitem__(self, name: str) -> LayerMoments:
-        tensors: dict[str, Any] = _read(self._where[name], name)
-        held = {key.removeprefix(_HELD): tensors.pop(key) for key in list(tensors) if key.startswith(_HELD)}
-        return LayerMoments.of(tensors, LayerMoments.of(held) if held else None)
+        return self._made[name]()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where
+        return name in self._made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class _Stored(_Lazy):
+    """Layers in files."""
+
+    def __init__(self, where: Mapping[str, Path]) -> None:
+        super().__init__({name: partial(_layer, path, name) for name, path in where.items()})
+        self._where = where
 
     def tokens(self) -> Iterator[int]:
         """The count of every layer."""
@@ -246,11 +235,11 @@ class _Stored(Mapping[str, LayerMoments]):
                 sizes |= {key: (file.get_slice(key).get_shape() or [0])[0] for key in file.keys()}  # noqa: SIM118
         return {n: (sizes[f"{n}.input_sum"], sizes.get(f"{n}.gradient_products")) for n in self._where}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
 
-    def __len__(self) -> int:
-        return len(self._where)
+def _layer(path: Path, name: str) -> LayerMoments:
+    tensors = _read(path, name)
+    held = {key.removeprefix(_HELD): tensors.pop(key) for key in list(tensors) if key.startswith(_HELD)}
+    return LayerMoments.of(tensors, LayerMoments.of(held) if held else None)
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor]:
