@@ -1,6 +1,7 @@
 """One budget for many parts of a model: equal shares, or ranks where they lower the loss most."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -127,14 +128,8 @@ class Budget:
     def _highest(self, item: Found, most: float) -> Entry:
         """At the highest rank at which a site costs no more than that; at the least one if it does at none."""
         ranks = self.steps.up_to(item.site, item.site.full_rank)
-        low, high = 0, len(ranks)  # costs rise with the rank
-        while low < high:
-            middle = (low + high) // 2
-            if self.unit.cost(item, self.unit.entry(item, ranks[middle])) <= most:
-                low = middle + 1
-            else:
-                high = middle
-        return self.unit.entry(item, ranks[low - 1] if low else self.steps.least(item.site))
+        count = bisect_right(ranks, most, key=lambda rank: self.unit.cost(item, self.unit.entry(item, rank)))
+        return self.unit.entry(item, ranks[count - 1] if count else self.steps.least(item.site))
 
     def _least(self, item: Found) -> float:
         """What a site costs at the least."""

@@ -1,7 +1,9 @@
 """From a rank that was asked for, a number, a fraction or a mapping of patterns, to an entry for each site."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
+from hf_reparam.compress.units import Parameters
 from hf_reparam.config import LowRankConfig, check_used, first_match
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.model.sites import Found
@@ -76,15 +78,9 @@ def _useless(item: Found, entry: Entry, *, allow_larger: bool) -> str | None:
 
 def _highest(item: Found, form: str) -> int:
     """The highest rank at which a site in this form holds fewer numbers than the dense weight."""
-    low, high = 0, item.site.full_rank
-    while low < high:
-        middle = (low + high + 1) // 2
-        try:
-            smaller = item.structure.cost(item.site, Entry(middle, form)) < item.site.weights
-        except RankError:
-            smaller = False
-        low, high = (middle, high) if smaller else (low, middle - 1)
-    return low
+    unit = Parameters(form, least_saving=0.0)
+    ranks = range(1, item.site.full_rank + 1)
+    return bisect_left(ranks, float(item.site.weights), key=lambda rank: unit.cost(item, Entry(rank, form)))
 
 
 def _skip(site: Site, reason: str) -> SkippedReport:
