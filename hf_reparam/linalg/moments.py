@@ -85,12 +85,7 @@ class LayerMoments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every sum by its name, without the held-out part."""
-        known = {
-            "tokens": torch.tensor(self.tokens),
-            "input_sum": self.input_sum,
-            "input_products": self.input_products,
-            "gradient_products": self.gradient_products,
-        }
+        known = {**vars(self), "tokens": torch.tensor(self.tokens), "held": None}
         return {name: value for name, value in known.items() if value is not None}
 
     def has_gradient(self) -> bool:
