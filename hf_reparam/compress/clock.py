@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -76,7 +77,7 @@ class Clock:
                 inputs[key] = self._rows(site)
             for one in (entry, None):
                 if (key, one) not in calls:
-                    calls[key, one] = self._call(layer if one is None else drawn(layer, one), inputs[key])
+                    calls[key, one] = partial(self.made(layer if one is None else drawn(layer, one)), inputs[key])
         took = self.medians(calls, _device(layers[0][0]))
         dense = sum(count * took[key, None] for (key, _), count in times.items())
         return dense / sum(count * took[both] for both, count in times.items())
@@ -105,22 +106,16 @@ class Clock:
     def _measured(self, site: Site) -> dict[str, Curve]:
         layer, x = site.module, self._rows(site)
         ranks = {form: _grid(site.full_rank - (form == "pivoted")) for form in FORMS}
-        calls = {("dense", 0): self._call(layer, x)}
+        calls = {("dense", 0): partial(self.made(layer), x)}
         for form, some in ranks.items():
-            calls |= {(form, rank): self._call(drawn(layer, Entry(rank, form)), x) for rank in some}
+            calls |= {(form, rank): partial(self.made(drawn(layer, Entry(rank, form))), x) for rank in some}
         took = self.medians(calls, x.device)
         curves = {form: (some, _rising([took[form, rank] for rank in some])) for form, some in ranks.items()}
         return curves | {"dense": ([0], [took["dense", 0]])}
 
-    def _call(self, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-        made = self.made(layer)
-        return lambda: made(x)
-
     def medians(self, calls: Mapping[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
         """As the function of this name. Layers share their code, which has to be compiled for each of them."""
-        if not self.compiled:
-            return medians(calls, device)
-        with without_limit():
+        with without_limit() if self.compiled else nullcontext():
             return medians(calls, device)
 
     def made(self, module: nn.Module) -> Any:
