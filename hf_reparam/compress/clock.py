@@ -23,6 +23,7 @@ from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import low_rank_like, replace_modules
+from hf_reparam.linalg import Calibration
 from hf_reparam.model.host import called
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry, Speed
@@ -157,19 +158,25 @@ def drawn(layer: nn.Module, entry: Entry) -> LowRankLinear:
 
 
 def speed_of(
-    work: nn.Module, found: Sequence[Found], entries: Mapping[str, Entry], clock: Clock, asked: float, batch: Any
+    work: nn.Module,
+    found: Sequence[Found],
+    entries: Mapping[str, Entry],
+    clock: Clock,
+    asked: float,
+    calibration: Calibration | None,
 ) -> Speed:
-    """How much faster a model is with these entries, measured: its layers, and the whole on a batch if there is one.
+    """How much faster a model is with these entries, measured: its layers, and the whole where a batch is held out.
 
     Numbers are drawn, as if they had been decomposed.
     """
+    found = [item for item in found if item.structure.of_rows]
     small, device = frozen_copy(work), _device(found[0].site)
     whole = None
-    if batch is not None:
+    if calibration is not None and calibration.batches:
         layers = {item.name: small.get_submodule(item.site.name) for item in found}
         replace_modules(small, {layer: drawn(layer, entries[n]) for n, layer in layers.items() if n in entries})
         models = {"dense": called(frozen_copy(work)), "small": called(small)}
-        taken = send_to_device(taken_by(models["dense"], batch), device)
+        taken = send_to_device(taken_by(models["dense"], calibration.batches[0][0]), device)
         took = clock.medians({name: partial(clock.made(model), **taken) for name, model in models.items()}, device)
         whole = round(took["dense"] / took["small"], 3)
     layers_alone = clock.reached([(item.site, entries.get(item.name)) for item in found])

@@ -19,7 +19,7 @@ from hf_reparam.model.checks import check_no_adapters, count_parameters
 from hf_reparam.model.host import base_type, check_model, opened
 from hf_reparam.model.sites import Found, Selection, no_site, select
 from hf_reparam.model.summary import planned
-from hf_reparam.plan import Entry, Judgement, RankPlan, Speed
+from hf_reparam.plan import Entry, Judgement, RankPlan
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps
@@ -91,14 +91,15 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
     if config.rank is None:
         _check_dense(work, found)
     check_fit(work, found, source)
+    metric, judgement, speed = source.metric, None, None
     if config.rank is not None:
         entries, skipped = given_ranks(found, config)
         selection = Selection((), (*skipped, *selection.skipped))
-        metric, judgement, speed = source.metric, None, None
     else:
         unit = unit_of(config, source.calibration)
         entries, metric, judgement = _budgeted(work, selection, config, source, unit, whole=whole)
-        speed = _speed(work, found, config, entries, unit, source.calibration)
+        if entries and config.speedup is not None and isinstance(unit, Seconds):
+            speed = speed_of(work, found, entries, unit.clock, config.speedup, source.calibration)
     plan = RankPlan(entries, base_type(work), metric)
     return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement, speed=speed))
 
@@ -130,22 +131,6 @@ def _budgeted(
     if can_be_judged(work, config, source):
         return best_plan(work, config, budget, ways, source, whole=whole)
     return budget.as_measured(lambda known: known.spent(ways)).spent(ways), source.metric, None
-
-
-def _speed(
-    work: nn.Module,
-    found: Sequence[Found],
-    config: LowRankConfig,
-    entries: Mapping[str, Entry],
-    unit: Unit,
-    calibration: Calibration | None,
-) -> Speed | None:
-    """What became of the speed that was asked for."""
-    if config.speedup is None or not entries or not isinstance(unit, Seconds):
-        return None
-    batch = calibration.batches[0][0] if calibration is not None and calibration.batches else None
-    timed = [item for item in found if item.structure.of_rows]
-    return speed_of(work, timed, entries, unit.clock, config.speedup, batch)
 
 
 def _check_options(work: nn.Module, selection: Selection, config: LowRankConfig, source: Source) -> None:
