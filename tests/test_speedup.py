@@ -216,9 +216,9 @@ def test_refusals(options, error, words):
 
 def test_layers_that_would_save_little_stay_dense():
     entries = [hf_reparam.Entry(4), hf_reparam.Entry(6), hf_reparam.Entry(9), None]
-    options = Options(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([50.0, 90.0, 91.0, 100.0]))
-    kept, left = Parameters("pair", 0.1).priced(None, (entries, options))
-    assert kept == [hf_reparam.Entry(4), hf_reparam.Entry(6), None]
+    options = Options(entries, torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([50.0, 90.0, 91.0, 100.0]))
+    left = Parameters("pair", 0.1).priced(None, options)
+    assert left.entries == [hf_reparam.Entry(4), hf_reparam.Entry(6), None]
     assert (left.errors.tolist(), left.costs.tolist()) == ([3, 2, 0], [50, 90, 100])
     calibration = calibrate(net(), batches())
     for least in (0.1, 0.5):
@@ -243,8 +243,8 @@ def test_a_rank_that_takes_as_long_as_a_higher_one_is_left_out():
             return 9.0 if entry is None else {2: 5.0, 3: 5.0, 4: 7.0, 5: 9.0}[entry.rank]
 
     entries = [*(hf_reparam.Entry(rank) for rank in (2, 3, 4, 5)), None]
-    options = Options(torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]), torch.arange(5.0))
+    options = Options(entries, torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]), torch.arange(5.0))
     item = Found("fc", Linears(), None)
-    kept, left = Seconds(Stepped(), ("pair",)).priced(item, (entries, options))
-    assert kept == [hf_reparam.Entry(3), hf_reparam.Entry(4), None]
+    left = Seconds(Stepped(), ("pair",)).priced(item, options)
+    assert left.entries == [hf_reparam.Entry(3), hf_reparam.Entry(4), None]
     assert (left.errors.tolist(), left.costs.tolist()) == ([3, 2, 0], [5, 7, 9])

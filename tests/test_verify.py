@@ -17,10 +17,9 @@ from hf_reparam.compress.judge import Judge, few
 from hf_reparam.errors import PlanError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.dense import dense_type
-from hf_reparam.linalg import Options
+from hf_reparam.linalg import Options, Way
 from hf_reparam.model.host import opened
 from hf_reparam.plan import Entry
-from hf_reparam.structures.structure import Way
 from tests import zoo
 
 
@@ -278,18 +277,18 @@ def test_errors_go_through_what_was_measured():
     entries = [Entry(rank) for rank in range(1, 65)]
     errors = torch.tensor([*(1.0 / entry.rank for entry in entries), 0.0], dtype=torch.float64)
     costs = torch.tensor([*(float(entry.rank) for entry in entries), 100.0], dtype=torch.float64)
-    ways = {name: [Way(0.0, {name: ([*entries, None], Options(errors, costs))})] for name in "ab"}
+    ways = {name: [Way(0.0, {name: Options([*entries, None], errors, costs)})] for name in "ab"}
     plans = iter([{"a": 16, "b": 16}, {"a": 8, "b": 32}])
     prober = Prober()
     found = probe.probed(ways, lambda _: {n: Entry(r) for n, r in next(plans).items()}, {}, prober)
     assert prober.tried == [("a", 16), ("b", 16), ("a", 8), ("b", 32)]
 
     def error(name, rank):
-        return float(found[name][0].sites[name][1].errors[rank - 1])
+        return float(found[name][0].sites[name].errors[rank - 1])
 
     assert error("b", 16) / error("a", 16) == pytest.approx(2000 / 16)
     assert error("b", 32) / error("a", 32) == pytest.approx(2000 / 32)
     for name in "ab":
-        falling = found[name][0].sites[name][1].errors
+        falling = found[name][0].sites[name].errors
         assert bool((falling[1:] <= falling[:-1]).all())
         assert falling[-1] == 0

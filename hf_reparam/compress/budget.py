@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from hf_reparam.compress.units import Unit
 from hf_reparam.errors import RankError
-from hf_reparam.linalg import Alternative, allocate
+from hf_reparam.linalg import Options, Way, allocate
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import Choices, Steps, Way
+from hf_reparam.structures.structure import Steps
 
 __all__ = ["Budget", "Ways"]
 
@@ -51,15 +51,15 @@ class Budget:
     def ways(self, source: Source) -> dict[str, list[Way]]:
         """Ways to build every site. A group of several sites takes the place of their own groups."""
         ways: dict[str, list[Way]] = {}
-        taken: dict[str, Choices] = {}
+        taken: dict[str, Options] = {}
         for structure in reversed(STRUCTURES):  # dense layers first: narrower heads offer other choices for them
             sites = {item.name: item.site for item in self.found if item.structure is structure}
             offered = structure.ways(sites, source, self.steps, taken) if sites else {}
             claimed = {name for group in offered.values() for name in group[0].sites}
             ways = {name: group for name, group in ways.items() if claimed.isdisjoint(group[0].sites)} | offered
-            taken |= {name: choices for group in offered.values() for name, choices in group[0].sites.items()}
+            taken |= {name: options for group in offered.values() for name, options in group[0].sites.items()}
         named = {item.name: item for item in self.found}
-        priced = lambda way: replace(way, sites={n: self.unit.priced(named.get(n), c) for n, c in way.sites.items()})  # noqa: E731
+        priced = lambda way: replace(way, sites={n: self.unit.priced(named.get(n), o) for n, o in way.sites.items()})  # noqa: E731
         return {name: [priced(way) for way in group] for name, group in ways.items()}
 
     def as_measured(self, spend: "Callable[[Budget], Mapping[str, Entry]]") -> "Budget":
@@ -87,16 +87,10 @@ class Budget:
         inside = {name for group in ways.values() for name in group[0].sites}
         apart = [item for item in self.found if item.name not in inside and item.site.weights]
         entries = self._uniform(apart) if apart else {}
-        groups = {n: [Alternative(w.error, [o for _, o in w.sites.values()]) for w in way] for n, way in ways.items()}
         budget = self.share * self._dense([item for item in self.found if item.name in inside])
         budget += min(0.0, self.share * self._dense(apart) - self._cost(apart, entries))  # the least may cost more
-        chosen = allocate(groups, budget) if groups else {}
-        for group, (way, options) in chosen.items():
-            best = ways[group][way]
-            entries |= best.entries
-            picked = zip(best.sites.items(), options, strict=True)
-            entries |= {name: entry for (name, (known, _)), i in picked if (entry := known[i]) is not None}
-        return entries
+        chosen = allocate(ways, budget) if ways else {}
+        return entries | {name: entry for name, entry in chosen.items() if entry is not None}
 
     def uniform(self) -> dict[str, Entry]:
         """The same share for every site; those that are left out stay dense.

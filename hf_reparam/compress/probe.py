@@ -16,11 +16,11 @@ from torch import nn
 
 from hf_reparam.compress.judge import Judge
 from hf_reparam.layers.progress import each
-from hf_reparam.linalg import Options
+from hf_reparam.linalg import Options, Way
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import Choices, Replacement, Way
+from hf_reparam.structures.structure import Replacement
 
 __all__ = ["Prober", "probed"]
 
@@ -105,20 +105,19 @@ def probed(
     return current
 
 
-def _ratios(choices: Choices, measured: Mapping[int, float]) -> dict[int, float]:
+def _ratios(options: Options, measured: Mapping[int, float]) -> dict[int, float]:
     """Rank -> logarithm of what was measured over what was predicted."""
-    entries, options = choices
-    predicted = {e.rank: float(error) for e, error in zip(entries, options.errors, strict=True) if e is not None}
+    predicted = {e.rank: float(error) for e, error in zip(options.entries, options.errors, strict=True) if e}
     return {r: math.log(max(m, _TINY) / max(predicted[r], _TINY)) for r, m in measured.items() if r in predicted}
 
 
 def _through(way: Way, name: str, ratios: Mapping[int, float], typical: float) -> Way:
     """A way of one site with errors multiplied by ratios between those of these ranks; the typical one without any."""
-    entries, options = way.sites[name]
+    options = way.sites[name]
     points = sorted((math.log(rank), ratio) for rank, ratio in ratios.items()) or [(0.0, typical)]
     where, values = zip(*points, strict=True)
-    ranks = [math.log(entry.rank) for entry in entries if entry is not None]
+    ranks = [math.log(entry.rank) for entry in options.entries if entry is not None]
     factors = torch.from_numpy(numpy.exp(numpy.interp(ranks, where, values)))
     errors = torch.cat([options.errors[:-1] * factors, options.errors[-1:]])
     errors = errors.flip(0).cummax(0).values.flip(0)
-    return replace(way, sites={name: (entries, Options(errors, options.costs))})
+    return replace(way, sites={name: replace(options, errors=errors)})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from hf_reparam.errors import RankError
 from hf_reparam.linalg import Calibration, Options
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
-from hf_reparam.structures.structure import Choices, Steps
+from hf_reparam.structures.structure import Steps
 
 __all__ = ["Parameters", "Seconds", "Unit", "unit_of"]
 
@@ -43,12 +43,10 @@ class Parameters:
         except RankError:
             return math.inf
 
-    def priced(self, item: Found | None, choices: Choices) -> Choices:
-        """The choices that are worth having, by ascending cost, with what they cost; of None for a part of a site."""
-        entries, options = choices
+    def priced(self, item: Found | None, options: Options) -> Options:
+        """The options that are worth having, by ascending cost, with what they cost; of None for a part of a site."""
         most = (1 - self.least_saving) * float(options.costs[-1])  # dense is the last one
-        kept = [i for i, entry in enumerate(entries) if entry is None or float(options.costs[i]) <= most]
-        return [entries[i] for i in kept], _of(options, kept)
+        return options.of([i for i, e in enumerate(options.entries) if e is None or float(options.costs[i]) <= most])
 
     def measured(self, layers: Sequence[tuple[Found, Entry | None]]) -> float | None:
         """What sites cost together as they are held, of what they cost dense; None where `cost` is exact."""
@@ -80,9 +78,8 @@ class Seconds:
     def cost(self, item: Found, entry: Entry | None) -> float:
         return self.clock.seconds(item.site, entry)
 
-    def priced(self, item: Any, choices: Choices) -> Choices:  # no part of a site, which has no time of its own
-        entries, options = choices
-        faster = [None if entry is None else self.entry(item, entry.rank) for entry in entries]
+    def priced(self, item: Any, options: Options) -> Options:  # no part of a site, which has no time of its own
+        faster = [None if entry is None else self.entry(item, entry.rank) for entry in options.entries]
         costs = [self.cost(item, entry) for entry in faster]
         kept: list[int] = []
         least = math.inf
@@ -90,8 +87,7 @@ class Seconds:
             if costs[i] < least:
                 kept.insert(0, i)
                 least = costs[i]
-        priced = replace(options, costs=torch.tensor(costs, dtype=torch.float64))
-        return [faster[i] for i in kept], _of(priced, kept)
+        return Options(faster, options.errors, torch.tensor(costs, dtype=torch.float64)).of(kept)
 
     def measured(self, layers: Sequence[tuple[Found, Entry | None]]) -> float | None:
         return 1 / self.clock.reached([(item.site, entry) for item, entry in layers])
@@ -113,7 +109,3 @@ def unit_of(config: LowRankConfig, calibration: Calibration | None) -> Unit:
         return Parameters(config.stored_form, config.least_saving)
     clock = Clock(config.tokens or _TOKENS, {} if calibration is None else calibration.times, config.compiled)
     return Seconds(clock, FORMS if config.form is None else (config.form,))
-
-
-def _of(options: Options, kept: Sequence[int]) -> Options:
-    return Options(options.errors[list(kept)], options.costs[list(kept)])

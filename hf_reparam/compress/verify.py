@@ -84,7 +84,7 @@ def _predicted(entries: dict[str, Entry], ways: Ways) -> float:
     """The sum of the errors of these entries."""
     total = 0.0
     for group in ways.values():
-        for name, (known, options) in group[0].sites.items():
-            if (entry := entries.get(name)) in known:  # of full rank otherwise
-                total += float(options.errors[known.index(entry)])
+        for name, options in group[0].sites.items():
+            if (entry := entries.get(name)) in options.entries:  # of full rank otherwise
+                total += float(options.errors[options.entries.index(entry)])
     return total

@@ -1,6 +1,6 @@
 """Tensor mathematics: tensors in, tensors out, float64 inside. Knows no module and no model."""
 
-from hf_reparam.linalg.allocate import Alternative, Options, allocate
+from hf_reparam.linalg.allocate import Options, Way, allocate
 from hf_reparam.linalg.calibration import Calibration, HeldOut
 from hf_reparam.linalg.curves import Curve, curve
 from hf_reparam.linalg.factorize import Decomposition, Factors, decompose, spectrum, working_device
@@ -14,7 +14,6 @@ from hf_reparam.linalg.tables import Table, TableMoments, decompose_table
 
 __all__ = [
     "SHRINKAGES",
-    "Alternative",
     "Calibration",
     "Curve",
     "Decomposition",
@@ -30,6 +29,7 @@ __all__ = [
     "Shrinkage",
     "Table",
     "TableMoments",
+    "Way",
     "allocate",
     "curve",
     "decompose",

@@ -19,11 +19,11 @@ from hf_reparam.errors import RankError, WeightError
 from hf_reparam.layers.dense import not_whole
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import replace_modules
-from hf_reparam.linalg import LayerMoments, Options
+from hf_reparam.linalg import LayerMoments, Options, Way
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
 
-__all__ = ["Built", "Choices", "Replacement", "Site", "Steps", "Structure", "Way", "paths_of", "reading"]
+__all__ = ["Built", "Replacement", "Site", "Steps", "Structure", "paths_of", "reading"]
 
 CAUTION = 1.5  # what narrower heads and tables lose counts for so much more: it meets the errors of other layers
 
@@ -164,25 +164,6 @@ class Steps:
         return range(self.least(site), most + 1, self.step(site))
 
 
-Choices = tuple[list[Entry | None], Options]
-"""Entries of one site, None for dense, with what they cost and lose in the same order."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to build some sites together.
-
-    Args:
-        error: predicted loss of this way with all of them at full rank.
-        sites: name in a plan -> its choices.
-        entries: name in a plan -> entry, of what this way decides beside.
-    """
-
-    error: float
-    sites: Mapping[str, Choices]
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-
-
 class Structure(Protocol):
     """One way to hold a part of a model with fewer parameters. Its sites may be of a subclass of `Site`.
 
@@ -222,7 +203,7 @@ class Structure(Protocol):
         return int(entry.rank * (site.in_features + site.out_features - pivoted * entry.rank))
 
     def ways(
-        self, sites: Mapping[str, Any], source: Source, steps: Steps, taken: Mapping[str, Choices]
+        self, sites: Mapping[str, Any], source: Source, steps: Steps, taken: Mapping[str, Options]
     ) -> dict[str, list[Way]]:
         """Name -> ways to build what belongs to it, the first as it is in the model; what has no loss is left out.
 
@@ -246,14 +227,14 @@ class Structure(Protocol):
         """What dropping each direction costs, as `Source.losses`; None where there is nothing in that unit."""
         return None
 
-    def choices(self, site: Any, losses: Tensor, steps: Steps) -> Choices:
+    def choices(self, site: Any, losses: Tensor, steps: Steps) -> Options:
         """Entries at which a site is smaller than dense, by ascending rank, and, last, dense, which loses nothing."""
         entries = [self.entry(rank, steps.form) for rank in steps.up_to(site, site.full_rank - 1)]
         entries = [entry for entry in entries if self.cost(site, entry) < site.weights]
         costs = [float(self.cost(site, entry)) for entry in (*entries, None)]
         kept = losses.cumsum(0)[torch.tensor([entry.rank - 1 for entry in entries], dtype=torch.int64)]
         errors = torch.cat([(losses.sum() - kept).clamp_min(0), torch.zeros(1, dtype=torch.float64)])
-        return [*entries, None], Options(errors, torch.tensor(costs, dtype=torch.float64))
+        return Options([*entries, None], errors, torch.tensor(costs, dtype=torch.float64))
 
     def sums(self, name: str, site: Any, *, gradients: bool) -> dict[str, Any]:
         """Name -> empty sums over calibration data: LayerMoments, or TableMoments."""

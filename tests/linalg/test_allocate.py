@@ -8,20 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reparam.errors import RankError
-from hf_reparam.linalg import Alternative, Options
+from hf_reparam.linalg import Options, Way
 from hf_reparam.linalg import allocate as allocate_groups
 
 
 def options(drops, costs):
     errors = torch.tensor(drops, dtype=torch.float64).flip(0).cumsum(0).flip(0)
-    return Options(errors - errors[-1], torch.tensor(costs, dtype=torch.float64).cumsum(0))
+    return Options(range(len(costs)), errors - errors[-1], torch.tensor(costs, dtype=torch.float64).cumsum(0))
 
 
 def allocate(layers, budget):
     """The option of each layer, where there is one way to build each."""
-    found = allocate_groups({name: [Alternative(0.0, [o])] for name, o in layers.items()}, budget)
-    assert {way for way, _ in found.values()} == {0}
-    return {name: picked for name, (_, (picked,)) in found.items()}
+    return allocate_groups({name: [Way(0.0, {name: o})] for name, o in layers.items()}, budget)
 
 
 @st.composite

@@ -9,12 +9,13 @@ import hf_reparam.structures.heads.families  # noqa: F401  # registers them
 from hf_reparam.errors import RankError
 from hf_reparam.layers.dense import dense_like
 from hf_reparam.layers.processes import spread
+from hf_reparam.linalg import Options, Way
 from hf_reparam.plan import Entry
 from hf_reparam.structures.heads.attention import ROLES, Attention, AttentionType, find_attentions, register_attention
 from hf_reparam.structures.heads.narrow import NarrowHeads, stock_layers, widened
 from hf_reparam.structures.linear import Linears
 from hf_reparam.structures.source import Source
-from hf_reparam.structures.structure import CAUTION, Built, Choices, Replacement, Site, Steps, Structure, Way, reading
+from hf_reparam.structures.structure import CAUTION, Built, Replacement, Site, Steps, Structure, reading
 
 __all__ = ["AttentionType", "Heads", "register_attention"]
 
@@ -38,7 +39,7 @@ class Heads(Structure):
         return 0
 
     def ways(
-        self, sites: Mapping[str, Attention], source: Source, steps: Steps, taken: Mapping[str, Choices]
+        self, sites: Mapping[str, Attention], source: Source, steps: Steps, taken: Mapping[str, Options]
     ) -> dict[str, list[Way]]:
         """Its layers as they are, and with heads of every width that is tried."""
         parts = {n: [f"{n}.{a.within(role, split=False)}" for role in ROLES] for n, a in sites.items()}
