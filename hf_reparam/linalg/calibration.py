@@ -161,13 +161,13 @@ class Calibration:
         batches: list[HeldOut] = []
         headers = {}
         for file in files:
-            headers[file], names, found = _contents(file)
+            headers[file], names, found, held = _contents(file)
             twice = sorted({*where, *tables} & {*names, *found})
             if twice:
                 raise CheckpointError(f"{path} holds moments of several runs: {twice[0]} is in more than one file")
             where.update(dict.fromkeys(names, file))
             tables |= {name: TableMoments(**_read(file, name)) for name in found}
-            batches += _read_batches(file)
+            batches += [_read_batch(file, number) for number in held]
         metrics = {header["metric"] for header in headers.values()}
         if len(metrics) > 1:
             raise CheckpointError(f"{path} holds moments of several metrics, {sorted(metrics)}")
@@ -255,19 +255,13 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as moments: {error}") from None
 
 
-def _read_batches(path: Path) -> list[HeldOut]:
-    """The held-out batches in a file."""
-    with safe_open(path, framework="pt") as file:
-        numbers = sorted({int(key.partition(".")[0][len(_BATCH) :]) for key in file.keys() if key.startswith(_BATCH)})  # noqa: SIM118
-    masks = [_read(path, f"{_MASK}{i}") for i in numbers]
-    return [
-        (_read(path, f"{_BATCH}{i}"), tuple(known[j] for j in sorted(known)))
-        for i, known in zip(numbers, masks, strict=True)
-    ]
+def _read_batch(path: Path, number: int) -> HeldOut:
+    masks = _read(path, f"{_MASK}{number}")
+    return _read(path, f"{_BATCH}{number}"), tuple(masks[j] for j in sorted(masks))
 
 
-def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str]]:
-    """The header, the layer names and the names of tables of a file."""
+def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str], list[int]]:
+    """The header, the names of layers and of tables, and the numbers of the held-out batches of a file."""
     try:
         with safe_open(path, framework="pt") as file:
             header, keys = file.metadata() or {}, list(file.keys())
@@ -281,4 +275,4 @@ def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str]]:
     known = header.get("metric") in METRICS and header.get("parts", "0").isdecimal()
     if header.get("format") != _FORMAT or not known or not all(found in _KINDS for found in layers.values()):
         raise CheckpointError(f"{path} holds no moments of this version")
-    return header, sorted(layers), tables
+    return header, sorted(layers), tables, sorted(int(n[len(_BATCH) :]) for n in sums if n.startswith(_BATCH))
