@@ -43,9 +43,7 @@ class Judge:
 
     def __init__(self, dense: nn.Module, batches: Sequence[HeldOut], *, alone: bool = False) -> None:
         inner = called(dense)
-        plain = (
-            {"use_cache": False} if "use_cache" in forward_names(inner).known else {}
-        )  # what is skipped could not fill it
+        plain = {"use_cache": False} if "use_cache" in forward_names(inner).known else {}  # what is skipped fills none
         self.batches: list[HeldOut] = []
         self.passes: list[Replay] = []
         self.references: list[dict[str, Tensor]] = []

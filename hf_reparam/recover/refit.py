@@ -21,7 +21,7 @@ from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.layers.surgery import set_bias, set_factors
-from hf_reparam.linalg import SHRINKAGES, Calibration, PairedMoments, Shrinkage, decompose
+from hf_reparam.linalg import SHRINKAGES, Calibration, HeldOut, PairedMoments, Shrinkage, decompose
 from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.config import note_refit
@@ -39,7 +39,6 @@ _UNEVEN = "which do not get the same tokens in both models"
 HOLD_OUT = 5  # every fifth batch judges, the others fit
 _ROOM = 1 << 30  # bytes of each model's outputs that are kept
 
-Batch = tuple[dict[str, Any], tuple[Tensor, ...]]
 Distance = Callable[[Any, Any], float]
 
 
@@ -130,7 +129,7 @@ def _as_narrow(
 def _refit(
     model: nn.Module,
     dense: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[HeldOut],
     calibration: Calibration | None,
     distance: Distance | None,
 ) -> RefitReport:
@@ -172,7 +171,7 @@ def _refit(
     return RefitReport(tuple(kept), len(layers), before / size, best / size, order_in_model, unit)
 
 
-def parts_of(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> list[Part]:
+def parts_of(dense: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[HeldOut]) -> list[Part]:
     """The data without labels, in parts in which padding can be told."""
     read = list(batches)
     if len(read) < 2:
@@ -213,17 +212,12 @@ class _Passes:
         outputs, reference = self.low_replay(self.low, changed), self.full_replay(self.full)
         return float(divergence(outputs, reference, self.part.masks))
 
-    def unit(self) -> tuple[str, int, float]:
-        """As `unit_of`, of the dense model's predictions."""
-        return unit_of(self.full_replay(self.full), self.part.masks)
-
     def inputs(
         self, layers: Mapping[str, nn.Module], originals: Mapping[str, nn.Module]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What goes into layers that change and into their originals."""
-        low, full = ((self.low_replay, self.low, layers), (self.full_replay, self.full, originals))
-        found = [inputs_of(some, partial(replay, run, some.values())) for replay, run, some in (low, full)]
-        return found[0], found[1]
+        low = inputs_of(layers, partial(self.low_replay, self.low, layers.values()))
+        return low, inputs_of(originals, partial(self.full_replay, self.full, originals.values()))
 
 
 def _collect(
@@ -246,18 +240,16 @@ def _unit(judging: Sequence[_Passes], distance: Distance | None) -> tuple[str, f
     """In which unit distances are told, and how many of it they are sums over."""
     if distance is not None:
         return "per example", sum(examples_in(one.part.batch) for one in judging)
-    units = [one.unit() for one in judging]
+    units = [unit_of(one.full_replay(one.full), one.part.masks) for one in judging]
     return units[0][0], sum(size for _, _, size in units)
 
 
 def _gradient(calibration: Calibration | None, name: str) -> Tensor | None:
-    """The gradient moment of a layer, if there is one."""
     known = None if calibration is None else calibration.layers.get(name)
     return known.gradient_products if known is not None and known.has_gradient() else None
 
 
 def _states(layers: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Copies of the tensors of some layers."""
     return {name: {key: value.clone() for key, value in layers[name].state_dict().items()} for name in names}
 
 
