@@ -281,18 +281,17 @@ def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any
     found: dict[str, Any] = {}
     ids: Any = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not batch.keys().isdisjoint(_OTHER_INPUTS):
-        took = _in_turns(pair, [partial(_outputs, model, batch) for model in pair])
+        took = _in_turns(pair, _outputs, batch)
         return {"ms for a batch of the data": tuple(1000 * seconds for seconds in took)}
     length = int(min(_LENGTH, *map(positions, pair)))
     row = ids.flatten().repeat(math.ceil(length / ids.numel()))[:length][None]
     names = ["input_ids", "decoder_input_ids"] if decodes(pair[0]) else ["input_ids"]
     for count in _BATCHES:
-        given = dict.fromkeys(names, row.repeat(count, 1))
-        took = _in_turns(pair, [partial(_run, model, given) for model in pair])
+        took = _in_turns(pair, _run, dict.fromkeys(names, row.repeat(count, 1)))
         texts = "1 text" if count == 1 else f"{count} texts"
         found[f"ms for {texts} of {length} tokens"] = tuple(1000 * seconds for seconds in took)
     if all(getattr(model, "can_generate", bool)() for model in pair):
-        took = _in_turns(pair, [partial(_generate, model, row[:, : min(_NEW, length // 2)]) for model in pair])
+        took = _in_turns(pair, _generate, row[:, : min(_NEW, length // 2)])
         found["tokens per second when generating"] = tuple(_NEW / seconds for seconds in took)
     return found
 
@@ -307,11 +306,10 @@ def _generate(model: Any, prompt: Tensor) -> Any:
     )
 
 
-def _in_turns(pair: Sequence[nn.Module], calls: Sequence[Callable[[], Any]]) -> list[float]:
+def _in_turns(pair: Sequence[nn.Module], call: Callable[[Any, Any], Any], given: Any) -> list[float]:
     devices = [execution_device(model) for model in pair]
     device = next((device for device in devices if device.type != "cpu"), devices[0])
-    took = medians(dict(enumerate(calls)), device, wall=True)
-    return [took[i] for i in range(len(calls))]
+    return [*medians({i: partial(call, model, given) for i, model in enumerate(pair)}, device, wall=True).values()]
 
 
 def _machine(model: nn.Module) -> str:
