@@ -214,8 +214,7 @@ def _check(model: nn.Module, *, inplace: bool) -> None:
 def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> Selection:
     """The sites that may change, judged before any long work."""
     if plan is None:
-        asked = config.rank if isinstance(config.rank, Mapping) else ()
-        selection = select(work, config, asked)
+        selection = select(work, config)
         if not selection.selected:
             raise no_site(selection)
         if config.rank is not None:

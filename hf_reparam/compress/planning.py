@@ -1,6 +1,6 @@
 """`make_plan`: what becomes of every part of a model, from one size, without touching the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -79,8 +79,7 @@ def make_plan(
 
 def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: bool = True) -> RankPlan:
     """As `make_plan`, of a model as `opened` shows it; `whole` plans need not be tried."""
-    asked = config.rank if isinstance(config.rank, Mapping) else ()
-    selection = select(work, config, asked)
+    selection = select(work, config)
     found = selection.selected
     if not any(item.site.weights for item in found):
         raise no_site(selection)

@@ -1,7 +1,7 @@
 """The sites of a model under their names in a plan: which of them a configuration means, and which a plan."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -47,7 +47,7 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
 
     Args:
         model, config: patterns, and which structures, are read from the configuration.
-        asked: paths of layers that were asked for otherwise than by patterns, which brings optional ones in.
+        asked: paths of layers that were asked for otherwise, which brings optional ones in, as a rank by name does.
 
     Raises:
         TargetError: a pattern matches nothing.
@@ -60,6 +60,7 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
     names = [name for _, site in found for name in (*site.names, *site.aliases)]
     check_used(wanted or (), names, "target_modules")
     check_used(unwanted, names, "exclude_modules")
+    asked = config.rank if isinstance(config.rank, Mapping) else asked
     reason_for = _reasons(model, wanted, unwanted, asked)
     selected, skipped = [], []
     for structure, site in found:
