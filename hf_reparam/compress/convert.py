@@ -150,7 +150,10 @@ def carry_out(
         work = opened(model)
         selection = _selection(work.model, asked, plan)
         if not inplace:
-            check_copyable(unwrapped(model), _originals(work, selection))
+            at_sites = (
+                found.site.module for found in selection.selected
+            )  # what is shown in split form has no original
+            check_copyable(unwrapped(model), [work.originals[part] for part in at_sites if part in work.originals])
         if not isinstance(calibration, Calibration) and calibration is not None:
             wanted = _asked_of(selection)
             calibration = calibrate(model, calibration, metric=asked.metric or "fisher", tokenizer=tokenizer, **wanted)
@@ -225,12 +228,6 @@ def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) ->
         for structure in STRUCTURES:
             fit(plan, work, structure, strict=True)
     return select(work, config, {name for name in optional_layers(work) if layer_name(work, name) in plan.modules})
-
-
-def _originals(work: WorkingCopy, selection: Selection) -> list[nn.Module]:
-    """The model's own modules at the sites; attentions that are shown in split form have none."""
-    modules = [found.site.module for found in selection.selected]
-    return [work.originals[module] for module in modules if module in work.originals]
 
 
 def _folder(given: str | os.PathLike[str] | None, scratch: ExitStack, *, temporary: bool) -> Path | None:
