@@ -126,7 +126,8 @@ def convert(
     elif tokenizer is not None:
         raise TargetError("tokenizer= reads calibration texts: give calibration=texts")
     reading: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "workdir": workdir}
-    if _is_layer(model):
+    sites = (site for structure in STRUCTURES for site in structure.sites(model))
+    if not all(site.name for site in sites):  # the model is itself a layer, for which a plan has no name
         if inplace:
             raise TargetError("a model that is itself one dense layer cannot be changed in place: use inplace=False")
         whole: Any = carry_out(nn.Sequential(model), asked, plan, **reading)
@@ -193,11 +194,6 @@ def _asked_of(selection: Selection) -> dict[str, Any]:
     names = [found.site.name for found in selection.selected if found.structure.option is None]
     options = {found.structure.option for found in selection.selected}
     return {"target_modules": names, "embeddings": "embeddings" in options}
-
-
-def _is_layer(model: nn.Module) -> bool:
-    """Whether a model is itself one layer, for which a plan has no name."""
-    return any(site.name == "" for structure in STRUCTURES for site in structure.sites(model))
 
 
 def _check(model: nn.Module, *, inplace: bool) -> None:
@@ -267,8 +263,7 @@ def _finish(
 
 
 def _record(made: Made, source: Source, planned: Report | None) -> ConversionRecord:
-    known = source.calibration is not None and source.metric != "svd"
-    tokens = source.calibration.tokens if source.calibration is not None and known else None
+    tokens = None if source.calibration is None or source.metric == "svd" else source.calibration.tokens
     metrics = {name: metric for name, metric in made.metrics.items() if metric != source.metric}
     judged = (None, None) if planned is None else (planned.judgement, planned.speed)
     return ConversionRecord(None, tokens, 0, made.errors, metrics, *judged)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from hf_reparam.errors import TargetError
-from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
 from hf_reparam.model.build import Made, build, install
@@ -61,19 +60,23 @@ def merge(model: M, *, inplace: bool = False, workdir: str | os.PathLike[str] | 
             raise TargetError("a model that is itself one low-rank layer cannot be changed in place: use inplace=False")
         whole: Any = merge(nn.Sequential(model), workdir=workdir)
         return whole[0]
-    low = any(site.entry is not None for structure in STRUCTURES for site in structure.sites(model))
-    if not low and not any(isinstance(module, ReparamMixin) for module in model.modules()):
+    found = any(site.entry is not None for structure in STRUCTURES for site in structure.sites(model))
+    if not found and not any(isinstance(module, ReparamMixin) for module in model.modules()):
         raise TargetError(f"{type(model).__name__} has no low-rank layer: there is nothing to merge")
     work = opened(model)
     if not inplace:
         check_copyable(unwrapped(model), [module for module in model.modules() if isinstance(module, Factored)])
-    made = _unfold(work, None if workdir is None else Path(workdir))
+    made, folder = Made(), None if workdir is None else Path(workdir)
+    for structure in reversed(STRUCTURES):
+        low = {layer_name(work.model, s.name): s for s in structure.sites(work.model) if s.entry is not None}
+        parts = {name: (Found(name, structure, site), None) for name, site in low.items()}
+        if parts:
+            build(work, structure, parts, Source("svd"), made, folder, desc="merging")
     result = model if inplace else independent_copy(work.model, made.modules)
     with undone_on_error(result):
         if inplace:
             install(model, work, made)
-        if workdir is not None:
-            mark_offloaded(result, made.stored)
+        mark_offloaded(result, made.stored)
         for path, host in hosts(result).items():
             if not path or any(isinstance(module, ReparamMixin) for module in host.modules()):
                 to_stock(host)
@@ -82,14 +85,3 @@ def merge(model: M, *, inplace: bool = False, workdir: str | os.PathLike[str] | 
         if "" not in hosts(result):
             close_attentions(result)
         return result
-
-
-def _unfold(work: WorkingCopy, folder: Path | None) -> Made:
-    """Make all that is of low rank dense again in a working copy, the structures in reverse order."""
-    made, source = Made(), Source("svd")
-    for structure in reversed(STRUCTURES):
-        low = {layer_name(work.model, s.name): s for s in structure.sites(work.model) if s.entry is not None}
-        parts = {name: (Found(name, structure, site), None) for name, site in low.items()}
-        if parts:
-            build(work, structure, parts, source, made, folder, desc="merging")
-    return made

@@ -203,10 +203,9 @@ def _leading(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     with double-precision refinement; the double-precision Gram matrix; a full SVD for a tail near rounding.
     """
     order = a.shape[0]
-    if order >= _SMALL and 2 * (rank + _OVERSAMPLING) <= order:
-        found = _search(a, rank)
-        if found is not None:
-            return found
+    partial = order >= _SMALL and 2 * (rank + _OVERSAMPLING) <= order
+    if partial and (found := _search(a, rank)) is not None:
+        return found
     vectors = torch.linalg.eigh(_gram(a))[1][:, -rank:]
     across = vectors.T @ a
     energy = _energy(a)
