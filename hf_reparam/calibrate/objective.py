@@ -244,17 +244,17 @@ def _squares(value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Ten
     return _mask((value - reference).square(), masks).sum() / 2
 
 
-def unit_of(outputs: Any, masks: tuple[Tensor, ...]) -> tuple[str, int, float]:
-    """In which unit people read a `divergence`, over how many positions or examples it is a sum, and what is one unit
-    of that sum: a position for predictions, or else half the squares of the outputs themselves."""
+def unit_of(outputs: Any, masks: tuple[Tensor, ...]) -> tuple[str, float]:
+    """In which unit people read a `divergence`, and what is one unit of that sum: the positions or examples for
+    predictions, or else half the squares of the outputs themselves."""
     key, value = next(iter(compared(outputs).items()))
     mask = position_mask(value, masks)
-    count = max(value.shape[:-1].numel() if mask is None else int(mask.sum()), 1)
+    count = max(float(value.shape[:-1].numel() if mask is None else mask.sum()), 1.0)
     if key.endswith("logits") and value.shape[-1] > 1:
-        return f"nats per {'token' if value.dim() > 2 else 'example'}", count, float(count)
+        return f"nats per {'token' if value.dim() > 2 else 'example'}", count
     squares = float(_squares(widened(value), torch.zeros_like(value), masks))
     what = "hidden states" if key == "last_hidden_state" else "outputs"
-    return f"of the squared {what}", count, squares or float(count)
+    return f"of the squared {what}", squares or count
 
 
 def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:

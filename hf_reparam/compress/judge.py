@@ -47,7 +47,7 @@ class Judge:
         self.batches: list[HeldOut] = []
         self.passes: list[Replay] = []
         self.references: list[dict[str, Tensor]] = []
-        self.unit, self.count, self.size = "", 0, 0.0
+        self.unit, self.size = "", 0.0
         for batch, masks in batches:
             taken, masks = send_to_device((taken_by(inner, batch) | plain, masks), execution_device(inner))
             one = Replay(_MOST_BYTES)
@@ -57,22 +57,16 @@ class Judge:
             self.batches.append((taken, masks))
             self.passes.append(one)
             self.references.append(reference)
-            self.unit, count, size = unit_of(reference, masks)
-            self.count += count
+            self.unit, size = unit_of(reference, masks)
             self.size += size
             held = sum(value.nbytes for known in self.references for value in known.values())
             if held > _MOST_BYTES or (alone and sum(known.rows for known in self.passes) > _MOST_ROWS):
                 break
         self.fingerprint = fingerprint(*self.references)
 
-    @property
-    def scale(self) -> float:
-        """Of what this gives, in the unit that people read."""
-        return self.count / self.size
-
     @torch.no_grad()
     def __call__(self, model: nn.Module, after: nn.Module | None = None) -> float:
-        """The divergence of a model's predictions, per position or example; times `scale`, in `unit`.
+        """The divergence of a model's predictions, in `unit`.
 
         Args:
             model: to be judged.
@@ -84,7 +78,7 @@ class Judge:
             run = partial(inner, **batch)
             outputs = run() if after is None else one(run, [after])
             found += float(divergence(outputs, reference, masks))
-        return found / self.count
+        return found / self.size
 
 
 def _counted(

@@ -72,12 +72,8 @@ def best_plan(
         judged[name] = judge(tried.model)
     best = min(judged, key=lambda name: judged[name])
     predicted = _predicted(plans[best][0], measured) if plans[best][1] == source.metric else None
-
-    def shown(value: float) -> float:
-        return float(f"{value * judge.scale:.4g}")
-
-    seen = {name: shown(value) for name, value in judged.items()}
-    return *plans[best], Judgement(judge.unit, best, predicted and shown(predicted), seen)
+    seen = {name: float(f"{value:.4g}") for name, value in judged.items()}
+    return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), seen)
 
 
 def _predicted(entries: dict[str, Entry], ways: Ways) -> float:

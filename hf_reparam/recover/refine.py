@@ -111,7 +111,7 @@ class _Refining:
         with torch.no_grad():
             self.references = [compared(dense(**part.batch)) for part in judging]
         units = [unit_of(theirs, part.masks) for theirs, part in zip(self.references, judging, strict=True)]
-        self.unit, self.size = units[0][0], sum(size for _, _, size in units)
+        self.unit, self.size = units[0][0], sum(size for _, size in units)
 
     def run(self, epochs: int) -> RefineReport:
         """Train, and leave the best weights in the model."""

@@ -241,7 +241,7 @@ def _unit(judging: Sequence[_Passes], distance: Distance | None) -> tuple[str, f
     if distance is not None:
         return "per example", sum(examples_in(one.part.batch) for one in judging)
     units = [unit_of(one.full_replay(one.full), one.part.masks) for one in judging]
-    return units[0][0], sum(size for _, _, size in units)
+    return units[0][0], sum(size for _, size in units)
 
 
 def _gradient(calibration: Calibration | None, name: str) -> Tensor | None:
