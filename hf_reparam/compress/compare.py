@@ -234,7 +234,6 @@ def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """What a model returns for a batch, on the CPU."""
     return send_to_device(_run(model, batch), "cpu")
 
 
@@ -270,7 +269,6 @@ def _cosine_of_sentences(dense: Any, small: Any, texts: list[str]) -> float:
 
 
 def _evaluated(dense: nn.Module, small: nn.Module, evaluate: Evaluate) -> dict[str, Any]:
-    """What a user's function says of both."""
     found = [evaluate(model) for model in (dense, small)]
     first, second = (given if isinstance(given, Mapping) else {"evaluate": given} for given in found)
     return {name: (float(value), float(second[name])) for name, value in first.items()}

@@ -87,8 +87,10 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
         raise TargetError(
             "the model is itself one dense layer, and a plan needs a name: put it in nn.Sequential(layer)"
         )
-    if config.rank is None:
-        _check_dense(work, found)
+    if config.rank is None:  # also narrower heads are no dense model: their layers have other shapes
+        shaped = [site for structure in STRUCTURES if structure.changes_moments for site in structure.sites(work)]
+        if any(site.entry is not None for site in (*shaped, *(item.site for item in found))):
+            raise TargetError("the model is converted already: convert the dense model, or merge this one first")
     check_fit(work, found, source)
     metric, judgement, speed = source.metric, None, None
     if config.rank is not None:
@@ -101,13 +103,6 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
             speed = speed_of(work, found, entries, unit.clock, config.speedup, source.calibration)
     plan = RankPlan(entries, base_type(work), metric)
     return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement, speed=speed))
-
-
-def _check_dense(work: nn.Module, found: Sequence[Found]) -> None:
-    """Refuse a model that is converted already, also by narrower heads, whose layers have other shapes."""
-    shaped = [site for structure in STRUCTURES if structure.changes_moments for site in structure.sites(work)]
-    if any(site.entry is not None for site in (*shaped, *(item.site for item in found))):
-        raise TargetError("the model is converted already: convert the dense model, or merge this one first")
 
 
 def _budgeted(

@@ -39,8 +39,12 @@ def given_ranks(found: Sequence[Found], config: LowRankConfig) -> tuple[dict[str
             continue
         value = rules[pattern]
         rank = max(1, round(value * site.full_rank)) if isinstance(value, float) else int(value or 0)
+        if site.entry is not None and site.entry.rank < rank <= site.full_rank:
+            raise RankError(
+                f"{site.name}: it already has rank {site.entry.rank}, and rank {rank} cannot be won back from its "
+                "factors; ask for a lower rank, exclude the layer, or convert the original dense model"
+            )
         entry = item.structure.entry(rank, config.stored_form)
-        _check_again(site, rank)
         reason = _useless(item, entry, allow_larger=config.allow_larger)
         if reason is None:
             entries[item.name] = entry
@@ -51,14 +55,6 @@ def given_ranks(found: Sequence[Found], config: LowRankConfig) -> tuple[dict[str
     if not entries:
         raise _nothing(found, skipped, config)
     return entries, skipped
-
-
-def _check_again(site: Site, rank: int) -> None:
-    if site.entry is not None and site.entry.rank < rank <= site.full_rank:
-        raise RankError(
-            f"{site.name}: it already has rank {site.entry.rank}, and rank {rank} cannot be won back from its "
-            "factors; ask for a lower rank, exclude the layer, or convert the original dense model"
-        )
 
 
 def _useless(item: Found, entry: Entry, *, allow_larger: bool) -> str | None:

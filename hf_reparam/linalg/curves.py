@@ -55,7 +55,8 @@ def curve(weight: Tensor, moments: LayerMoments, metric: str, *, centred: bool) 
         coordinates = fitting.metric(metric, centred=centred, device=device, shrinkage=shrinkage)
         tried[shrinkage] = _tails(decompose(weight, metric=coordinates), *second)
     best = min(tried, key=lambda shrinkage: _score(tried[shrinkage]))
-    return Curve(_steps(tried[best]), best)
+    falling = tried[best].clamp_min(0).flip(0).cummax(0).values.flip(0)  # no higher rank counts for worse than a lower
+    return Curve(falling - torch.cat([falling[1:], falling.new_zeros(1)]), best)
 
 
 def _score(errors: Tensor) -> float:
@@ -70,9 +71,3 @@ def _tails(found: Decomposition, inputs: Tensor, gradients: Tensor | None) -> Te
     products = left * right * torch.outer(found.singular_values, found.singular_values)
     rows = 2 * products.triu(1).sum(1) + products.diagonal()
     return rows.flip(0).cumsum(0).flip(0).cpu()
-
-
-def _steps(errors: Tensor) -> Tensor:
-    """What each direction saves, where no higher rank counts for worse than a lower one."""
-    falling = errors.clamp_min(0).flip(0).cummax(0).values.flip(0)
-    return falling - torch.cat([falling[1:], falling.new_zeros(1)])

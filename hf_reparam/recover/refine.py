@@ -92,14 +92,7 @@ def refine(
 
 
 class _Refining:
-    """The training of one model.
-
-    Args:
-        model: a frozen copy, whose parameters are views of those that are trained.
-        dense: a frozen copy.
-        judging: held-out batches.
-        fitting: the others.
-    """
+    """The training of one model; of frozen copies, where the model's parameters are views of those that are trained."""
 
     def __init__(self, model: nn.Module, dense: nn.Module, judging: Sequence[Part], fitting: Sequence[Part]) -> None:
         self.model, self.dense, self.judging = model, dense, judging
