@@ -21,7 +21,7 @@ from torch import nn
 
 import hf_reparam
 from benchmarks.machine import write
-from hf_reparam.linalg import decompose
+from hf_reparam.linalg.factorize import decompose
 from hf_reparam.model.checks import count_parameters
 
 SEED = 0

@@ -23,7 +23,7 @@ from benchmarks import tasks
 from benchmarks.machine import write
 from benchmarks.timing import medians
 from hf_reparam import Entry, RankPlan
-from hf_reparam.linalg import HeadMaps, HeadMoments, output_moment
+from hf_reparam.linalg.heads import HeadMaps, HeadMoments, output_moment
 from hf_reparam.model.host import layer_name
 from hf_reparam.structures.heads import Heads
 from hf_reparam.structures.heads.narrow import NarrowHeads

@@ -52,8 +52,8 @@ from hf_reparam.calibrate.objective import batch_masks, objective
 from hf_reparam.compress.convert import apply
 from hf_reparam.compress.planning import plan_for
 from hf_reparam.layers.dense import dense_matrix
-from hf_reparam.linalg import Metric, decompose
-from hf_reparam.linalg.metric import root
+from hf_reparam.linalg.factorize import decompose
+from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import Found, select

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import medians
-from hf_reparam.linalg import decompose
+from hf_reparam.linalg.factorize import decompose
 
 __all__ = ["factoring"]
 

@@ -19,7 +19,7 @@ from hf_reparam.files.compare import compare_folders
 from hf_reparam.files.convert import convert_folder, merge_folder
 from hf_reparam.files.storage import load, save
 from hf_reparam.layers.dense import register_dense
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.auto import generated_class
 from hf_reparam.model.card import model_card
 from hf_reparam.model.summary import report

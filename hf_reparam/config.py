@@ -77,7 +77,7 @@ class LowRankConfig:
         least_saving: share of its parameters that a layer has to save, or global allocation leaves it dense.
         tokens: rows of a call for which `speedup` is meant: batch size times length; 1 for decoding. Default: 1024.
         compiled: whether `speedup` is meant for the model as `torch.compile` makes it run.
-        solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.decompose`.
+        solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.factorize.decompose`.
         embeddings: also choose ranks for the input embeddings, with a head that is tied to them, and an untied head.
         heads: also let heads of attentions become narrower where that is predicted to cost less; in the fisher metric
             with global allocation.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_reparam.config import LowRankConfig, layer_kind
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.layers.dense import dense_matrix
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import Found, select
 from hf_reparam.plan import RankPlan

@@ -23,7 +23,7 @@ from hf_reparam import (
 from hf_reparam.compress.convert import apply
 from hf_reparam.errors import CheckpointError, PlanError, TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.linalg import map_rows
+from hf_reparam.linalg.heads import map_rows
 from hf_reparam.model.host import layer_name, opened
 from hf_reparam.model.sites import select
 from hf_reparam.structures.heads import AttentionType, register_attention

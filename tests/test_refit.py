@@ -11,7 +11,7 @@ import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, make_plan, refit
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.linalg import SHRINKAGES
+from hf_reparam.linalg.moments import SHRINKAGES
 from hf_reparam.recover.refit import __name__ as REFIT
 from tests import zoo
 

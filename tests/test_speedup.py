@@ -14,7 +14,7 @@ from hf_reparam.compress.units import Parameters, Seconds
 from hf_reparam.config import FORMS
 from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.linalg import Options
+from hf_reparam.linalg.allocate import Options
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import RankPlan, Speed
 from hf_reparam.structures.linear import Linears

@@ -17,7 +17,7 @@ from hf_reparam.compress.judge import Judge, few
 from hf_reparam.errors import PlanError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.dense import dense_type
-from hf_reparam.linalg import Options, Way
+from hf_reparam.linalg.allocate import Options, Way
 from hf_reparam.model.host import opened
 from hf_reparam.plan import Entry
 from tests import zoo

@@ -21,7 +21,9 @@ from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.processes import alone, distributed, total
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.layers.warn import warn
-from hf_reparam.linalg import Calibration, HeldOut, LayerMoments, TableMoments
+from hf_reparam.linalg.calibration import Calibration, HeldOut
+from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.tables import TableMoments
 from hf_reparam.model.checks import check_no_adapters, check_unsharded, outside_inference_mode
 from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
 from hf_reparam.model.sites import Found, no_site, select

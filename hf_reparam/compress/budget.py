@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hf_reparam.compress.units import Unit
 from hf_reparam.errors import RankError
-from hf_reparam.linalg import Options, Way, allocate
+from hf_reparam.linalg.allocate import Options, Way, allocate
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
 from hf_reparam.structures import STRUCTURES

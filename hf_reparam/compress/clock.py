@@ -23,7 +23,7 @@ from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import low_rank_like, replace_modules
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.host import called
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry, Speed

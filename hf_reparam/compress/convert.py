@@ -23,7 +23,7 @@ from hf_reparam.layers.processes import distributed
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
 from hf_reparam.layers.warn import warn
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.auto import check_loadable
 from hf_reparam.model.build import Made, apply, install
 from hf_reparam.model.checks import (

@@ -22,7 +22,8 @@ from hf_reparam.calibrate.objective import (
 from hf_reparam.calibrate.padding import decodes, rows_of, splits, taken_by
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.compat.accelerate import execution_device
-from hf_reparam.linalg import HeldOut, fingerprint
+from hf_reparam.linalg.calibration import HeldOut
+from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.model.host import called
 
 __all__ = ["Judge", "few"]

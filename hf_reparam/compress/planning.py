@@ -14,7 +14,7 @@ from hf_reparam.compress.verify import best_plan, can_be_judged
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.progress import one_bar
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.checks import check_no_adapters, count_parameters
 from hf_reparam.model.host import base_type, check_model, opened
 from hf_reparam.model.sites import Found, Selection, no_site, select

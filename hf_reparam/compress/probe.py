@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_reparam.compress.judge import Judge
 from hf_reparam.layers.progress import each
-from hf_reparam.linalg import Options, Way
+from hf_reparam.linalg.allocate import Options, Way
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source

@@ -11,7 +11,7 @@ from hf_reparam.compress.planning import plan_for
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.progress import each, one_bar
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, count_parameters, outside_inference_mode
 from hf_reparam.model.host import check_model, opened

@@ -10,7 +10,8 @@ import torch
 from hf_reparam.compress.clock import Clock
 from hf_reparam.config import FORMS, LowRankConfig
 from hf_reparam.errors import RankError
-from hf_reparam.linalg import Calibration, Options
+from hf_reparam.linalg.allocate import Options
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
 from hf_reparam.structures.structure import Steps

@@ -11,7 +11,7 @@ from hf_reparam.compress.probe import Prober, probed
 from hf_reparam.config import LowRankConfig
 from hf_reparam.layers.copies import WorkingCopy, frozen_copy
 from hf_reparam.layers.progress import each
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.sites import select
 from hf_reparam.plan import Entry, Judgement, RankPlan

@@ -29,7 +29,8 @@ from hf_reparam.files.out import copy_companions, new_folder
 from hf_reparam.files.plan import check_absent, read_plan, write_plan
 from hf_reparam.layers.processes import alone, is_first, wait_for_all
 from hf_reparam.layers.progress import one_bar
-from hf_reparam.linalg import Calibration, fingerprint
+from hf_reparam.linalg.calibration import Calibration
+from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.model.card import model_card
 from hf_reparam.model.summary import report
 from hf_reparam.plan import RankPlan

@@ -17,7 +17,7 @@ from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.folder import lines_of
 from hf_reparam.layers.processes import is_first, own_share, wait_for_all
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.plan import RankPlan
 
 __all__ = ["CalibrationData", "check_size"]

@@ -13,7 +13,7 @@ from hf_reparam.errors import RankError
 from hf_reparam.files.data import CalibrationData
 from hf_reparam.files.folder import check_device, load, load_tokenizer, locate, model_place, skeleton
 from hf_reparam.layers.progress import each, one_bar
-from hf_reparam.linalg import Calibration
+from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.plan import RankPlan
 from hf_reparam.tables import Part, Readable

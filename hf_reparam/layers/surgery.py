@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.dense import dense_matrix, shape_of
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
-from hf_reparam.linalg import Decomposition, Factors, pivot
+from hf_reparam.linalg.factorize import Decomposition, Factors
+from hf_reparam.linalg.pivot import pivot
 from hf_reparam.plan import Entry
 
 __all__ = [

@@ -12,7 +12,8 @@ from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.offload import build_layers
 from hf_reparam.layers.surgery import replace_modules
-from hf_reparam.linalg import LayerMoments, fingerprint
+from hf_reparam.linalg.fingerprint import fingerprint
+from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.model.sites import Found, check_forms, fit
 from hf_reparam.plan import Entry, RankPlan
 from hf_reparam.structures import STRUCTURES, Structure, changed

@@ -21,7 +21,10 @@ from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.layers.surgery import set_bias, set_factors
-from hf_reparam.linalg import SHRINKAGES, Calibration, HeldOut, PairedMoments, Shrinkage, decompose
+from hf_reparam.linalg.calibration import Calibration, HeldOut
+from hf_reparam.linalg.factorize import decompose
+from hf_reparam.linalg.moments import SHRINKAGES, Shrinkage
+from hf_reparam.linalg.paired import PairedMoments
 from hf_reparam.model.build import apply
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.config import note_refit

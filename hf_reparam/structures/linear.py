@@ -14,7 +14,7 @@ from hf_reparam.layers.dense import build_dense, dense_matrix, dense_type, not_w
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.surgery import factor, has_hooks, low_rank_like
-from hf_reparam.linalg import LayerMoments
+from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.multihead import unsplittable
 from hf_reparam.structures.source import Source

@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.linalg import (
-    SHRINKAGES,
-    Calibration,
-    Curve,
-    Decomposition,
-    LayerMoments,
-    Metric,
-    TableMoments,
-    curve,
-    decompose,
-    fingerprint,
-    spectrum,
-    working_device,
-)
+from hf_reparam.linalg.calibration import Calibration
+from hf_reparam.linalg.curves import Curve, curve
+from hf_reparam.linalg.factorize import Decomposition, decompose, spectrum, working_device
+from hf_reparam.linalg.fingerprint import fingerprint
+from hf_reparam.linalg.metric import Metric
+from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments
+from hf_reparam.linalg.tables import TableMoments
 
 __all__ = ["Kept", "Source"]
 

@@ -19,7 +19,8 @@ from hf_reparam.errors import RankError, WeightError
 from hf_reparam.layers.dense import not_whole
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import replace_modules
-from hf_reparam.linalg import LayerMoments, Options, Way
+from hf_reparam.linalg.allocate import Options, Way
+from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
 

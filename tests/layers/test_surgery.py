@@ -11,7 +11,7 @@ from hf_reparam.layers.copies import working_copy
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.surgery import check_copyable, factor, independent_copy, low_rank_like, replace_modules
-from hf_reparam.linalg import decompose
+from hf_reparam.linalg.factorize import decompose
 from hf_reparam.plan import Entry
 
 FORMS = ["pair", "pivoted"]

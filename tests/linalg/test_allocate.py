@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reparam.errors import RankError
-from hf_reparam.linalg import Options, Way
-from hf_reparam.linalg import allocate as allocate_groups
+from hf_reparam.linalg.allocate import Options, Way
+from hf_reparam.linalg.allocate import allocate as allocate_groups
 
 
 def options(drops, costs):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hf_reparam.linalg import LayerMoments, curve, decompose
-from hf_reparam.linalg.moments import SHRINKAGES
+from hf_reparam.linalg.curves import curve
+from hf_reparam.linalg.factorize import decompose
+from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments
 
 N_IN, N_OUT = 24, 16
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_reparam.errors import RankError, TargetError, WeightError
-from hf_reparam.linalg import decompose, factorize, working_device
+from hf_reparam.linalg import factorize
+from hf_reparam.linalg.factorize import decompose, working_device
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (8, 8), (24, 40), (40, 24), (300, 300), (320, 500)]
 EXCESS = 1e-6  # relative to the optimal squared error, as decompose promises

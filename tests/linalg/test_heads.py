@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_reparam.linalg import HeadMoments, map_both, map_rows, output_moment
+from hf_reparam.linalg.heads import HeadMoments, map_both, map_rows, output_moment
 
 HEADS, WIDTH = 3, 5
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_reparam.linalg import Metric, decompose, spectrum
-from hf_reparam.linalg.metric import root
+from hf_reparam.linalg.factorize import decompose, spectrum
+from hf_reparam.linalg.metric import Metric, root
 
 
 def moment(size, seed, rank=None):

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from hf_reparam.errors import CheckpointError, WeightError
-from hf_reparam.linalg import Calibration, LayerMoments
 from hf_reparam.linalg import calibration as calibration_module
+from hf_reparam.linalg.calibration import Calibration
+from hf_reparam.linalg.moments import LayerMoments
 
 
 def layer(x, g=None):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_reparam.errors import RankError, WeightError
-from hf_reparam.linalg import TableMoments, decompose_table
+from hf_reparam.linalg.tables import TableMoments, decompose_table
 
 TOKENS, WIDTH = 40, 6
 

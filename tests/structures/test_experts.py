@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_reparam import Entry, convert, report, save
 from hf_reparam.errors import WeightError
-from hf_reparam.linalg import LayerMoments
+from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
 from hf_reparam.structures.experts.modules import LowRankExperts
 from hf_reparam.structures.experts.watch import ExpertWatch

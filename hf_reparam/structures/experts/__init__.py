@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.compat.marks import is_spread
-from hf_reparam.linalg import LayerMoments, Metric, decompose, spectrum, working_device
+from hf_reparam.linalg.factorize import decompose, spectrum, working_device
+from hf_reparam.linalg.metric import Metric
+from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.experts.modules import LowRankExperts
 from hf_reparam.structures.experts.watch import ExpertWatch

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_reparam.compat.marks import set_initialized
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.factored import Factored, Product
-from hf_reparam.linalg import working_device
+from hf_reparam.linalg.factorize import working_device
 
 __all__ = ["ExpertWeight", "LowRankExperts"]
 

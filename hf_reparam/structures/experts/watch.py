@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_reparam.compat.marks import one_by_one
 from hf_reparam.errors import WeightError
-from hf_reparam.linalg import LayerMoments
+from hf_reparam.linalg.moments import LayerMoments
 
 __all__ = ["ExpertWatch"]
 

@@ -9,7 +9,7 @@ import hf_reparam.structures.heads.families  # noqa: F401  # registers them
 from hf_reparam.errors import RankError
 from hf_reparam.layers.dense import dense_like
 from hf_reparam.layers.processes import spread
-from hf_reparam.linalg import Options, Way
+from hf_reparam.linalg.allocate import Options, Way
 from hf_reparam.plan import Entry
 from hf_reparam.structures.heads.attention import ROLES, Attention, AttentionType, find_attentions, register_attention
 from hf_reparam.structures.heads.narrow import NarrowHeads, stock_layers, widened

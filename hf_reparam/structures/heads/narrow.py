@@ -12,16 +12,9 @@ from torch.nn import functional as F
 from hf_reparam.compat.accelerate import aligned, execution_device
 from hf_reparam.errors import WeightError
 from hf_reparam.layers.dense import dense_like, dense_matrix
-from hf_reparam.linalg import (
-    HeadMaps,
-    HeadMoments,
-    LayerMoments,
-    map_both,
-    map_rows,
-    output_moment,
-    spectrum,
-    working_device,
-)
+from hf_reparam.linalg.factorize import spectrum, working_device
+from hf_reparam.linalg.heads import HeadMaps, HeadMoments, map_both, map_rows, output_moment
+from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.structures.heads.attention import INNER, ROLES, Attention
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built

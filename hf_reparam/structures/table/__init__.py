@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_reparam.compat.marks import tied_keys
 from hf_reparam.errors import RankError, TargetError, WeightError
-from hf_reparam.linalg import TableMoments, decompose_table
+from hf_reparam.linalg.tables import TableMoments, decompose_table
 from hf_reparam.plan import Entry
 from hf_reparam.structures.hosts import embeddings_of, hosts
 from hf_reparam.structures.source import Source
