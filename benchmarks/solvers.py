@@ -39,8 +39,7 @@ def partial(rank: int) -> dict[str, Any]:
     """name -> weight -> (up, down), for solvers of the leading singular vectors."""
 
     def own(weight: torch.Tensor, solver: str) -> tuple[torch.Tensor, torch.Tensor]:
-        factors = decompose(weight, max_rank=rank, solver=solver).cut(rank)
-        return factors.up, factors.down
+        return decompose(weight, max_rank=rank, solver=solver).cut(rank)
 
     def lowrank(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         u, s, v = torch.svd_lowrank(weight, q=rank, niter=2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.dense import dense_matrix, shape_of
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
-from hf_reparam.linalg.factorize import Decomposition, Factors
+from hf_reparam.linalg.factorize import Decomposition
 from hf_reparam.linalg.pivot import pivot
 from hf_reparam.plan import Entry
 
@@ -70,7 +70,7 @@ def factor(
     With a mean E x (in,) the bias is b' = b + (W - W') E x, which makes a metric of centred inputs exact in the mean.
     """
     layer = low_rank_like(dense, entry)
-    set_factors(layer, decomposition.cut(entry.rank))
+    set_factors(layer, *decomposition.cut(entry.rank))
     if isinstance(dense.bias, nn.Parameter):
         layer.up.bias.copy_(dense.bias)
         if mean is not None:
@@ -89,9 +89,8 @@ def set_bias(layer: LowRankLinear, dense: nn.Module, mean: Tensor, low_mean: Ten
 
 
 @torch.no_grad()
-def set_factors(layer: LowRankLinear, factors: Factors) -> None:
+def set_factors(layer: LowRankLinear, up: Tensor, down: Tensor) -> None:
     """Make a layer's product that of factors (float64) of its rank."""
-    up, down = factors.up, factors.down
     if isinstance(layer, PivotedLinear):
         pivots = pivot(up, down)
         up, down = pivots.columns, pivots.combinations

@@ -15,7 +15,7 @@ from hf_reparam.config import SOLVERS
 from hf_reparam.errors import RankError, TargetError, WeightError
 from hf_reparam.linalg.metric import Metric
 
-__all__ = ["Decomposition", "Factors", "decompose", "spectrum", "working_device"]
+__all__ = ["Decomposition", "decompose", "spectrum", "working_device"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OVERSAMPLING = 32  # eigenvectors beyond the rank that the single-precision search hands to the refinement
@@ -25,19 +25,6 @@ _GRAM_TAIL = 1e-8  # relative tail energy below which the Gram matrix, at ~1e-16
 _COLUMNS = 2048  # that are cast to float32 at a time
 _POWER_STEPS = 2  # of the random sketch
 _NO_FLOAT64 = ("mps",)  # devices whose weights are decomposed on the CPU
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """A product up @ down in place of a weight.
-
-    Args:
-        up: (out, r).
-        down: (r, in).
-    """
-
-    up: Tensor
-    down: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +43,18 @@ class Decomposition:
     right: Tensor
     energy: float
 
-    def cut(self, rank: int) -> Factors:
-        """The factors of the best approximation of this rank, float64, singular values split evenly between the two.
+    def cut(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors up (out, r) and down (r, in) float64 of the best approximation of this rank.
 
-        The even split gives both factors the same norm, which keeps half precision in range and gradients balanced.
+        Singular values are split evenly between the two, which gives both the same norm: that keeps half precision in
+        range and gradients balanced.
 
         Raises:
             RankError: rank is below 1 or above the number of computed singular values.
         """
         self._check(rank)
         root = self.singular_values[:rank].sqrt()
-        return Factors(self.left[:, :rank] * root, root[:, None] * self.right[:rank])
+        return self.left[:, :rank] * root, root[:, None] * self.right[:rank]
 
     def relative_error(self, rank: int) -> float:
         """||W - W_r|| / ||W|| of this rank in the metric's norm, before it is rounded to the weight's dtype.
@@ -121,8 +109,8 @@ def decompose(
     arXiv 0909.4061, theorem 10.5 for the range, to which cutting it to rank r adds at most the optimum.
 
     >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> factors = decompose(w).cut(2)
-    >>> torch.round(factors.up @ factors.down, decimals=4).abs()
+    >>> up, down = decompose(w).cut(2)
+    >>> torch.round(up @ down, decimals=4).abs()
     tensor([[3., 0., 0.],
             [0., 2., 0.],
             [0., 0., 0.]], dtype=torch.float64)

@@ -106,7 +106,7 @@ class HeadMoments:
             block = slice(head * size, (head + 1) * size)
             roots = root(inner[block, block], SHRINKAGES[0][0]), root(outer[block, block], SHRINKAGES[0][1])
             parts.append(decompose(identity, metric=Metric(*roots)).cut(size))
-        return torch.stack([part.up.T for part in parts]), torch.stack([part.down for part in parts])
+        return torch.stack([up.T for up, _ in parts]), torch.stack([down for _, down in parts])
 
     def errors(self, maps: HeadMaps) -> tuple[float, float]:
         """tr G (P - I) C (P - I)^T of queries and keys, and of values and outputs; terms between heads are counted."""

@@ -262,6 +262,6 @@ def _fit(
     weight = dense_matrix(original).to(paired.products.device, torch.float64)
     gradient = None if gradient is None else gradient.to(weight.device)
     best, metric = paired.refit(weight, gradient, shrinkage, centred=original.bias is not None)
-    set_factors(layer, decompose(best, max_rank=layer.rank, metric=metric).cut(layer.rank))
+    set_factors(layer, *decompose(best, max_rank=layer.rank, metric=metric).cut(layer.rank))
     if original.bias is not None:
         set_bias(layer, original, *paired.means())

@@ -47,8 +47,7 @@ def test_errors_are_those_on_the_held_out_part(weight, metric, centred):
     outputs = held.gradient_products / held.tokens if metric == "fisher" else torch.eye(N_OUT, dtype=torch.float64)
     errors = []
     for rank in range(N_OUT):
-        cut = factors.cut(rank) if rank else None
-        left = weight if cut is None else weight - cut.up @ cut.down
+        left = weight - torch.matmul(*factors.cut(rank)) if rank else weight
         errors.append(float((outputs * (left @ inputs @ left.T)).sum()))
     falling = [max(errors[rank:]) for rank in range(N_OUT)]
     torch.testing.assert_close(found.losses.flip(0).cumsum(0).flip(0), torch.tensor(falling, dtype=torch.float64))
@@ -74,8 +73,7 @@ def test_the_chosen_shrinkage_is_the_best_of_those_tried(weight):
         factors = decompose(weight, metric=seen.fitting().metric("fisher", centred=False, shrinkage=shrinkage))
         total = 1.0
         for rank in (N_OUT // 2, N_OUT // 4, N_OUT // 8):
-            cut = factors.cut(rank)
-            left = weight - cut.up @ cut.down
+            left = weight - torch.matmul(*factors.cut(rank))
             total *= float((seen.held.gradient_products * (left @ seen.held.input_products @ left.T)).sum())
         return total
 

@@ -24,7 +24,8 @@ def optimum(weight, rank):
 
 
 def squared_error(weight, factors):
-    return float((weight.double() - factors.up.double() @ factors.down.double()).square().sum())
+    up, down = factors
+    return float((weight.double() - up @ down).square().sum())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -94,9 +95,8 @@ def test_scale_does_not_matter(scale):
 def test_half_precision_is_factored_in_double(dtype):
     weight = torch.randn(48, 64).to(dtype)
     factors, double = decompose(weight).cut(48), decompose(weight.double()).cut(48)
-    assert factors.up.dtype == factors.down.dtype == torch.float64
-    assert torch.equal(factors.up, double.up)
-    assert torch.equal(factors.down, double.down)
+    assert all(factor.dtype == torch.float64 for factor in factors)
+    assert all(map(torch.equal, factors, double))
 
 
 def test_zero_and_rank_deficient_weights():
@@ -104,8 +104,7 @@ def test_zero_and_rank_deficient_weights():
     assert decompose(torch.zeros(8, 5)).relative_error(3) == 0
     weight = torch.randn(40, 3, dtype=torch.float64) @ torch.randn(3, 50, dtype=torch.float64)
     factors = decompose(weight).cut(10)
-    assert bool(torch.isfinite(factors.up).all())
-    assert bool(torch.isfinite(factors.down).all())
+    assert all(bool(torch.isfinite(factor).all()) for factor in factors)
     assert squared_error(weight, factors) <= 1e-24 * float(weight.square().sum())
 
 
@@ -119,8 +118,8 @@ def test_input_is_not_modified_and_result_repeats():
 
 
 def test_factors_share_the_singular_values_evenly():
-    factors = decompose(torch.randn(20, 30, dtype=torch.float64)).cut(5)
-    torch.testing.assert_close(factors.up.norm(dim=0), factors.down.norm(dim=1))
+    up, down = decompose(torch.randn(20, 30, dtype=torch.float64)).cut(5)
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 6, True])
@@ -184,8 +183,7 @@ def test_randomized_is_used_where_the_rank_is_small(monkeypatch):
     decompose(weight, max_rank=8)
     assert used == [8, 64]
     a, b = (decompose(weight, max_rank=8, solver="randomized").cut(8) for _ in range(2))
-    assert torch.equal(a.up, b.up)
-    assert torch.equal(a.down, b.down)
+    assert all(map(torch.equal, a, b))
 
 
 def test_no_such_solver():

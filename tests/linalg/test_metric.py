@@ -36,9 +36,9 @@ def test_no_rank_r_matrix_has_a_smaller_loss(shape, which):
     torch.testing.assert_close(spectrum(weight, metric), sigma.square(), rtol=1e-8, atol=1e-10)
     for rank in (1, 5, 11):
         decomposition = decompose(weight, max_rank=rank, metric=metric)
-        factors = decomposition.cut(rank)
+        up, down = decomposition.cut(rank)
         optimum = float(sigma[rank:].square().sum())
-        assert loss(weight, factors.up @ factors.down, c, g) == pytest.approx(optimum, rel=1e-6)
+        assert loss(weight, up @ down, c, g) == pytest.approx(optimum, rel=1e-6)
         assert decomposition.relative_error(rank) == pytest.approx(
             (optimum / float(sigma.square().sum())) ** 0.5, rel=1e-6
         )

@@ -132,9 +132,9 @@ class Experts(Structure):
             for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
                 with reading(f"expert {i}"):
                     found = decompose(weight, max_rank=entry.rank, metric=metric, solver=source.solver)
-                factors = found.cut(entry.rank)
-                low.up[i].copy_(factors.up)
-                low.down[i].copy_(factors.down)
+                up, down = found.cut(entry.rank)
+                low.up[i].copy_(up)
+                low.down[i].copy_(down)
                 energy += tokens * found.energy
                 tail += tokens * found.energy * found.relative_error(entry.rank) ** 2
         error = (tail / energy) ** 0.5 if energy else 0.0
