@@ -92,9 +92,8 @@ def set_bias(layer: LowRankLinear, dense: nn.Module, mean: Tensor, low_mean: Ten
 def set_factors(layer: LowRankLinear, up: Tensor, down: Tensor) -> None:
     """Make a layer's product that of factors (float64) of its rank."""
     if isinstance(layer, PivotedLinear):
-        pivots = pivot(up, down)
-        up, down = pivots.columns, pivots.combinations
-        layer.order.copy_(pivots.order)
+        up, down, order = pivot(up, down)
+        layer.order.copy_(order)
     layer.up.weight.copy_(up)
     layer.down.weight.copy_(down)
 

@@ -5,12 +5,10 @@ with C = W[:, p] (out, r) and S (r, in - r). That is r^2 fewer parameters than t
 dense weight. Which columns: those of nearly the largest volume, for which no entry of S is much above 1.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-__all__ = ["BOUND", "Pivots", "pivot"]
+__all__ = ["BOUND", "pivot"]
 
 BOUND = 1.05
 """No entry of S is larger than this."""
@@ -18,36 +16,25 @@ BOUND = 1.05
 _MAX_SWAPS = 10_000  # every swap multiplies the volume by BOUND or more; LU with partial pivoting leaves tens of them
 
 
-@dataclass(frozen=True, slots=True)
-class Pivots:
-    """up @ down as C (I S) with its columns in another order.
-
-    Args:
-        columns: C (out, r) float64, columns of the product.
-        combinations: S (r, in - r), entries at most BOUND.
-        order: (in,) int64, a permutation: the r pivots, ascending, then the others, ascending.
-    """
-
-    columns: Tensor
-    combinations: Tensor
-    order: Tensor
-
-
 @torch.no_grad()
-def pivot(up: Tensor, down: Tensor) -> Pivots:
+def pivot(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Write up @ down by its pivots; the product is the same but for rounding, whatever its true rank.
 
     Args:
         up: (out, r) float64.
         down: (r, in) float64, r < in.
 
+    Returns:
+        C (out, r) float64, columns of the product; S (r, in - r) float64, entries at most BOUND; and the order (in,)
+        int64 in which the product's columns are C (I S): the r pivots, ascending, then the others, ascending.
+
     Cost: one LU factorization of down^T, in r^2 multiply-adds, and r (in - r) for each swap (tens of them).
 
     Source: the pivoted form of rank-r matrices, PIFA, arXiv 2501.19090 (there with rows, see docs/decisions); maximal
     volume by swaps, S. Goreinov et al., How to find a good submatrix, 2010.
 
-    >>> found = pivot(torch.ones(3, 1).double(), torch.tensor([[1.0, 4.0, 2.0]]).double())
-    >>> found.columns.T, found.combinations, found.order
+    >>> columns, combinations, order = pivot(torch.ones(3, 1).double(), torch.tensor([[1.0, 4.0, 2.0]]).double())
+    >>> columns.T, combinations, order
     (tensor([[4., 4., 4.]], dtype=torch.float64), tensor([[0.2500, 0.5000]], dtype=torch.float64), tensor([1, 0, 2]))
     """
     rank, width = down.shape
@@ -60,7 +47,7 @@ def pivot(up: Tensor, down: Tensor) -> Pivots:
     combinations = _maximise_volume(below.T.contiguous(), order)
     kept, rest = order[:rank].argsort(), order[rank:].argsort()
     order = torch.cat([order[:rank][kept], order[rank:][rest]]).to(down.device)
-    return Pivots(up @ down[:, order[:rank]], combinations[kept][:, rest].contiguous(), order)
+    return up @ down[:, order[:rank]], combinations[kept][:, rest].contiguous(), order
 
 
 def _maximise_volume(s: Tensor, order: Tensor) -> Tensor:
