@@ -97,10 +97,6 @@ def probed(
         ratios = {n: _ratios(ways[n][0].sites[n], ranks) for n, ranks in tried.items()}
         logs = [log for known in ratios.values() for log in known.values()]
         typical = statistics.median(logs) if logs else 0.0
-        ratios = {
-            n: {r: min(max(log, typical - _FAR), typical + _FAR) for r, log in known.items()}
-            for n, known in ratios.items()
-        }
         current |= {n: [_through(ways[n][0], n, ratios.get(n, {}), typical)] for n in ways}
     return current
 
@@ -117,6 +113,7 @@ def _through(way: Way, name: str, ratios: Mapping[int, float], typical: float) -
     points = sorted((math.log(rank), ratio) for rank, ratio in ratios.items()) or [(0.0, typical)]
     where, values = zip(*points, strict=True)
     ranks = [math.log(entry.rank) for entry in options.entries if entry is not None]
+    values = numpy.clip(values, typical - _FAR, typical + _FAR)
     factors = torch.from_numpy(numpy.exp(numpy.interp(ranks, where, values)))
     errors = torch.cat([options.errors[:-1] * factors, options.errors[-1:]])
     errors = errors.flip(0).cummax(0).values.flip(0)

@@ -114,13 +114,12 @@ class _Refining:
             with stage("choosing a learning rate", 3 * len(self.fitting), "step") as advance:
                 chosen, first, state = self._first_epoch(self.best, advance)
             after = [first]
-            if epochs == 1 or math.isinf(first):
-                return RefineReport(chosen, before, tuple(after), self.unit)
-            self._set(state)
-            with stage("refining", (epochs - 1) * len(self.fitting), "step") as advance:
-                for now, state in self._run(chosen, epochs - 1, advance):
-                    after.append(now)
-                    self._keep(now, state)
+            if epochs > 1 and math.isfinite(first):
+                self._set(state)
+                with stage("refining", (epochs - 1) * len(self.fitting), "step") as advance:
+                    for now, state in self._run(chosen, epochs - 1, advance):
+                        after.append(now)
+                        self._keep(now, state)
         finally:  # also when it is interrupted
             self._set(self.best)
         return RefineReport(chosen, before, tuple(after), self.unit)
