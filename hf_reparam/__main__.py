@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _outcome(args: argparse.Namespace) -> tuple[int, str]:
     """Exit code, and what to print."""
     try:
-        result = _COMMANDS[args.command](args)
+        result = _result(args)
     except BrokenPipeError:  # of the progress bars
         return 141, ""
     except ReparamError as error:
@@ -82,47 +81,30 @@ def _saved(args: argparse.Namespace, result: Any) -> str:
     return f"\nsaved in {args.out}: {size:.1f} MB; {next_step}"
 
 
-def _convert(args: argparse.Namespace) -> Any:
-    asked = _config(args) if args.plan is None else read_plan(args.plan)
-    options = _given(args, *_READING, "max_memory", "refit", *_LOADING, *_WRITING, "remote_code")
-    return convert_folder(args.source, args.out, asked, **options)
-
-
-def _plan(args: argparse.Namespace) -> Any:
-    if args.out is not None:
-        check_new(args.out, force=bool(args.force))
-    found = plan_folder(args.source, _config(args), **_given(args, *_READING, *_LOADING))
-    if args.out is not None and isinstance(found, RankPlan) and is_first():
-        write_plan(found, args.out)
-    return found
-
-
-def _merge(args: argparse.Namespace) -> Any:
-    return merge_folder(args.source, args.out, **_given(args, *_HUB, *_WRITING))
-
-
-def _inspect(args: argparse.Namespace) -> Any:
-    return inspect_folder(args.source, **_given(args, *_HUB))
-
-
-def _compare(args: argparse.Namespace) -> Any:
-    options = _given(args, "max_length", "max_samples", "times", "card", *_LOADING)
-    return compare_folders(args.source, args.out, args.texts, **options)
-
-
-def _push(args: argparse.Namespace) -> Any:
-    options = _given(args, "private", "revision", "token", "commit_message", "create_pr")
-    return push_folder(args.folder, args.repo, **options)
-
-
-_COMMANDS: Mapping[str, Callable[[argparse.Namespace], Any]] = {
-    "convert": _convert,
-    "plan": _plan,
-    "merge": _merge,
-    "inspect": _inspect,
-    "compare": _compare,
-    "push": _push,
-}
+def _result(args: argparse.Namespace) -> Any:
+    """What the command gives."""
+    match args.command:
+        case "convert":
+            asked = _config(args) if args.plan is None else read_plan(args.plan)
+            options = _given(args, *_READING, "max_memory", "refit", *_LOADING, *_WRITING, "remote_code")
+            return convert_folder(args.source, args.out, asked, **options)
+        case "plan":
+            if args.out is not None:
+                check_new(args.out, force=bool(args.force))
+            found = plan_folder(args.source, _config(args), **_given(args, *_READING, *_LOADING))
+            if args.out is not None and isinstance(found, RankPlan) and is_first():
+                write_plan(found, args.out)
+            return found
+        case "merge":
+            return merge_folder(args.source, args.out, **_given(args, *_HUB, *_WRITING))
+        case "inspect":
+            return inspect_folder(args.source, **_given(args, *_HUB))
+        case "compare":
+            options = _given(args, "max_length", "max_samples", "times", "card", *_LOADING)
+            return compare_folders(args.source, args.out, args.texts, **options)
+        case "push":
+            options = _given(args, "private", "revision", "token", "commit_message", "create_pr")
+            return push_folder(args.folder, args.repo, **options)
 
 
 def _config(args: argparse.Namespace) -> LowRankConfig:
