@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_reparam.config import LowRankConfig, layer_kind
 from hf_reparam.errors import PlanError, TargetError
@@ -159,12 +159,8 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
 
 def _left_out(found: Found, source: Source) -> list[float]:
     """Relative error of rank 0, 1, 2 ... in the metric; of a layer without data that of its weight."""
-    site = found.site
-
-    def squares_in(metric: Source) -> Tensor | None:
-        return metric.losses(found.name, lambda: dense_matrix(site.module), centred=site.others > 0)
-
-    squares: Any = squares_in(source)
-    squares = squares_in(Source("svd")) if squares is None else squares
+    matrix, centred = lambda: dense_matrix(found.site.module), found.site.others > 0
+    known = (metric.losses(found.name, matrix, centred=centred) for metric in (source, Source("svd")))
+    squares: Any = next(losses for losses in known if losses is not None)
     tail = squares.sum() - squares.cumsum(0)
     return [1.0, *((tail.clamp_min(0) / squares.sum()) ** 0.5).tolist()]

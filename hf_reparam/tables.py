@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 
-__all__ = ["Part", "Readable", "as_html", "as_markdown", "as_text"]
+__all__ = ["Part", "Readable", "as_markdown"]
 
 Part = str | list[list[str]]
 """A paragraph, lines in it as they are, or a table, the first row its head."""
@@ -16,7 +16,20 @@ _LEAST = 20  # columns of text in a table
 
 
 class Readable:
-    """What says itself in parts: as plain text, as Markdown, and as tables in notebooks."""
+    """What says itself in parts: as plain text, as Markdown, and as tables in notebooks.
+
+    In plain text long lines go on in the next, below what follows their title; long cells below their beginning.
+
+    >>> class Ranks(Readable):
+    ...     def parts(self) -> list[Part]:
+    ...         return ["ranks:", [["name", "rank"], ["fc", "8"]]]
+    >>> print(Ranks())
+    ranks:
+    <BLANKLINE>
+    name  rank
+    ----------
+    fc    8
+    """
 
     def parts(self) -> list[Part]:
         """What is printed."""
@@ -27,33 +40,15 @@ class Readable:
         return as_markdown(self.parts())
 
     def __str__(self) -> str:
-        return as_text(self.parts())
+        return "\n\n".join(_paragraph(part) if isinstance(part, str) else _text_table(part) for part in self.parts())
 
     def _repr_html_(self) -> str:
-        return as_html(self.parts())
-
-
-def as_text(parts: Sequence[Part]) -> str:
-    """Plain text. Long lines go on in the next, below what follows their title; long cells below their beginning.
-
-    >>> print(as_text(["sizes:", [["name", "rank"], ["fc", "8"]]]))
-    sizes:
-    <BLANKLINE>
-    name  rank
-    ----------
-    fc    8
-    """
-    return "\n\n".join(_paragraph(part) if isinstance(part, str) else _text_table(part) for part in parts)
+        return "\n".join(_html_paragraph(part) if isinstance(part, str) else _html_table(part) for part in self.parts())
 
 
 def as_markdown(parts: Sequence[Part]) -> str:
     """Markdown: every line is a paragraph."""
     return "\n\n".join(part.replace("\n", "\n\n") if isinstance(part, str) else _markdown_table(part) for part in parts)
-
-
-def as_html(parts: Sequence[Part]) -> str:
-    """HTML in which every text is escaped."""
-    return "\n".join(_html_paragraph(part) if isinstance(part, str) else _html_table(part) for part in parts)
 
 
 def _paragraph(text: str) -> str:
