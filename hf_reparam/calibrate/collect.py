@@ -14,7 +14,7 @@ from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
 from hf_reparam.calibrate.padding import Padding, Part
-from hf_reparam.calibrate.watch import Watcher, watching
+from hf_reparam.calibrate.watch import watching
 from hf_reparam.config import METRICS, LowRankConfig
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
@@ -208,9 +208,6 @@ def _watch_group(
     seen = 0
     plain = {f.name: f.site.module for f in group if f.structure.of_rows}
 
-    def install(watcher: Watcher) -> list[Any]:
-        return [h for f in group for h in f.structure.watch(f.name, f.site, sums[f.name], watcher)]
-
     before: dict[str, LayerMoments] = {}
     held: list[Part] = []
 
@@ -218,7 +215,9 @@ def _watch_group(
         before.update({n: s.map(_on_cpu) for n, s in _whole(sums).items() if isinstance(s, LayerMoments)})
 
     parts = Padding(inner, plain).parts(prepare(inner, data, **reading))
-    with watching(install) as watcher:
+    with watching() as watcher:
+        for found in group:
+            found.structure.watch(found.name, found.site, sums[found.name], watcher)
         for part in _held_out_last(parts, held, keep):
             seen += 1
             batch = part.batch

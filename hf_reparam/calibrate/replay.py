@@ -4,7 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -52,12 +52,12 @@ class Replay:
         def end(module: nn.Module, *_: Any) -> None:
             self.ends[module] = clock
 
-        handles = [module.register_forward_pre_hook(start) for module in model.modules()]
-        handles += [block.register_forward_hook(end) for block in blocks]
-        try:
+        with ExitStack() as hooks:
+            for module in model.modules():
+                hooks.enter_context(module.register_forward_pre_hook(start))
+            for block in blocks:
+                hooks.enter_context(block.register_forward_hook(end))
             result = run()
-        finally:
-            _remove(handles)
         self.once = [block for block in blocks if calls[block] == 1]
         return result
 
@@ -99,16 +99,10 @@ class Replay:
                 self.room -= size
                 self.outputs[block] = copy.deepcopy(output)
 
-        handles = [block.register_forward_hook(keep) for block in final if block not in self.outputs]
-        try:
+        with ExitStack() as hooks:
+            for block in set(final) - self.outputs.keys():
+                hooks.enter_context(block.register_forward_hook(keep))
             yield
-        finally:
-            _remove(handles)
-
-
-def _remove(handles: Collection[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -76,17 +76,14 @@ class _Reached(Exception):  # noqa: N818  # ends a forward pass early; it is no 
 @contextmanager
 def _seeing(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call see(name, x) whenever a layer is about to be called with x, until the block ends, however it ends."""
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: see(name, _input(args, kwargs)), with_kwargs=True
-        )
-        for name, module in layers.items()
-    ]
-    try:
+
+    def told(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: see(name, _input(args, kwargs))
+
+    with ExitStack() as hooks:
+        for name, module in layers.items():
+            hooks.enter_context(module.register_forward_pre_hook(told(name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def inputs_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
@@ -132,9 +129,14 @@ def order_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list
 
 
 class Watcher:
-    """Tells of every forward and backward pass what goes into modules and what gradient comes back, without padding."""
+    """Tells of every forward and backward pass what goes into modules and what gradient comes back, without padding.
 
-    def __init__(self) -> None:
+    Args:
+        hooks: what `watch` has put on modules; it is taken away when the stack is closed.
+    """
+
+    def __init__(self, hooks: ExitStack) -> None:
+        self.hooks = hooks
         self.masks: tuple[Tensor, ...] = ()
         self.follows: Mapping[str, frozenset[Layout]] = {}
         self.counting = False
@@ -180,8 +182,8 @@ class Watcher:
 
     def watch(
         self, module: nn.Module, add_input: Callable[[Tensor], None], add_gradient: Callable[[Tensor], None] | None
-    ) -> list[Any]:
-        """Install hooks on a module and return their handles.
+    ) -> None:
+        """Put hooks on a module.
 
         Args:
             module: called with x, returning y.
@@ -194,31 +196,19 @@ class Watcher:
                 add_input(_input(args, kwargs))
 
         def output(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-            return None if add_gradient is None else _with_gradient(out, add_gradient)
+            if add_gradient is None:
+                return None
+            if not out.requires_grad:  # parameters are frozen: the first layers to be reached start the graph
+                out = out.detach().requires_grad_()
+            out.register_hook(add_gradient)
+            return out.clone()  # what follows may write into it: not allowed of a leaf, and a view would lose the hook
 
-        return [module.register_forward_pre_hook(inputs, with_kwargs=True), module.register_forward_hook(output)]
-
-
-def _with_gradient(out: Tensor, see: Callable[[Tensor], None]) -> Tensor:
-    """An output that tells its gradient when it comes back."""
-    if not out.requires_grad:  # parameters are frozen: the first layers to be reached start the graph
-        out = out.detach().requires_grad_()
-    out.register_hook(see)
-    return out.clone()  # what follows may write into it: not allowed of a leaf, and of a view the hook would be lost
+        self.hooks.enter_context(module.register_forward_pre_hook(inputs, with_kwargs=True))
+        self.hooks.enter_context(module.register_forward_hook(output))
 
 
 @contextmanager
-def watching(install: Callable[[Watcher], list[Any]]) -> Iterator[Watcher]:
-    """Watch modules until the block ends, however it ends. Every forward pass goes into a block of `seeing`.
-
-    Args:
-        install: puts hooks where they are wanted, and returns their handles.
-    """
-    watcher, handles = Watcher(), []
-    try:
-        handles = install(watcher)
-        with torch.enable_grad():
-            yield watcher
-    finally:
-        for handle in handles:
-            handle.remove()
+def watching() -> Iterator[Watcher]:
+    """Watch modules until the block ends, however it ends. Every forward pass goes into a block of `seeing`."""
+    with ExitStack() as hooks, torch.enable_grad():
+        yield Watcher(hooks)

@@ -41,10 +41,10 @@ class Linears(Structure):
     def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
         return {name: LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients)}
 
-    def watch(self, name: str, site: Site, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
+    def watch(self, name: str, site: Site, sums: Mapping[str, Any], watcher: Any) -> None:
         layer: LayerMoments = sums[name]
         back = None if layer.gradient_products is None else lambda g: layer.add_gradients(watcher.real(name, g))
-        return list(watcher.watch(site.module, lambda x: layer.add_inputs(watcher.rows(name, x)), back))
+        watcher.watch(site.module, lambda x: layer.add_inputs(watcher.rows(name, x)), back)
 
     def skeleton(self, site: Site, entry: Entry | None) -> Replacement:
         layer: Any = site.module

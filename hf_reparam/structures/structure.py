@@ -249,9 +249,9 @@ class Structure(Protocol):
         """Relative cost of decomposing all of it."""
         return source.effort(site) * len(self.moments_of(name, site))
 
-    def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
-        """Put hooks on what is there that add to the sums, with `Watcher.watch`; their handles."""
-        return []
+    def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> None:
+        """Put hooks on what is there that add to the sums, with `Watcher.watch`."""
+        return
 
     def skeleton(self, site: Any, entry: Entry | None) -> Replacement:
         """What takes its place, by shape alone, on the device of what is there; dense again for None."""

@@ -105,8 +105,9 @@ class Experts(Structure):
     def moments_of(self, name: str, site: ExpertSite) -> list[str]:
         return _names(name, site)
 
-    def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
-        return [ExpertWatch(site.owner, site.parameter, list(sums.values()), watcher)] if sums else []
+    def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> None:
+        if sums:
+            watcher.hooks.callback(ExpertWatch(site.owner, site.parameter, list(sums.values()), watcher).remove)
 
     def skeleton(self, site: ExpertSite, entry: Entry | None) -> Replacement:
         held = site.held

@@ -57,9 +57,9 @@ class Tables(Structure):
     def sums(self, name: str, site: TableSite, *, gradients: bool) -> dict[str, Any]:
         return {} if site.entry is not None else {name: TableMoments.zeros(*_shape(site.module))}
 
-    def watch(self, name: str, site: TableSite, sums: Mapping[str, Any], watcher: Any) -> list[Any]:
+    def watch(self, name: str, site: TableSite, sums: Mapping[str, Any], watcher: Any) -> None:
         if not sums:
-            return []
+            return
         table: TableMoments = sums[name]
 
         def real(x: Tensor) -> Tensor:
@@ -67,11 +67,8 @@ class Tables(Structure):
 
         rows = (lambda ids: table.add_ids(real(ids[..., None])[:, 0]), lambda g: table.add_gradients(real(g)))
         head = (lambda x: table.add_head(real(x), None), lambda g: table.add_head(None, real(g)))
-        return [
-            handle
-            for module in set(site.members.values())
-            for handle in watcher.watch(module, *(rows if isinstance(module, nn.Embedding) else head))
-        ]
+        for module in set(site.members.values()):
+            watcher.watch(module, *(rows if isinstance(module, nn.Embedding) else head))
 
     def skeleton(self, site: TableSite, entry: Entry | None) -> Replacement:
         """Modules with factors of their own: what is missing in a file would be taken for tied."""
