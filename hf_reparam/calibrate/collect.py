@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import convert_file_size_to_int, gather_object, send_to_device
@@ -34,6 +35,7 @@ _HOLD_OUT = 5  # about every fifth batch judges what the others predict
 _LEAST_PARTS = 3  # batches, of which some can be held out
 _MOST_HELD = 256  # examples
 
+S = TypeVar("S", LayerMoments, TableMoments)
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
@@ -134,25 +136,16 @@ def calibrate(
             )
         tokenizer = tokenizer or own_tokenizer(model)
         reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
-        layers: dict[str, LayerMoments] = {}
-        tables: dict[str, TableMoments] = {}
         rows: dict[str, int] = {}
         with nullcontext() if folder is None else _filling(Path(folder)):
             for number, group in enumerate(groups):
-                sums, held = _watch_group(work, group, data, metric, reading, loss_fn, alone=len(groups) == 1)
-                part = {name: known for name, known in sums.items() if isinstance(known, LayerMoments)}
-                others = {name: known for name, known in sums.items() if isinstance(known, TableMoments)}
-                rows |= {name: layer.tokens for name, layer in part.items()}
-                if folder is None:
-                    layers |= part
-                    tables |= others
-                else:
-                    Calibration(metric, part, others, held if number == 0 else ()).save_part(
-                        folder, number, len(groups)
-                    )
-                del sums, part, others  # before the next group takes its memory
+                seen = _watch_group(work, group, data, metric, reading, loss_fn, alone=len(groups) == 1)
+                rows |= {name: layer.tokens for name, layer in seen.layers.items()}
+                if folder is not None:
+                    (replace(seen, batches=()) if number else seen).save_part(folder, number, len(groups))
+                    del seen  # before the next group takes its memory
     _warn_of_little_data(rows, {found.name: found.site.in_features for found in selection.selected})
-    return Calibration(metric, layers, tables, held) if folder is None else Calibration.load(folder)
+    return seen if folder is None else Calibration.load(folder)
 
 
 @contextmanager
@@ -201,24 +194,20 @@ def _watch_group(
     loss_fn: LossFunction | None,
     *,
     alone: bool,
-) -> tuple[dict[str, Any], list[HeldOut]]:
-    """The sums of some sites of a frozen copy, from one pass over the data; `alone` if there are no others."""
+) -> Calibration:
+    """What one pass over the data says of some sites of a frozen copy; `alone` if there are no others."""
     fisher, inner = metric == "fisher", called(work)
     sums = {found.name: found.structure.sums(found.name, found.site, gradients=fisher) for found in group}
-    seen = 0
     plain = {f.name: f.site.module for f in group if f.structure.of_rows}
-
-    before: dict[str, LayerMoments] = {}
+    seen, before = 0, dict[str, LayerMoments]()
     held: list[Part] = []
-
-    def keep() -> None:
-        before.update({n: s.map(_on_cpu) for n, s in _whole(sums).items() if isinstance(s, LayerMoments)})
-
     parts = Padding(inner, plain).parts(prepare(inner, data, **reading))
     with watching() as watcher:
         for found in group:
             found.structure.watch(found.name, found.site, sums[found.name], watcher)
-        for part in _held_out_last(parts, held, keep):
+        for part, last in _held_out_last(parts, held):
+            if last and not before:  # a copy, which further batches do not change
+                before = {n: m.map(lambda t: t.to("cpu", copy=True)) for n, m in _of(LayerMoments, sums).items()}
             seen += 1
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
@@ -235,24 +224,27 @@ def _watch_group(
     for host in hosts(work).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
-    whole = {name: known.map(Tensor.cpu) for name, known in _whole(sums).items()}
-    for name in list(before) if total(torch.tensor(len(held))) else ():
-        whole[name].held = whole[name] - before.pop(name)
-    if not _sum_over_processes(whole, seen):
+    layers = {name: known.map(Tensor.cpu) for name, known in _of(LayerMoments, sums).items()}
+    tables = {name: known.map(Tensor.cpu) for name, known in _of(TableMoments, sums).items()}
+    for name, layer in layers.items() if total(torch.tensor(len(held))) else ():
+        layer.held = layer - before.pop(name, layer)
+    every: list[Any] = [*layers.values(), *tables.values()]
+    for known in every if distributed() else ():
+        vars(known).update(vars(known.map(total)))
+    if not total(torch.tensor(seen)):
         raise TargetError("the calibration data is empty: give at least one batch")
     kept: list[HeldOut] = [send_to_device((part.batch, part.masks), "cpu") for part in held]
-    return whole, gather_object(kept) if distributed() else kept
+    return Calibration(metric, layers, tables, gather_object(kept) if distributed() else kept)
 
 
-def _held_out_last(parts: Iterable[Part], held: list[Part], between: Callable[[], None]) -> Iterator[Part]:
-    """All parts, those that are held out at the end.
+def _held_out_last(parts: Iterable[Part], held: list[Part]) -> Iterator[tuple[Part, bool]]:
+    """All parts, those that are held out at the end, and whether each is.
 
     A part's own content says whether it is, so that neither order nor processes matter: about one of five, and if that
     is none, the one with the lowest number.
 
     Args:
         held: gets those that are held out.
-        between: called before them.
     """
     count, lowest, spare = 0, 0, None
     for part in parts:
@@ -263,30 +255,24 @@ def _held_out_last(parts: Iterable[Part], held: list[Part], between: Callable[[]
         elif spare is None:
             lowest, spare = number, part
         elif number < lowest:
-            yield spare
+            yield spare, False
             lowest, spare = number, part
         else:
-            yield part
+            yield part, False
     if int(total(torch.tensor(count))) < _LEAST_PARTS:
-        yield from held
+        yield from ((part, False) for part in held)
         held.clear()
     elif spare is not None and not held and not distributed():
         held.append(spare)
         spare = None
     if spare is not None:
-        yield spare
-    between()
-    yield from held
+        yield spare, False
+    yield from ((part, True) for part in held)
 
 
-def _on_cpu(total: Tensor) -> Tensor:
-    """A copy, which further batches do not change."""
-    return total.to("cpu", copy=True)
-
-
-def _whole(sums: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The sums of all sites by their names."""
-    return {name: known for group in sums.values() for name, known in group.items()}
+def _of(kind: type[S], sums: Mapping[str, Mapping[str, Any]]) -> dict[str, S]:
+    """The sums of this kind of all sites, by their names."""
+    return {name: known for group in sums.values() for name, known in group.items() if isinstance(known, kind)}
 
 
 def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> None:
@@ -335,10 +321,3 @@ def _loss(model: nn.Module, part: Part, *, alone: bool) -> Tensor:
     if loss.requires_grad or not alone:
         return loss
     return projection(outputs, part.seeds, part.masks)
-
-
-def _sum_over_processes(moments: Mapping[str, LayerMoments | TableMoments], seen: int) -> int:
-    """Add up what the processes of a distributed run saw, so that all of them hold the same moments."""
-    for layer in moments.values() if distributed() else ():
-        vars(layer).update(vars(layer.map(total)))
-    return int(total(torch.tensor(seen)))
