@@ -239,7 +239,7 @@ def test_what_was_complete_before_a_layer_is_not_computed_again(base):
     dense = frozen_copy(opened(model).model)
     judge = Judge(dense, [(case.batch(), ())] * 2, alone=True)
     skipped, seen = 0, 0
-    for layer in [module for module in dense.modules() if dense_type(module)]:
+    for layer in [module for module in dense.modules() if dense_type(type(module))]:
         weight = layer._parameters["weight"]
         layer._parameters["weight"] = nn.Parameter(weight * 0.5, requires_grad=False)
         far = judge(dense)

@@ -71,7 +71,7 @@ def to_pairs(model: M, *, inplace: bool = False) -> M:
 def _pair(layer: PivotedLinear) -> LowRankLinear:
     """Factors of their own; both must be plain Linears, or WeightError says what they are."""
     pair = low_rank_like(layer, Entry(layer.rank, "pair"))
-    pair.down.weight.copy_(layer.basis()).requires_grad_(layer.down.weight.requires_grad)
+    pair.down.weight.copy_(layer.factors()[1]).requires_grad_(layer.down.weight.requires_grad)
     pair.up.load_state_dict(layer.up.state_dict())
     pair.error, pair.metric, pair.from_rank = layer.error, layer.metric, layer.from_rank
     return pair

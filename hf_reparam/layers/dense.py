@@ -71,17 +71,13 @@ def register_dense(
     return _registry[module_type]
 
 
-def dense_type(module: nn.Module) -> DenseType | None:
-    """The entry for exactly this module's class, or None."""
-    return _entry(type(module))
-
-
-def _entry(kind: type[nn.Module]) -> DenseType | None:
+def dense_type(kind: type[nn.Module]) -> DenseType | None:
+    """The entry for exactly this class, or None."""
     return _registry.get(kind) or _registry.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _known(kind: type[nn.Module]) -> DenseType:
-    entry = _entry(kind)
+    entry = dense_type(kind)
     if entry is None:
         raise TargetError(f"{kind.__name__} is no registered dense type: register_dense makes it known")
     return entry
@@ -143,18 +139,15 @@ def build_dense(layer: Factored) -> nn.Module:
     return dense
 
 
-def dense_like(
-    layer: nn.Module, shape: tuple[int, int] | None = None, kind: type[nn.Module] | None = None
-) -> nn.Module:
-    """A dense layer like this one, without its numbers, or of another shape (in, out) or type.
+def dense_like(layer: nn.Module, shape: tuple[int, int]) -> nn.Module:
+    """A dense layer like this one, of a shape (in, out), without numbers.
 
     For a low-rank layer, one of the type that it stands for. dtype, device, mode and `requires_grad` are this layer's.
     """
-    if isinstance(layer, Factored):
-        return layer.stand_in(shape)
-    part: Any = layer
+    like: Any = layer
+    part, kind = (like.up, like.dense_type) if isinstance(layer, Factored) else (like, type(layer))
     weight, bias = part.weight, part.bias
-    built = _known(kind or type(layer)).build(*shape or shape_of(layer), bias is not None, weight.device, weight.dtype)
+    built = _known(kind).build(*shape, bias is not None, weight.device, weight.dtype)
     built.get_parameter("weight").requires_grad_(weight.requires_grad)
     if bias is not None:
         built.get_parameter("bias").requires_grad_(bias.requires_grad)
@@ -165,7 +158,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a dense or low-rank layer; (0, 0) of any other module."""
     if isinstance(module, Factored):
         return module.in_features, module.out_features
-    entry = dense_type(module)
+    entry = dense_type(type(module))
     n_out, n_in = entry.matrix(module).shape if entry is not None else (0, 0)
     return n_in, n_out
 

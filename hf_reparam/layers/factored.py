@@ -53,8 +53,8 @@ class Factored(nn.Module):
         up, down = self.factors()
         return up.detach().double() @ down.detach().double()
 
-    def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
-        """A dense module of the type that it stands for, of its or another shape (in, out); its values are not set."""
+    def stand_in(self) -> nn.Module:
+        """A dense module of the type and shape that it stands for; its values are not set."""
         raise NotImplementedError
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:

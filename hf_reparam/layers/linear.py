@@ -44,20 +44,11 @@ class LowRankLinear(Factored):
         return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that nn.Linear gives it
-        out: Tensor = self.up(self.hidden(input))
-        return out
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., r), what `up` gets."""
-        out: Tensor = self.down(x)
+        out: Tensor = self.up(self.down(input))
         return out
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.up.weight, self.basis()
-
-    def basis(self) -> Tensor:
-        """(r, in), `down` as one matrix."""
-        return self.down.weight
+        return self.up.weight, self.down.weight
 
     def matrix(self) -> Tensor:
         kinds = [type(factor) for factor in (self.down, self.up)]
@@ -70,8 +61,8 @@ class LowRankLinear(Factored):
             raise WeightError(reason)
         return super().matrix()
 
-    def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
-        return dense_like(self.up, shape or (self.in_features, self.out_features), self.dense_type).train(self.training)
+    def stand_in(self) -> nn.Module:
+        return dense_like(self, (self.in_features, self.out_features))
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         first, mixing = (self.down, self.up) if self.form == "pair" else (self.up, self.down)
@@ -127,10 +118,10 @@ class PivotedLinear(LowRankLinear):
             _check_order(order, f"{prefix}order")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        ordered = x.gather(-1, self.order.expand_as(x))
-        rest: Tensor = self.down(ordered[..., self.rank :])
-        return ordered[..., : self.rank] + rest
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        ordered = input.gather(-1, self.order.expand_as(input))
+        out: Tensor = self.up(ordered[..., : self.rank] + self.down(ordered[..., self.rank :]))
+        return out
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         yield from super().fresh(deviation)
@@ -140,10 +131,10 @@ class PivotedLinear(LowRankLinear):
         self.order = self.order.to(torch.int64)  # families that keep layers in float32 cast this, too
         _check_order(self.order, f"{name}.order")
 
-    def basis(self) -> Tensor:
-        combinations = self.down.weight
+    def factors(self) -> tuple[Tensor, Tensor]:
+        up, combinations = super().factors()
         identity = torch.eye(self.rank, dtype=combinations.dtype, device=combinations.device)
-        return torch.cat([identity, combinations], 1)[:, self.order.argsort()]
+        return up, torch.cat([identity, combinations], 1)[:, self.order.argsort()]
 
 
 def _check_order(order: Tensor, name: str) -> None:

@@ -31,7 +31,7 @@ def draw_new(module: nn.Module, config: Any) -> None:
             continue
         if isinstance(part, Factored):
             draw(part, config)
-        elif dense_type(part) is not None:  # the base class may not draw it again
+        elif dense_type(type(part)) is not None:  # the base class may not draw it again
             layer: Any = part
             fill(layer.weight, _deviation(config, layer.weight.numel() // shape_of(layer)[1]))
             if layer.bias is not None:

@@ -69,7 +69,7 @@ def _adaptable(name: str, module: nn.Module) -> list[str]:
     """What to append to a layer's name for the plain layers in its place; an empty string for one that is itself."""
     if not isinstance(module, Factored) and not getattr(module, "of_one_layer", False):
         return [""]
-    parts = [f".{path}" for path, part in module.named_modules() if dense_type(part) is not None]
+    parts = [f".{path}" for path, part in module.named_modules() if dense_type(type(part)) is not None]
     if not parts:
         raise TargetError(
             f"{name} is a {type(module).__name__}, whose factors are no layers that PEFT can adapt: leave it out, or "

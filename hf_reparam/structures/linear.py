@@ -69,7 +69,7 @@ class Linears(Structure):
 def _looks_dense(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight is not None
-    return isinstance(module, (LowRankLinear, *registered_types())) or dense_type(module) is not None
+    return isinstance(module, (LowRankLinear, *registered_types())) or dense_type(type(module)) is not None
 
 
 def _site(model: nn.Module, module: Any, names: list[str], owners: Counter[int]) -> Site:
@@ -104,7 +104,7 @@ def _unfit(module: nn.Module, parent: nn.Module, owners: Counter[int]) -> str | 
             why = unsplittable(attention, owners)
             return f"inside nn.MultiheadAttention{', which reads the weight itself' if why is None else f': {why}'}"
     if not isinstance(module, LowRankLinear):
-        if dense_type(module) is None:
+        if dense_type(type(module)) is None:
             return f"{type(module).__name__} is a subclass of a dense type; register_dense makes it known"
         weight = module._parameters.get("weight")
         if weight is None:

@@ -123,7 +123,7 @@ class LowRankExperts(_Weights, Factored):
         up, down = (part.detach()[expert].to(working_device(part), torch.float64) for part in self.factors())
         return up @ down
 
-    def stand_in(self, shape: tuple[int, int] | None = None) -> Any:
+    def stand_in(self) -> Any:
         """Zeros of the shape that it stands for, for one expert."""
         return torch.zeros(1, *self.shape[1:])
 

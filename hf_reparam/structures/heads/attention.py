@@ -177,7 +177,7 @@ def _attention(module: nn.Module, names: list[str], paths: Mapping[nn.Module, li
     if width < found.out_features or found.split:
         return replace(found, entry=Entry(width, "heads"))
     layers = [found.layer(role) for role in ROLES]
-    if not all(map(dense_type, layers)):
+    if not all(dense_type(type(layer)) for layer in layers):
         return replace(found, reason="a projection is not a dense layer")
     if any(len(paths[layer]) != len(names) for layer in layers):
         return replace(found, reason="a projection hangs elsewhere, too, and cannot change its shape")

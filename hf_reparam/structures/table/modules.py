@@ -53,11 +53,10 @@ class LowRankTable(Factored):
         self.table, self.up = table, up
         (self.out_features, self.rank), self.in_features = table.weight.shape, len(up.weight)
 
-    def stand_in(self, shape: tuple[int, int] | None = None) -> nn.Module:
-        """An embedding of its or another shape (width, tokens); its values are not set."""
-        width, tokens = shape or (self.in_features, self.out_features)
-        like = self.up.weight
-        return nn.utils.skip_init(nn.Embedding, tokens, width, dtype=like.dtype, device=like.device)
+    def stand_in(self) -> nn.Module:
+        """An embedding (tokens, width); its values are not set."""
+        like, shape = self.up.weight, (self.out_features, self.in_features)
+        return nn.utils.skip_init(nn.Embedding, *shape, dtype=like.dtype, device=like.device)
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         yield self.table.weight, deviation
