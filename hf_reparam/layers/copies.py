@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_reparam.errors import WeightError
 
-__all__ = ["WorkingCopy", "frozen_copy", "working_copy"]
+__all__ = ["WorkingCopy", "frozen_copy"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,17 +42,12 @@ class WorkingCopy:
         self.model = None
 
 
-def working_copy(model: M) -> M:
-    """The model of a `WorkingCopy`."""
-    return WorkingCopy(model).model
-
-
 def frozen_copy(model: M) -> M:
     """A working copy in evaluation mode, of which no parameter takes a gradient.
 
     Raises WeightError if the weights were made inside `torch.inference_mode()`, which knows no gradients.
     """
-    made: Any = working_copy(model)
+    made: Any = WorkingCopy(model).model
     views: dict[nn.Parameter | None, nn.Parameter | None] = {None: None}
     for name, parameter in made.named_parameters():
         if parameter.is_inference():

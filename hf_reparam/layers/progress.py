@@ -30,25 +30,13 @@ class _Bar:
         self.stages: list[_Stage] = []
         self.shown: Any = None  # until the first stage begins
 
-    def enter(self, new: _Stage) -> None:
-        self.stages.append(new)
-        self._show()
-
-    def leave(self, old: _Stage) -> None:
-        self.stages.remove(old)
-        if self.stages:
-            self._show()  # nothing, where the bar was closed before: a generator may be forgotten, and end late
-
     def advance(self, at: _Stage, count: int) -> None:
         at.done += count
         if self.stages[-1:] == [at]:
             self.shown.update(count)
 
-    def close(self) -> None:
-        if self.shown is not None:
-            self.shown.close()
-
-    def _show(self) -> None:
+    def show(self) -> None:
+        """The stages as they are now."""
         *around, now = self.stages
         name = ", ".join([*(f"{stage.name} {stage.done + 1}/{stage.total}" for stage in around), now.name])
         if self.shown is None:
@@ -77,7 +65,8 @@ def one_bar() -> Iterator[_Bar]:
         yield bar
     finally:
         _current.set(None)
-        bar.close()
+        if bar.shown is not None:
+            bar.shown.close()
 
 
 @contextmanager
@@ -90,11 +79,14 @@ def stage(name: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
     """
     with one_bar() as bar:
         new = _Stage(name, total, unit)
-        bar.enter(new)
+        bar.stages.append(new)
+        bar.show()
         try:
             yield lambda count: bar.advance(new, count)
         finally:
-            bar.leave(new)
+            bar.stages.remove(new)
+            if bar.stages:
+                bar.show()  # nothing, where the bar was closed before: a generator may be forgotten, and end late
 
 
 def each(items: Collection[T], name: str, unit: str) -> Iterator[T]:

@@ -112,24 +112,23 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                     value[i] = replacements[item]
 
 
-def independent_copy(model: M, new: Iterable[nn.Module]) -> M:
-    """A deep copy, in which the modules `new` and their tensors are those of the model itself."""
-    return _copied(model, (part for module in new for part in module.modules()))
+def independent_copy(model: M, shared: Iterable[nn.Module | Tensor]) -> M:
+    """A deep copy, in which some tensors, and some modules with all that they have, are those of the model itself.
 
-
-def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:
-    """Raise TargetError for a model that cannot be copied without what is to be replaced; no parameter is copied."""
-    _copied(model, [*model.parameters(), *model.buffers(), *replaced])
-
-
-def _copied(model: M, shared: Iterable[Any]) -> M:
-    """A deep copy that shares some modules and tensors with the original."""
+    Raises TargetError for a model that cannot be copied without them.
+    """
+    kept = [part for item in shared for part in (item.modules() if isinstance(item, nn.Module) else [item])]
     try:
-        return copy.deepcopy(model, {id(item): item for item in shared})
+        return copy.deepcopy(model, {id(part): part for part in kept})
     except Exception as error:  # whatever the model's own attributes raise
         raise TargetError(
             f"{type(model).__name__} cannot be copied: use inplace=True. The copy failed with: {error}"
         ) from error
+
+
+def check_copyable(model: nn.Module, replaced: Iterable[nn.Module]) -> None:
+    """Raise TargetError for a model that cannot be copied without what is to be replaced; no parameter is copied."""
+    independent_copy(model, [*model.parameters(), *model.buffers(), *replaced])
 
 
 @contextmanager

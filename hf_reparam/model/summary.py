@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_reparam.config import LowRankConfig
-from hf_reparam.layers.copies import working_copy
+from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.config import plan_of
@@ -65,7 +65,7 @@ def report(model: nn.Module) -> Report:
 
 def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
     """What a plan will make of a model, as `opened` shows it, of which this could have been selected."""
-    work, rows = working_copy(model), []
+    work, rows = WorkingCopy(model).model, []
     taken: set[str] = set()
     for structure in STRUCTURES:
         for found, entry in fit(plan, work, structure, strict=True).values():

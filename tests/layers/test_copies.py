@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_reparam.errors import WeightError
-from hf_reparam.layers.copies import WorkingCopy, frozen_copy, working_copy
+from hf_reparam.layers.copies import WorkingCopy, frozen_copy
 from hf_reparam.layers.surgery import replace_modules
 from tests import zoo
 
@@ -16,7 +16,7 @@ from tests import zoo
 @pytest.mark.parametrize("case", zoo.ALL, ids=lambda c: c.id)
 def test_the_same_function_of_the_same_memory(case):
     model, batch = case.build(), case.batch()
-    made = working_copy(model)
+    made = WorkingCopy(model).model
     assert type(made) is type(model)
     assert made.config is model.config
     for (name, copy), (other, original) in zip(
@@ -36,7 +36,7 @@ def test_the_same_function_of_the_same_memory(case):
 def test_what_is_replaced_or_set_in_it_leaves_the_original(case):
     model, batch = case.build(), case.batch()
     modules, before, expected = list(model.modules()), dict(model.state_dict()), zoo.outputs(model, batch)
-    made = working_copy(model)
+    made = WorkingCopy(model).model
     for module in made.modules():
         module.training = True
         module.left_here = 1
@@ -98,7 +98,7 @@ class Pointing(nn.Module):
 
 def test_whatever_points_to_a_module_points_to_its_copy():
     model, x = Pointing(), torch.randn(2, 4)
-    made = working_copy(model)
+    made = WorkingCopy(model).model
     assert torch.equal(made(x), model(x))
     assert made.listed[0] is made.named["fc"] is made.later["fc"][0] is made.holder.layer is made.fc
     assert made.listed[1] == (made.other, "text")
@@ -121,7 +121,7 @@ def test_whatever_points_to_a_module_points_to_its_copy():
 def test_hooks_of_the_original_run_and_new_ones_are_the_copys():
     model, seen = nn.Sequential(nn.Linear(4, 4)), []
     model[0].register_forward_hook(lambda *_: seen.append("original's"))
-    made = working_copy(model)
+    made = WorkingCopy(model).model
     made[0].register_forward_hook(lambda *_: seen.append("copy's"))
     made(torch.randn(1, 4))
     assert seen == ["original's", "copy's"]

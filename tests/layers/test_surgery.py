@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_reparam import convert
 from hf_reparam.errors import TargetError
-from hf_reparam.layers.copies import working_copy
+from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.surgery import check_copyable, factor, independent_copy, low_rank_like, replace_modules
@@ -93,7 +93,7 @@ class Listed(nn.Module):
 @pytest.mark.parametrize("copied", [True, False])
 def test_replace_in_lists_beside_the_children(copied):
     net, new = Listed(), nn.Identity()
-    model = working_copy(net) if copied else net
+    model = WorkingCopy(net).model if copied else net
     old = net.layers[0]
     replace_modules(model, {model.layers[0]: new})
     assert model.layers[0] is model.get_submodule("0") is new
@@ -102,7 +102,7 @@ def test_replace_in_lists_beside_the_children(copied):
 
 def test_a_copy_shares_the_new_modules_alone():
     net, new = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4)
-    work = working_copy(net)
+    work = WorkingCopy(net).model
     replace_modules(work, {work[0]: new})
     result = independent_copy(work, [new])
     assert result[0] is new
@@ -121,7 +121,7 @@ def test_copy_never_copies_the_replaced_tensors():
     dense.weight = nn.Parameter(dense.weight.detach().as_subclass(Uncopyable))
     net = nn.Sequential(dense, nn.Linear(4, 4))
     check_copyable(net, [dense])
-    work, new = working_copy(net), nn.Identity()
+    work, new = WorkingCopy(net).model, nn.Identity()
     replace_modules(work, {work[0]: new})
     assert independent_copy(work, [new])[0] is new
     with pytest.raises(TargetError, match=r"use inplace=True. The copy failed with: copied"):
