@@ -75,14 +75,7 @@ def batched(
 
 
 class _Reader:
-    """Makes batches for one model.
-
-    Args:
-        model: what the batches are for.
-        tokenizer: for texts, or None.
-        max_length: tokens of a row, or None.
-        examples: how many there are, or None.
-    """
+    """Makes batches for one model."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None, examples: int | None) -> None:
         self.model = model

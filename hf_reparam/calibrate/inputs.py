@@ -79,15 +79,11 @@ def _first_position(model: PreTrainedModel, size: int) -> int:
 
 def padding_id(model: nn.Module, tokenizer: Any) -> int:
     """The id that fills rows up: the model's, the tokenizer's, or any, because padding is masked."""
-    for known in (_config_padding(model), tokenizer.pad_token_id, tokenizer.eos_token_id):
+    own = getattr(getattr(host(model), "config", None), "pad_token_id", None)
+    for known in (own, tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(known, int) and known >= 0:
             return known
     return 0
-
-
-def _config_padding(model: nn.Module) -> Any:
-    inside = host(model)
-    return None if inside is None else getattr(inside.config, "pad_token_id", None)
 
 
 def predicts_tokens(model: nn.Module) -> bool:
@@ -99,6 +95,6 @@ def predicts_tokens(model: nn.Module) -> bool:
 def batches_of_one(model: nn.Module) -> bool:
     """Whether a model may refuse batches of several rows: heads that look for the last token need a padding id."""
     inside = host(model)
-    if inside is None or _config_padding(model) is not None or predicts_tokens(model):
+    if inside is None or getattr(inside.config, "pad_token_id", None) is not None or predicts_tokens(model):
         return False
-    return "input_ids" in _parameters(inside)[0] and "labels" in _parameters(inside)[0]
+    return {"input_ids", "labels"} <= _parameters(inside)[0]

@@ -106,19 +106,16 @@ def examples(
 def _opened(item: Any, names: Names) -> Iterator[tuple[Mapping[str, Any], Words | None]]:
     """An item of the data as a row or batch; a batch of texts as its rows; nothing for an empty text."""
     if not isinstance(item, (str, Mapping)):
+        inner = f" of {type(item[0]).__name__}" if isinstance(item, (list, tuple)) and item else ""
+        got = type(item).__name__ + inner
         raise TargetError(
-            f"a calibration batch is a dict for model(**batch) or a text, got a {_named(item)}: for ids write "
+            f"a calibration batch is a dict for model(**batch) or a text, got a {got}: for ids write "
             '{"input_ids": ids}, for two texts {"text": a, "text_pair": b}, for a chat {"messages": messages}'
         )
-    for row in [{"text": item}] if isinstance(item, str) else _rows_of_texts(item, names):
-        words = item if isinstance(item, str) else _words_of(row, names)
+    for row in _rows_of_texts({"text": item} if isinstance(item, str) else item, names):
+        words = _words_of(row, names)
         if words is None or not isinstance(words, str) or words.strip():
             yield row, words
-
-
-def _named(item: Any) -> str:
-    name = type(item).__name__
-    return f"{name} of {type(item[0]).__name__}" if isinstance(item, (list, tuple)) and item else name
 
 
 def _rows_of_texts(item: Mapping[str, Any], names: Names) -> Iterator[Mapping[str, Any]]:

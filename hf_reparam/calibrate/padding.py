@@ -236,26 +236,17 @@ def decodes(model: nn.Module) -> bool:
 def _to_window(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch as long as a model that attends within windows (Longformer, LED, BigBird) would make it itself, with a
     mask that knows of it."""
-    inputs = batch.get("input_ids", batch.get("inputs_embeds"))
-    step, config = _window(model), getattr(model, "config", None)
-    if step < 2 or not isinstance(inputs, Tensor) or not (missing := -inputs.shape[1] % step):
-        return batch
-    batch = {
-        **batch,
-        "attention_mask": batch.get("attention_mask", inputs.new_ones(inputs.shape[:2], dtype=torch.long)),
-    }
-    fill = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED}
-    for key in [*_along(batch, "attention_mask", 1, inputs.shape[1]), "attention_mask"]:
-        sides = (0, 0) * (batch[key].dim() - 2) + (0, missing)
-        batch[key] = F.pad(batch[key], sides, value=fill.get(key, 0))
-    return batch
-
-
-def _window(model: nn.Module) -> int:
-    """The number of which a model makes its lengths multiples."""
-    config = getattr(model, "config", None)
+    inputs, config = batch.get("input_ids", batch.get("inputs_embeds")), getattr(model, "config", None)
     sizes = getattr(config, "attention_window", None)
     if sizes is None and getattr(config, "attention_type", None) == "block_sparse":
         sizes = getattr(config, "block_size", None)
-    found = max(sizes, default=0) if isinstance(sizes, (list, tuple)) else sizes
-    return found if isinstance(found, int) else 0
+    step = max(sizes, default=0) if isinstance(sizes, (list, tuple)) else sizes
+    if not isinstance(inputs, Tensor) or not isinstance(step, int) or step < 2 or not inputs.shape[1] % step:
+        return batch
+    mask = batch.get("attention_mask", inputs.new_ones(inputs.shape[:2], dtype=torch.long))
+    batch = {**batch, "attention_mask": mask}
+    fill = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED}
+    for key in [*_along(batch, "attention_mask", 1, inputs.shape[1]), "attention_mask"]:
+        sides = (0, 0) * (batch[key].dim() - 2) + (0, -inputs.shape[1] % step)
+        batch[key] = F.pad(batch[key], sides, value=fill.get(key, 0))
+    return batch

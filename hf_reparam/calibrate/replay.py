@@ -76,18 +76,17 @@ class Replay:
     @contextmanager
     def _skipping(self, final: Collection[nn.Module]) -> Iterator[None]:
         """Have blocks whose output is known give it at once."""
-        known = [block for block in final if block in self.outputs]
-        own = {block: vars(block)["forward"] for block in known if "forward" in vars(block)}
-        for block in known:
+        own = {block: vars(block).get("forward") for block in final if block in self.outputs}
+        for block in own:
             output = self.outputs[block]
             vars(block)["forward"] = lambda *_, output=output, **__: copy.deepcopy(output)  # it may be written into
         try:
             yield
         finally:
-            for block in known:
-                del vars(block)["forward"]
             for block, forward in own.items():
-                vars(block)["forward"] = forward
+                del vars(block)["forward"]
+                if forward is not None:
+                    vars(block)["forward"] = forward
 
     @contextmanager
     def _keeping(self, final: Collection[nn.Module]) -> Iterator[None]:

@@ -62,19 +62,14 @@ def tokenized(words: Words, tokenizer: Any, length: int, *, single: bool) -> lis
     if isinstance(words, tuple):
         return [dict(tokenizer(*words, truncation=True, max_length=length))]
     special = isinstance(words, str)  # a chat template writes them itself
-    text = words if isinstance(words, str) else _chat(words, tokenizer)
+    if not special and tokenizer.chat_template is None:
+        raise TargetError("calibration data are chats, and the tokenizer has no chat_template: set it, or give texts")
+    text = words if special else tokenizer.apply_chat_template(words, tokenize=False)
     whole = dict(tokenizer(text, add_special_tokens=special, verbose=False))
     if len(whole["input_ids"]) <= length:
         return [whole]
     blocks = _blocks(whole, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], length)
     return blocks[:1] if single else blocks
-
-
-def _chat(messages: Any, tokenizer: Any) -> str:
-    if tokenizer.chat_template is None:
-        raise TargetError("calibration data are chats, and the tokenizer has no chat_template: set it, or give texts")
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    return text
 
 
 def _blocks(whole: Tokens, bare: list[int], length: int) -> list[Tokens]:
