@@ -18,7 +18,7 @@ from hf_reparam.files.compare import compare_folders, megabytes
 from hf_reparam.files.convert import convert_folder, inspect_folder, merge_folder
 from hf_reparam.files.estimate import plan_folder
 from hf_reparam.files.folder import model_place
-from hf_reparam.files.plan import check_new, read_plan, write_plan
+from hf_reparam.files.out import check_new, read_plan, write_plan
 from hf_reparam.files.push import push_folder
 from hf_reparam.layers.processes import connected, is_first
 from hf_reparam.plan import RankPlan

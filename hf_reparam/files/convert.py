@@ -16,17 +16,8 @@ from hf_reparam.compress.planning import make_plan
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.data import CalibrationData, check_size
-from hf_reparam.files.folder import (
-    card_of,
-    check_device,
-    load,
-    load_tokenizer,
-    locate,
-    model_place,
-    skeleton,
-)
-from hf_reparam.files.out import copy_companions, new_folder
-from hf_reparam.files.plan import check_absent, read_plan, write_plan
+from hf_reparam.files.folder import card_of, check_device, load, load_tokenizer, locate, model_place, skeleton
+from hf_reparam.files.out import check_absent, copy_companions, new_folder, read_plan, write_plan
 from hf_reparam.layers.processes import alone, is_first, wait_for_all
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.linalg.calibration import Calibration
@@ -125,7 +116,10 @@ def convert_folder(
         moments = work / "moments" if stream or max_memory is not None else None
         known = data.calibration(model, tokenizer, asked, plan, folder=moments)
         if plan is None:
-            plan = _kept_plan(model, asked, known, work)
+            kept = work / "plan.json"
+            plan = read_plan(kept) if kept.exists() else make_plan(model, asked, known)  # of a broken run
+            if is_first():
+                write_plan(plan, kept)
             asked = LowRankConfig(metric=plan.metric, solver=asked.solver)
         layers = work / "layers" if stream else None
         small = carry_out(model, asked, plan, calibration=known, inplace=not refit, workdir=layers)
@@ -185,23 +179,10 @@ def _open(source: str | os.PathLike[str], out: Path, force: bool, *, revision: s
 
 @contextmanager
 def _work_folder(out: Path, force: bool, same_work: str | None) -> Iterator[Path]:
-    """As `new_folder`, for one run at a time."""
+    """As `new_folder`, for one run at a time: another may have finished just now."""
     refusal = f"another process is converting into {out}; wait until it has finished, or choose another place"
-    with alone(out.parent / f".{out.name}.lock", refusal):
-        check_absent(out, force=force)  # the other may have finished just now
-        with new_folder(out, resume=same_work) as work:
-            yield work
-
-
-def _kept_plan(model: Any, config: LowRankConfig, calibration: Calibration | None, work: Path) -> RankPlan:
-    """As `make_plan`; an earlier, broken run may have left the plan in the work folder."""
-    place = work / "plan.json"
-    if place.exists():
-        return read_plan(place)
-    plan = make_plan(model, config, calibration)
-    if is_first():
-        write_plan(plan, place)
-    return plan
+    with alone(out.parent / f".{out.name}.lock", refusal), new_folder(out, force=force, resume=same_work) as work:
+        yield work
 
 
 def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool:

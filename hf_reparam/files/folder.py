@@ -46,7 +46,8 @@ _NO_CARD = "---\n\n---\n"  # an empty text is warned of
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> Path:
     """The folder of a model: itself, or the local snapshot of a Hub id (downloaded, or from the cache when offline)."""
     if os.path.isdir(source):
-        _check_no_revision(source, revision)
+        if revision is not None:
+            raise CheckpointError(f"{source} is a folder, which has no revision {revision!r}: leave it out")
         return Path(source)
     if os.path.exists(source):
         raise CheckpointError(f"{source} is a file; give a model folder or a Hub id")
@@ -63,11 +64,6 @@ def locate(source: str, *, revision: str | None = None, token: str | None = None
         raise CheckpointError(
             f"{source} is neither a folder nor a model that the Hub or its cache has: {one_line(error)}"
         ) from None
-
-
-def _check_no_revision(folder: str, revision: str | None) -> None:
-    if revision is not None:
-        raise CheckpointError(f"{folder} is a folder, which has no revision {revision!r}: leave it out")
 
 
 def _check_name(source: str) -> None:
@@ -202,8 +198,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model of a folder or Hub id on the meta device: every shape, no weight read. Raises as `load`."""
     if os.path.exists(source):
-        _check_no_revision(source, revision)
-        source = str(model_place(Path(source)))
+        source = str(model_place(locate(source, revision=revision)))
     else:
         _check_name(source)
     check_folder(Path(source))

@@ -1,5 +1,7 @@
-"""A new model folder: written so that it appears whole or not at all, with the files that belong to a model."""
+"""What is written: model folders, with the files that belong to a model, and plans; each whole or not at all."""
 
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ from hf_reparam.errors import CheckpointError, ReparamError
 from hf_reparam.files.folder import OTHER_FOLDERS, one_line, read_json
 from hf_reparam.layers.processes import is_first
 from hf_reparam.model.remote import FILE
+from hf_reparam.plan import RankPlan
 
-__all__ = ["copy_companions", "new_folder", "visible_files"]
+__all__ = ["check_absent", "check_new", "copy_companions", "new_folder", "read_plan", "visible_files", "write_plan"]
 
 _OWN = (  # written by the model, or true of the source alone; weights; what a Trainer left
     *("config.json", "generation_config.json", "README.md", FILE),
@@ -25,13 +28,45 @@ _OWN = (  # written by the model, or true of the source alone; weights; what a T
 )
 
 
+def check_absent(path: str | os.PathLike[str], *, force: bool) -> None:
+    """Raise CheckpointError for what exists, unless by force."""
+    if Path(path).exists() and not force:
+        raise CheckpointError(f"{path} exists; choose another place, or replace it with force (--force)")
+
+
+def check_new(path: str | os.PathLike[str], *, force: bool) -> None:
+    """Raise CheckpointError for a file that exists, unless by force, or whose folder does not."""
+    check_absent(path, force=force)
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise CheckpointError(f"{path} cannot be written: give a file in a folder that exists")
+
+
+def write_plan(plan: RankPlan, path: str | os.PathLike[str]) -> None:
+    """Store a plan as JSON; the file appears whole or not at all."""
+    unfinished = Path(f"{os.fspath(path)}~")
+    unfinished.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read_plan(path: str | os.PathLike[str]) -> RankPlan:
+    """A stored plan; CheckpointError for what cannot be read as JSON, PlanError for what is no plan."""
+    try:
+        data = read_json(Path(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as a plan: {error}") from None
+    return RankPlan.from_dict(data)
+
+
 @contextmanager
-def new_folder(out: Path, *, resume: str | None = None) -> Iterator[Path]:
+def new_folder(out: Path, *, force: bool, resume: str | None = None) -> Iterator[Path]:
     """A work folder beside `out`; its subfolder `new` takes the place of `out` when the block ends well.
+
+    Raises CheckpointError if `out` exists, unless by force, or cannot be written.
 
     `resume` is a fingerprint of the work. A work folder that a broken run of the same work left is taken up again, and
     this one is left when the block fails, unless for a ReparamError. None for a new one that always vanishes.
     """
+    check_absent(out, force=force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if resume is None:

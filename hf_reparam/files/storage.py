@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.errors import CheckpointError, TargetError
-from hf_reparam.files.out import new_folder
-from hf_reparam.files.plan import check_absent, read_plan, write_plan
+from hf_reparam.files.out import new_folder, read_plan, write_plan
 from hf_reparam.layers.surgery import undone_on_error
 from hf_reparam.model.build import Made, install
 from hf_reparam.model.host import check_model, metric_of, opened
@@ -66,9 +65,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         )
     if not entries:
         raise TargetError(f"{type(model).__name__} has nothing of low rank: save it as any module")
-    out = Path(path)
-    check_absent(out, force=force)
-    with new_folder(out) as work:
+    with new_folder(Path(path), force=force) as work:
         (work / "new").mkdir()
         write_plan(RankPlan(entries, metric=metric_of(model)), work / "new" / _PLAN)
         save_model(model, str(work / "new" / _TENSORS))
