@@ -35,9 +35,7 @@ class Replay:
 
     def first(self, model: nn.Module, run: Callable[[], T]) -> T:
         """The first pass, which tells the order."""
-        lists = [
-            (owner, child) for owner in model.modules() for child in owner.children() if type(child) is nn.ModuleList
-        ]
+        lists = [(m, part) for m in model.modules() for part in m.children() if type(part) is nn.ModuleList]
         blocks = {block for owner, items in lists for block in (owner, *items)} - {model}
         clock, calls = 0, Counter[nn.Module]()
 

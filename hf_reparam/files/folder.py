@@ -2,7 +2,8 @@
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "OTHER_FOLDERS",
     "card_of",
     "check_device",
+    "checked",
     "lines_of",
     "load",
     "load_tokenizer",
@@ -117,7 +119,7 @@ def load(
     """
     check_folder(folder)
     check_device(device)
-    try:
+    with checked(f"{folder} cannot be loaded"):
         kind = _saved_class(AutoConfig.from_pretrained(folder))
         on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
         with meant_for_disk(), unexpected_names(kind) as found:
@@ -132,10 +134,6 @@ def load(
             model.tie_weights()  # tied weights that were stored twice
         elif device is not None:
             model.to(device)
-    except (ReparamError, BrokenPipeError):  # nobody reads the progress bar any more
-        raise
-    except Exception as error:  # whatever a tampered folder makes Transformers stumble over
-        raise CheckpointError(f"{folder} cannot be loaded: {one_line(error)}") from error
     return model, _left_out(model, set(info["unexpected_keys"]), found)
 
 
@@ -202,14 +200,10 @@ def skeleton(
     else:
         _check_name(source)
     check_folder(Path(source))
-    try:
+    with checked(f"{source} cannot be read"):
         config = AutoConfig.from_pretrained(source, revision=revision or "main", token=token)
         with torch.device("meta"):
             model = _saved_class(config)(config)
-    except ReparamError:
-        raise
-    except Exception as error:  # as in `load`
-        raise CheckpointError(f"{source} cannot be read: {one_line(error)}") from error
     model.tie_weights()
     saved = getattr(torch, dtype) if dtype is not None else config.dtype
     return model if saved is None else model.to(saved)
@@ -235,6 +229,17 @@ def _saved_class(config: PreTrainedConfig) -> Any:
     if isinstance(config, ReparamConfigMixin) and not name.startswith(PREFIX):
         raise PlanError(f"config.json has a plan, and its architecture {name!r} is a stock class")
     return found
+
+
+@contextmanager
+def checked(refusal: str) -> Iterator[None]:
+    """Whatever fails in the block becomes a CheckpointError that begins so; errors of this package stay as they are."""
+    try:
+        yield
+    except (ReparamError, BrokenPipeError):  # nobody reads the progress bar any more
+        raise
+    except Exception as error:  # a tampered folder makes Transformers stumble, a Hub its client
+        raise CheckpointError(f"{refusal}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

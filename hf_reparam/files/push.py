@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hf_reparam.errors import CheckpointError, ReparamError, TargetError
-from hf_reparam.files.folder import card_of, model_place, one_line, skeleton
+from hf_reparam.errors import CheckpointError, TargetError
+from hf_reparam.files.folder import card_of, checked, model_place, skeleton
 from hf_reparam.files.out import visible_files
 from hf_reparam.model.card import prepare_upload
 from hf_reparam.model.config import ReparamConfigMixin
@@ -71,27 +71,21 @@ def push_folder(
     if not isinstance(model.config, ReparamConfigMixin):
         raise TargetError(f"{folder} holds a {type(model).__name__}, which is not converted: push it by other means")
     card = card_of(source, strict=True) if (source / "README.md").is_file() else None
-    with TemporaryDirectory() as work:
-        copy = Path(work)
-        try:
-            send = prepare_upload(
-                model,
-                copy,
-                repo,
-                card=card,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                remote_code=(place / FILE).is_file(),
-            )
-            files = _linked(source, copy)
-            done = send()
-        except ReparamError:
-            raise
-        except Exception as error:  # whatever the Hub and its client raise
-            raise CheckpointError(f"{folder} cannot be pushed to {repo}: {one_line(error)}") from error
+    with TemporaryDirectory() as work, checked(f"{folder} cannot be pushed to {repo}"):
+        send = prepare_upload(
+            model,
+            Path(work),
+            repo,
+            card=card,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            remote_code=(place / FILE).is_file(),
+        )
+        files = _linked(source, Path(work))
+        done = send()
     return Pushed(repo, str(getattr(done, "commit_url", done)), tuple(sorted({*files, "README.md"})))
 
 

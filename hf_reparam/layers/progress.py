@@ -30,11 +30,6 @@ class _Bar:
         self.stages: list[_Stage] = []
         self.shown: Any = None  # until the first stage begins
 
-    def advance(self, at: _Stage, count: int) -> None:
-        at.done += count
-        if self.stages[-1:] == [at]:
-            self.shown.update(count)
-
     def show(self) -> None:
         """The stages as they are now."""
         *around, now = self.stages
@@ -79,10 +74,16 @@ def stage(name: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
     """
     with one_bar() as bar:
         new = _Stage(name, total, unit)
+
+        def advance(count: int) -> None:
+            new.done += count
+            if bar.stages[-1:] == [new]:
+                bar.shown.update(count)
+
         bar.stages.append(new)
         bar.show()
         try:
-            yield lambda count: bar.advance(new, count)
+            yield advance
         finally:
             bar.stages.remove(new)
             if bar.stages:
