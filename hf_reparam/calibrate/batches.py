@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_reparam.calibrate.inputs import Names, batches_of_one, forward_names, host, padding_id, predicts_tokens
 from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
-from hf_reparam.calibrate.objective import batch_masks
+from hf_reparam.calibrate.objective import MASKS, batch_masks
 from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.progress import stage
@@ -22,8 +22,6 @@ Batches = Iterable[Mapping[str, Any]] | Iterable[str]
 
 Row = dict[str, Tensor]
 
-_MASKS = ("attention_mask", "decoder_attention_mask")
-_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
 _SIZE = 32  # texts or rows in a batch
 _LEAST_BATCHES = 10  # of little data, so that some can be held out
 _SORTED = 32 * _SIZE  # texts that are sorted by length before they are put into batches: less padding, less time
@@ -95,7 +93,7 @@ class _Reader:
             if words is None and not is_row(item):
                 batch = self._batch(item)
                 if not _is_empty(batch):
-                    yield batch, {k: item[k] for k in _MASKS if k in item and k not in batch}, length_of(batch)
+                    yield batch, {k: item[k] for k in MASKS if k in item and k not in batch}, length_of(batch)
                 continue
             for number, (row, padded) in enumerate(self._rows(item, words)):
                 alike = tuple((key, None if key in padded else value.shape) for key, value in row.items())
@@ -205,7 +203,8 @@ def _check_decoder(model: nn.Module, names: Names, others: Mapping[str, Any]) ->
     if inside is None or not getattr(inside.config, "is_encoder_decoder", False):
         return
     makes_its_own = "labels" in names.known and not predicts_tokens(model)  # classification
-    if "decoder_input_ids" not in names.known or makes_its_own or {"labels", *_DECODER}.intersection(others):
+    given = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}.intersection(others)
+    if given or makes_its_own or "decoder_input_ids" not in names.known:
         return
     raise TargetError(
         f"{type(model).__name__} has a decoder, and texts say nothing of what it reads: give labels or "

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,7 +137,11 @@ def calibrate(
         tokenizer = tokenizer or own_tokenizer(model)
         reading = {"tokenizer": tokenizer, "max_length": max_length, "max_samples": max_samples}
         rows: dict[str, int] = {}
-        with nullcontext() if folder is None else _filling(Path(folder)):
+        with ExitStack() as stack:
+            if folder is not None:
+                refusal = f"another process is filling {folder} with moments: give each its own folder"
+                stack.enter_context(alone(Path(folder) / ".lock", refusal))
+                Calibration.open_folder(folder)
             for number, group in enumerate(groups):
                 seen = _watch_group(work, group, data, metric, reading, loss_fn, alone=len(groups) == 1)
                 rows |= {name: layer.tokens for name, layer in seen.layers.items()}
@@ -146,14 +150,6 @@ def calibrate(
                     del seen  # before the next group takes its memory
     _warn_of_little_data(rows, {found.name: found.site.in_features for found in selection.selected})
     return seen if folder is None else Calibration.load(folder)
-
-
-@contextmanager
-def _filling(folder: Path) -> Iterator[None]:
-    """Have a folder for moments to oneself; raises CheckpointError if it holds some, or another run fills it."""
-    with alone(folder / ".lock", f"another process is filling {folder} with moments: give each its own folder"):
-        Calibration.open_folder(folder)
-        yield
 
 
 def size_in_bytes(option: str, value: int | str) -> int:

@@ -22,6 +22,7 @@ from hf_reparam.linalg.sums import widened
 
 __all__ = [
     "IGNORED",
+    "MASKS",
     "SummedLosses",
     "batch_masks",
     "compared",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 IGNORED = -100  # Transformers' label of positions without a label
+MASKS = ("decoder_attention_mask", "attention_mask")
 _STEP = -0x61C8864680B583EB  # of SplitMix64, 2^64 over the golden ratio
 
 
@@ -46,7 +48,7 @@ def batch_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     Masks (batch, choices, length) have one row for each choice; of masks (batch, 1, length, length), boolean or added
     to scores, a position is padding if nothing may see it.
     """
-    masks = (batch.get("decoder_attention_mask"), batch.get("attention_mask"))
+    masks = map(batch.get, MASKS)
     return tuple(_flat_mask(mask) for mask in masks if isinstance(mask, Tensor) and 2 <= mask.dim() <= 4)
 
 
@@ -130,9 +132,7 @@ def objective(
         draw = _drawn_answers if multi_label else _drawn
         return torch.stack([draw(key, value, seeds, masks) for key, value in logits.items()]).sum()
     hidden = outputs.get("last_hidden_state")
-    if hidden is None:
-        return projection(outputs, seeds, masks)
-    return (_mask(hidden, masks) * _noise(hidden, seeds, masks)).sum()
+    return projection(outputs if hidden is None else hidden, seeds, masks)
 
 
 def _span_losses(outputs: Mapping[str, Any], batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.inputs import forward_names
-from hf_reparam.calibrate.objective import IGNORED, batch_masks, examples_in, seeds_of
+from hf_reparam.calibrate.objective import IGNORED, MASKS, batch_masks, examples_in, seeds_of
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 from hf_reparam.compat.accelerate import execution_device
 
@@ -28,7 +28,6 @@ __all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "taken_by", "unlab
 
 Batch = Mapping[str, Any]
 
-_MASKS = ("decoder_attention_mask", "attention_mask")
 _ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
 _CANNOT_BE_TRIED = (ValueError, RuntimeError, IndexError, TypeError)  # of a model that needs its batch as it is
 
@@ -184,7 +183,7 @@ def rows_of(batch: Batch, rows: list[int]) -> dict[str, Any]:
 def _trimmed(batch: Batch) -> dict[str, Any]:
     """A batch without the positions at both ends that are padding in every row."""
     out = dict(batch)
-    for name in _MASKS:
+    for name in MASKS:
         mask = batch.get(name)
         for seen in batch_masks({name: mask}):
             real = seen.any(0).nonzero()
@@ -202,7 +201,7 @@ def _along(batch: Batch, name: str, axis: int, length: int) -> list[str]:
     decoding = "decoder_attention_mask" in batch
     decoders = {key for key in batch if key.startswith("decoder_") or (decoding and key == "labels")}
     mine = decoders if name.startswith("decoder_") else batch.keys() - decoders
-    tensors = {key: batch[key] for key in mine - set(_MASKS) if isinstance(batch[key], Tensor)}
+    tensors = {key: batch[key] for key in mine - set(MASKS) if isinstance(batch[key], Tensor)}
     return [key for key, value in tensors.items() if value.dim() > axis and value.shape[axis] == length]
 
 

@@ -16,7 +16,7 @@ from hf_reparam.compress.planning import make_plan
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.data import CalibrationData, check_size
-from hf_reparam.files.folder import card_of, check_device, load, load_tokenizer, locate, model_place, skeleton
+from hf_reparam.files.folder import card_of, load, load_tokenizer, locate, model_place, skeleton
 from hf_reparam.files.out import check_absent, copy_companions, new_folder, read_plan, write_plan
 from hf_reparam.layers.processes import alone, is_first, wait_for_all
 from hf_reparam.layers.progress import one_bar
@@ -98,7 +98,6 @@ def convert_folder(
     place = model_place(folder)
     check_size("max_shard_size", max_shard_size)
     data = CalibrationData.of(calibration, max_length, max_samples, max_memory)
-    check_device(device)
     if device is not None and stream:
         raise TargetError("device needs the model in memory: give stream=False (leave --stream out)")
     if refit and data.texts is None:

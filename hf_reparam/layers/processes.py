@@ -109,8 +109,7 @@ def spread(costs: Mapping[str, float], work: Callable[[str], T], *, desc: str) -
     failure: Exception | None = None
     try:
         with one_bar():
-            for name in each(shares[torch.distributed.get_rank()], desc, "layer"):
-                results[name] = work(name)
+            results = {name: work(name) for name in each(shares[torch.distributed.get_rank()], desc, "layer")}
     except Exception as error:
         failure = error
     gathered: list[Any] = [None] * len(loads)
