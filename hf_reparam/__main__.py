@@ -82,7 +82,6 @@ def _saved(args: argparse.Namespace, result: Any) -> str:
 
 
 def _result(args: argparse.Namespace) -> Any:
-    """What the command gives."""
     match args.command:
         case "convert":
             asked = _config(args) if args.plan is None else read_plan(args.plan)

@@ -147,7 +147,6 @@ def frontier(
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
-    """The Axes given, or those of a new figure."""
     if ax is not None:
         return ax
     try:

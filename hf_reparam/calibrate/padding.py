@@ -84,30 +84,23 @@ class Padding:
 
     def _told_apart(self, batches: Iterable[tuple[Batch, tuple[Tensor, ...]]]) -> Iterator[Part]:
         for batch, masks in batches:
-            whole = self._part(batch)
+            usable = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()}
+            known = _to_window(self.model, _with_decoder_mask(self.model, usable))  # with all masks that can be known
+            whole = Part(known, batch_masks(known), tried=False)
             if masks and not whole.masks:  # the model takes none of them
-                yield Part(whole.batch, masks, tried=False)
+                yield replace(whole, masks=masks)
                 continue
-            count, padded = examples_in(whole.batch), whole.padded
+            count, padded, told = examples_in(whole.batch), whole.padded, None
             if count == 1 and padded and splits(whole.batch):
-                yield self._single(whole, 0)
-                continue
-            if count == 1 or not isinstance(self.model, PreTrainedModel) or not splits(whole.batch):
-                yield whole
-                continue
-            told = self._told(whole)
+                told = False
+            elif count > 1 and isinstance(self.model, PreTrainedModel) and splits(whole.batch):
+                told = self._told(whole)
             if told is None:
                 yield whole
             elif told:
                 yield Part(whole.batch, whole.masks, self._follows if padded else None)
             else:
                 yield from (self._single(whole, i) for i in range(count))
-
-    def _part(self, batch: Batch) -> Part:
-        """A batch with all masks that can be known, as long as the model makes it itself."""
-        usable = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()}
-        known = _to_window(self.model, _with_decoder_mask(self.model, usable))
-        return Part(known, batch_masks(known), tried=False)
 
     def _single(self, part: Part, i: int) -> Part:
         """One example without the padding at its ends."""

@@ -42,7 +42,6 @@ __all__ = [
 OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
 _OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf", "*.tflite"]
 _OTHER_FORMATS += [f"{name}/*" for name in OTHER_FOLDERS]
-_NO_CARD = "---\n\n---\n"  # an empty text is warned of
 
 
 def locate(source: str, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -188,7 +187,7 @@ def card_of(folder: Path, *, strict: bool = False) -> ModelCard:
     except (OSError, ValueError, YAMLError) as error:
         if strict and path.exists():
             raise CheckpointError(f"{path} cannot be read as a model card, mend it first: {one_line(error)}") from None
-        return ModelCard(_NO_CARD)
+        return ModelCard("---\n\n---\n")  # an empty text is warned of
 
 
 def skeleton(
