@@ -201,9 +201,11 @@ def _watch_group(
     with watching() as watcher:
         for found in group:
             found.structure.watch(found.name, found.site, sums[found.name], watcher)
-        for part, last in _held_out_last(parts, held):
-            if last and not before:  # a copy, which further batches do not change
+        for part, last in _held_out_last(parts):
+            if last and not held:  # a copy, which further batches do not change
                 before = {n: m.map(lambda t: t.to("cpu", copy=True)) for n, m in _of(LayerMoments, sums).items()}
+            if last:
+                held.append(part)
             seen += 1
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
@@ -233,15 +235,13 @@ def _watch_group(
     return Calibration(metric, layers, tables, gather_object(kept) if distributed() else kept)
 
 
-def _held_out_last(parts: Iterable[Part], held: list[Part]) -> Iterator[tuple[Part, bool]]:
+def _held_out_last(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
     """All parts, those that are held out at the end, and whether each is.
 
     A part's own content says whether it is, so that neither order nor processes matter: about one of five, and if that
     is none, the one with the lowest number.
-
-    Args:
-        held: gets those that are held out.
     """
+    held: list[Part] = []
     count, lowest, spare = 0, 0, None
     for part in parts:
         count += 1
@@ -257,7 +257,7 @@ def _held_out_last(parts: Iterable[Part], held: list[Part]) -> Iterator[tuple[Pa
             yield part, False
     if int(total(torch.tensor(count))) < _LEAST_PARTS:
         yield from ((part, False) for part in held)
-        held.clear()
+        held = []
     elif spare is not None and not held and not distributed():
         held.append(spare)
         spare = None
