@@ -26,6 +26,8 @@ __all__ = [
     "as_patterns",
     "check_used",
     "first_match",
+    "is_int",
+    "is_number",
     "layer_kind",
     "matches",
 ]
@@ -126,9 +128,9 @@ class LowRankConfig:
                 raise TargetError(f"{option} must be one of {list(allowed)}, got {value!r}")
         for option in ("multiple_of", "min_rank", "tokens"):
             value = getattr(self, option)
-            if not (value is None and option != "min_rank") and (not _is_int(value) or value < 1):
+            if not (value is None and option != "min_rank") and (not is_int(value) or value < 1):
                 raise RankError(f"{option} must be an int of at least 1, got {value!r}")
-        if not _is_number(self.least_saving) or not 0 <= self.least_saving < 1:
+        if not is_number(self.least_saving) or not 0 <= self.least_saving < 1:
             raise RankError(f"least_saving must be in [0, 1), a share of a layer, got {self.least_saving!r}")
         for option in ("embeddings", "heads", "verify", "allow_larger", "compiled"):
             if not isinstance(getattr(self, option), bool):
@@ -162,19 +164,11 @@ class LowRankConfig:
         return cls(**data)
 
     @classmethod
-    def asked(
-        cls,
-        config: "LowRankConfig | None",
-        *,
-        rank: Rank | None = None,
-        keep: float | None = None,
-        target_params: int | float | None = None,
-        speedup: float | None = None,
-    ) -> "LowRankConfig":
-        """A configuration with one size, its own or one beside it; TargetError for none or several."""
+    def asked(cls, config: "LowRankConfig | None", **sizes: Rank | None) -> "LowRankConfig":
+        """A configuration with one size, its own or one of rank, keep, target_params and speedup beside it; TargetError
+        for none or several."""
         if config is not None and not isinstance(config, cls):
             raise TargetError(f"give a LowRankConfig (`convert` also takes a RankPlan), got {type(config).__name__}")
-        sizes = {"rank": rank, "keep": keep, "target_params": target_params, "speedup": speedup}
         given = {name: size for name, size in sizes.items() if size is not None}
         if (config is not None and config.sized) + len(given) != 1:
             raise TargetError(ONE_SIZE)
@@ -185,7 +179,7 @@ def _check_sizes(config: LowRankConfig) -> None:
     rank, keep, target = config.rank, config.keep, config.target_params
     if sum(getattr(config, size) is not None for size in _SIZES) > 1:
         raise RankError("give one of rank, keep, target_params and speedup")
-    if config.speedup is not None and not (_is_number(config.speedup) and 1 <= config.speedup < math.inf):
+    if config.speedup is not None and not (is_number(config.speedup) and 1 <= config.speedup < math.inf):
         raise RankError(f"speedup must be a number of at least 1, such as 1.5, got {config.speedup!r}")
     ranks: dict[str, Any] = {} if rank is None else {"rank": rank}
     if isinstance(rank, Mapping):
@@ -194,7 +188,7 @@ def _check_sizes(config: LowRankConfig) -> None:
             raise RankError("rank is an empty mapping; give at least one pattern, such as {'query': 32}")
         ranks = {f"rank[{pattern!r}]": value for pattern, value in rank.items()}
     for where, value in ranks.items():
-        if not (_is_int(value) and value >= 1) and not _is_share(value):
+        if not (is_int(value) and value >= 1) and not _is_share(value):
             raise RankError(
                 f"{where} must be an int of at least 1, or a float in (0, 1] for that fraction of min(in, out), got "
                 f"{value!r}"
@@ -202,7 +196,7 @@ def _check_sizes(config: LowRankConfig) -> None:
     if keep is not None and not _is_share(keep):
         percent = f": for {keep:g} % give {keep / 100:g}" if isinstance(keep, (int, float)) and 2 <= keep <= 100 else ""
         raise RankError(f"keep must be in (0, 1], the share of the targeted layers' parameters, got {keep!r}{percent}")
-    if target is not None and not _is_int(target) and not _is_share(target):
+    if target is not None and not is_int(target) and not _is_share(target):
         raise RankError(
             "target_params must be an int, the parameters of the whole model, or a float in (0, 1] for that share of "
             f"them, got {target!r}"
@@ -229,16 +223,18 @@ def _check_together(config: LowRankConfig) -> None:
         )
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether it is an int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_share(value: object) -> bool:
-    return _is_number(value) and 0 < value <= 1
+    return is_number(value) and 0 < value <= 1
 
 
 def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hf_reparam.config import METRICS, as_patterns, check_used, first_match
+from hf_reparam.config import METRICS, as_patterns, check_used, first_match, is_int, is_number
 from hf_reparam.errors import PlanError
 from hf_reparam.tables import Part, Readable
 
@@ -52,7 +52,7 @@ class Entry:
     form: str = "pair"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if not is_int(self.rank) or self.rank < 1:
             raise PlanError(f"rank must be an int of at least 1, got {_short(self.rank)}")
         if not isinstance(self.form, str) or not _FORM.fullmatch(self.form):
             raise PlanError(f"form must be a word such as 'pair', got {_short(self.form)}")
@@ -207,10 +207,8 @@ class ConversionRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        known = asdict(self)
         known["errors"] = {n: None if error is None else float(f"{error:.4g}") for n, error in self.errors.items()}
-        for name in ("judgement", "speed"):
-            known[name] = known[name] and asdict(known[name])
         return {name: value for name, value in known.items() if value or name not in ("metrics", "judgement", "speed")}
 
     @classmethod
@@ -319,7 +317,7 @@ class RankPlan(Readable):
         if not isinstance(data, Mapping):
             raise PlanError(f"'reparam' must be an object, got {_short(data)}")
         version = data.get("format_version")
-        if isinstance(version, bool) or not isinstance(version, int):
+        if not is_int(version):
             raise PlanError(f"'reparam.format_version' must be an int, got {_short(version)}")
         if version != FORMAT_VERSION:
             raise PlanError(
@@ -330,12 +328,10 @@ class RankPlan(Readable):
             raise PlanError(f"'reparam' has unknown keys {unknown[:3]}; known are {sorted(_PLAN_KEYS)}")
         base, metric = data.get("base_model_type"), data.get("metric", "svd")
         modules: Any = data.get("modules")
-        for key, value, kind, what in (
-            ("base_model_type", base, (str, type(None)), "a string"),
-            ("modules", modules, Mapping, "an object of names"),
-        ):
-            if not isinstance(value, kind):
-                raise PlanError(f"'reparam.{key}' must be {what}, got {_short(value)}")
+        if not (base is None or isinstance(base, str)):
+            raise PlanError(f"'reparam.base_model_type' must be a string, got {_short(base)}")
+        if not isinstance(modules, Mapping):
+            raise PlanError(f"'reparam.modules' must be an object of names, got {_short(modules)}")
         _check_names(modules)
         entries = {}
         for name, entry in modules.items():
@@ -357,16 +353,15 @@ def is_hub_id(text: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_int(value) and value >= 0
 
 
 def _is_error(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (number and 0 <= value < math.inf)  # type: ignore[operator]
+    return value is None or (is_number(value) and 0 <= value < math.inf)
 
 
 def _is_divergence(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def _is_brief(text: object) -> bool:
