@@ -89,10 +89,11 @@ class Experts(Structure):
 
     def losses(self, name: str, site: ExpertSite, source: Source) -> Tensor | None:
         """The sum over experts; None without gradients in the fisher metric: there is no unit of other layers then."""
-        if source.metric == "fisher" and not _has_gradient(_moments(name, site, source)):
+        moments = self._moments(name, site, source)
+        if source.metric == "fisher" and not _has_gradient(moments):
             return None
         total = torch.zeros(site.full_rank, dtype=torch.float64)
-        for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
+        for i, (weight, metric, tokens) in enumerate(_coordinates(site, moments, source.metric)):
             with reading(f"expert {i}"):
                 total += spectrum(weight, metric).cpu() * tokens
         return total
@@ -103,7 +104,10 @@ class Experts(Structure):
         return {known: LayerMoments.zeros(*shape, gradients=gradients) for known in dense}
 
     def moments_of(self, name: str, site: ExpertSite) -> list[str]:
-        return _names(name, site)
+        return [f"{name}.{i}" for i in range(site.parts)]
+
+    def _moments(self, name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
+        return [source.moments(known) for known in self.moments_of(name, site)]
 
     def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> None:
         if sums:
@@ -130,7 +134,8 @@ class Experts(Structure):
                 return Built(site.replaced(dense_experts(site.held)))
             made, tail, energy = self.skeleton(site, entry), 0.0, 0.0
             low: Any = made.parts[0][2]
-            for i, (weight, metric, tokens) in enumerate(_coordinates(name, site, source)):
+            moments = self._moments(name, site, source)
+            for i, (weight, metric, tokens) in enumerate(_coordinates(site, moments, source.metric)):
                 with reading(f"expert {i}"):
                     found = decompose(weight, max_rank=entry.rank, metric=metric, solver=source.solver)
                 up, down = found.cut(entry.rank)
@@ -193,23 +198,15 @@ def expert_moments(moments: Sequence[LayerMoments | None], n_in: int) -> list[La
     return [own if own is not None and own.tokens >= n_in else together for own in moments]
 
 
-def _names(name: str, site: ExpertSite) -> list[str]:
-    """Of each expert's moments."""
-    return [f"{name}.{i}" for i in range(site.parts)]
-
-
-def _moments(name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
-    return [source.moments(known) for known in _names(name, site)]
-
-
 def _has_gradient(moments: Sequence[LayerMoments | None]) -> bool:
     return any(own is not None and own.has_gradient() for own in moments)
 
 
-def _coordinates(name: str, site: ExpertSite, source: Source) -> Iterator[tuple[Tensor, Metric, float]]:
+def _coordinates(
+    site: ExpertSite, moments: Sequence[LayerMoments | None], kind: str
+) -> Iterator[tuple[Tensor, Metric, float]]:
     """Weight (out, in), metric and how much it counts, of each expert. Not centred: biases of experts stay."""
-    moments = _moments(name, site, source)
-    kind = "activation" if source.metric == "fisher" and not _has_gradient(moments) else source.metric
+    kind = "activation" if kind == "fisher" and not _has_gradient(moments) else kind
     for i, used in enumerate(expert_moments(moments, site.in_features)):
         matrix, own = site.matrix(i), moments[i]
         if used is None:
