@@ -110,8 +110,7 @@ def unsplittable(attention: nn.MultiheadAttention, owners: Counter[int]) -> str 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear of these very numbers."""
-    linear = nn.Linear(1, 1, bias=False, device="meta")
-    linear.out_features, linear.in_features = weight.shape
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), weight.requires_grad)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), bias.requires_grad)

@@ -102,11 +102,6 @@ class Attention(Site):
     heads: int
     width: int
 
-    @property
-    def split(self) -> bool:
-        """Whether three layers are in the place of a fused one."""
-        return isinstance(self.module.get_submodule(self.known.query), FusedProjections)
-
     def within(self, role: str, *, split: bool) -> str:
         """Where the layer of a role is in the attention; with `split`, of one of the three in a fused layer's place."""
         path: str = getattr(self.known, role)
@@ -170,11 +165,12 @@ def _attention(module: nn.Module, names: list[str], paths: Mapping[nn.Module, li
             width=width,
         )
         outs = {shape_of(found.layer(role))[1] for role in INNER}
+        split = isinstance(module.get_submodule(known.query), FusedProjections)
     except (AttributeError, ZeroDivisionError):  # another version's class of that name
         return None
-    if inner != heads * width or outs != {3 * inner if known.fused and not found.split else inner}:
+    if inner != heads * width or outs != {3 * inner if known.fused and not split else inner}:
         return None
-    if width < found.out_features or found.split:
+    if width < found.out_features or split:
         return replace(found, entry=Entry(width, "heads"))
     layers = [found.layer(role) for role in ROLES]
     if not all(dense_type(type(layer)) for layer in layers):
