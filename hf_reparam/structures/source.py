@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +74,7 @@ class Source:
 
     def table_moments(self, name: str) -> TableMoments | None:
         """What it knows of a table; None without gradients."""
-        known = self.calibration is not None and self.metric == "fisher"
-        return self.calibration.tables.get(name) if self.calibration is not None and known else None
+        return self.calibration.tables.get(name) if self.calibration is not None and self.metric == "fisher" else None
 
     def metric_of(self, name: str) -> str:
         """The metric of a layer: "svd" if it saw no data, "activation" if no gradient came back to it."""
@@ -126,12 +124,6 @@ class Source:
         if self.metric == "fisher" and not (moments is not None and moments.has_gradient()):
             return None
         return self.curve(name, weight(), centred=centred).losses * (1 if moments is None else moments.tokens)
-
-    def effort(self, site: Any) -> float:
-        """Relative cost of decomposing a site: products, the eigenproblem, and the roots of moments."""
-        n_in, n_out, rank = site.in_features, site.out_features, site.full_rank
-        roots = 0.0 if self.metric == "svd" else (n_in**3 + n_out**3) / 3
-        return float(rank**2 * (n_in + n_out + 10 * rank) + roots + 1)
 
     def made_of(self, name: str) -> dict[str, str]:
         """Fingerprints of the moments that the metric has of a site and within it, or of what they were made from."""

@@ -181,6 +181,7 @@ class Structure(Protocol):
     changes_moments: bool = False
     stays_in_memory: bool = False
     of_rows: bool = False
+    ties: bool = False
 
     def sites(self, model: nn.Module) -> list[Any]:
         """Every `Site` where it can stand or stands; reads shapes only, so it works on the meta device."""
