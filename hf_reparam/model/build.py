@@ -101,8 +101,7 @@ def build(
     moments: dict[str, Callable[[], LayerMoments]] = {}
     gone: frozenset[str] = frozenset()
     origins: dict[str, str] = {}
-    replaced: dict[nn.Module, nn.Module] = {}
-    before = len(made.parts)
+    new: list[Replacement] = []
     for name, (modules, error) in layers.items():
         found, entry = parts[name]
         if structure.changes_moments and entry is not None and source.calibration is not None:
@@ -110,15 +109,15 @@ def build(
             moments |= built.moments
             gone |= built.gone
             origins |= dict.fromkeys(built.moments, made_of(name)) if place is not None else {}
-        new = (shapes.get(name) or structure.skeleton(found.site, entry)).of(modules)
-        replaced |= new.modules
-        made.parts += new.parts
-        made.attributes += new.attributes
-        made.retie |= new.retie
+        new.append((shapes.get(name) or structure.skeleton(found.site, entry)).of(modules))
         made.modules += list(modules)
         made.stored += found.site.names[:1] if place is not None else ()
         _note(found, entry, list(modules), error, source, made)
-    Replacement(replaced, made.attributes, parts=made.parts[before:]).install(work.model)
+    together = Replacement.joined(new)
+    together.install(work.model)
+    made.parts += together.parts
+    made.attributes += together.attributes
+    made.retie |= structure.ties
     return source.with_layers(moments, gone, origins)
 
 

@@ -82,13 +82,11 @@ class Replacement:
     Args:
         modules: old module -> new one, wherever it hangs.
         attributes: (module, name, value) of what is set beside, such as the width of heads.
-        retie: whether a Transformers model has to tie its parameters anew.
         parts: (module, name, new part) of what takes the place of a parameter or of its like.
     """
 
     modules: Mapping[nn.Module, nn.Module]
     attributes: Sequence[tuple[nn.Module, str, Any]] = ()
-    retie: bool = False
     parts: Sequence[tuple[nn.Module, str, nn.Module | nn.Parameter]] = ()
 
     @classmethod
@@ -97,7 +95,7 @@ class Replacement:
         modules = {old: new for one in replacements for old, new in one.modules.items()}
         attributes = [item for one in replacements for item in one.attributes]
         parts = [item for one in replacements for item in one.parts]
-        return cls(modules, attributes, any(one.retie for one in replacements), parts)
+        return cls(modules, attributes, parts)
 
     def new(self) -> nn.ModuleList:
         """All that is new, in one module."""
@@ -174,6 +172,7 @@ class Structure(Protocol):
         changes_moments: whether what it builds are dense layers that other structures may take.
         of_rows: whether a site is one module that maps rows of `in_features` numbers, and so can be timed alone.
         stays_in_memory: whether its modules share tensors, and so cannot wait in files.
+        ties: whether Transformers models have to tie their parameters anew when its modules came in.
     """
 
     forms: tuple[str, ...]
@@ -247,8 +246,10 @@ class Structure(Protocol):
         return [name]
 
     def effort(self, name: str, site: Any, source: Source) -> float:
-        """Relative cost of decomposing all of it."""
-        return source.effort(site) * len(self.moments_of(name, site))
+        """Relative cost of decomposing all of it: products, the eigenproblem, and the roots of moments."""
+        n_in, n_out, rank = site.in_features, site.out_features, site.full_rank
+        roots = 0.0 if source.metric == "svd" else (n_in**3 + n_out**3) / 3
+        return float(rank**2 * (n_in + n_out + 10 * rank) + roots + 1) * len(self.moments_of(name, site))
 
     def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> None:
         """Put hooks on what is there that add to the sums, with `Watcher.watch`."""

@@ -39,6 +39,7 @@ class Tables(Structure):
     forms = ("table",)
     option = "embeddings"
     stays_in_memory = True
+    ties = True
 
     def sites(self, model: nn.Module) -> list[TableSite]:
         return [site for path, host in hosts(model).items() for site in _sites(f"{path}." if path else "", host)]
@@ -111,7 +112,7 @@ class Tables(Structure):
                 table, up = (nn.Parameter(part.contiguous(), weight.requires_grad) for part in factors)
                 modules = {module: low_rank_table(module, table, up) for module in members}
                 error = found.relative_error(entry.rank)
-        return Built(Replacement(modules, _ties(site.host, modules), retie=True), error)
+        return Built(Replacement(modules, _ties(site.host, modules)), error)
 
 
 def _sites(start: str, host: PreTrainedModel) -> Iterator[TableSite]:
