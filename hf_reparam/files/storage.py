@@ -96,11 +96,7 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
     work, made = opened(model), Made()
     for structure in STRUCTURES:
         for found, entry in fit(plan, work.model, structure, strict=True).values():
-            shape = structure.skeleton(found.site, entry)
-            shape.install(work.model)
-            made.modules += shape.new()
-            made.parts += shape.parts
-            made.attributes += shape.attributes
+            made.put(structure.skeleton(found.site, entry), work.model)
     with undone_on_error(model):
         install(model, work, made)
         try:

@@ -14,7 +14,7 @@ from hf_reparam.layers.offload import build_layers
 from hf_reparam.layers.surgery import replace_modules
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.moments import LayerMoments
-from hf_reparam.model.sites import Found, check_forms, fit
+from hf_reparam.model.sites import Found, fit
 from hf_reparam.plan import Entry, RankPlan
 from hf_reparam.structures import STRUCTURES, Structure, changed
 from hf_reparam.structures.source import Source
@@ -44,6 +44,13 @@ class Made:
     parts: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
     retie: bool = False
+
+    def put(self, new: Replacement, model: nn.Module) -> None:
+        """Put a replacement in place in a working copy."""
+        new.install(model)
+        self.modules += new.new()
+        self.parts += new.parts
+        self.attributes += new.attributes
 
 
 def build(
@@ -110,13 +117,9 @@ def build(
             gone |= built.gone
             origins |= dict.fromkeys(built.moments, made_of(name)) if place is not None else {}
         new.append((shapes.get(name) or structure.skeleton(found.site, entry)).of(modules))
-        made.modules += list(modules)
         made.stored += found.site.names[:1] if place is not None else ()
         _note(found, entry, list(modules), error, source, made)
-    together = Replacement.joined(new)
-    together.install(work.model)
-    made.parts += together.parts
-    made.attributes += together.attributes
+    made.put(Replacement.joined(new), work.model)
     made.retie |= structure.ties
     return source.with_layers(moments, gone, origins)
 
@@ -175,12 +178,11 @@ def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:
 
 
 def apply(work: WorkingCopy, plan: RankPlan, source: Source, folder: Path | None = None) -> tuple[Made, Source]:
-    """Make all that a plan names, and put it in place in a working copy.
+    """Make all that a plan of known forms names, and put it in place in a working copy.
 
     Raises:
         PlanError: the plan does not fit.
     """
-    check_forms(plan)
     made = Made()
     for structure in STRUCTURES:
         parts = fit(plan, work.model, structure, strict=True)
