@@ -23,6 +23,7 @@ def register() -> None:
     Factored.load_weights = _load_weights  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
 def _load_weights(layer: Factored, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Load (name within the layer, tensor) each, and return the names. A parameter that the server has sharded loads
     its part by its `weight_loader`. The empty marker is passed over. Raises CheckpointError for any other name."""
@@ -30,7 +31,7 @@ def _load_weights(layer: Factored, weights: Iterable[tuple[str, torch.Tensor]]) 
     loaded = set()
     for name, tensor in weights:
         if name in parameters:
-            getattr(parameters[name], "weight_loader", _copy)(parameters[name], tensor)
+            getattr(parameters[name], "weight_loader", torch.Tensor.copy_)(parameters[name], tensor)
         elif name in buffers:
             setattr(layer, name, tensor.to(next(layer.parameters()).device))
         elif tensor.numel() == 0:
@@ -41,8 +42,3 @@ def _load_weights(layer: Factored, weights: Iterable[tuple[str, torch.Tensor]]) 
     if loaded:
         layer.check_loaded("a layer that a server loads")
     return loaded
-
-
-@torch.no_grad()
-def _copy(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    parameter.copy_(tensor)
