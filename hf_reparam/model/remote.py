@@ -72,7 +72,8 @@ def _composed() -> str:
             own = _own_imports(node)
             if isinstance(node, ast.ImportFrom) and any(map(_is_left_out, own)):
                 absent |= {alias.asname or alias.name for alias in node.names}
-            if own or _is_for_types(node):
+            for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            if own or for_types:
                 continue
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 imports.add(ast.unparse(node))
@@ -107,10 +108,6 @@ def _own_imports(node: ast.stmt) -> list[str]:
     names = [str(node.module)] if isinstance(node, ast.ImportFrom) else []
     names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     return [name for name in names if name.startswith("hf_reparam.")]
-
-
-def _is_for_types(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def _is_left_out(name: str) -> bool:
