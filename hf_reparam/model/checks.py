@@ -152,8 +152,6 @@ def count_parameters(model: nn.Module) -> int:
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
     """Tensors of the block can be trained, also where it runs inside `torch.inference_mode()`."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
+    gradients = torch.is_grad_enabled()  # not in inference mode, which leaving it would change
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
