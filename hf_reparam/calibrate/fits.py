@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg.calibration import shapes_of_layers
-from hf_reparam.model.host import hosts_by_start, layer_name
+from hf_reparam.model.host import hosts, layer_name
 from hf_reparam.model.sites import Found
 from hf_reparam.structures.source import Source
 
@@ -35,7 +35,7 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
             )
     every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)} | named.keys()
     missing, foreign = sorted(named.keys() - known.keys()), sorted(known.keys() - every)
-    starts = list(hosts_by_start(model))
+    starts = list(hosts(model))
     if starts and named.keys() & known.keys():
         ours, theirs_parts = ({_part(name, starts) for name in names} for names in (named, known))
         missing = [name for name in missing if _part(name, starts) in theirs_parts]

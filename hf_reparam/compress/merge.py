@@ -77,8 +77,8 @@ def merge(model: M, *, inplace: bool = False, workdir: str | os.PathLike[str] | 
         if inplace:
             install(model, work, made)
         mark_offloaded(result, made.stored)
-        for path, host in hosts(result).items():
-            if not path or any(isinstance(module, ReparamMixin) for module in host.modules()):
+        for start, host in hosts(result).items():
+            if not start or any(isinstance(module, ReparamMixin) for module in host.modules()):
                 to_stock(host)
         if made.retie:
             retie(result, made.modules)

@@ -62,13 +62,13 @@ def register(base: Any) -> Any:
 
 def check_loadable(model: nn.Module) -> None:
     """Raise TargetError for a model with code from a repository, if the Auto classes could not load it converted."""
-    for name, part in hosts(model).items():
+    for start, part in hosts(model).items():
         kind, config = stock_model_class(part), stock_config_class(part.config)
         if not any(code.__module__.startswith("transformers_modules.") for code in (kind, config)):
             continue
         known = config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is config
         if not known or auto_class_of(kind) is None:
-            where = f"{name} is a {kind.__name__}, which" if name else kind.__name__
+            where = f"{start[:-1]} is a {kind.__name__}, which" if start else kind.__name__
             raise TargetError(
                 f"{where} came with trust_remote_code, and its low-rank model could be saved and never loaded: "
                 f"register its code first, AutoConfig.register({config.model_type!r}, type(model.config)) and "

@@ -13,7 +13,7 @@ from hf_reparam.compat.auto import auto_classes
 from hf_reparam.compat.marks import drawn_parameters
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.model.config import stock_config_class
-from hf_reparam.model.host import embeddings_of, hosts, hosts_by_start, saved_otherwise, ties_of, unwrapped
+from hf_reparam.model.host import embeddings_of, hosts, saved_otherwise, ties_of, unwrapped
 
 _QUANTIZERS = ("torchao.", "bitsandbytes.", "torch.ao.nn.quantized.", "hqq.", "optimum.quanto.", "compressed_tensors.")
 _PACKED = ("weight", "qweight", "weight_packed", "W_q")  # buffers that hold quantized weights
@@ -40,7 +40,7 @@ def optional_layers(model: nn.Module) -> dict[str, str]:
 def fresh_heads(model: nn.Module) -> list[str]:
     """Parameters of task heads that no checkpoint gave and no training has changed."""
     heads = tuple(f"{name}." for name, reason in optional_layers(model).items() if reason.startswith("task head"))
-    drawn = (start + name for start, host in hosts_by_start(model).items() for name in drawn_parameters(host))
+    drawn = (start + name for start, host in hosts(model).items() for name in drawn_parameters(host))
     return [name for name in drawn if name.startswith(heads)]
 
 
@@ -63,7 +63,7 @@ def protected_layers(model: nn.Module) -> dict[str, str]:
     """Layers that stay dense, and why: the output embeddings, whatever a Transformers model declares as tied, and what
     an object around it saves by itself; none of a plain module."""
     reasons: dict[str, str] = {}
-    for start, host in hosts_by_start(model).items():
+    for start, host in hosts(model).items():
         _, output = embeddings_of(host)
         for name, module in host.named_modules(remove_duplicate=False):
             if module is output:
@@ -75,10 +75,10 @@ def protected_layers(model: nn.Module) -> dict[str, str]:
 
 def check_unquantized(model: nn.Module) -> None:
     """Raise WeightError for quantized weights in Transformers models, whatever is left over in their configuration."""
-    for path, host in hosts(model).items():
+    for start, host in hosts(model).items():
         where = next(_quantized(host), "" if getattr(host, "hf_quantizer", None) is not None else None)
         if where is not None:
-            place = f"{path}: " if path else ""
+            place = f"{start[:-1]}: " if start else ""
             raise WeightError(
                 f"{place}{type(host).__name__} is quantized{where}: convert the full-precision model, then quantize "
                 "the result"
@@ -130,7 +130,7 @@ def check_convertible(model: nn.Module, *, inplace: bool) -> None:
             "DistributedDataParallel would go on with the old parameters: change model.module in place and wrap it "
             "anew, or use inplace=False"
         )
-    for start, host in hosts_by_start(model).items():
+    for start, host in hosts(model).items():
         for name, module in host.named_modules():
             if unwrapped(module) is not module:
                 raise TargetError(
@@ -142,7 +142,7 @@ def check_convertible(model: nn.Module, *, inplace: bool) -> None:
 def count_parameters(model: nn.Module) -> int:
     """Numbers in a model's parameters, shared ones counted once."""
     known = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
-    for start, host in hosts_by_start(model).items():
+    for start, host in hosts(model).items():
         for target, source in ties_of(host).items():  # on the meta device sharing cannot be seen
             if any(p is not None and p.is_meta for p in (known.get(start + target), known.get(start + source))):
                 known.pop(start + target, None)

@@ -36,11 +36,6 @@ def check_model(model: object) -> None:
     raise TargetError(f"a model is an nn.Module, {got}: {hint}")
 
 
-def hosts_by_start(model: nn.Module) -> dict[str, Any]:
-    """As `hosts`, by what paths of modules inside of it begin with: "0.model.", or nothing for a model itself."""
-    return {f"{path}." if path else "": host for path, host in hosts(model).items()}
-
-
 def ties_of(host: Any) -> dict[str, str]:
     """Tied parameters of a Transformers model, target -> source, as it declares them."""
     return getattr(host, "all_tied_weights_keys", None) or {}
@@ -89,7 +84,7 @@ def opened(model: nn.Module) -> WorkingCopy:
 def mark_offloaded(model: nn.Module, names: Iterable[str]) -> None:
     """Tell Transformers, which asks when it saves a model, that layers, by their paths, are in files."""
     offloaded = list(names)
-    for start, host in hosts_by_start(model).items():
+    for start, host in hosts(model).items():
         mine = [name.removeprefix(start) for name in offloaded if name.startswith(start)]
         if mine:
             known = getattr(host, "hf_device_map", None) or {"": "cpu"}
@@ -111,8 +106,9 @@ def called(model: nn.Module) -> nn.Module:
     container = isinstance(model, (nn.ModuleDict, nn.ModuleList)) or (type(model) is nn.Sequential and len(model) == 1)
     found = hosts(model) if container or _of_sentence_transformers(model) else {}
     if len(found) > 1:
+        paths = sorted(start[:-1] for start in found)
         raise TargetError(
-            f"{type(model).__name__} holds {len(found)} Transformers models, {sorted(found)}, and cannot be called "
+            f"{type(model).__name__} holds {len(found)} Transformers models, {paths}, and cannot be called "
             "with one batch: calibrate and convert each by itself, with inplace=True"
         )
     return next(iter(found.values()), model)

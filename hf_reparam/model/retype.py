@@ -15,7 +15,7 @@ from hf_reparam.compat.marks import forget_conversions, set_initialized
 from hf_reparam.model.auto import register
 from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
 from hf_reparam.model.config import ReparamConfigMixin, plan_of, stock_config_class
-from hf_reparam.model.host import embeddings_of, hosts, hosts_by_start, ties_of
+from hf_reparam.model.host import embeddings_of, hosts, ties_of
 from hf_reparam.model.remote import forget_file
 from hf_reparam.model.sites import entries_of
 from hf_reparam.plan import ConversionRecord, RankPlan, is_hub_id
@@ -33,7 +33,7 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
             object; those of layers that were low-rank before are kept beside.
     """
     put_in = set(new)
-    for start, host in hosts_by_start(model).items():
+    for start, host in hosts(model).items():
         if start and put_in.isdisjoint(host.modules()):
             continue
         old, base = plan_of(host.config), stock_config_class(host.config)

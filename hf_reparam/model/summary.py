@@ -11,7 +11,7 @@ from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.config import plan_of
-from hf_reparam.model.host import check_model, hosts_by_start, layer_name, metric_of, opened
+from hf_reparam.model.host import check_model, hosts, layer_name, metric_of, opened
 from hf_reparam.model.sites import Found, Selection, fit, select
 from hf_reparam.plan import ConversionRecord, Entry, RankPlan
 from hf_reparam.report import LayerReport, Report, SkippedReport
@@ -48,7 +48,7 @@ def report(model: nn.Module) -> Report:
     found = [item for item in found if item.site.entry is not None]
     selection = select(work, LowRankConfig())
     dense = [item for item in selection.selected if item.site.entry is None]
-    plans = {start: plan_of(host.config) for start, host in hosts_by_start(model).items()}
+    plans = {start: plan_of(host.config) for start, host in hosts(model).items()}
     records = [plan.record for plan in plans.values() if plan.record is not None]
     rows = [replace(_row(item, item.site.entry), **_made(item, plans)) for item in found]
     left = _left(dense) if rows else []

@@ -107,8 +107,8 @@ def refit(
         reads, desc = tokenizer or own_tokenizer(model), "reading"
         read = prepare(called(low), data, reads, max_length=max_length, max_samples=max_samples, desc=desc)
         report = _refit(low, full, read, calibration, distance)
-        for path, host in hosts(model).items():
-            note_refit(host.config, sum(not path or name.startswith(f"{path}.") for name in report.layers))
+        for start, host in hosts(model).items():
+            note_refit(host.config, sum(name.startswith(start) for name in report.layers))
         return report
 
 

@@ -9,7 +9,8 @@ __all__ = ["embeddings_of", "hosts"]
 
 
 def hosts(model: nn.Module) -> dict[str, Any]:
-    """Path -> Transformers model, for each in an object that is part of no other; {"": model} for one itself.
+    """What paths of modules inside of it begin with, "0.model." -> Transformers model, for each in an object that is
+    part of no other; {"": model} for one itself.
 
     Each has a plan of its own, in its own configuration, and is saved by its own `save_pretrained`.
     """
@@ -17,7 +18,7 @@ def hosts(model: nn.Module) -> dict[str, Any]:
         return {"": model}
     found = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     parts = {id(part) for outer in found.values() for part in outer.modules() if part is not outer}
-    return {path: module for path, module in found.items() if id(module) not in parts}
+    return {f"{path}.": module for path, module in found.items() if id(module) not in parts}
 
 
 def embeddings_of(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:

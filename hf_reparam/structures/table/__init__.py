@@ -42,7 +42,7 @@ class Tables(Structure):
     ties = True
 
     def sites(self, model: nn.Module) -> list[TableSite]:
-        return [site for path, host in hosts(model).items() for site in _sites(f"{path}." if path else "", host)]
+        return [site for start, host in hosts(model).items() for site in _sites(start, host)]
 
     def cost(self, site: TableSite, entry: Entry | None) -> int:
         if entry is not None and entry.rank >= site.full_rank:
