@@ -83,15 +83,6 @@ class Source:
         moments = self.moments(name)
         return "svd" if moments is None else self.metric if moments.has_gradient() else "activation"
 
-    def coordinates(self, name: str, weight: Tensor, *, centred: bool) -> Metric:
-        """The coordinates in which a weight is decomposed, on its working device; centred where there is a bias."""
-        moments = self.moments(name)
-        if moments is None:
-            return Metric()
-        shrinkage = self.curve(name, weight, centred=centred).shrinkage
-        device = working_device(weight)
-        return moments.metric(self.metric_of(name), centred=centred, device=device, shrinkage=shrinkage)
-
     def curve(self, name: str, weight: Tensor, *, centred: bool) -> Curve:
         """What a weight loses at every rank, per token, and the shrinkage that suits its moments."""
         calibration, metric = self.calibration, self.metric_of(name)
@@ -104,11 +95,15 @@ class Source:
         return found
 
     def decomposition(self, name: str, weight: Tensor, *, centred: bool, max_rank: int) -> Decomposition:
-        """The decomposition of a weight (out, in), up to `max_rank` or further; errors as of `decompose`."""
+        """The decomposition of a weight (out, in), up to `max_rank` or further, centred where there is a bias; errors
+        as of `decompose`."""
         key, size = (name, weight.shape), 8 * min(weight.shape) * sum(weight.shape)
         if self.kept is not None and key in self.kept.known:
             return self.kept.known[key]
-        metric = self.coordinates(name, weight, centred=centred)
+        moments, metric = self.moments(name), Metric()
+        if moments is not None:
+            shrinkage, device = self.curve(name, weight, centred=centred).shrinkage, working_device(weight)
+            metric = moments.metric(self.metric_of(name), centred=centred, device=device, shrinkage=shrinkage)
         if self.kept is None or size > self.kept.room:
             return decompose(weight, max_rank=max_rank, metric=metric, solver=self.solver)
         self.kept.room -= size
