@@ -21,10 +21,10 @@ from hf_reparam.compat.marks import hook_of
 
 
 @contextmanager
-def aligned(module: nn.Module) -> Iterator[None]:
-    """Have a module's weights in memory while the block runs, wherever accelerate keeps them."""
+def aligned(*modules: nn.Module) -> Iterator[None]:
+    """Have the weights of modules in memory while the block runs, wherever accelerate keeps them."""
     with ExitStack() as stack:
-        for part in module.modules():
+        for part in (part for module in modules for part in module.modules()):
             stack.enter_context(align_module_device(part))
         yield
 

@@ -121,5 +121,5 @@ def _tied(model: PreTrainedModel) -> bool:
     source: Any = modules.get(ties_of(model).get(key, "").removesuffix(".weight"))
     if not isinstance(source, nn.Embedding) or source.weight is outputs.weight:
         return True
-    with aligned(source), aligned(outputs):
+    with aligned(source, outputs):
         return torch.equal(source.weight, outputs.get_parameter("weight"))

@@ -7,7 +7,7 @@ interface.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -278,9 +278,7 @@ def paths_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 def reading(name: str, *modules: nn.Module) -> Iterator[None]:
     """Have the weights of modules in memory while the block runs; its WeightErrors begin with the name."""
     try:
-        with ExitStack() as stack:
-            for module in modules:
-                stack.enter_context(aligned(module))
+        with aligned(*modules):
             yield
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from None
