@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_reparam.compat.loading import draw_as_class, fill
-from hf_reparam.layers.dense import dense_matrix, dense_type, shape_of
+from hf_reparam.layers.dense import dense_type, shape_of
 from hf_reparam.layers.factored import Factored
 
 
@@ -23,8 +23,7 @@ def draw(layer: Factored, config: Any, deviation: float | None = None) -> None:
 @torch.no_grad()
 def draw_new(module: nn.Module, config: Any) -> None:
     """Give numbers to the factors and dense layers in a module, where they are not on the meta device."""
-    outer = [part for part in module.modules() if isinstance(part, Factored)]
-    inside = {factor for part in outer for factor in part.modules() if factor is not part}
+    inside = {factor for part in module.modules() if isinstance(part, Factored) for factor in part.children()}
     for part in module.modules():
         tensors = (*part.parameters(recurse=False), *part.buffers(recurse=False))
         if part in inside or any(tensor.is_meta for tensor in tensors):
@@ -68,7 +67,9 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
             for part in [*stand_ins.values(), owner]:
                 if isinstance(part, nn.Module):
                     draw_as_class(holder, part)
-            found |= {low: _spread(stand_ins[key]) for key, low in mine.items()}
+            for key, low in mine.items():
+                weight = getattr(stand_ins[key], "weight", stand_ins[key])  # a tensor stands for itself
+                found[low] = float(weight.float().std())
         finally:
             owner._modules.update(mine)
             for key in tensors:
@@ -90,9 +91,3 @@ def out_of_sight(layers: Iterable[nn.Module]) -> Iterator[None]:
             for name in factors:
                 del vars(layer)[name]
             layer._modules.update(factors)
-
-
-def _spread(dense: Any) -> float:
-    if not isinstance(dense, torch.Tensor):
-        dense = dense.weight if isinstance(dense, nn.Embedding) else dense_matrix(dense)
-    return float(dense.float().std())
