@@ -24,14 +24,7 @@ from hf_reparam.model.naming import check_absent, low_rank, while_loading
 from hf_reparam.model.parallel import factor_entries, factor_rules
 from hf_reparam.model.remote import named_in_config, write_module
 from hf_reparam.model.sites import check_forms, fit, note_plan
-from hf_reparam.model.stored import (
-    check_factors,
-    check_folder,
-    marker_patterns,
-    markers,
-    renew_layers,
-    stored_shapes,
-)
+from hf_reparam.model.stored import check_factors, check_folder, marker_patterns, markers, renew_layers, stored_shapes
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.structure import Replacement
 
