@@ -12,24 +12,18 @@ __all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "LowRankTable", "low_ran
 
 
 class Factor(nn.Module):
-    """One matrix W (out, in), y = x W^T. No `nn.Linear`: adapters and quantizers would change one side of a tie only.
+    """One matrix W (out, in), y = x W^T, or the other way, y = x W.
 
-    It is called, not read: hooks that bring offloaded or partitioned parameters in wait for the call.
+    No `nn.Linear`: adapters and quantizers would change one side of a tie only. It is called, not read: hooks that
+    bring offloaded or partitioned parameters in wait for the call.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, *, transposed: bool = False) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.transposed = weight, transposed
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, bias)
-
-
-class Transposed(Factor):
-    """The same matrix the other way, y = x W."""
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight.T, bias)
+        return F.linear(x, self.weight.T if self.transposed else self.weight, bias)
 
 
 class Rows(Factor):
@@ -109,7 +103,7 @@ class LowRankHead(LowRankTable):
     """
 
     def __init__(self, table: nn.Parameter, up: nn.Parameter, bias: nn.Parameter | None) -> None:
-        super().__init__(Factor(table), Transposed(up))
+        super().__init__(Factor(table), Factor(up, transposed=True))
         self.bias = bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
