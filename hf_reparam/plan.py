@@ -110,11 +110,7 @@ class Judgement:
             raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
         if predicted is not None and not _is_divergence(predicted):
             raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
-        if (
-            not isinstance(data["chosen"], str)
-            or data["chosen"] not in measured
-            or not all(_is_brief(t) for t in (data["unit"], *measured))
-        ):
+        if not all(map(_is_brief, (data["unit"], data["chosen"], *measured))) or data["chosen"] not in measured:
             raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
         return cls(**{**data, "measured": dict(measured)})
 
