@@ -127,7 +127,6 @@ def build(
 def _note(
     found: Found, entry: Entry | None, modules: list[nn.Module], error: float | None, source: Source, made: Made
 ) -> None:
-    """Remember how a part was made."""
     known = (source.metric_of(name) for name in found.moments)  # any that saw data
     metric = next((m for m in known if m != "svd"), "svd") if found.site.weights else source.metric
     for module in modules:

@@ -104,7 +104,6 @@ def _gather(name: str, trees: dict[str, ast.Module]) -> None:
 
 
 def _own_imports(node: ast.stmt) -> list[str]:
-    """Modules of the package that a statement imports."""
     names = [str(node.module)] if isinstance(node, ast.ImportFrom) else []
     names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     return [name for name in names if name.startswith("hf_reparam.")]
@@ -124,7 +123,6 @@ def _rename_private(body: list[ast.stmt], start: str) -> None:
 
 
 def _defined(node: ast.stmt) -> list[str]:
-    """Names that a statement of a module defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []

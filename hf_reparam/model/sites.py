@@ -82,7 +82,6 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
 def _reasons(
     model: nn.Module, wanted: tuple[str, ...] | None, unwanted: tuple[str, ...], asked: Container[str]
 ) -> Callable[[Structure, Site], str | None]:
-    """What says why a site stays dense."""
     literal = frozenset(wanted or ())  # long lists of names are common, and slow as patterns
     protected = protected_layers(model)
     optional = {name: why for name, why in optional_layers(model).items() if name not in asked}

@@ -78,7 +78,6 @@ class Heads(Structure):
 
 
 def _dense(attention: Attention, role: str, width: int) -> Site:
-    """The dense layer of a role, as it is with heads of this width."""
     n_in, n_out = attention.shape(role, width)
     layer = attention.layer(role)
     return Site(names=(role,), module=layer, kind="", in_features=n_in, out_features=n_out, weights=n_in * n_out)

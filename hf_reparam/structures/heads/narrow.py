@@ -96,7 +96,6 @@ class NarrowHeads:
         return replace(layer, gradient_products=layer.gradient_products[rows, rows] if used else None, held=None)
 
     def _rows(self, role: str) -> slice:
-        """The outputs that belong to a role."""
         if not self.attention.known.fused or role == "output":
             return slice(None)
         size, place = self.attention.heads * self.attention.width, INNER.index(role)
