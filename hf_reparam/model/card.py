@@ -20,8 +20,10 @@ from hf_reparam.model.summary import report
 from hf_reparam.plan import ConversionRecord, RankPlan, is_hub_id
 
 _TAGS = ("hf_reparam", "low-rank")
-_START = "<!-- hf_reparam: this section is written anew with the model; text outside of it is yours -->"
-_END = "<!-- hf_reparam: end -->"
+_SECTION = (
+    "<!-- hf_reparam: this section is written anew with the model; text outside of it is yours -->",
+    "<!-- hf_reparam: end -->",
+)
 _COMPARED = ("<!-- hf_reparam: comparison -->", "<!-- hf_reparam: end of the comparison -->")
 _METHODS = {
     "svd": "truncated singular value decomposition of the weights, without data",
@@ -86,30 +88,27 @@ def model_card(
     theirs = {} if base_card is None else base_card.data.to_dict()
     known = {key: theirs[key] for key in _FROM_BASE if key in theirs}
     data = ModelCardData(base_model=base_model, library_name=library, tags=list(_TAGS), **known)
-    section = f"{_START}\n\n{_section(model, plan, record, base_model, remote_code=remote_code)}\n\n{_END}"
     if card is None:
         name = (base_model or model.base_class.__name__).rpartition("/")[2]
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}, low-rank\n\n{section}\n")
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}, low-rank\n")
     for key, value in data.to_dict().items():
         if key == "tags":
             _add_tags(card, _TAGS)
         elif card.data.get(key) is None:
             card.data[key] = value
-    _put(card, _START, _END, section)
-    return card
+    return _put(card, _SECTION, _section(model, plan, record, base_model, remote_code=remote_code))
 
 
 def with_comparison(card: ModelCard, table: str) -> ModelCard:
     """The card with a table of its own below what it says, or in the place of the one that it has; changes the card."""
-    start, end = _COMPARED
-    _put(card, start, end, f"{start}\n\n## Beside the dense model\n\n{table}\n\n{end}")
+    return _put(card, _COMPARED, f"## Beside the dense model\n\n{table}")
+
+
+def _put(card: ModelCard, marks: tuple[str, str], text: str) -> ModelCard:
+    section = "\n\n".join([marks[0], text, marks[1]])
+    whole, found = re.subn(".*?".join(map(re.escape, marks)), lambda _: section, card.text, count=1, flags=re.DOTALL)
+    card.text = whole if found else f"{card.text.rstrip()}\n\n{section}\n"
     return card
-
-
-def _put(card: ModelCard, start: str, end: str, section: str) -> None:
-    pattern = re.escape(start) + ".*?" + re.escape(end)
-    text, found = re.subn(pattern, lambda _: section, card.text, count=1, flags=re.DOTALL)
-    card.text = text if found else f"{card.text.rstrip()}\n\n{section}\n"
 
 
 def prepare_upload(
