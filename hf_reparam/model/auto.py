@@ -18,13 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from hf_reparam.compat.auto import auto_class_of, register_like
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.layers.dense import register_dense
-from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
-from hf_reparam.model.config import MODEL_TYPE, PREFIX, PUBLIC_MODULE, check_entries, config_class, stock_config_class
+from hf_reparam.model.classes import ReparamMixin, model_class
+from hf_reparam.model.config import MODEL_TYPE, PREFIX, PUBLIC_MODULE, CheckedConfig, config_class, stock_class
 from hf_reparam.model.host import hosts
 from hf_reparam.plan import RankPlan
 
 
-class ReparamConfig(PreTrainedConfig):
+class ReparamConfig(CheckedConfig, PreTrainedConfig):
     """What `AutoConfig` knows: called with a saved configuration it makes one of the derived class."""
 
     model_type = MODEL_TYPE
@@ -39,12 +39,6 @@ class ReparamConfig(PreTrainedConfig):
                 "does not know: install the version that has it, or register its configuration with AutoConfig first"
             )
         return register(CONFIG_MAPPING[plan.base_model_type])(*args, **kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # the base's contract
-        """As the base's. Raises PlanError for an entry that no saved configuration has."""
-        check_entries(config_dict)
-        return super().from_dict(config_dict, **kwargs)
 
 
 @functools.cache
@@ -63,7 +57,7 @@ def register(base: Any) -> Any:
 def check_loadable(model: nn.Module) -> None:
     """Raise TargetError for a model with code from a repository, if the Auto classes could not load it converted."""
     for start, part in hosts(model).items():
-        kind, config = stock_model_class(part), stock_config_class(part.config)
+        kind, config = stock_class(part), stock_class(part.config)
         if not any(code.__module__.startswith("transformers_modules.") for code in (kind, config)):
             continue
         known = config.model_type in CONFIG_MAPPING and CONFIG_MAPPING[config.model_type] is config

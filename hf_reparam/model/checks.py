@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_reparam.compat.auto import auto_classes
 from hf_reparam.compat.marks import drawn_parameters
 from hf_reparam.errors import TargetError, WeightError
-from hf_reparam.model.config import stock_config_class
+from hf_reparam.model.config import stock_class
 from hf_reparam.model.host import embeddings_of, hosts, saved_otherwise, ties_of, unwrapped
 
 _QUANTIZERS = ("torchao.", "bitsandbytes.", "torch.ao.nn.quantized.", "hqq.", "optimum.quanto.", "compressed_tensors.")
@@ -46,7 +46,7 @@ def fresh_heads(model: nn.Module) -> list[str]:
 
 def _has_head(model: Any) -> bool:
     inner = any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model)
-    known = (kinds for auto, _, kinds in auto_classes(stock_config_class(model.config)) if auto == "AutoModel")
+    known = (kinds for auto, _, kinds in auto_classes(stock_class(model.config)) if auto == "AutoModel")
     return inner and all(set(kinds).isdisjoint(type(model).__mro__) for kinds in known)
 
 

@@ -11,14 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_reparam.compat.loading import LoadingSeam, drawing_nothing, inherit_conversions, record_outputs_as
 from hf_reparam.compat.marks import NO_CODE_FILE, has_numbers, ignore_in_files
 from hf_reparam.errors import PlanError, TargetError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.card import prepare_upload
-from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, config_class, made_anew, plan_of
+from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, Derived, config_class, plan_of
 from hf_reparam.model.drawing import deviations, draw, draw_new, out_of_sight
 from hf_reparam.model.naming import check_absent, low_rank, while_loading
 from hf_reparam.model.parallel import factor_entries, factor_rules
@@ -31,10 +30,9 @@ from hf_reparam.structures.structure import Replacement
 _HUB_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
 
 
-class ReparamMixin(LoadingSeam):
+class ReparamMixin(Derived, LoadingSeam):
     """What a derived model class adds to its base: low-rank layers by plan, and checkpoints that fail loudly."""
 
-    base_class: type[PreTrainedModel]
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # base's contract
@@ -142,11 +140,6 @@ class ReparamMixin(LoadingSeam):
             self.save_pretrained(folder, max_shard_size=max_shard_size, remote_code=remote_code)
             return send()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
-        made: Any = super().__reduce_ex__(max(protocol, 2))
-        return (made_anew, (model_class, self.base_class), *made[2:])
-
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:  # base's contract
         """As the base's, from safetensors alone. Raises CheckpointError when a factor is missing, or left over."""
@@ -199,17 +192,13 @@ def model_class(base: Any) -> Any:
         "__doc__": f"`{base.__name__}` with low-rank layers.",
         "config_class": config_class(base.config_class),
         "base_class": base,
+        "derive": staticmethod(model_class),
     }
     make: Any = type(base)
     derived = make(f"{PREFIX}{base.__name__}", (ReparamMixin, base), {**NO_CODE_FILE, **body})
     record_outputs_as(base, derived)
     inherit_conversions(base, derived)
     return derived
-
-
-def stock_model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The dense class behind a model."""
-    return model.base_class if isinstance(model, ReparamMixin) else type(model)
 
 
 def _swap(model: Any, *, strict: bool) -> None:

@@ -43,28 +43,38 @@ def check_entries(data: Mapping[str, Any]) -> None:
         raise PlanError(f"config.json has 'dtype' = {str(dtype)[:80]!r}, which is none of torch's")
 
 
-class ReparamConfigMixin:
-    """What a derived configuration adds to its base: the entry `reparam`, a rank plan as JSON."""
-
-    base_class: type[PreTrainedConfig]
-    base_config_key: str
-    reparam: dict[str, Any]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
-        made: Any = super().__reduce_ex__(max(protocol, 2))
-        return (made_anew, (config_class, self.base_class), *made[2:])
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields of the base, the plan, and `model_type` "hf_reparam"."""
-        name_lora_targets(MODEL_TYPE, ["down", "up"])  # PEFT looks them up by the model type in `to_dict`
-        return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
+class CheckedConfig:
+    """A configuration that believes nothing of a file."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # base's contract
         """As the base's. Raises PlanError for an entry that no saved configuration has."""
         check_entries(config_dict)
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+
+class Derived:
+    """An object of a class that `derive` has made of a stock one."""
+
+    base_class: type[Any]
+    derive: Callable[[Any], Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the base class, which may be one of the user's; the derived class is made anew from it."""
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return (made_anew, (self.derive, self.base_class), *made[2:])
+
+
+class ReparamConfigMixin(Derived, CheckedConfig):
+    """What a derived configuration adds to its base: the entry `reparam`, a rank plan as JSON."""
+
+    base_config_key: str
+    reparam: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields of the base, the plan, and `model_type` "hf_reparam"."""
+        name_lora_targets(MODEL_TYPE, ["down", "up"])  # PEFT looks them up by the model type in `to_dict`
+        return {**super().to_dict(), "model_type": MODEL_TYPE}  # type: ignore[misc]
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # base's contract
@@ -113,14 +123,15 @@ def config_class(base: Any) -> Any:
             )
         self.reparam = plan.to_dict()
 
-    body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", "base_class": base}
+    own = {"__init__": __init__, "base_class": base, "derive": staticmethod(config_class)}
+    body = {"__module__": PUBLIC_MODULE, "__doc__": f"`{base.__name__}` of a low-rank model.", **own}
     make: Any = type(base)
-    return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**NO_CODE_FILE, **body, "__init__": __init__})
+    return make(f"{PREFIX}{base.__name__}", (ReparamConfigMixin, base), {**NO_CODE_FILE, **body})
 
 
-def stock_config_class(config: PreTrainedConfig) -> Any:
-    """The dense class behind a configuration."""
-    return config.base_class if isinstance(config, ReparamConfigMixin) else type(config)
+def stock_class(of: Any) -> Any:
+    """The dense class behind a model, or behind a configuration."""
+    return of.base_class if isinstance(of, Derived) else type(of)
 
 
 def note_refit(config: Any, layers: int) -> None:

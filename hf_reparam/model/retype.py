@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_reparam.compat.accelerate import aligned
 from hf_reparam.compat.marks import forget_conversions, set_initialized
 from hf_reparam.model.auto import register
-from hf_reparam.model.classes import ReparamMixin, model_class, stock_model_class
-from hf_reparam.model.config import ReparamConfigMixin, plan_of, stock_config_class
+from hf_reparam.model.classes import ReparamMixin, model_class
+from hf_reparam.model.config import ReparamConfigMixin, plan_of, stock_class
 from hf_reparam.model.host import embeddings_of, hosts, ties_of
 from hf_reparam.model.remote import forget_file
 from hf_reparam.model.sites import entries_of
@@ -36,7 +36,7 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
     for start, host in hosts(model).items():
         if start and put_in.isdisjoint(host.modules()):
             continue
-        old, base = plan_of(host.config), stock_config_class(host.config)
+        old, base = plan_of(host.config), stock_class(host.config)
         errors = {n.removeprefix(start): e for n, e in record.errors.items() if n.startswith(start)}
         metrics = {n.removeprefix(start): m for n, m in record.metrics.items() if n.startswith(start)}
         source = host.config.name_or_path
@@ -67,11 +67,11 @@ def retie(model: nn.Module, new: Collection[nn.Module]) -> None:
 
 def to_stock(model: Any) -> None:
     """Give a model whose layers are dense again its stock class and configuration. Changes the model."""
-    configs = _new_configs(model, stock_config_class(model.config))
+    configs = _new_configs(model, stock_class(model.config))
     for config in configs.values():
         forget_file(config)
     forget_conversions(model)  # of the derived class, which saves the names that it has
-    _retype(model, configs, stock_model_class(model))
+    _retype(model, configs, stock_class(model))
 
 
 def _new_configs(model: Any, kind: type[PreTrainedConfig]) -> dict[int, Any]:
@@ -90,7 +90,7 @@ def _new_configs(model: Any, kind: type[PreTrainedConfig]) -> dict[int, Any]:
         vars(value).pop("quantization_config", None)  # left over: the weights are not quantized
         if isinstance(value, ReparamConfigMixin):
             vars(value).pop("reparam", None)
-            value.__class__ = stock_config_class(value)
+            value.__class__ = stock_class(value)
     config.__class__ = kind
     return made
 
@@ -107,7 +107,7 @@ def _retype(model: Any, configs: dict[int, Any], kind: type[PreTrainedModel]) ->
             if isinstance(value, PreTrainedConfig) and id(value) in configs:
                 vars(module)[key] = configs[id(value)]
         if module is not model and isinstance(module, ReparamMixin):
-            module.__class__ = stock_model_class(module)
+            module.__class__ = stock_class(module)
             module.config.architectures = [type(module).__name__]
     model.__class__ = kind
 

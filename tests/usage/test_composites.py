@@ -326,7 +326,7 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch)
         assert all(map(torch.equal, zoo.outputs(inner, batch), outputs))
 
 
-@pytest.mark.parametrize("step", ["_new_configs", "stock_model_class", "retie", "_tied"])
+@pytest.mark.parametrize("step", ["_new_configs", "stock_class", "retie", "_tied"])
 def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
     def fails(*args, **kwargs):
         raise LateError
