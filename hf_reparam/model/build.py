@@ -20,7 +20,7 @@ from hf_reparam.structures import STRUCTURES, Structure, changed
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built, Replacement
 
-__all__ = ["Made", "apply", "build", "changes", "install"]
+__all__ = ["Made", "apply", "build", "install"]
 
 
 @dataclass
@@ -147,23 +147,14 @@ def _made_of(name: str, found: Found, entry: Entry | None, source: Source) -> st
     return fingerprint(weights, source.made_of(name), *how)
 
 
-def changes(work: WorkingCopy) -> dict[nn.Module, nn.Module]:
-    """Module of the original -> what is in its place in the working copy."""
-    found: dict[nn.Module, nn.Module] = {}
-    for copy, original in work.originals.items():
-        for name, child in copy._modules.items():
-            old = original._modules.get(name)
-            if child is None or old is None:
-                continue
-            same = work.originals.get(child) is old
-            if not same or changed(child):
-                found[old] = child
-    return found
-
-
 def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:
     """Make the original what its working copy has become."""
-    replaced = changes(work)
+    replaced: dict[nn.Module, nn.Module] = {}
+    for copy, copied in work.originals.items():
+        for name, child in copy._modules.items():
+            old = copied._modules.get(name)
+            if child is not None and old is not None and (work.originals.get(child) is not old or changed(child)):
+                replaced[old] = child
     replace_modules(model, replaced)
     for module, name, part in made.parts:
         owner = work.originals.get(module, module)
