@@ -204,10 +204,8 @@ class Report(Readable):
         return f"Report({shown}, parameters='{' -> '.join(sizes)}')"
 
     def _layers(self) -> list[list[str]]:
-        def alike(x: LayerReport) -> tuple[object, ...]:
-            return x.kind, x.in_features, x.out_features, x.form, x.metric
-
-        rows = [[name, *_layer_cells(group, self.metric, self._form)] for name, group in _folded(self.layers, alike)]
+        groups = _folded(self.layers, lambda x: (x.kind, x.in_features, x.out_features, x.form, x.metric))
+        rows = [[name, *_layer_cells(group, self.metric, self._form)] for name, group in groups]
         table = [["layer", "type", "in x out", "rank", "parameters", "error"], *rows]
         if {layer.kind for layer in self.layers} == {"Linear"}:
             return [[row[0], *row[2:]] for row in table]
@@ -261,16 +259,13 @@ class Report(Readable):
         return f"whole model:      {'; '.join(facts)}"
 
     def _sizes(self) -> list[list[str]]:
-        def row(size: TriedSize) -> list[str]:
+        table = [["size tried", "parameters", "score"]]
+        for size in self.tried:
+            name = "dense" if size.keep == 1 else f"keep {size.keep:.4g}"
             count = "cannot be reached" if size.parameters is None else f"{size.parameters:,}"
             score = "-" if size.score is None else f"{size.score:.6g}"
-            return [
-                "dense" if size.keep == 1 else f"keep {size.keep:.4g}",
-                count,
-                f"{score} (chosen)" if size.chosen else score,
-            ]
-
-        return [["size tried", "parameters", "score"], *map(row, self.tried)]
+            table.append([name, count, f"{score} (chosen)" if size.chosen else score])
+        return table
 
     def _others(self, metric: str) -> list[str]:
         """Layers that were factored in this metric, which is not the plan's."""
