@@ -10,8 +10,6 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
 _PREPROCESSORS = ("tokenization", "processing", "image_processing", "feature_extraction", "video_processing")
-
-
 _USUAL = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
 _RARE = ("AutoModelForTextEncoding", "AutoModelForPreTraining")
 
@@ -37,7 +35,7 @@ def default_model(config: type[PreTrainedConfig]) -> Any:
 
 
 def register_like(
-    base: type[PreTrainedConfig], derived: type[PreTrainedConfig], model_of: Callable[[type[Any]], type[Any]]
+    base: type[PreTrainedConfig], derived: type[PreTrainedConfig], model_of: Callable[[Any], Any]
 ) -> None:
     """Make a new configuration class known to every Auto class, of models or preprocessors, that knows another.
 
@@ -46,7 +44,7 @@ def register_like(
         model_of: model class of `base` -> that of `derived`.
     """
     for _, mapping, found in list(auto_classes(base)):
-        classes = tuple(map(model_of, found))
+        classes = tuple(model_of(kind) if issubclass(kind, PreTrainedModel) else kind for kind in found)
         mapping.register(derived, classes if len(classes) > 1 else classes[0], exist_ok=True)
     for kind in _PREPROCESSORS:
         with suppress(ImportError):  # a backend such as torchvision is not installed; nothing to register

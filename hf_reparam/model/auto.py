@@ -44,13 +44,9 @@ class ReparamConfig(CheckedConfig, PreTrainedConfig):
 @functools.cache
 def register(base: Any) -> Any:
     """Make the derived configuration class of a stock one known wherever the stock one is, and return it."""
-
-    def derived_model(kind: Any) -> Any:
-        return model_class(kind) if issubclass(kind, PreTrainedModel) else kind
-
     derived = config_class(base)
     if derived is not base:
-        register_like(base, derived, derived_model)
+        register_like(base, derived, model_class)
     return derived
 
 
