@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
-from hf_reparam.compat.auto import auto_classes
+from hf_reparam.compat.auto import default_model
 from hf_reparam.compat.marks import drawn_parameters
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.model.config import stock_class
@@ -46,8 +46,8 @@ def fresh_heads(model: nn.Module) -> list[str]:
 
 def _has_head(model: Any) -> bool:
     inner = any(isinstance(part, PreTrainedModel) for part in model.modules() if part is not model)
-    known = (kinds for auto, _, kinds in auto_classes(stock_class(model.config)) if auto == "AutoModel")
-    return inner and all(set(kinds).isdisjoint(type(model).__mro__) for kinds in known)
+    known = default_model(stock_class(model.config))
+    return inner and (known is None or not isinstance(model, known))
 
 
 def _role(name: str, modules: Mapping[str, nn.Module]) -> str | None:
