@@ -68,8 +68,9 @@ class Factored(nn.Module):
         """Raise CheckpointError for numbers that were loaded and cannot be; `name` is the module's path."""
 
     def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
-        """(in, out) of the product of this kind that a file has under a path, from names and shapes; None if none."""
-        raise NotImplementedError
+        """(in, out) of the product of this kind that a file has under a path, from names and shapes; None if none. Its
+        own, where it is in no head."""
+        return self.in_features, self.out_features
 
     @property
     def weight(self) -> Tensor:
@@ -96,8 +97,8 @@ class Factored(nn.Module):
         where loaders ask a skeleton which tensors it needs.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars and not next(self.parameters()).is_meta:
-            destination[f"{prefix}weight"] = torch.empty(0, dtype=torch.uint8)
+        if self.stands_for and not keep_vars and not next(self.parameters()).is_meta:
+            destination[f"{prefix}{self.stands_for}"] = torch.empty(0, dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         marker = state_dict.get(f"{prefix}weight")

@@ -131,12 +131,6 @@ class LowRankExperts(_Weights, Factored):
         yield self.down, deviation
         yield self.up, self.rank**-0.5
 
-    def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
-        return self.in_features, self.out_features  # experts are in no head
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # no marker: it has the name of a weight
-
     @property
     def weight(self) -> "ExpertWeight":  # type: ignore[override]
         return ExpertWeight(self, None, self.transposed)
