@@ -75,8 +75,7 @@ def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
                 structure.skeleton(found.site, entry).install(work)
     modules = dict(work.named_modules(remove_duplicate=False))
     dense = [f for f in selection.selected if f.site.weights and f.site.name not in taken and f.site.name in modules]
-    skipped = [item for item in selection.skipped if item.name not in taken]
-    left = (*_left(dense), *skipped)
+    left = (*_left(dense), *(item for item in selection.skipped if item.name not in taken))
     before = count_parameters(model)
     after = before - sum(item.parameters_before - item.parameters_after for item in rows)
     return Report(type(model).__name__, plan.metric, tuple(rows), left, before, after)
