@@ -104,7 +104,6 @@ class _Watched:
             return self.watch.see(self.expert, x, lambda rows: func(rows, self.weight, *rest, **kwargs))
         if isinstance(self, cls) and self.expert is None and name == "bmm":
             many = enumerate(zip(x, self.weight, strict=True))
-            return torch.stack(
-                [self.watch.see(i, x_i, partial(torch.matmul, other=w), every=True) for i, (x_i, w) in many]
-            )
+            seen = [self.watch.see(i, x_i, partial(torch.matmul, other=w), every=True) for i, (x_i, w) in many]
+            return torch.stack(seen)
         raise WeightError(f"experts are used in a way that calibration does not know: {name}")

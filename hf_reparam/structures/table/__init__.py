@@ -106,10 +106,8 @@ class Tables(Structure):
             else:
                 weight = held.weight
                 found = decompose_table(weight, source.table_moments(name))
-                factors = [
-                    part.to(weight.device, weight.dtype) for part in found.cut(weight.detach().cpu(), entry.rank)
-                ]
-                table, up = (nn.Parameter(part.contiguous(), weight.requires_grad) for part in factors)
+                parts = [part.to(weight).contiguous() for part in found.cut(weight.detach().cpu(), entry.rank)]
+                table, up = (nn.Parameter(part, weight.requires_grad) for part in parts)
                 modules = {module: low_rank_table(module, table, up) for module in members}
                 error = found.relative_error(entry.rank)
         return Built(Replacement(modules, _ties(site.host, modules)), error)
