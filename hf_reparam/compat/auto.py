@@ -37,12 +37,8 @@ def default_model(config: type[PreTrainedConfig]) -> Any:
 def register_like(
     base: type[PreTrainedConfig], derived: type[PreTrainedConfig], model_of: Callable[[Any], Any]
 ) -> None:
-    """Make a new configuration class known to every Auto class, of models or preprocessors, that knows another.
-
-    Args:
-        base, derived: the known one and the new one.
-        model_of: model class of `base` -> that of `derived`.
-    """
+    """Make a new configuration class, `derived`, known to every Auto class, of models or preprocessors, that knows
+    `base`; `model_of` gives for a model class of `base` that of `derived`."""
     for _, mapping, found in list(auto_classes(base)):
         classes = tuple(model_of(kind) if issubclass(kind, PreTrainedModel) else kind for kind in found)
         mapping.register(derived, classes if len(classes) > 1 else classes[0], exist_ok=True)

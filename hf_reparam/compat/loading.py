@@ -68,12 +68,8 @@ def inherit_conversions(base: type[PreTrainedModel], derived: type[PreTrainedMod
 
 
 def renaming_for(model: PreTrainedModel, tensors: Mapping[str, Any]) -> Callable[[str], str]:
-    """What gives a checkpoint's tensor its name in the model, where Transformers changes nothing but names.
-
-    Args:
-        model: that is loaded.
-        tensors: by the names that the model has; none is None.
-    """
+    """What gives a checkpoint's tensor its name in the model that is loaded, where Transformers changes nothing but
+    names. The tensors are by the names that the model has; none is None."""
     known = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
     changes = [change for change in known if isinstance(change, core_model_loading.WeightRenaming)]
     prefix = model.base_model_prefix
