@@ -106,9 +106,9 @@ class Judgement:
         if not isinstance(data, Mapping) or set(data) != set(known):
             raise PlanError(f"'reparam.record.judgement' must be an object of {known}, got {str(data)[:80]!r}")
         measured, predicted = data["measured"], data["predicted"]
-        if not isinstance(measured, Mapping) or not all(map(_is_divergence, measured.values())):
+        if not isinstance(measured, Mapping) or not all(map(_is_finite, measured.values())):
             raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
-        if predicted is not None and not _is_divergence(predicted):
+        if predicted is not None and not _is_finite(predicted):
             raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
         if not all(map(_is_brief, (data["unit"], data["chosen"], *measured))) or data["chosen"] not in measured:
             raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
@@ -152,7 +152,7 @@ class Speed:
         if not isinstance(data, Mapping) or set(data) != set(known):
             raise PlanError(f"'reparam.record.speed' must be an object of {known}, got {str(data)[:80]!r}")
         numbers = (data["asked"], data["layers"], *([] if data["model"] is None else [data["model"]]))
-        if not _is_brief(data["device"]) or not _is_count(data["tokens"]) or not all(map(_is_divergence, numbers)):
+        if not _is_brief(data["device"]) or not _is_count(data["tokens"]) or not all(map(_is_finite, numbers)):
             raise PlanError("'reparam.record.speed' must be of a short text, an int and finite numbers")
         return cls(**data)
 
@@ -196,7 +196,7 @@ class ConversionRecord:
         check("base_model", base is None or is_hub_id(base), "a Hub id such as 'google-bert/bert-base-uncased'")
         check("calibration_tokens", tokens is None or _is_count(tokens), "an int of at least 0, or null")
         check("refitted_layers", _is_count(self.refitted_layers), "an int of at least 0")
-        finite = isinstance(errors, Mapping) and all(map(_is_error, errors.values()))
+        finite = isinstance(errors, Mapping) and all(e is None or (_is_finite(e) and e >= 0) for e in errors.values())
         check("errors", finite, "an object of finite numbers of at least 0, or null")
         known = isinstance(metrics, Mapping) and all(value in METRICS for value in metrics.values())
         check("metrics", known, f"an object of {list(METRICS)}")
@@ -352,11 +352,7 @@ def _is_count(value: object) -> bool:
     return is_int(value) and value >= 0
 
 
-def _is_error(value: object) -> bool:
-    return value is None or (is_number(value) and 0 <= value < math.inf)
-
-
-def _is_divergence(value: object) -> bool:
+def _is_finite(value: object) -> bool:
     return is_number(value) and math.isfinite(value)
 
 
