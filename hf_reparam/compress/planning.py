@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.compress.budget import Budget
@@ -16,7 +17,7 @@ from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.checks import check_no_adapters, count_parameters
-from hf_reparam.model.host import base_type, check_model, opened
+from hf_reparam.model.host import check_model, opened
 from hf_reparam.model.sites import Found, Selection, no_site, select
 from hf_reparam.model.summary import planned
 from hf_reparam.plan import Entry, Judgement, RankPlan
@@ -101,7 +102,7 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
         entries, metric, judgement = _budgeted(work, selection, config, source, unit, whole=whole)
         if entries and config.speedup is not None and isinstance(unit, Seconds):
             speed = speed_of(work, found, entries, unit.clock, config.speedup, source.calibration)
-    plan = RankPlan(entries, base_type(work), metric)
+    plan = RankPlan(entries, work.config.model_type if isinstance(work, PreTrainedModel) else None, metric)
     return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement, speed=speed))
 
 

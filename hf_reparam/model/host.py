@@ -56,11 +56,6 @@ def layer_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def base_type(model: nn.Module) -> str | None:
-    """Transformers' `model_type` of a model; None for another object."""
-    return model.config.model_type if isinstance(model, PreTrainedModel) else None
-
-
 def metric_of(model: nn.Module) -> str:
     """In which metric the factors of a model, or of the models in an object, were made; "svd" where nothing says it."""
     known = [entry["metric"] for h in hosts(model).values() if (entry := getattr(h.config, "reparam", None))]
