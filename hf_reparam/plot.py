@@ -9,7 +9,6 @@ from torch import nn
 
 from hf_reparam.config import LowRankConfig, layer_kind
 from hf_reparam.errors import PlanError, TargetError
-from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import Found, select
@@ -158,8 +157,8 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
 
 def _left_out(found: Found, source: Source) -> list[float]:
     """Relative error of rank 0, 1, 2 ... in the metric; of a layer without data that of its weight."""
-    matrix, centred = lambda: dense_matrix(found.site.module), found.site.others > 0
-    known = (metric.losses(found.name, matrix, centred=centred) for metric in (source, Source("svd")))
-    squares: Any = next(losses for losses in known if losses is not None)
+    squares: Any = found.structure.losses(found.name, found.site, source)
+    if squares is None:
+        squares = found.structure.losses(found.name, found.site, Source("svd"))
     tail = squares.sum() - squares.cumsum(0)
     return [1.0, *((tail.clamp_min(0) / squares.sum()) ** 0.5).tolist()]

@@ -15,6 +15,7 @@ from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
 from hf_reparam.layers.dense import dense_matrix
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.structures import source as source_module
+from hf_reparam.structures.linear import Linears
 from hf_reparam.structures.source import Kept, Source
 from tests import zoo
 
@@ -272,12 +273,9 @@ def ranks(model):
 def test_a_layers_losses_count_its_tokens(bert):
     """One unit for all layers: what a direction costs over all the tokens that the layer saw, once or twice."""
     model, moments, _ = bert
-    name, layer = "encoder.layer.0.output.dense", model.bert.encoder.layer[0].output.dense
-
-    def losses(source):
-        return source.losses(name, lambda: layer.weight, centred=True)
-
-    once, twice = (losses(Source.of(m, None)) for m in (unplanned(moments), moments + moments))
+    (site,) = [site for site in Linears().sites(model.bert) if site.name == "encoder.layer.0.output.dense"]
+    sources = (Source.of(m, None) for m in (unplanned(moments), moments + moments))
+    once, twice = (Linears().losses(site.name, site, source) for source in sources)
     torch.testing.assert_close(twice, 2 * once)
 
 

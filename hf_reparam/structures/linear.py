@@ -36,7 +36,11 @@ class Linears(Structure):
         return [_site(model, module, names, owners) for module, names in paths.items()]
 
     def losses(self, name: str, site: Site, source: Source) -> Tensor | None:
-        return source.losses(name, lambda: dense_matrix(site.module), centred=site.others > 0)
+        moments = source.moments(name)
+        if source.metric == "fisher" and not (moments is not None and moments.has_gradient()):
+            return None
+        curve = source.curve(name, dense_matrix(site.module), centred=site.others > 0)
+        return curve.losses * (1 if moments is None else moments.tokens)
 
     def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
         return {name: LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients)}

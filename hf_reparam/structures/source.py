@@ -110,16 +110,6 @@ class Source:
         self.kept.known[key] = decompose(weight, metric=metric, solver=self.solver)
         return self.kept.known[key]
 
-    def losses(self, name: str, weight: Callable[[], Tensor], *, centred: bool) -> Tensor | None:
-        """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending; one unit for all layers.
-
-        None for a layer without a gradient in the fisher metric: it has no such unit.
-        """
-        moments = self.moments(name)
-        if self.metric == "fisher" and not (moments is not None and moments.has_gradient()):
-            return None
-        return self.curve(name, weight(), centred=centred).losses * (1 if moments is None else moments.tokens)
-
     def made_of(self, name: str) -> dict[str, str]:
         """Fingerprints of the moments that the metric has of a site and within it, or of what they were made from."""
         layers = {} if self.calibration is None or self.metric == "svd" else self.calibration.layers

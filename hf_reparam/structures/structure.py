@@ -225,7 +225,10 @@ class Structure(Protocol):
         return {name: [Way(0.0, {name: self.choices(sites[name], lost, steps)})] for name, lost in known.items()}
 
     def losses(self, name: str, site: Any, source: Source) -> Tensor | None:
-        """What dropping each direction costs, as `Source.losses`; None where there is nothing in that unit."""
+        """What dropping each direction costs, (min(in, out),) float64 on the CPU, descending; one unit for all sites.
+
+        None where there is nothing in that unit, as without a gradient in the fisher metric.
+        """
         return None
 
     def choices(self, site: Any, losses: Tensor, steps: Steps) -> Options:

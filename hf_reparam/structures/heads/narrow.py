@@ -104,7 +104,7 @@ class NarrowHeads:
     def losses(self, widths: Iterable[int]) -> list[tuple[int, float, dict[str, Tensor]]]:
         """For every width, what it loses, and what dropping directions of its layers loses: role -> (min(in, out),).
 
-        In the unit of `Source.losses`; for the fisher metric, with moments of every layer.
+        In the unit of `Structure.losses`; for the fisher metric, with moments of every layer.
         """
         moments, full = self.prepare()
         seen: dict[str, Any] = {role: self.moments(role) for role in ROLES}
