@@ -5,7 +5,6 @@ interface.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -271,9 +270,9 @@ class Structure(Protocol):
 
 def paths_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module of a model -> the paths at which it hangs."""
-    paths: dict[nn.Module, list[str]] = defaultdict(list)
+    paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        paths[module].append(path)
+        paths.setdefault(module, []).append(path)
     return paths
 
 

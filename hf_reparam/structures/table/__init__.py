@@ -169,15 +169,12 @@ def _why_not(members: Mapping[str, nn.Module]) -> str | None:
 
 
 def _tied_to(host: PreTrainedModel, name: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    groups = [{path for path, module in modules.items() if module is modules[name]}]
+    found = {path for path, module in modules.items() if module is modules[name]}
     try:
         ties = host.get_expanded_tied_weights_keys(all_submodels=True)
     except ValueError:  # ties of tables, of which only some became of low rank
         return {name: modules[name]}
-    for target, source in ties.items():
-        if target.endswith(".weight") and source.endswith(".weight"):
-            groups.append({_owner(target), _owner(source)})
-    found = {name}
+    groups = [{_owner(t), _owner(s)} for t, s in ties.items() if t.endswith(".weight") and s.endswith(".weight")]
     while any(group & found and not group <= found for group in groups):
         found |= {path for group in groups if group & found for path in group}
     return {path: module for path, module in modules.items() if path in found}
