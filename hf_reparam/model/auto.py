@@ -87,12 +87,6 @@ def _imported(name: str) -> type[PreTrainedModel] | None:
     return next((kind for kind in reversed(found) if kind.__name__ == name), None)
 
 
-_LINEARS = (  # y = x W^T + b; other subclasses of nn.Linear compute something else
-    "transformers.models.falcon.modeling_falcon.FalconLinear",
-    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
-)
-
-
 def _linear(path: str, n_in: int, n_out: int, bias: bool, device: torch.device, dtype: torch.dtype) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(import_module(module), name)(n_in, n_out, bias=bias).to(device=device, dtype=dtype)
@@ -103,7 +97,10 @@ register_dense(
     matrix=lambda module: module.weight.T,
     build=lambda n_in, n_out, bias, device, dtype: Conv1D(n_out, n_in).to(device=device, dtype=dtype),
 )
-for _path in _LINEARS:  # by name, so that modules are not imported before a model has them
+for _path in (  # y = x W^T + b, as no other subclass of nn.Linear; by name, so that no module is imported for them
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
+):
     register_dense(_path, matrix=lambda linear: linear.weight, build=functools.partial(_linear, _path))
 if PUBLIC_MODULE == "hf_reparam":
     AutoConfig.register(MODEL_TYPE, ReparamConfig, exist_ok=True)

@@ -21,7 +21,6 @@ PUBLIC_MODULE = __name__.partition(".model.")[0]
 HEAD = "."
 """Before the name of a head's layer in a plan where the base model has a module that begins with the same name."""
 
-
 _MOST = {"layers": 1000, "n_layer": 1000, "num_labels": 100_000}  # ends of names; more is an attack on time and memory
 
 
