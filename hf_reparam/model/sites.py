@@ -47,7 +47,7 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
 
     Args:
         model, config: patterns, and which structures, are read from the configuration.
-        asked: paths of layers that were asked for otherwise, which brings optional ones in, as a rank by name does.
+        asked: paths of layers that a plan asks for, which brings optional ones in, as a mapping of ranks does.
 
     Raises:
         TargetError: a pattern matches nothing.
