@@ -92,8 +92,6 @@ def register_style(style: str, prepare: Callable[[Any, Any, Any], Any]) -> None:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
     class Prepared(TensorParallelLayer):
-        """Prepares a module's first input."""
-
         def transform_inputs_pre_forward(self, module: Any, args: Any, kwargs: Any, mesh: Any) -> Any:
             return (prepare(module, args[0], mesh), *args[1:]), kwargs
 
