@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,10 +63,7 @@ class Tables(Structure):
         if not sums:
             return
         table: TableMoments = sums[name]
-
-        def real(x: Tensor) -> Tensor:
-            return watcher.real("", x)
-
+        real = partial(watcher.real, "")
         rows = (lambda ids: table.add_ids(real(ids[..., None])[:, 0]), lambda g: table.add_gradients(real(g)))
         head = (lambda x: table.add_head(real(x), None), lambda g: table.add_head(None, real(g)))
         for module in set(site.members.values()):
