@@ -212,8 +212,9 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
         parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
         if len(parts) == len(pair):
             weight = _counted(pair[0], batch)
-            losses = [total + float(part.mean()) * weight for total, part in zip(losses, parts, strict=True)]
-            weights += weight
+            if weight:  # the mean over no label is not a number
+                losses = [total + float(part.mean()) * weight for total, part in zip(losses, parts, strict=True)]
+                weights += weight
         for name, value in _distances(outputs, batch_masks(send_to_device(dict(batch), "cpu"))).items():
             sums[name] = sums.get(name, torch.zeros(2)) + value
     found: dict[str, Any] = {}
@@ -226,11 +227,11 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
 
 
 def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """Over how many tokens, or examples, the loss of a batch is a mean."""
+    """Over how many labels the loss of a batch is a mean; examples, where it has no labels that are classes."""
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or not _is_causal(model):
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
         return examples_in(batch)
-    return int((labels[:, 1:] != IGNORED).sum())
+    return int(((labels[:, 1:] if _is_causal(model) else labels) != IGNORED).sum())
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
