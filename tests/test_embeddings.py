@@ -185,6 +185,10 @@ def test_an_untied_head_has_factors_of_its_own(tmp_path):
     headless = tf.AutoModel.from_pretrained(tmp_path)
     assert isinstance(headless.embed_tokens, LowRankEmbedding)
     close(outputs(merge(again), batch), outputs(small, batch))
+    of_other_size = {"vocab_size": 40, "ignore_mismatched_sizes": True}
+    other = tf.AutoModelForCausalLM.from_pretrained(tmp_path, **of_other_size)
+    assert (type(other.lm_head), type(other.model.embed_tokens)) == (nn.Linear, nn.Embedding)
+    assert other(torch.tensor([[1, 2]])).logits.shape == (1, 2, 40)
 
 
 def test_heads_and_bases_load_each_other(tmp_path):

@@ -106,6 +106,11 @@ class LowRankHead(LowRankTable):
         super().__init__(Factor(table), Factor(up, transposed=True))
         self.bias = bias
 
+    def stand_in(self) -> nn.Module:
+        """A Linear (width -> tokens); its values are not set."""
+        like, shape = self.up.weight, (self.in_features, self.out_features)
+        return nn.utils.skip_init(nn.Linear, *shape, self.bias is not None, dtype=like.dtype, device=like.device)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
         return self.table(self.up(input), self.bias)
 
