@@ -138,11 +138,12 @@ def named_in_config(model: Any, *, remote_code: bool) -> Iterator[None]:
     Raises:
         CheckpointError: a layer stands for a dense type that the file does not know.
     """
+    if remote_code:
+        _check_types(model)
     config = model.config
     old = vars(config).pop("auto_map", None)  # of this file, or of code for the dense model alone
     kept = {auto: ref for auto, ref in _other_code(old).items() if not auto.startswith(("AutoConfig", "AutoModel"))}
     if remote_code:
-        _check_types(model)
         kept = {**kept, **_auto_map(config.base_class)}
     if kept:
         config.auto_map = kept

@@ -225,8 +225,10 @@ def test_dense_types_of_ones_own_are_refused(tmp_path, own_linear):
     model = zoo.BY_BASE["BertModel"].build()
     model.pooler.dense = own_linear(32, 32)
     small = convert(model, LowRankConfig(rank=6, target_modules="pooler.dense"))
+    small.config.auto_map = {"AutoTokenizer": ["tokenizer.Own", None]}
     with pytest.raises(CheckpointError, match=r"pooler\.dense is or stands for a OwnLinear"):
         small.save_pretrained(tmp_path, remote_code=True)
+    assert small.config.auto_map == {"AutoTokenizer": ["tokenizer.Own", None]}
 
 
 def test_attentions_of_ones_own_are_refused(tmp_path):
