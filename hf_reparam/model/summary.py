@@ -73,8 +73,8 @@ def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
             taken.update(found.site.names)
             if structure.changes_moments:
                 structure.skeleton(found.site, entry).install(work)
-    modules = dict(work.named_modules(remove_duplicate=False))
-    dense = [f for f in selection.selected if f.site.weights and f.site.name not in taken and f.site.name in modules]
+    there = {name for named in (work.named_modules, work.named_parameters) for name, _ in named(remove_duplicate=False)}
+    dense = [f for f in selection.selected if f.site.weights and f.site.name in there - taken]
     left = (*_left(dense), *(item for item in selection.skipped if item.name not in taken))
     before = count_parameters(model)
     after = before - sum(item.parameters_before - item.parameters_after for item in rows)

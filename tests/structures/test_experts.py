@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hf_reparam import Entry, convert, report, save
+from hf_reparam import Entry, LowRankConfig, convert, make_plan, report, save
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
@@ -204,6 +204,14 @@ def test_experts_are_converted_by_default_whatever_their_parameter_is_called(fam
     dense = model_of(family)
     found = [row.name for row in report(convert(dense, rank=4)).layers if row.form == "experts"]
     assert set(found) == sites(dense).keys()
+
+
+def test_a_plan_tells_of_experts_that_it_leaves_dense():
+    dense = model_of(mixtral)
+    plan = make_plan(dense, LowRankConfig(keep=0.9, min_rank=14))  # too much for `down_proj`
+    made = [{s.name: s.reason for s in told.skipped} for told in (plan.report, report(convert(dense, plan)))]
+    assert made[0] == made[1]
+    assert made[0]["model.layers.1.mlp.experts.down_proj"] == "the plan leaves it dense"
 
 
 @pytest.mark.parametrize(
