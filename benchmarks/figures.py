@@ -288,6 +288,7 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "frontier-minilm": partial(frontier, "MiniLM, 200 sentences"),
     "ablations-gpt2": partial(ablations, "GPT-2 2.2M, 200 chunks"),
     "ablations-llama": partial(ablations, "Llama 0.9M, 200 chunks"),
+    "ablations-minilm": partial(ablations, "MiniLM, 200 sentences"),
     "ablations-sst2": partial(ablations, "SST-2"),
     "conformance": conformance,
     "hostile": hostile,
