@@ -175,7 +175,7 @@ def test_a_search_tries_layers_and_leaves_plans_to_evaluate(model, calibration, 
 
 
 @pytest.mark.slow
-def test_layers_are_tried_once_for_a_calibration(model, calibration, monkeypatch):
+def test_layers_are_tried_once_for_a_calibration(model, calibration, tmp_path, monkeypatch):
     fresh = replace(calibration, curves={}, probes={})
     first = make_plan(model, CONFIG, fresh)
     known = dict(fresh.probes)
@@ -183,6 +183,10 @@ def test_layers_are_tried_once_for_a_calibration(model, calibration, monkeypatch
     monkeypatch.setattr(probe, "installed", None)  # nothing is put in place any more
     assert make_plan(model, CONFIG, fresh) == first
     assert fresh.probes == known
+    fresh.save(tmp_path / "seen.safetensors")
+    loaded = Calibration.load(tmp_path / "seen.safetensors")
+    assert loaded.probes == known
+    assert make_plan(model, CONFIG, loaded) == first
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`Calibration`: what data say of the layers of one model, in memory or in files."""
 
+import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -40,7 +41,8 @@ class Calibration:
         layers: layer name -> LayerMoments, names as in a plan; in memory, or read from files when asked for.
         tables: name of input embeddings -> TableMoments.
         batches: the held-out part of the data, on which plans are judged.
-        curves, probes, times: what was found of weights that were planned with it, and of layers like them; a cache.
+        curves, probes, times: what was found of weights that were planned with it, and of layers like them; a cache, of
+            which `probes`, which cost forward passes, are stored.
 
     >>> import torch
     >>> a = Calibration("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)})
@@ -117,7 +119,9 @@ class Calibration:
             tensors |= {f"{name}.{f.name}": getattr(table, f.name) for f in fields(table)}
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, unfinished, metadata={"format": _FORMAT, "metric": self.metric, **header})
+            probes = json.dumps([[*key, value] for key, value in self.probes.items()])
+            header = {"format": _FORMAT, "metric": self.metric, "probes": probes, **header}
+            save_file(tensors, unfinished, metadata=header)
             unfinished.replace(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from None
@@ -159,6 +163,7 @@ class Calibration:
         where: dict[str, Path] = {}
         tables: dict[str, TableMoments] = {}
         batches: list[HeldOut] = []
+        probes: dict[Any, float] = {}
         headers = {}
         for file in files:
             headers[file], names, found, held = _contents(file)
@@ -168,6 +173,7 @@ class Calibration:
             where.update(dict.fromkeys(names, file))
             tables |= {name: TableMoments(**_read(file, name)) for name in found}
             batches += [_read_batch(file, number) for number in held]
+            probes |= _probes(headers[file])
         metrics = {header["metric"] for header in headers.values()}
         if len(metrics) > 1:
             raise CheckpointError(f"{path} holds moments of several metrics, {sorted(metrics)}")
@@ -175,7 +181,7 @@ class Calibration:
             raise CheckpointError(
                 f"{path} holds moments of a broken run: {missing} files are missing; collect them anew"
             )
-        return cls(metrics.pop(), _Stored(where), tables, batches)
+        return cls(metrics.pop(), _Stored(where), tables, batches, probes=probes)
 
 
 def shapes_of_layers(layers: Mapping[str, LayerMoments]) -> dict[str, tuple[int, int | None]]:
@@ -272,7 +278,18 @@ def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str], list[in
         sums.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
     tables = sorted(name for name, found in sums.items() if found == _TABLE_SUMS)
     layers = {n: found for n, found in sums.items() if n not in tables and not n.startswith((_BATCH, _MASK))}
-    known = header.get("metric") in METRICS and header.get("parts", "0").isdecimal()
-    if header.get("format") != _FORMAT or not known or not all(found in _KINDS for found in layers.values()):
+    try:
+        known = header.get("format") == _FORMAT and header.get("metric") in METRICS
+        known = known and int(header.get("parts", "0")) >= 0 and all(found in _KINDS for found in layers.values())
+        held = sorted(int(name.removeprefix(_BATCH)) for name in sums if name.startswith(_BATCH))
+        _probes(header)
+    except (TypeError, ValueError):
+        known = False
+    if not known:
         raise CheckpointError(f"{path} holds no moments of this version")
-    return header, sorted(layers), tables, sorted(int(n[len(_BATCH) :]) for n in sums if n.startswith(_BATCH))
+    return header, sorted(layers), tables, held
+
+
+def _probes(header: Mapping[str, str]) -> dict[Any, float]:
+    """(fingerprint of the judge, metric, layer, rank) -> divergence."""
+    return {tuple(key): float(value) for *key, value in json.loads(header.get("probes", "[]"))}

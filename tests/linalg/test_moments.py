@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_reparam.errors import CheckpointError, WeightError
@@ -97,6 +98,14 @@ def test_other_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="holds no moments"):
         Calibration.load(tmp_path / "other.safetensors")
+    Calibration("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "good.safetensors")
+    with safe_open(tmp_path / "good.safetensors", "pt") as file:
+        header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for wrong in ({"probes": "no"}, {"probes": "[[1, [2], 3]]"}, {"parts": "x"}, {}):
+        crafted = tensors if wrong else {**tensors, "batch:x.y": torch.ones(1)}
+        save_file(crafted, tmp_path / "wrong.safetensors", {**header, **wrong})
+        with pytest.raises(CheckpointError, match="holds no moments of this version"):
+            Calibration.load(tmp_path / "wrong.safetensors")
 
 
 def test_layers_are_read_when_they_are_asked_for(tmp_path):
