@@ -3,8 +3,8 @@
 With the base configuration it is all that is needed to build the skeleton of a converted model: loading runs no SVD.
 """
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
@@ -203,7 +203,7 @@ class ConversionRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        known = asdict(self)
+        known = asdict(replace(self, errors=dict(self.errors), metrics=dict(self.metrics)))  # no mapping else is copied
         known["errors"] = {n: None if error is None else float(f"{error:.4g}") for n, error in self.errors.items()}
         return {name: value for name, value in known.items() if value or name not in ("metrics", "judgement", "speed")}
 
@@ -353,7 +353,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return is_number(value) and math.isfinite(value)
+    return is_number(value) and abs(value) <= sys.float_info.max  # an int may be too large for `math.isfinite`
 
 
 def _is_brief(text: object) -> bool:

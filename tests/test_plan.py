@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+from types import MappingProxyType
 
 import pytest
 from torch import nn
@@ -114,6 +115,8 @@ def test_messages_stay_short(data):
         {"errors": ["fc"]},
         {"errors": {"fc": float("nan")}},
         {"errors": {"fc": "0.1"}},
+        {"errors": {"fc": 10**400}},
+        {"speed": {"device": "cpu", "tokens": 1, "asked": 10**400, "layers": 1.0}},
     ],
 )
 def test_records_from_disk_are_not_believed(record):
@@ -127,6 +130,8 @@ def test_a_record_is_no_part_of_the_decision():
     assert plan == RankPlan({"fc": Entry(3)})
     assert RankPlan.from_dict(plan.to_dict()).record == plan.record
     assert pickle.loads(pickle.dumps(plan)).record == plan.record
+    frozen = dataclasses.replace(plan, record=ConversionRecord(errors=MappingProxyType({"fc": 0.5})))
+    assert RankPlan.from_dict(frozen.to_dict()).record.errors == {"fc": 0.5}
 
 
 def test_a_form_of_another_version_is_refused_where_it_is_applied():

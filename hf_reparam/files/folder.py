@@ -118,7 +118,7 @@ def load(
     """
     check_folder(folder)
     check_device(device)
-    with checked(f"{folder} cannot be loaded"):
+    with checked(f"{folder} cannot be loaded", BrokenPipeError):  # nobody reads the progress bar any more
         kind = _saved_class(AutoConfig.from_pretrained(folder))
         on_disk = {} if offload_folder is None else {"device_map": {"": "disk"}, "offload_folder": str(offload_folder)}
         with meant_for_disk(), unexpected_names(kind) as found:
@@ -231,11 +231,12 @@ def _saved_class(config: PreTrainedConfig) -> Any:
 
 
 @contextmanager
-def checked(refusal: str) -> Iterator[None]:
-    """Whatever fails in the block becomes a CheckpointError that begins so; errors of this package stay as they are."""
+def checked(refusal: str, *others: type[Exception]) -> Iterator[None]:
+    """Whatever fails in the block becomes a CheckpointError that begins so, but errors of this package, and others."""
+    kept: tuple[type[Exception], ...] = (ReparamError, *others)
     try:
         yield
-    except (ReparamError, BrokenPipeError):  # nobody reads the progress bar any more
+    except kept:
         raise
     except Exception as error:  # a tampered folder makes Transformers stumble, a Hub its client
         raise CheckpointError(f"{refusal}: {one_line(error)}") from error

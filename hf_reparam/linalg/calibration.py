@@ -283,7 +283,7 @@ def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str], list[in
         known = known and int(header.get("parts", "0")) >= 0 and all(found in _KINDS for found in layers.values())
         held = sorted(int(name.removeprefix(_BATCH)) for name in sums if name.startswith(_BATCH))
         _probes(header)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         known = False
     if not known:
         raise CheckpointError(f"{path} holds no moments of this version")

@@ -74,7 +74,8 @@ def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
             if structure.changes_moments:
                 structure.skeleton(found.site, entry).install(work)
     there = {name for named in (work.named_modules, work.named_parameters) for name, _ in named(remove_duplicate=False)}
-    dense = [f for f in selection.selected if f.site.weights and f.site.name in there - taken]
+    free = there - taken
+    dense = [found for found in selection.selected if found.site.weights and found.site.name in free]
     left = (*_left(dense), *(item for item in selection.skipped if item.name not in taken))
     before = count_parameters(model)
     after = before - sum(item.parameters_before - item.parameters_after for item in rows)

@@ -101,7 +101,7 @@ def test_other_files_are_refused(tmp_path):
     Calibration("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "good.safetensors")
     with safe_open(tmp_path / "good.safetensors", "pt") as file:
         header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for wrong in ({"probes": "no"}, {"probes": "[[1, [2], 3]]"}, {"parts": "x"}, {}):
+    for wrong in ({"probes": "no"}, {"probes": "[[1, [2], 3]]"}, {"probes": "[" * 200_000}, {"parts": "x"}, {}):
         crafted = tensors if wrong else {**tensors, "batch:x.y": torch.ones(1)}
         save_file(crafted, tmp_path / "wrong.safetensors", {**header, **wrong})
         with pytest.raises(CheckpointError, match="holds no moments of this version"):
