@@ -204,6 +204,24 @@ def test_stored_calibration_judges_alike(model, calibration, tmp_path):
     assert make_plan(model, CONFIG, folder).report.judgement.measured.keys() == again.report.judgement.measured.keys()
 
 
+def test_inputs_with_dots_in_their_names_are_stored(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, **inputs):
+            return self.layer(inputs["front.x"])
+
+    seen = calibrate(Named(), [{"front.x": torch.randn(3, 4)} for _ in range(12)])
+    seen.save(tmp_path / "seen.safetensors")
+    again = Calibration.load(tmp_path / "seen.safetensors")
+    assert again.layers["layer"].fingerprint() == seen.layers["layer"].fingerprint()
+    pairs = zip(again.batches, seen.batches, strict=True)
+    assert seen.batches
+    assert all(torch.equal(one["front.x"], other["front.x"]) for (one, _), (other, _) in pairs)
+
+
 def test_two_batches_are_too_few_to_hold_one_out(model):
     few_batches = calibrate(model, batches(2))
     assert few_batches.batches == []

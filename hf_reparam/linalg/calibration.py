@@ -249,14 +249,12 @@ def _layer(path: Path, name: str) -> LayerMoments:
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor]:
-    """The sums of one layer or table in a file."""
+    """The sums of one layer or table in a file, or the inputs of a batch, whose names may have dots."""
+    start = f"{name}."
     try:
         with safe_open(path, framework="pt") as file:
-            return {
-                key.rpartition(".")[2]: file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118  # it is no mapping
-                if key.rpartition(".")[0] == name
-            }
+            own = {key.removeprefix(start): key for key in file.keys() if key.startswith(start)}  # noqa: SIM118
+            return {n: file.get_tensor(key) for n, key in own.items() if "." not in n or name.startswith(_BATCH)}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as moments: {error}") from None
 
@@ -281,7 +279,8 @@ def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str], list[in
     try:
         known = header.get("format") == _FORMAT and header.get("metric") in METRICS
         known = known and int(header.get("parts", "0")) >= 0 and all(found in _KINDS for found in layers.values())
-        held = sorted(int(name.removeprefix(_BATCH)) for name in sums if name.startswith(_BATCH))
+        batches = {key.partition(".")[0].removeprefix(_BATCH) for key in keys if key.startswith(_BATCH)}
+        held = sorted(map(int, batches))
         _probes(header)
     except (TypeError, ValueError, OverflowError, RecursionError):
         known = False
