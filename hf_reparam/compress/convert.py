@@ -151,10 +151,8 @@ def carry_out(
         work = opened(model)
         selection = _selection(work.model, asked, plan)
         if not inplace:
-            at_sites = (
-                found.site.module for found in selection.selected
-            )  # what is shown in split form has no original
-            check_copyable(unwrapped(model), [work.originals[part] for part in at_sites if part in work.originals])
+            parts = [found.site.module for found in selection.selected]  # of those shown in split form is no original
+            check_copyable(unwrapped(model), [work.originals[part] for part in parts if part in work.originals])
         if not isinstance(calibration, Calibration) and calibration is not None:
             wanted = _asked_of(selection)
             calibration = calibrate(model, calibration, metric=asked.metric or "fisher", tokenizer=tokenizer, **wanted)

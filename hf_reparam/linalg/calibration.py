@@ -276,17 +276,16 @@ def _contents(path: Path) -> tuple[dict[str, str], list[str], list[str], list[in
         sums.setdefault(key.rpartition(".")[0], set()).add(key.rpartition(".")[2])
     tables = sorted(name for name, found in sums.items() if found == _TABLE_SUMS)
     layers = {n: found for n, found in sums.items() if n not in tables and not n.startswith((_BATCH, _MASK))}
+    batches = {key.partition(".")[0].removeprefix(_BATCH) for key in keys if key.startswith(_BATCH)}
+    known = header.get("format") == _FORMAT and header.get("metric") in METRICS
+    known = known and all(number.isdecimal() for number in (header.get("parts", "0"), *batches))
     try:
-        known = header.get("format") == _FORMAT and header.get("metric") in METRICS
-        known = known and int(header.get("parts", "0")) >= 0 and all(found in _KINDS for found in layers.values())
-        batches = {key.partition(".")[0].removeprefix(_BATCH) for key in keys if key.startswith(_BATCH)}
-        held = sorted(map(int, batches))
         _probes(header)
     except (TypeError, ValueError, OverflowError, RecursionError):
         known = False
-    if not known:
+    if not known or not all(found in _KINDS for found in layers.values()):
         raise CheckpointError(f"{path} holds no moments of this version")
-    return header, sorted(layers), tables, held
+    return header, sorted(layers), tables, sorted(map(int, batches))
 
 
 def _probes(header: Mapping[str, str]) -> dict[Any, float]:

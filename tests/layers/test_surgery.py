@@ -39,6 +39,15 @@ def test_factor_keeps_dtype_bias_gradients_and_mode(dtype, build, form):
     assert low.entry == Entry(4, form)
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)], ids=str)
+def test_half_precision_is_rounded_once(dtype, step):
+    dense = nn.Linear(64, 48).to(dtype)
+    low = factor(dense, Entry(20), decompose(dense_matrix(dense)))
+    up, down = decompose(dense_matrix(dense).double()).cut(20)
+    torch.testing.assert_close(low.up.weight.double(), up, rtol=step, atol=2**-25)
+    torch.testing.assert_close(low.down.weight.double(), down, rtol=step, atol=2**-25)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_factor_at_full_rank_is_the_layer(form):
     dense, x = nn.Linear(12, 8).double(), torch.randn(5, 12).double()

@@ -101,7 +101,8 @@ def test_other_files_are_refused(tmp_path):
     Calibration("activation", {"a": layer(torch.ones(5, 4))}).save(tmp_path / "good.safetensors")
     with safe_open(tmp_path / "good.safetensors", "pt") as file:
         header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for wrong in ({"probes": "no"}, {"probes": "[[1, [2], 3]]"}, {"probes": "[" * 200_000}, {"parts": "x"}, {}):
+    probes = ("no", "[[1, [2], 3]]", "[" * 200_000, f"[[1, {10**400}]]")
+    for wrong in (*({"probes": known} for known in probes), {"parts": "x"}, {"parts": "-1"}, {"parts": "+1"}, {}):
         crafted = tensors if wrong else {**tensors, "batch:x.y": torch.ones(1)}
         save_file(crafted, tmp_path / "wrong.safetensors", {**header, **wrong})
         with pytest.raises(CheckpointError, match="holds no moments of this version"):
