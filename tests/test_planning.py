@@ -162,7 +162,7 @@ def test_plan_is_json_and_convert_applies_it(bert):
     assert {item.reason for item in plan.report.skipped if item.kind == "Linear"} <= {
         "the plan leaves it dense",
         "output embeddings",
-        "task head: stays dense unless target_modules names it",
+        "task head: dense unless target_modules names it",
     }
 
 

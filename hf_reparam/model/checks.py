@@ -33,7 +33,7 @@ def optional_layers(model: nn.Module) -> dict[str, str]:
         owner = next((path for path in models if not path or f"{name}.".startswith(f"{path}.")), None)
         role = None if owner is None else "task head" if owner in with_head else _role(name, modules)
         if role is not None:
-            reasons[name] = f"{role}: stays dense unless target_modules names it"
+            reasons[name] = f"{role}: dense unless target_modules names it"
     return reasons
 
 

@@ -81,9 +81,7 @@ IDS = [*HEADS, "switch", "clip", "encoder-decoder", "wrapped"]
 def test_heads_poolers_and_routers_stay_dense(make, optional):
     model = make()
     report = hf_reparam.report(model)
-    assert {
-        item.name for item in report.skipped if "stays dense unless target_modules names it" in item.reason
-    } == optional
+    assert {item.name for item in report.skipped if "dense unless target_modules names it" in item.reason} == optional
     possible = {row.name for row in report.layers}
     assert possible
     assert not possible & optional
