@@ -12,7 +12,7 @@ layers and the whole model reach, at 8 x 128 tokens and at one. Writes results/f
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import hf_reparam
 from benchmarks import tasks
 from benchmarks.machine import RESULTS, describe
 from hf_reparam import LowRankConfig, RankPlan
-from hf_reparam.compress.clock import Clock, medians
+from hf_reparam.compress.clock import drawn, medians
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import select
@@ -65,16 +65,27 @@ def tokens(model: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, vocabulary, (rows, length), generator=generator)}
 
 
-def layers_of(plan: RankPlan, model: nn.Module, exclude: tuple[str, ...], clock: Clock) -> float:
-    """Time of the targeted layers over their dense time, measured at the ranks of a plan."""
+def layers_of(plan: RankPlan, model: nn.Module, exclude: tuple[str, ...], rows: int) -> float:
+    """Time of the targeted layers over their dense time, called one after the other as in the model."""
     found = select(opened(model).model, LowRankConfig(exclude_modules=exclude)).selected
-    return 1 / clock.reached([(item.site, plan.modules.get(item.name)) for item in found])
+    dense = [(item.site.module, torch.randn(1, rows, item.site.in_features)) for item in found]
+    entries = [plan.modules.get(item.name) for item in found]
+    pairs = zip(dense, entries, strict=True)
+    small = [(layer if entry is None else drawn(layer, entry), x) for (layer, x), entry in pairs]
+    took = medians({"dense": partial(called, dense), "small": partial(called, small)}, CPU, ROUNDS)
+    return took["small"] / took["dense"]
+
+
+def called(layers: Sequence[tuple[nn.Module, torch.Tensor]]) -> None:
+    """Each layer, with its input."""
+    for layer, x in layers:
+        layer(x)
 
 
 def measure(task: tasks.Task) -> dict[str, Any]:
     """Of every size: what is lost, and shares of parameters, of the layers' time and of the model's time."""
     calibration = hf_reparam.calibrate(task.model, task.batches)
-    clock, models, rows = Clock(BATCH * LENGTH), {"dense": task.model}, {}
+    models, rows = {"dense": task.model}, {}
     for name, options in SIZES.items():
         plan = hf_reparam.make_plan(task.model, LowRankConfig(exclude_modules=task.exclude, **options), calibration)
         small = hf_reparam.convert(task.model, plan, calibration=calibration)
@@ -82,7 +93,7 @@ def measure(task: tasks.Task) -> dict[str, Any]:
         rows[name] = {
             **task.score(small),
             "parameters": count_parameters(small) / count_parameters(task.model),
-            "layers": layers_of(plan, task.model, task.exclude, clock),
+            "layers": layers_of(plan, task.model, task.exclude, BATCH * LENGTH),
         }
         print(task.name, name, rows[name], flush=True)
     taken = tokens(task.model, BATCH, LENGTH)
@@ -102,7 +113,7 @@ def reached(make: Callable[[], nn.Module]) -> dict[str, Any]:
         taken, models, layers = tokens(model, rows, length), {"dense": model}, {}
         for asked in SPEEDUPS:
             plan = hf_reparam.make_plan(model, LowRankConfig(speedup=asked, tokens=rows * length))
-            layers[str(asked)] = 1 / layers_of(plan, model, (), Clock(rows * length))
+            layers[str(asked)] = 1 / layers_of(plan, model, (), rows * length)
             models[str(asked)] = hf_reparam.convert(model, plan)
         took = medians({name: partial(one, **taken) for name, one in models.items()}, CPU, ROUNDS)
         found[f"{rows} x {length}"] = {

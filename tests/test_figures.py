@@ -127,6 +127,13 @@ def test_pivoted_layers_lose_less_at_every_size():
         assert all(one < other for one, other in zip(best, pairs, strict=True))
 
 
+def test_layers_reach_the_speedup_that_is_asked_for():
+    shapes = {name: calls for name, calls in figures.stored("frontier")["shapes"].items() if name != "machine"}
+    rows = [(float(asked), row) for calls in shapes.values() for some in calls.values() for asked, row in some.items()]
+    assert len(rows) == 12
+    assert all(row["layers"] == pytest.approx(asked, rel=0.02) for asked, row in rows)
+
+
 def test_inputs_alone_lose_more_for_every_kind_of_layer_of_language_models():
     results = figures.stored("ablations")["results"]
     for name in ("GPT-2 2.2M, 200 chunks", "Llama 0.9M, 200 chunks"):

@@ -35,17 +35,22 @@ def work(module):
     return sum(map(work, module.children()))
 
 
+def ran(call):
+    """The modules that a call runs."""
+    if call.func is clock._run:
+        return [layer for layer, _ in call.args[0]]
+    return [next(call.args[0]) if call.func is clock._run_next else call.func]
+
+
 @pytest.fixture
 def counted(monkeypatch):
-    """Times that are computed in the place of measured ones, and how many there were."""
+    """Times that are computed in the place of measured ones, and of what."""
     seen = []
 
-    def medians(calls, device, rounds=7):
-        seen.extend(calls)
-        return {
-            key: work(call.func if hasattr(call, "func") else call.__closure__[0].cell_contents)
-            for key, call in calls.items()
-        }
+    def medians(calls, device, **options):
+        modules = {key: ran(call) for key, call in calls.items()}
+        seen.extend(modules.items())
+        return {key: sum(map(work, some)) for key, some in modules.items()}
 
     monkeypatch.setattr(clock, "medians", medians)
     return seen
@@ -81,8 +86,8 @@ def test_layers_together_take_their_share_of_the_time(counted, asked):
 def test_curves_that_are_off_are_set_right_by_the_ranks_that_were_chosen(counted, monkeypatch, off, allocation):
     right = clock.medians
 
-    def medians(calls, device, rounds=7):
-        return {key: took * (off if key[0] in FORMS else 1) for key, took in right(calls, device, rounds).items()}
+    def medians(calls, device, **options):
+        return {key: took * (off if key[0] in FORMS else 1) for key, took in right(calls, device).items()}
 
     monkeypatch.setattr(clock, "medians", medians)
     plan = make_plan(net(), LowRankConfig(speedup=1.5, allocation=allocation), calibrate(net(), batches()))
@@ -102,7 +107,7 @@ def test_every_layer_gets_the_faster_form(counted):
 
 def test_times_are_measured_once_for_each_shape_and_number_of_tokens(counted):
     calibration = calibrate(net(), batches())
-    curves = lambda: sum(key[0] in ("pair", "pivoted") for key in counted)  # noqa: E731
+    curves = lambda: sum(key[0] in FORMS for key, _ in counted)  # noqa: E731
     make_plan(net(), calibration=calibration, speedup=1.5)
     first = curves()
     assert first == 4 * 2 * 12 - sum(12 - len(clock._grid(most)) for most in (96, 95, 96, 95, 32, 31, 8, 7))
@@ -115,6 +120,45 @@ def test_times_are_measured_once_for_each_shape_and_number_of_tokens(counted):
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers change
 
 
+@pytest.mark.parametrize("fit", [4, 2])
+def test_a_layer_finds_no_more_of_itself_in_the_cache_than_in_its_model(monkeypatch, fit):
+    """Every call reads other weights, of as many bytes as the model's layers hold, or as no cache holds."""
+    layers = nn.Sequential(*(nn.Linear(96, 64) for _ in range(4)))
+    memory = sum(parameter.nbytes for parameter in layers.parameters())
+    monkeypatch.setattr(clock, "_MOST_BYTES", (2 * fit + 1) * memory // 8)
+    turns = {}
+    monkeypatch.setattr(clock, "medians", lambda calls, *_, **__: turns.update(calls) or dict.fromkeys(calls, 1.0))
+    clock.Clock(1, memory)._curves(Linears().sites(layers)[0])
+    for key, weight, places in (("dense", "weight", fit), (("pair", 2), "up.weight", 4)):
+        copies = [next(turns[key].args[0]) for _ in range(8)]
+        assert copies[:4] == copies[4:], "then again from the first one"
+        assert len({copy.get_parameter(weight).data_ptr() for copy in copies}) == places
+        turns[key]()
+
+
+def test_what_is_reached_is_the_time_of_one_layer_after_the_other(monkeypatch):
+    """Each reads its own weights, as in the model."""
+    seen = {}
+    monkeypatch.setattr(clock, "medians", lambda calls, *_, **__: seen.update(calls) or {"dense": 3.0, "small": 2.0})
+    layers = nn.Sequential(*(nn.Linear(96, 64) for _ in range(3)))
+    entries = [hf_reparam.Entry(4, "pair"), None, hf_reparam.Entry(4, "pair")]
+    assert clock.Clock(1).reached(list(zip(Linears().sites(layers), entries, strict=True))) == 1.5
+    dense, small = ran(seen["dense"]), ran(seen["small"])
+    assert dense == list(layers)
+    assert small[1] is dense[1]
+    assert [layer.rank for layer in small[::2]] == [4, 4]
+    assert small[0].up.weight.data_ptr() != small[2].up.weight.data_ptr()
+    seen["small"]()
+
+
+def test_long_measurements_are_repeated_less(monkeypatch):
+    monkeypatch.setattr(clock, "_LEAST", 0.0)
+    calls = []
+    clock.medians({"a": lambda: calls.append(0)}, torch.device("cpu"))
+    clock.medians({"a": lambda: calls.append(1)}, torch.device("cpu"), patience=0.0)
+    assert [calls.count(0), calls.count(1)] == [2 + 7, 2 + 3]
+
+
 def test_compiled_layers_are_timed_as_torch_compile_makes_them(counted, monkeypatch):
     usual, compiled = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda layer: compiled.append(layer) or usual(layer))
@@ -123,7 +167,9 @@ def test_compiled_layers_are_timed_as_torch_compile_makes_them(counted, monkeypa
     assert not compiled
     counted.clear()
     plan = make_plan(net(), LowRankConfig(speedup=1.25, compiled=True), calibration)
-    assert len(compiled) == len(counted) > 50, "eager times are not taken for compiled ones"
+    timed = [module for _, some in counted for module in some]
+    assert len(timed) > 50
+    assert all(hasattr(module, "_orig_mod") for module in timed), "eager times are not taken for compiled ones"
     assert plan.modules == eager.modules, "the work is the same here"
 
 

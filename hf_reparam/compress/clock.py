@@ -3,11 +3,11 @@
 import math
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy
@@ -32,8 +32,11 @@ from hf_reparam.structures.structure import Site
 __all__ = ["Clock", "drawn", "medians", "speed_of"]
 
 _RANKS = 12
-_ROUNDS = 7
+_ROUNDS, _LEAST_ROUNDS = 7, 3
 _LEAST = 1e-2  # seconds that one measurement takes at least
+_PATIENCE = 10.0  # seconds after which three rounds are enough
+_MOST_COPIES = 64  # of a layer
+_MOST_BYTES = 1 << 28  # of the memory that they share: more than caches hold
 
 Curve = tuple[list[int], list[float]]
 """Ranks, and seconds at each."""
@@ -43,13 +46,18 @@ Curve = tuple[list[int], list[float]]
 class Clock:
     """Seconds of one call of a layer on its device, of random numbers of its shape and dtype.
 
+    A layer that is called alone, again and again, finds its weights in the cache, in a model those of the other layers.
+    With few tokens that is most of its time. So every call takes the weights of another copy.
+
     Args:
         tokens: rows of a call.
+        memory: bytes of the targeted layers together; as many copies are made of a layer.
         known: measured before: shape, dtype, device and so on -> form -> Curve; filled as it goes.
         compiled: whether layers run as `torch.compile` makes them.
     """
 
     tokens: int
+    memory: int = 0
     known: dict[Any, dict[str, Curve]] = field(default_factory=dict)
     compiled: bool = False
 
@@ -63,25 +71,20 @@ class Clock:
         return float(numpy.interp(entry.rank, *curves[entry.form]))
 
     def reached(self, layers: Sequence[tuple[Site, Entry | None]]) -> float:
-        """Dense time over low-rank time of some layers together, measured at the very ranks that they get."""
+        """Dense time over low-rank time of some layers, called one after the other, at the very ranks that they get."""
         return spread({"ranks": 1.0}, lambda _: self._reached(layers), desc="timing ranks")["ranks"]
 
     def _reached(self, layers: Sequence[tuple[Site, Entry | None]]) -> float:
-        calls: dict[Any, Callable[[], Any]] = {}
-        inputs: dict[Any, Tensor] = {}
-        times: Counter[tuple[Any, Entry | None]] = Counter()
-        for site, entry in layers:
-            layer: Any = site.module
-            key = self._key(site)
-            times[key, entry] += 1
-            if key not in inputs:
-                inputs[key] = self._rows(site)
-            for one in (entry, None):
-                if (key, one) not in calls:
-                    calls[key, one] = partial(self.made(layer if one is None else drawn(layer, one)), inputs[key])
-        took = self.medians(calls, _device(layers[0][0]))
-        dense = sum(count * took[key, None] for (key, _), count in times.items())
-        return dense / sum(count * took[both] for both, count in times.items())
+        inputs = {self._key(site): self._rows(site) for site, _ in layers}
+        dense = [(self.made(site.module), inputs[self._key(site)]) for site, _ in layers]
+        small = [
+            (layer if entry is None else self.made(drawn(site.module, entry)), x)
+            for (layer, x), (site, entry) in zip(dense, layers, strict=True)
+        ]
+        took = self.medians(
+            {"dense": partial(_run, dense), "small": partial(_run, small)}, next(iter(inputs.values())).device
+        )
+        return took["dense"] / took["small"]
 
     def _curves(self, site: Site) -> dict[str, Curve]:
         key = self._key(site)
@@ -97,40 +100,68 @@ class Clock:
         """What tells layers apart whose times differ."""
         layer: Any = site.module
         of_layer = (site.in_features, site.out_features, layer.bias is None, layer.weight.dtype, layer.weight.device)
-        return (type(layer), *of_layer, self.tokens, self.compiled, torch.get_num_threads())
-
-    def _rows(self, site: Site) -> Tensor:
-        shape, device = (1, self.tokens, site.in_features), _device(site)
-        dtype = site.module.get_parameter("weight").dtype
-        return torch.randn(shape, device=device, generator=_generator(device)).to(dtype)
+        return (type(layer), *of_layer, self.tokens, self.memory, self.compiled, torch.get_num_threads())
 
     def _measured(self, site: Site) -> dict[str, Curve]:
         layer, x = site.module, self._rows(site)
         ranks = {form: _grid(site.full_rank - (form == "pivoted")) for form in FORMS}
-        calls = {("dense", 0): partial(self.made(layer), x)}
-        for form, some in ranks.items():
-            calls |= {(form, rank): partial(self.made(drawn(layer, Entry(rank, form))), x) for rank in some}
-        took = self.medians(calls, x.device)
+        layers: dict[Any, nn.Module] = {"dense": layer}
+        layers |= {(form, rank): drawn(layer, Entry(rank, form)) for form, some in ranks.items() for rank in some}
+        copies = min(max(round(self.memory / _bytes(layer)), 1), _MOST_COPIES)
+        shared = _random(max(min(self.memory, _MOST_BYTES), _bytes(layer)), layer.get_parameter("weight"))
+        turns = {key: cycle(map(self.made, _copied(one, copies, shared))) for key, one in layers.items()}
+        took = self.medians({key: partial(_run_next, some, x) for key, some in turns.items()}, x.device)
         curves = {form: (some, _rising([took[form, rank] for rank in some])) for form, some in ranks.items()}
-        return curves | {"dense": ([0], [took["dense", 0]])}
+        return curves | {"dense": ([0], [took["dense"]])}
+
+    def _rows(self, site: Site) -> Tensor:
+        like = site.module.get_parameter("weight")
+        return torch.randn(1, self.tokens, site.in_features, **_as(like)).to(like.dtype)
 
     def medians(self, calls: Mapping[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
         """As the function of this name. Layers share their code, which has to be compiled for each of them."""
         with without_limit() if self.compiled else nullcontext():
-            return medians(calls, device)
+            return medians(calls, device, patience=_PATIENCE)
 
     def made(self, module: nn.Module) -> Any:
         """A module as it runs: compiled, or as it is."""
         return torch.compile(module) if self.compiled else module
 
 
-def _device(site: Site) -> torch.device:
-    return site.module.get_parameter("weight").device
+def _run(layers: Sequence[tuple[nn.Module, Tensor]]) -> None:
+    for layer, x in layers:
+        layer(x)
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    """Of numbers that nobody else's depend on."""
-    return torch.Generator(device).manual_seed(0)
+def _run_next(layers: Iterator[nn.Module], x: Tensor) -> None:
+    next(layers)(x)
+
+
+def _bytes(layer: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in layer.parameters())
+
+
+def _random(size: int, like: Tensor) -> Tensor:
+    """Bytes of random numbers."""
+    some = torch.randn(1 << 16, **_as(like)).to(like.dtype)
+    return some.repeat(size // some.nbytes + 1)[: size // some.itemsize]
+
+
+def _copied(layer: nn.Module, copies: int, shared: Tensor) -> list[nn.Module]:
+    """Copies of a layer, whose parameters lie one after the other in `shared`, and again from its start at its end."""
+    made, start = [frozen_copy(layer) for _ in range(copies)], 0
+    for parameter in (parameter for one in made for parameter in one.parameters()):
+        if start + parameter.numel() > len(shared):
+            start = 0
+        if parameter.dtype == shared.dtype:
+            parameter.data = shared[start : start + parameter.numel()].view(parameter.shape)
+            start += parameter.numel()
+    return made
+
+
+def _as(like: Tensor) -> dict[str, Any]:
+    """On its device, of numbers that nobody else's depend on."""
+    return {"device": like.device, "generator": torch.Generator(like.device).manual_seed(0)}
 
 
 def _grid(most: int) -> list[int]:
@@ -149,11 +180,11 @@ def _rising(times: list[float]) -> list[float]:
 def drawn(layer: nn.Module, entry: Entry) -> LowRankLinear:
     """A low-rank layer of random numbers: what memory holds by chance may be slow to compute with."""
     low = low_rank_like(layer, entry)
-    generator = _generator(low.up.weight.device)
+    known = _as(low.up.weight)
     for parameter in low.parameters():
-        parameter.normal_(std=0.02, generator=generator)
+        parameter.normal_(std=0.02, generator=known["generator"])
     if isinstance(low, PivotedLinear):
-        low.order.copy_(torch.randperm(low.in_features, generator=generator, device=low.order.device))
+        low.order.copy_(torch.randperm(low.in_features, **known))
     return low
 
 
@@ -170,7 +201,7 @@ def speed_of(
     Numbers are drawn, as if they had been decomposed.
     """
     found = [item for item in found if item.structure.of_rows]
-    small, device = frozen_copy(work), _device(found[0].site)
+    small, device = frozen_copy(work), found[0].site.module.get_parameter("weight").device
     whole = None
     if calibration is not None and calibration.batches:
         layers = {item.name: small.get_submodule(item.site.name) for item in found}
@@ -185,11 +216,17 @@ def speed_of(
 
 @torch.inference_mode()
 def medians(
-    calls: Mapping[Any, Callable[[], Any]], device: torch.device, rounds: int = _ROUNDS, *, wall: bool = False
+    calls: Mapping[Any, Callable[[], Any]],
+    device: torch.device,
+    rounds: int = _ROUNDS,
+    *,
+    wall: bool = False,
+    patience: float = math.inf,
 ) -> dict[Any, float]:
     """Median seconds of every call, over rounds in which all take their turn, so that all see the same noise.
 
     On a CPU it is the time of the process, which others that are running do not stretch, unless `wall` is asked for.
+    After `patience` seconds of that time no more than three rounds are made.
     """
     synchronize = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
     now = time.process_time if device.type == "cpu" and not wall else time.perf_counter
@@ -202,12 +239,14 @@ def medians(
         synchronize()
         return (now() - start) / times
 
-    times = {}
+    start, times = now(), {}
     for key, call in calls.items():
         call()  # to warm up
         times[key] = max(1, math.ceil(_LEAST / max(took(call, 1), 1e-9)))
     series: dict[Any, list[float]] = {key: [] for key in calls}
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done >= _LEAST_ROUNDS and now() - start > patience:
+            break
         for key, call in calls.items():
             series[key].append(took(call, times[key]))
     return {key: statistics.median(values) for key, values in series.items()}

@@ -98,7 +98,7 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
         entries, skipped = given_ranks(found, config)
         selection = Selection((), (*skipped, *selection.skipped))
     else:
-        unit = unit_of(config, source.calibration)
+        unit = unit_of(config, found, source.calibration)
         entries, metric, judgement = _budgeted(work, selection, config, source, unit, whole=whole)
         if entries and config.speedup is not None and isinstance(unit, Seconds):
             speed = speed_of(work, found, entries, unit.clock, config.speedup, source.calibration)

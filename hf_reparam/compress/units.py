@@ -104,9 +104,13 @@ Unit = Parameters | Seconds
 """How costs are counted."""
 
 
-def unit_of(config: LowRankConfig, calibration: Calibration | None) -> Unit:
-    """In what the size of a configuration is given; times are kept in a calibration."""
+def unit_of(config: LowRankConfig, found: Sequence[Found], calibration: Calibration | None) -> Unit:
+    """In what the size of a configuration is given, of the targeted sites; times are kept in a calibration."""
     if config.speedup is None:
         return Parameters(config.stored_form, config.least_saving)
-    clock = Clock(config.tokens or _TOKENS, {} if calibration is None else calibration.times, config.compiled)
+    memory = sum(
+        parameter.nbytes for item in found if item.structure.of_rows for parameter in item.site.module.parameters()
+    )
+    known = {} if calibration is None else calibration.times
+    clock = Clock(config.tokens or _TOKENS, memory, known, config.compiled)
     return Seconds(clock, FORMS if config.form is None else (config.form,))
