@@ -68,7 +68,8 @@ def tokens(model: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
 def layers_of(plan: RankPlan, model: nn.Module, exclude: tuple[str, ...], rows: int) -> float:
     """Time of the targeted layers over their dense time, called one after the other as in the model."""
     found = select(opened(model).model, LowRankConfig(exclude_modules=exclude)).selected
-    dense = [(item.site.module, torch.randn(1, rows, item.site.in_features)) for item in found]
+    inputs = {item.site.in_features: torch.randn(1, rows, item.site.in_features) for item in found}
+    dense = [(item.site.module, inputs[item.site.in_features]) for item in found]
     entries = [plan.modules.get(item.name) for item in found]
     pairs = zip(dense, entries, strict=True)
     small = [(layer if entry is None else drawn(layer, entry), x) for (layer, x), entry in pairs]

@@ -1,6 +1,9 @@
 """Figures in README and docs are those that the benchmarks stored: tables by `make figures`, sentences by hand."""
 
+import math
 import re
+import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,28 @@ def test_pivoted_layers_lose_less_at_every_size():
             for form in ("pivoted", "pair")
         )
         assert all(one < other for one, other in zip(best, pairs, strict=True))
+
+
+def _lost_in(time, rows):
+    """What is lost in that time of the layers, between the nearest sizes by the logarithm; nothing outside of all."""
+    points = sorted((row["layers"], math.log(row["lost"])) for row in rows)
+    for (fast, more), (slow, less) in pairwise(points):
+        if fast <= time <= slow:
+            return math.exp(more + (less - more) * (time - fast) / (slow - fast))
+    return math.inf
+
+
+def test_speedup_loses_hardly_more_than_the_better_form_in_the_same_time():
+    ratios = []
+    for result in figures.stored("frontier")["results"].values():
+        for asked in (1.25, 1.5, 2.0):
+            row = result["rows"][f"speedup={asked}"]
+            assert row["layers"] == pytest.approx(1 / asked, rel=0.07)
+            forms = [[r for name, r in result["rows"].items() if form in name] for form in ("pair", "pivoted")]
+            other = min(_lost_in(row["layers"], rows) for rows in forms)
+            ratios += [row["lost"] / other] if other < math.inf else []
+    assert max(ratios) < 1.085
+    assert statistics.median(ratios) < 1
 
 
 def test_layers_reach_the_speedup_that_is_asked_for():
