@@ -135,10 +135,8 @@ class Speed:
 
     def __str__(self) -> str:
         whole = "" if self.model is None else f", the whole model {self.model:.2f} times on held-out data"
-        return (
-            f"targeted layers {self.layers:.2f} times as fast (asked {self.asked:.2f}) with {self.tokens} tokens on "
-            f"{self.device}{whole}"
-        )
+        call = f"{self.tokens} token{'s' * (self.tokens != 1)} a call on {self.device}"
+        return f"targeted layers {self.layers:.2f} times as fast (asked {self.asked:.2f}) with {call}{whole}"
 
     @property
     def brief(self) -> str:

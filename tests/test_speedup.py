@@ -1,6 +1,7 @@
 """Ranks and forms chosen by measured times; what a layer has to save, and which ranks are tried by default."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,6 +236,8 @@ def test_saved_and_read_again(counted, tmp_path, capsys):
     assert hf_reparam.report(AutoModelForSequenceClassification.from_pretrained(tmp_path)).speed == speed
     assert main(["inspect", str(tmp_path)]) == 0
     assert f"speed:            {speed}" in capsys.readouterr().out
+    assert str(speed).endswith("with 7 tokens a call on cpu")
+    assert str(replace(speed, tokens=1)).endswith("with 1 token a call on cpu")
     stored = json.loads((tmp_path / "config.json").read_text())["reparam"]
     for wrong in ({"asked": "2"}, {"tokens": 1.5}, {"more": 1}, {"device": 3}, {"model": float("nan")}):
         changed = {**stored["record"]["speed"], **wrong}

@@ -96,7 +96,7 @@ class Seconds:
     def too_small(self, share: float, least: float, steps: Steps) -> str:
         return (
             f"speedup={1 / share:.3g} cannot be reached: at the least ranks (min_rank={steps.min_rank}) the layers "
-            f"take {least:.3f} of their dense time with {self.clock.tokens} tokens a call, a speedup of {1 / least:.2f}"
+            f"take {least:.3f} of their dense time (tokens={self.clock.tokens}), a speedup of {1 / least:.2f}"
         )
 
 
