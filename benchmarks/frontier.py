@@ -12,7 +12,7 @@ layers and the whole model reach, at 8 x 128 tokens and at one. Writes results/f
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import hf_reparam
 from benchmarks import tasks
 from benchmarks.machine import RESULTS, describe
 from hf_reparam import LowRankConfig, RankPlan
-from hf_reparam.compress.clock import drawn, medians
+from hf_reparam.compress.clock import Clock, medians
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import select
@@ -66,21 +66,9 @@ def tokens(model: nn.Module, rows: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def layers_of(plan: RankPlan, model: nn.Module, exclude: tuple[str, ...], rows: int) -> float:
-    """Time of the targeted layers over their dense time, called one after the other as in the model."""
+    """Time of the targeted layers over their dense time, measured once more at the ranks of a plan."""
     found = select(opened(model).model, LowRankConfig(exclude_modules=exclude)).selected
-    inputs = {item.site.in_features: torch.randn(1, rows, item.site.in_features) for item in found}
-    dense = [(item.site.module, inputs[item.site.in_features]) for item in found]
-    entries = [plan.modules.get(item.name) for item in found]
-    pairs = zip(dense, entries, strict=True)
-    small = [(layer if entry is None else drawn(layer, entry), x) for (layer, x), entry in pairs]
-    took = medians({"dense": partial(called, dense), "small": partial(called, small)}, CPU, ROUNDS)
-    return took["small"] / took["dense"]
-
-
-def called(layers: Sequence[tuple[nn.Module, torch.Tensor]]) -> None:
-    """Each layer, with its input."""
-    for layer, x in layers:
-        layer(x)
+    return 1 / Clock(rows).reached([(item.site, plan.modules.get(item.name)) for item in found])
 
 
 def measure(task: tasks.Task) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def test_a_layer_finds_no_more_of_itself_in_the_cache_than_in_its_model(monkeypa
     layers = nn.Sequential(*(nn.Linear(96, 64) for _ in range(4)))
     memory = sum(parameter.nbytes for parameter in layers.parameters())
     monkeypatch.setattr(clock, "_MOST_BYTES", (2 * fit + 1) * memory // 8)
+    monkeypatch.setattr(clock, "_ALIGNED", 4)
     turns = {}
     monkeypatch.setattr(clock, "medians", lambda calls, *_, **__: turns.update(calls) or dict.fromkeys(calls, 1.0))
     clock.Clock(1, memory)._curves(Linears().sites(layers)[0])
@@ -152,6 +153,24 @@ def test_what_is_reached_is_the_time_of_one_layer_after_the_other(monkeypatch):
     seen["small"]()
 
 
+def test_copies_have_the_layout_and_the_dtypes_of_the_layer():
+    layer = nn.Linear(64, 96, dtype=torch.bfloat16)
+    layer.weight, layer.bias = nn.Parameter(torch.randn(64, 96).bfloat16().t()), nn.Parameter(torch.randn(96))
+    copies = clock._copied(layer, 3, clock._numbers(2 * clock._bytes(layer), layer.weight))
+    for one in copies:
+        assert one.weight.stride() == layer.weight.stride() == (1, 96)
+        assert one.weight.data_ptr() % 64 == 0
+        assert one.bias is layer.bias, "of another dtype: its own"
+    assert len({one.weight.data_ptr() for one in copies}) == 2
+    assert layer.weight.data_ptr() not in {one.weight.data_ptr() for one in copies}
+
+
+def test_inside_inference_mode(counted):
+    model = net()
+    with torch.inference_mode():
+        assert make_plan(model, speedup=1.5).report.speed.layers >= 1.4
+
+
 def test_long_measurements_are_repeated_less(monkeypatch):
     monkeypatch.setattr(clock, "_LEAST", 0.0)
     calls = []
@@ -162,7 +181,7 @@ def test_long_measurements_are_repeated_less(monkeypatch):
 
 def test_compiled_layers_are_timed_as_torch_compile_makes_them(counted, monkeypatch):
     usual, compiled = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda layer: compiled.append(layer) or usual(layer))
+    monkeypatch.setattr(torch, "compile", lambda layer: compiled.append(layer) or usual(layer, backend="eager"))
     calibration = calibrate(net(), batches())
     eager = make_plan(net(), LowRankConfig(speedup=1.25), calibration)
     assert not compiled
@@ -175,8 +194,11 @@ def test_compiled_layers_are_timed_as_torch_compile_makes_them(counted, monkeypa
 
 
 def test_every_compiled_layer_is_compiled(monkeypatch):
-    """Layers share their code, of which torch compiles no more than eight by itself."""
-    usual, graphs = torch.compile, []
+    """Layers share their code, of which torch compiles no more than eight by itself; each before it is timed."""
+    usual, graphs, timed, before = torch.compile, [], clock.medians, []
+    monkeypatch.setattr(
+        clock, "medians", lambda *given, **options: before.append(len(graphs)) or timed(*given, **options)
+    )
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -186,7 +208,8 @@ def test_every_compiled_layer_is_compiled(monkeypatch):
     monkeypatch.setattr(clock, "_LEAST", 0.0)
     torch.compiler.reset()
     (site,) = Linears().sites(nn.Sequential(nn.Linear(96, 96)))
-    curves = clock.Clock(4, compiled=True)._curves(site)
+    curves = clock.Clock(4, 3 * clock._bytes(site.module), compiled=True)._curves(site)
+    assert before == [len(graphs)]
     assert len(graphs) == sum(len(ranks) for ranks, _ in curves.values()) > 20
 
 

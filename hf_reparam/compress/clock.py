@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from hf_reparam.calibrate.padding import taken_by
 from hf_reparam.compat.compiling import without_limit
 from hf_reparam.config import FORMS
 from hf_reparam.errors import WeightError
-from hf_reparam.layers.copies import frozen_copy
+from hf_reparam.layers.copies import WorkingCopy, frozen_copy
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import low_rank_like, replace_modules
@@ -34,9 +35,10 @@ __all__ = ["Clock", "drawn", "medians", "speed_of"]
 _RANKS = 12
 _ROUNDS, _LEAST_ROUNDS = 7, 3
 _LEAST = 1e-2  # seconds that one measurement takes at least
-_PATIENCE = 10.0  # seconds after which three rounds are enough
-_MOST_COPIES = 64  # of a layer
-_MOST_BYTES = 1 << 28  # of the memory that they share: more than caches hold
+_PATIENCE = 10.0  # seconds of rounds after which three are enough
+_MOST_COPIES = 256  # of a layer
+_MOST_BYTES = 1 << 28  # of the memory that they share: more than most caches hold
+_ALIGNED = 512  # bytes: where weights begin
 
 Curve = tuple[list[int], list[float]]
 """Ranks, and seconds at each."""
@@ -47,11 +49,11 @@ class Clock:
     """Seconds of one call of a layer on its device, of random numbers of its shape and dtype.
 
     A layer that is called alone, again and again, finds its weights in the cache, in a model those of the other layers.
-    With few tokens that is most of its time. So every call takes the weights of another copy.
+    With few tokens that is most of its time. So calls take turns among copies, as many as dense ones fill `memory`.
 
     Args:
         tokens: rows of a call.
-        memory: bytes of the targeted layers together; as many copies are made of a layer.
+        memory: bytes of the targeted layers together; 0 for one copy, which stays in the cache.
         known: measured before: shape, dtype, device and so on -> form -> Curve; filled as it goes.
         compiled: whether layers run as `torch.compile` makes them.
     """
@@ -75,15 +77,18 @@ class Clock:
         return spread({"ranks": 1.0}, lambda _: self._reached(layers), desc="timing ranks")["ranks"]
 
     def _reached(self, layers: Sequence[tuple[Site, Entry | None]]) -> float:
-        inputs = {self._key(site): self._rows(site) for site, _ in layers}
-        dense = [(self.made(site.module), inputs[self._key(site)]) for site, _ in layers]
-        small = [
-            (layer if entry is None else self.made(drawn(site.module, entry)), x)
-            for (layer, x), (site, entry) in zip(dense, layers, strict=True)
-        ]
-        took = self.medians(
-            {"dense": partial(_run, dense), "small": partial(_run, small)}, next(iter(inputs.values())).device
-        )
+        sites = {self._key(site): site for site, _ in layers}
+        inputs = {key: self._rows(site) for key, site in sites.items()}
+        calls: dict[torch.device, dict[str, list[tuple[nn.Module, Tensor]]]] = {}
+        for site, entry in layers:
+            x, dense = inputs[self._key(site)], self.made(site.module)
+            small = dense if entry is None else self.made(drawn(site.module, entry))
+            on_device = calls.setdefault(x.device, {"dense": [], "small": []})
+            on_device["dense"].append((dense, x))
+            on_device["small"].append((small, x))
+        took = Counter[str]()
+        for device, both in calls.items():
+            took.update(self.medians({name: partial(_run, some) for name, some in both.items()}, device))
         return took["dense"] / took["small"]
 
     def _curves(self, site: Site) -> dict[str, Curve]:
@@ -105,18 +110,29 @@ class Clock:
     def _measured(self, site: Site) -> dict[str, Curve]:
         layer, x = site.module, self._rows(site)
         ranks = {form: _grid(site.full_rank - (form == "pivoted")) for form in FORMS}
-        layers: dict[Any, nn.Module] = {"dense": layer}
-        layers |= {(form, rank): drawn(layer, Entry(rank, form)) for form, some in ranks.items() for rank in some}
         copies = min(max(round(self.memory / _bytes(layer)), 1), _MOST_COPIES)
-        shared = _random(max(min(self.memory, _MOST_BYTES), _bytes(layer)), layer.get_parameter("weight"))
-        turns = {key: cycle(map(self.made, _copied(one, copies, shared))) for key, one in layers.items()}
-        took = self.medians({key: partial(_run_next, some, x) for key, some in turns.items()}, x.device)
+        shared = _numbers(max(min(self.memory, _MOST_BYTES), 2 * _bytes(layer)), layer.get_parameter("weight"))
+        calls: dict[Any, Callable[[], None]] = {"dense": self._in_turn(_copied(layer, copies, shared), x)}
+        for form, some in ranks.items():
+            for rank in some:
+                small = drawn(layer, Entry(rank, form))
+                calls[form, rank] = self._in_turn(_copied(small, copies, shared), x)
+        took = self.medians(calls, x.device)
         curves = {form: (some, _rising([took[form, rank] for rank in some])) for form, some in ranks.items()}
         return curves | {"dense": ([0], [took["dense"]])}
 
+    def _in_turn(self, copies: Sequence[nn.Module], x: Tensor) -> Callable[[], None]:
+        """Calls the next copy, ready to run."""
+        made = [self.made(one) for one in copies]
+        if self.compiled:
+            with without_limit(), torch.inference_mode():
+                _run([(one, x) for one in made])
+        return partial(_run_next, cycle(made), x)
+
     def _rows(self, site: Site) -> Tensor:
         like = site.module.get_parameter("weight")
-        return torch.randn(1, self.tokens, site.in_features, **_as(like)).to(like.dtype)
+        shape = (1, self.tokens, site.in_features)
+        return torch.randn(shape, device=like.device, generator=_generator(like.device)).to(like.dtype)
 
     def medians(self, calls: Mapping[Any, Callable[[], Any]], device: torch.device) -> dict[Any, float]:
         """As the function of this name. Layers share their code, which has to be compiled for each of them."""
@@ -141,27 +157,31 @@ def _bytes(layer: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in layer.parameters())
 
 
-def _random(size: int, like: Tensor) -> Tensor:
-    """Bytes of random numbers."""
-    some = torch.randn(1 << 16, **_as(like)).to(like.dtype)
+def _generator(device: torch.device) -> torch.Generator:
+    """Of numbers that nobody else's depend on."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def _numbers(size: int, like: Tensor) -> Tensor:
+    """Random numbers that fill `size` bytes, some thousand of them again and again, as small as weights are."""
+    some = torch.randn(1 << 16, device=like.device, generator=_generator(like.device)).mul_(0.02).to(like.dtype)
     return some.repeat(size // some.nbytes + 1)[: size // some.itemsize]
 
 
 def _copied(layer: nn.Module, copies: int, shared: Tensor) -> list[nn.Module]:
-    """Copies of a layer, whose parameters lie one after the other in `shared`, and again from its start at its end."""
-    made, start = [frozen_copy(layer) for _ in range(copies)], 0
-    for parameter in (parameter for one in made for parameter in one.parameters()):
-        if start + parameter.numel() > len(shared):
-            start = 0
-        if parameter.dtype == shared.dtype:
-            parameter.data = shared[start : start + parameter.numel()].view(parameter.shape)
-            start += parameter.numel()
+    """Copies of a layer whose parameters lie in `shared` one after the other, from its start again at its end."""
+    made, start = [WorkingCopy(layer).model for _ in range(copies)], 0
+    for module in (module for one in made for module in one.modules()):
+        for name, own in module._parameters.items():
+            if own is None or own.dtype != shared.dtype:
+                continue
+            if start + own.numel() > len(shared):
+                start = 0
+            stride = torch.empty_like(own, device="meta").stride()  # its own, but where it is a part of another tensor
+            place = shared.as_strided(own.shape, stride, start)
+            module._parameters[name] = nn.Parameter(place, requires_grad=False)
+            start += _ALIGNED * math.ceil(own.nbytes / _ALIGNED) // own.itemsize
     return made
-
-
-def _as(like: Tensor) -> dict[str, Any]:
-    """On its device, of numbers that nobody else's depend on."""
-    return {"device": like.device, "generator": torch.Generator(like.device).manual_seed(0)}
 
 
 def _grid(most: int) -> list[int]:
@@ -180,11 +200,11 @@ def _rising(times: list[float]) -> list[float]:
 def drawn(layer: nn.Module, entry: Entry) -> LowRankLinear:
     """A low-rank layer of random numbers: what memory holds by chance may be slow to compute with."""
     low = low_rank_like(layer, entry)
-    known = _as(low.up.weight)
     for parameter in low.parameters():
-        parameter.normal_(std=0.02, generator=known["generator"])
+        parameter.data = _numbers(parameter.nbytes, parameter).view_as(parameter)
     if isinstance(low, PivotedLinear):
-        low.order.copy_(torch.randperm(low.in_features, **known))
+        device = low.order.device
+        low.order.copy_(torch.randperm(low.in_features, generator=_generator(device), device=device))
     return low
 
 
@@ -201,6 +221,7 @@ def speed_of(
     Numbers are drawn, as if they had been decomposed.
     """
     found = [item for item in found if item.structure.of_rows]
+    reached = clock.reached([(item.site, entries.get(item.name)) for item in found])
     small, device = frozen_copy(work), found[0].site.module.get_parameter("weight").device
     whole = None
     if calibration is not None and calibration.batches:
@@ -210,8 +231,7 @@ def speed_of(
         taken = send_to_device(taken_by(models["dense"], calibration.batches[0][0]), device)
         took = clock.medians({name: partial(clock.made(model), **taken) for name, model in models.items()}, device)
         whole = round(took["dense"] / took["small"], 3)
-    layers_alone = clock.reached([(item.site, entries.get(item.name)) for item in found])
-    return Speed(device.type, clock.tokens, asked, round(layers_alone, 3), whole)
+    return Speed(device.type, clock.tokens, asked, round(reached, 3), whole)
 
 
 @torch.inference_mode()
@@ -226,7 +246,7 @@ def medians(
     """Median seconds of every call, over rounds in which all take their turn, so that all see the same noise.
 
     On a CPU it is the time of the process, which others that are running do not stretch, unless `wall` is asked for.
-    After `patience` seconds of that time no more than three rounds are made.
+    When rounds have taken `patience` seconds of the wall's time, three are enough.
     """
     synchronize = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
     now = time.process_time if device.type == "cpu" and not wall else time.perf_counter
@@ -239,13 +259,14 @@ def medians(
         synchronize()
         return (now() - start) / times
 
-    start, times = now(), {}
+    times = {}
     for key, call in calls.items():
         call()  # to warm up
         times[key] = max(1, math.ceil(_LEAST / max(took(call, 1), 1e-9)))
+    start = time.monotonic()
     series: dict[Any, list[float]] = {key: [] for key in calls}
     for done in range(rounds):
-        if done >= _LEAST_ROUNDS and now() - start > patience:
+        if done >= _LEAST_ROUNDS and time.monotonic() - start > patience:
             break
         for key, call in calls.items():
             series[key].append(took(call, times[key]))
