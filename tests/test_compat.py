@@ -367,6 +367,15 @@ def test_auto_classes_know_their_models():
     assert auto.default_model(NewConfig) is None
 
 
+def test_auto_classes_may_list_a_class_that_is_not_there(monkeypatch):
+    """Transformers 5.24 does so for a part of VoxtralRealtime."""
+    mapping = tf.AutoModel._model_mapping
+    monkeypatch.setitem(mapping._model_mapping, "bert", "NoSuchModel")
+    with pytest.raises(ValueError, match="NoSuchModel"):
+        mapping.get(tf.BertConfig, None)
+    assert auto.default_model(tf.BertConfig) is None
+
+
 def test_a_derived_class_becomes_known_wherever_its_base_is(monkeypatch):
     mapping = tf.AutoModel._model_mapping
     tokenizers = importlib.import_module("transformers.models.auto.tokenization_auto").TOKENIZER_MAPPING

@@ -30,8 +30,10 @@ def auto_class_of(model: type[PreTrainedModel]) -> str | None:
 
 
 def default_model(config: type[PreTrainedConfig]) -> Any:
-    """The class that `AutoModel` makes of a configuration class; None if it knows none."""
-    return AutoModel._model_mapping.get(config, None)
+    """The class that `AutoModel` makes of a configuration class; None if it knows none, or one that is not there."""
+    with suppress(ValueError):
+        return AutoModel._model_mapping.get(config, None)
+    return None
 
 
 def register_like(
