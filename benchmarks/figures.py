@@ -290,6 +290,7 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "ablations-llama": partial(ablations, "Llama 0.9M, 200 chunks"),
     "ablations-minilm": partial(ablations, "MiniLM, 200 sentences"),
     "ablations-sst2": partial(ablations, "SST-2"),
+    "ablations-whisper": partial(ablations, "Whisper 38M, 50 utterances"),
     "conformance": conformance,
     "hostile": hostile,
     "served": served,
