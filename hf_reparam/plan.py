@@ -78,7 +78,8 @@ class Judgement:
         unit: of the divergences: "nats per token" or "per example", or "of the squared hidden states" or "outputs",
             the share that the squared difference is.
         chosen: the plan that was taken, the least of `measured`.
-        predicted: sum of the errors of its layers, each cut alone; None where that is not known.
+        predicted: sum of the errors of its layers, each cut alone, times the ratio of what was measured to that sum
+            for another plan of its metric; None where that is not known.
         measured: plan -> divergence of the whole model.
     """
 

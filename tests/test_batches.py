@@ -6,6 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_reparam import Calibration, calibrate, convert, merge
+from hf_reparam.calibrate.batches import batched
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
@@ -125,3 +126,41 @@ def test_two_processes_share_the_data(tmp_path):
     alone = calibrate(zoo.BY_BASE["BertForMaskedLM"].build(), [{"input_ids": ids}])
     for rank in range(2):
         assert_same(Calibration.load(tmp_path / str(rank)), alone)
+
+
+def test_texts_are_masked_for_models_that_fill_masks(tokenizer):
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS)]
+    plain, seen, classified = (
+        list(batched(zoo.BY_BASE[kind].build(), texts, tokenizer))
+        for kind in ("BertModel", "BertForMaskedLM", "BertForSequenceClassification")
+    )
+    words = hidden = 0
+    for one, other, third in zip(plain, seen, classified, strict=True):
+        masked = other["input_ids"] == tokenizer.mask_token_id
+        assert torch.equal(one["input_ids"], third["input_ids"])
+        assert torch.equal(one["input_ids"][~masked], other["input_ids"][~masked])
+        is_word = ~torch.isin(one["input_ids"], torch.tensor(tokenizer.all_special_ids))
+        assert is_word[masked].all()
+        words, hidden = words + int(is_word.sum()), hidden + int(masked.sum())
+    assert 0.1 < hidden / words < 0.2
+
+
+def test_what_masks_itself_stays_as_it_is(tokenizer):
+    model = zoo.BY_BASE["BertForMaskedLM"].build()
+    ids = tokenizer(TEXTS[1])["input_ids"]
+    masked = [[*ids[:3], tokenizer.mask_token_id, *ids[4:]]] * 40
+    seen = torch.cat([b["input_ids"] for b in batched(model, [{"input_ids": row} for row in masked], tokenizer)])
+    assert torch.equal(seen, torch.tensor(masked))
+
+
+def test_labels_of_masked_tokens_are_left_out():
+    model = zoo.BY_BASE["BertForMaskedLM"].build()
+    batches = [
+        {"input_ids": torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(i))} for i in range(9)
+    ]
+    labelled = [{**b, "labels": b["input_ids"].masked_fill(torch.arange(9) > 1, -100)} for b in batches]
+    seen = calibrate(model, labelled)
+    assert_same(seen, calibrate(model, batches))
+    assert not any("labels" in batch for batch, _ in seen.batches)
+    own = calibrate(model, labelled, loss_fn=lambda model, batch: model(**batch).loss * 8)
+    assert all("labels" in batch for batch, _ in own.batches)

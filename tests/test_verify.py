@@ -119,6 +119,22 @@ def test_the_best_plan_is_taken_and_what_is_said_of_it_is_true(model, calibratio
     assert 0.5 < judged.predicted / judged.measured[judged.chosen] < 2  # all that predictions promise
 
 
+def test_predictions_count_what_another_plan_loses_beyond_its_parts():
+    sizes = [Entry(4), Entry(8), Entry(16)]
+    options = Options([*sizes, None], torch.tensor([4.0, 2.0, 1.0, 0.0]), torch.arange(4.0))
+    ways = {("a",): [Way(0.0, {"a": options})]}
+    plans = {
+        "one": ({"a": Entry(8)}, "fisher"),
+        "the same": ({"a": Entry(8)}, "fisher"),
+        "of another metric": ({"a": Entry(4)}, "activation"),
+        "another": ({"a": Entry(4)}, "fisher"),
+    }
+    judged = {"one": 5.0, "the same": 5.0, "of another metric": 9.0, "another": 12.0}
+    assert verify._predicted("one", plans, judged, ways) == 6.0
+    assert verify._predicted("another", plans, judged, ways) == 10.0
+    assert verify._predicted("one", dict(list(plans.items())[:3]), judged, ways) == 2.0
+
+
 @pytest.mark.slow
 def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
     small = convert(model, CONFIG, calibration=calibration)

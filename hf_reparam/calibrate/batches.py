@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_reparam.calibrate.inputs import Names, batches_of_one, forward_names, host, padding_id, predicts_tokens
+from hf_reparam.calibrate.inputs import (
+    Names,
+    batches_of_one,
+    fills_masks,
+    forward_names,
+    host,
+    padding_id,
+    predicts_tokens,
+)
 from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
-from hf_reparam.calibrate.objective import MASKS, batch_masks
+from hf_reparam.calibrate.objective import MASKS, batch_masks, seeds_of, uniforms
 from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.progress import stage
@@ -24,6 +32,7 @@ Row = dict[str, Tensor]
 
 _SIZE = 32  # texts or rows in a batch
 _LEAST_BATCHES = 10  # of little data, so that some can be held out
+_MASKED = 0.15  # of the tokens of a masked language model: as BERT was trained, arXiv 1810.04805
 _SORTED = 32 * _SIZE  # texts that are sorted by length before they are put into batches: less padding, less time
 
 
@@ -81,6 +90,7 @@ class _Reader:
         self.tokenizer = checked_tokenizer(tokenizer)
         self.length = 0 if self.tokenizer is None else longest(model, self.tokenizer, max_length)
         self.padding = 0 if self.tokenizer is None else padding_id(model, self.tokenizer)
+        self.fills_masks = fills_masks(model)
         few = _SIZE if examples is None else max(1, examples // _LEAST_BATCHES)
         self.size = 1 if batches_of_one(model) else min(_SIZE, few)
         self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -111,6 +121,8 @@ class _Reader:
         for i in range(0, len(rows), self.size):
             part = [row for row, _ in rows[i : i + self.size]]
             batch = {key: _stacked([r[key] for r in part], self.padding * (key == "input_ids")) for key in part[0]}
+            if self.fills_masks:
+                batch = _masked(batch, self.tokenizer)
             yield batch, {}, sum(first for _, first in rows[i : i + self.size])
 
     def _rows(self, item: Mapping[str, Any], words: Words | None) -> Iterator[tuple[Row, frozenset[str]]]:
@@ -189,6 +201,18 @@ def _is_number(value: Any) -> bool:
 
 def _stacked(values: list[Tensor], padding: int) -> Tensor:
     return pad_sequence(values, batch_first=True, padding_value=padding) if values[0].dim() else torch.stack(values)
+
+
+def _masked(batch: Row, tokenizer: Any) -> Row:
+    """A batch with 15 % of the tokens masked, as such a model is used; as it is where some are masked already."""
+    ids, mask = batch.get("input_ids"), getattr(tokenizer, "mask_token_id", None)
+    if ids is None or mask is None or bool((ids == mask).any()):
+        return batch
+    masks = batch_masks(batch)
+    drawn = uniforms(ids[..., None], 1, seeds_of(batch, masks), masks)[..., 0] < _MASKED
+    return batch | {
+        "input_ids": ids.masked_fill(drawn & ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids)), mask)
+    }
 
 
 def _is_empty(batch: Mapping[str, Any]) -> bool:

@@ -12,9 +12,10 @@ from accelerate.utils import convert_file_size_to_int, gather_object, send_to_de
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
+from hf_reparam.calibrate.inputs import fills_masks
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
-from hf_reparam.calibrate.padding import Padding, Part
+from hf_reparam.calibrate.padding import Padding, Part, unlabelled
 from hf_reparam.calibrate.watch import watching
 from hf_reparam.config import METRICS, LowRankConfig
 from hf_reparam.errors import TargetError
@@ -63,9 +64,9 @@ def calibrate(
     not (audio encoders have fewer positions inside, experts get some, a layer may see all positions once a batch), and
     examples can be taken apart, they are watched one by one, which is slower. The gradient is
     that of the model's own loss where it gives one (a batch has `labels`), summed over whatever the head counts;
-    otherwise of labels drawn from the model's own predictions; for a headless model of a random projection of its last
-    hidden states, or of all that it returns. The model's mode, gradients, `requires_grad` and hooks are as before, also
-    after an error.
+    otherwise, and for masked language models, of labels drawn from the model's own predictions; for a headless model
+    of a random projection of its last hidden states, or of all that it returns. The model's mode, gradients,
+    `requires_grad` and hooks are as before, also after an error.
 
     Args:
         model: a dense or converted model, or an object with such models in it; of one that cannot be called with
@@ -74,8 +75,9 @@ def calibrate(
         data: dicts for `model(**batch)` (a list, a DataLoader, a generator), a `datasets.Dataset` of examples, or
             texts with a tokenizer: strings, or rows with a column `text`, `sentence` or `content` or only one of
             strings, a known pair of columns (`premise`, `hypothesis` ...), or a chat (`messages`). Columns that
-            `forward` does not name are left out, and `label` is taken for `labels`. In a distributed run every process
-            gives its own share, and all get the sum.
+            `forward` does not name are left out, and `label` is taken for `labels`. A masked language model gets texts
+            with 15 % of their tokens masked. In a distributed run every process gives its own share, and all get the
+            sum.
         metric: "activation" for inputs alone, "fisher" for gradients, too.
         tokenizer: for texts; or a processor that has one. A SentenceTransformer or CrossEncoder brings its own along.
         loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above.
@@ -197,7 +199,10 @@ def _watch_group(
     plain = {f.name: f.site.module for f in group if f.structure.of_rows}
     seen, before = 0, dict[str, LayerMoments]()
     held: list[Part] = []
-    parts = Padding(inner, plain).parts(prepare(inner, data, **reading))
+    read = prepare(inner, data, **reading)
+    if loss_fn is None and fills_masks(inner):  # labels of masked tokens alone say less than drawn ones of all
+        read = ((unlabelled(inner, batch), masks) for batch, masks in read)
+    parts = Padding(inner, plain).parts(read)
     with watching() as watcher:
         for found in group:
             found.structure.watch(found.name, found.site, sums[found.name], watcher)

@@ -12,7 +12,18 @@ from transformers.utils import TransformersKwargs
 
 from hf_reparam.model.host import embeddings_of
 
-__all__ = ["Names", "batches_of_one", "forward_names", "host", "padding_id", "positions", "predicts_tokens"]
+__all__ = [
+    "Names",
+    "batches_of_one",
+    "fills_masks",
+    "forward_names",
+    "host",
+    "padding_id",
+    "positions",
+    "predicts_tokens",
+]
+
+_FILL_MASKS = ("ForMaskedLM", "ForPreTraining", "WithLMHeadModel")  # how names of classes end
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,14 @@ def predicts_tokens(model: nn.Module) -> bool:
     """Whether a model's labels are tokens: it has output embeddings."""
     inside = host(model)
     return inside is not None and embeddings_of(inside)[1] is not None
+
+
+def fills_masks(model: nn.Module) -> bool:
+    """Whether this is a masked language model."""
+    inside = host(model)
+    if inside is None or getattr(inside.config, "is_encoder_decoder", False) or not predicts_tokens(model):
+        return False
+    return any(kind.__name__.endswith(_FILL_MASKS) for kind in type(inside).__mro__)
 
 
 def batches_of_one(model: nn.Module) -> bool:

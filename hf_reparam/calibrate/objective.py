@@ -34,6 +34,7 @@ __all__ = [
     "position_mask",
     "projection",
     "seeds_of",
+    "uniforms",
     "unit_of",
 ]
 
@@ -272,7 +273,7 @@ def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, 
     if logits.shape[-1] == 1:  # a regression, of unit variance
         return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
     log_p = logits.float().log_softmax(-1)
-    uniform = _uniform(log_p, 1, seeds, masks)
+    uniform = uniforms(log_p, 1, seeds, masks)
     labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
     return -_mask(log_p.gather(-1, labels), masks).sum()
 
@@ -280,7 +281,7 @@ def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, 
 def _drawn_answers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Negative log-likelihood of a yes or no drawn for each logit, summed."""
     logits = logits.float()
-    uniform = _uniform(logits, logits.shape[-1], seeds, masks)
+    uniform = uniforms(logits, logits.shape[-1], seeds, masks)
     losses = F.binary_cross_entropy_with_logits(logits, (uniform < logits.detach().sigmoid()).float(), reduction="none")
     return _mask(losses, masks).sum()
 
@@ -305,7 +306,7 @@ def _mask(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return values if mask is None else values * mask[..., None].to(values.device)
 
 
-def _uniform(like: Tensor, width: int, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
+def uniforms(like: Tensor, width: int, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Numbers (..., width) in (0, 1), float32: each is a hash of its example's seed and of its place among the unpadded
     positions, so that every device draws the same.
 
@@ -340,5 +341,5 @@ def _mixed(number: Tensor) -> Tensor:
 
 def _noise(like: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Standard normal numbers of the shape and dtype of `like`."""
-    uniform = _uniform(like, like.shape[-1], seeds, masks)
+    uniform = uniforms(like, like.shape[-1], seeds, masks)
     return torch.special.ndtri(uniform).to(like.dtype)

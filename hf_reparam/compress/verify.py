@@ -1,5 +1,6 @@
 """The best plan for a budget: ranks by measured errors beside uniform ones, judged on held-out calibration data."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -71,13 +72,23 @@ def best_plan(
         apply(tried, RankPlan(entries), fitting if same else replace(fitting, metric=metric, kept=None))
         judged[name] = judge(tried.model)
     best = min(judged, key=lambda name: judged[name])
-    predicted = _predicted(plans[best][0], measured) if plans[best][1] == source.metric else None
+    predicted = _predicted(best, plans, judged, measured) if plans[best][1] == source.metric else None
     seen = {name: float(f"{value:.4g}") for name, value in judged.items()}
     return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), seen)
 
 
-def _predicted(entries: dict[str, Entry], ways: Ways) -> float:
-    """The sum of the errors of these entries."""
+def _predicted(
+    chosen: str, plans: Mapping[str, tuple[dict[str, Entry], str]], judged: Mapping[str, float], ways: Ways
+) -> float:
+    """What the parts of a plan lose alone, times how much more than its parts another plan of this metric loses."""
+    entries, metric = plans[chosen]
+    alone = {name: _alone(others, ways) for name, (others, its) in plans.items() if its == metric}
+    factors = (judged[name] / lost for name, lost in alone.items() if lost and plans[name][0] != entries)
+    return alone[chosen] * next(factors, 1.0)
+
+
+def _alone(entries: dict[str, Entry], ways: Ways) -> float:
+    """The sum of what these entries lose, each alone."""
     total = 0.0
     for group in ways.values():
         for name, options in group[0].sites.items():

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, QuestionAnsweringModelOutput
 
-from hf_reparam.calibrate.objective import _noise, _uniform, divergence, unit_of
+from hf_reparam.calibrate.objective import _noise, divergence, uniforms, unit_of
 from hf_reparam.errors import TargetError
 
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -66,7 +66,7 @@ def test_nothing_to_compare():
 
 def test_drawn_numbers_are_uniform_normal_and_independent():
     like = torch.zeros(40, 50, 100)
-    uniform, normal = _uniform(like, 100, range(40), ()), _noise(like, range(40), ())
+    uniform, normal = uniforms(like, 100, range(40), ()), _noise(like, range(40), ())
     parts = torch.histc(uniform, 20) / uniform.numel()
     assert 0 < uniform.min() < uniform.max() < 1
     assert torch.allclose(parts, torch.full((20,), 0.05), atol=0.05 * 5 * (20 / uniform.numel()) ** 0.5)
