@@ -79,7 +79,7 @@ class Judgement:
             the share that the squared difference is.
         chosen: the plan that was taken, the least of `measured`.
         predicted: sum of the errors of its layers, each cut alone, times the ratio of what was measured to that sum
-            for another plan of its metric; None where that is not known.
+            for the other plans of its metric; None where that is not known.
         measured: plan -> divergence of the whole model.
     """
 

@@ -128,10 +128,10 @@ def test_predictions_count_what_another_plan_loses_beyond_its_parts():
         "the same": ({"a": Entry(8)}, "fisher"),
         "of another metric": ({"a": Entry(4)}, "activation"),
         "another": ({"a": Entry(4)}, "fisher"),
+        "a third": ({"a": Entry(16)}, "fisher"),
     }
-    judged = {"one": 5.0, "the same": 5.0, "of another metric": 9.0, "another": 12.0}
-    assert verify._predicted("one", plans, judged, ways) == 6.0
-    assert verify._predicted("another", plans, judged, ways) == 10.0
+    judged = {"one": 5.0, "the same": 5.0, "of another metric": 9.0, "another": 12.0, "a third": 27.0}
+    assert verify._predicted("one", plans, judged, ways) == pytest.approx(2.0 * 9)  # between 12 / 4 and 27 / 1
     assert verify._predicted("one", dict(list(plans.items())[:3]), judged, ways) == 2.0
 
 
@@ -291,10 +291,18 @@ def test_what_was_complete_before_a_layer_is_not_computed_again(base):
     assert not any("forward" in vars(block) for block in dense.modules())
 
 
-def test_few_examples_of_all_lengths():
-    held = [({"input_ids": torch.full((8, n), n), "attention_mask": torch.ones(8, n)}, ()) for n in range(3, 13)]
+@pytest.mark.parametrize(
+    ("lengths", "shapes"),
+    [
+        (range(3, 13), [(8, 3), (8, 5), (8, 7), (8, 9), (8, 11)]),
+        (range(103, 113), [(4, 103), (4, 106), (4, 109), (4, 112)]),
+        ([60, 61], [(8, 60), (8, 61)]),
+    ],
+)
+def test_few_examples_of_all_lengths(lengths, shapes):
+    held = [({"input_ids": torch.full((8, n), n), "attention_mask": torch.ones(8, n)}, ()) for n in lengths]
     chosen = few(held)
-    assert [tuple(batch["input_ids"].shape) for batch, _ in chosen] == [(4, 3), (4, 6), (4, 9), (4, 12)]
+    assert [tuple(batch["input_ids"].shape) for batch, _ in chosen] == shapes
     assert all(masks[0].shape == batch["input_ids"].shape for batch, masks in chosen)
     assert len(few([({"x": torch.ones(1, 4)}, ())] * 40)) == 14
 

@@ -28,7 +28,7 @@ from hf_reparam.model.host import called
 
 __all__ = ["Judge", "few"]
 
-_FEW = 16  # examples that a layer alone is judged on
+_FEW, _MORE, _TOKENS = 16, 64, 2048  # examples that a layer alone is judged on, and about as many tokens
 _MOST_ROWS = 4096  # of a layer's input, when layers alone are judged
 _MOST_BYTES = 1 << 30  # that the dense model's predictions may take
 
@@ -100,9 +100,13 @@ def _counted(
 
 
 def few(batches: Sequence[HeldOut]) -> list[HeldOut]:
-    """At most 16 examples of batches of all lengths: four of each, or one of each where batches have but one."""
-    size = min(_FEW // 4, max(examples_in(batch) for batch, _ in batches))
-    step = math.ceil(len(batches) * size / _FEW)
+    """From 16 to 64 examples of batches of all lengths, as many as have 2,048 tokens; 16 of batches of one."""
+    most = max(examples_in(batch) for batch, _ in batches)
+    tensors = [[v[0].numel() for v in batch.values() if isinstance(v, Tensor) and v.dim()] for batch, _ in batches]
+    length = sum(max(sizes, default=1) for sizes in tensors) / len(batches)
+    count = _FEW if most == 1 else min(max(int(_TOKENS / length), _FEW), _MORE)
+    size = min(most, max(count // 4, math.ceil(count / len(batches))))
+    step = math.ceil(len(batches) * size / count)
     parts = [
         rows_of(batch, list(range(min(size, examples_in(batch))))) for batch, _ in batches[::step] if splits(batch)
     ]

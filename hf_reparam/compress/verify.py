@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import geometric_mean
 
 from torch import nn
 
@@ -80,11 +81,12 @@ def best_plan(
 def _predicted(
     chosen: str, plans: Mapping[str, tuple[dict[str, Entry], str]], judged: Mapping[str, float], ways: Ways
 ) -> float:
-    """What the parts of a plan lose alone, times how much more than its parts another plan of this metric loses."""
+    """What the parts of a plan lose alone, times how much more than its parts a plan loses: the geometric mean of the
+    others of its metric."""
     entries, metric = plans[chosen]
     alone = {name: _alone(others, ways) for name, (others, its) in plans.items() if its == metric}
-    factors = (judged[name] / lost for name, lost in alone.items() if lost and plans[name][0] != entries)
-    return alone[chosen] * next(factors, 1.0)
+    more = [judged[name] / lost for name, lost in alone.items() if lost and plans[name][0] != entries]
+    return alone[chosen] * (geometric_mean(more) if more and all(more) else 1.0)
 
 
 def _alone(entries: dict[str, Entry], ways: Ways) -> float:
