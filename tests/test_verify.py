@@ -132,6 +132,7 @@ def test_predictions_count_what_another_plan_loses_beyond_its_parts():
     }
     judged = {"one": 5.0, "the same": 5.0, "of another metric": 9.0, "another": 12.0, "a third": 27.0}
     assert verify._predicted("one", plans, judged, ways) == pytest.approx(2.0 * 9)  # between 12 / 4 and 27 / 1
+    assert verify._predicted("one", plans, judged | {"another": -1e-9, "a third": float("nan")}, ways) == 2.0
     assert verify._predicted("one", dict(list(plans.items())[:3]), judged, ways) == 2.0
 
 

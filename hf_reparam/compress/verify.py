@@ -85,8 +85,9 @@ def _predicted(
     others of its metric."""
     entries, metric = plans[chosen]
     alone = {name: _alone(others, ways) for name, (others, its) in plans.items() if its == metric}
-    more = [judged[name] / lost for name, lost in alone.items() if lost and plans[name][0] != entries]
-    return alone[chosen] * (geometric_mean(more) if more and all(more) else 1.0)
+    others = [name for name in alone if plans[name][0] != entries]
+    more = [judged[name] / alone[name] for name in others if judged[name] > 0 and alone[name] > 0]  # not so by rounding
+    return alone[chosen] * (geometric_mean(more) if more else 1.0)
 
 
 def _alone(entries: dict[str, Entry], ways: Ways) -> float:
