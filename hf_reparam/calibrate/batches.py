@@ -209,10 +209,9 @@ def _masked(batch: Row, tokenizer: Any) -> Row:
     if ids is None or mask is None or bool((ids == mask).any()):
         return batch
     masks = batch_masks(batch)
+    words = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     drawn = uniforms(ids[..., None], 1, seeds_of(batch, masks), masks)[..., 0] < _MASKED
-    return batch | {
-        "input_ids": ids.masked_fill(drawn & ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids)), mask)
-    }
+    return batch | {"input_ids": ids.masked_fill(words & drawn, mask)}
 
 
 def _is_empty(batch: Mapping[str, Any]) -> bool:

@@ -104,11 +104,11 @@ def predicts_tokens(model: nn.Module) -> bool:
 
 
 def fills_masks(model: nn.Module) -> bool:
-    """Whether this is a masked language model."""
-    inside = host(model)
-    if inside is None or getattr(inside.config, "is_encoder_decoder", False) or not predicts_tokens(model):
+    """Whether a model is a masked language model, not inside of anything else."""
+    if not isinstance(model, PreTrainedModel) or not predicts_tokens(model):
         return False
-    return any(kind.__name__.endswith(_FILL_MASKS) for kind in type(inside).__mro__)
+    named = any(kind.__name__.endswith(_FILL_MASKS) for kind in type(model).__mro__)
+    return named and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def batches_of_one(model: nn.Module) -> bool:
