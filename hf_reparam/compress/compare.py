@@ -88,7 +88,8 @@ def compare(
     same first choice, where there are logits; otherwise the mean cosine of hidden states, or of the sentence embeddings
     of a SentenceTransformer. The loss, where batches have labels. Texts for a causal model are read as perplexities are
     published: joined by blank lines, cut into blocks of the model's length (2,048 tokens at most), every token but the
-    first of a block predicted; what remains after the last block is left out.
+    first of a block predicted; what remains after the last block is left out. Those for a masked language model have
+    15 % of their tokens masked, as in `calibrate`.
 
     Times are medians of rounds in which both take turns: one text and 32 texts of 128 tokens, and 32 tokens generated
     after 32 others.
