@@ -102,9 +102,9 @@ def _counted(
 def few(batches: Sequence[HeldOut]) -> list[HeldOut]:
     """From 16 to 64 examples of batches of all lengths, as many as have 2,048 tokens; 16 of batches of one."""
     most = max(examples_in(batch) for batch, _ in batches)
-    tensors = [[v[0].numel() for v in batch.values() if isinstance(v, Tensor) and v.dim()] for batch, _ in batches]
-    length = sum(max(sizes, default=1) for sizes in tensors) / len(batches)
-    count = _FEW if most == 1 else min(max(int(_TOKENS / length), _FEW), _MORE)
+    sizes = [[v[0].numel() for v in batch.values() if isinstance(v, Tensor) and v.dim()] for batch, _ in batches]
+    tokens = sum(max(numbers, default=1) for numbers in sizes) / len(batches)  # of an example
+    count = _FEW if most == 1 else min(max(int(_TOKENS / tokens), _FEW), _MORE)
     size = min(most, max(count // 4, math.ceil(count / len(batches))))
     step = math.ceil(len(batches) * size / count)
     parts = [

@@ -81,8 +81,8 @@ def best_plan(
 def _predicted(
     chosen: str, plans: Mapping[str, tuple[dict[str, Entry], str]], judged: Mapping[str, float], ways: Ways
 ) -> float:
-    """What the parts of a plan lose alone, times how much more than its parts a plan loses: the geometric mean of the
-    others of its metric."""
+    """What the parts of a plan lose alone, times how much more than their parts the other plans of its metric lose, in
+    the geometric mean."""
     entries, metric = plans[chosen]
     alone = {name: _alone(others, ways) for name, (others, its) in plans.items() if its == metric}
     others = [name for name in alone if plans[name][0] != entries]
