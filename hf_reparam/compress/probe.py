@@ -33,13 +33,12 @@ _TINY = 1e-30
 @contextmanager
 def installed(replacement: Replacement, model: nn.Module) -> Iterator[None]:
     """Put a replacement in place until the block ends."""
-    parts = [(owner, name, getattr(owner, name)) for owner, name, _ in replacement.parts]
     attributes = [(owner, name, getattr(owner, name)) for owner, name, _ in replacement.attributes]
     replacement.install(model)
     try:
         yield
     finally:
-        Replacement({new: old for old, new in replacement.modules.items()}, attributes, parts=parts).install(model)
+        Replacement({new: old for old, new in replacement.modules.items()}, attributes).install(model)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ __all__ = [
     "independent_copy",
     "low_rank_like",
     "replace_modules",
+    "set_attribute",
     "set_bias",
     "set_factors",
     "undone_on_error",
@@ -110,6 +111,13 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
             for i, item in enumerate(value if isinstance(value, list) else ()):
                 if isinstance(item, nn.Module) and item in replacements:
                     value[i] = replacements[item]
+
+
+def set_attribute(module: nn.Module, name: str, value: object) -> None:
+    """Set an attribute; a module may take the place of a parameter, and a parameter that of a module."""
+    if isinstance(value, (nn.Module, nn.Parameter)):
+        delattr(module, name)
+    setattr(module, name, value)
 
 
 def independent_copy(model: M, shared: Iterable[nn.Module | Tensor]) -> M:

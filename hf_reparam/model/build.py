@@ -11,7 +11,7 @@ from hf_reparam.compat.accelerate import aligned, execution_device
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.offload import build_layers
-from hf_reparam.layers.surgery import replace_modules
+from hf_reparam.layers.surgery import replace_modules, set_attribute
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.model.sites import Found, fit
@@ -32,7 +32,6 @@ class Made:
         metrics: name in a plan -> metric, where it is known.
         modules: all new modules.
         attributes: (module of the working copy, name, value) that were set beside.
-        parts: (module of the working copy, name, new part) that stand for parameters.
         stored: paths of the sites whose modules are in a folder.
         retie: whether Transformers models have to tie their parameters anew.
     """
@@ -41,7 +40,6 @@ class Made:
     metrics: dict[str, str] = field(default_factory=dict)
     modules: list[nn.Module] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, object]] = field(default_factory=list)
-    parts: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = field(default_factory=list)
     stored: list[str] = field(default_factory=list)
     retie: bool = False
 
@@ -49,7 +47,6 @@ class Made:
         """Put a replacement in place in a working copy."""
         new.install(model)
         self.modules += new.new()
-        self.parts += new.parts
         self.attributes += new.attributes
 
 
@@ -156,15 +153,10 @@ def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:
             if child is not None and old is not None and (work.originals.get(child) is not old or changed(child)):
                 replaced[old] = child
     replace_modules(model, replaced)
-    for module, name, part in made.parts:
-        owner = work.originals.get(module, module)
-        if getattr(owner, name) is not part:
-            delattr(owner, name)
-            setattr(owner, name, part)
     for module, name, value in made.attributes:
         original = work.originals.get(module)
         if type(original) is type(module):  # not what is shown in split form, which comes in whole
-            setattr(original, name, value)
+            set_attribute(original, name, value)
 
 
 def apply(work: WorkingCopy, plan: RankPlan, source: Source, folder: Path | None = None) -> tuple[Made, Source]:

@@ -7,7 +7,7 @@ interface.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from hf_reparam.compat.accelerate import aligned
 from hf_reparam.errors import RankError, WeightError
 from hf_reparam.layers.dense import not_whole
 from hf_reparam.layers.processes import spread
-from hf_reparam.layers.surgery import replace_modules
+from hf_reparam.layers.surgery import replace_modules, set_attribute
 from hf_reparam.linalg.allocate import Options, Way
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.plan import Entry
@@ -25,6 +25,7 @@ from hf_reparam.structures.source import Source
 
 __all__ = ["Built", "Replacement", "Site", "Steps", "Structure", "paths_of", "reading"]
 
+_NEW = (nn.Module, nn.Parameter)
 CAUTION = 1.5  # what narrower heads and tables lose counts for so much more: it meets the errors of other layers
 
 
@@ -80,41 +81,35 @@ class Replacement:
 
     Args:
         modules: old module -> new one, wherever it hangs.
-        attributes: (module, name, value) of what is set beside, such as the width of heads.
-        parts: (module, name, new part) of what takes the place of a parameter or of its like.
+        attributes: (module, name, value) of what is set beside: a number, such as the width of heads, or a module or
+            parameter in the place of another.
     """
 
     modules: Mapping[nn.Module, nn.Module]
     attributes: Sequence[tuple[nn.Module, str, Any]] = ()
-    parts: Sequence[tuple[nn.Module, str, nn.Module | nn.Parameter]] = ()
 
     @classmethod
     def joined(cls, replacements: Sequence["Replacement"]) -> "Replacement":
         """Several as one: to put them in takes one walk through the model."""
         modules = {old: new for one in replacements for old, new in one.modules.items()}
-        attributes = [item for one in replacements for item in one.attributes]
-        parts = [item for one in replacements for item in one.parts]
-        return cls(modules, attributes, parts)
+        return cls(modules, [item for one in replacements for item in one.attributes])
 
     def new(self) -> nn.ModuleList:
         """All that is new, in one module."""
-        held = [part if isinstance(part, nn.Module) else nn.ParameterList([part]) for _, _, part in self.parts]
-        return nn.ModuleList([*self.modules.values(), *held])
+        beside = [value for _, _, value in self.attributes if isinstance(value, _NEW)]
+        new = (*self.modules.values(), *beside)
+        return nn.ModuleList(nn.ParameterList([one]) if isinstance(one, nn.Parameter) else one for one in new)
 
     def of(self, new: nn.ModuleList) -> "Replacement":
-        """The same places with other new modules, as `new` gives them."""
-        held = [m[0] if isinstance(m, nn.ParameterList) else m for m in new]
-        places = zip(self.parts, held[len(self.modules) :], strict=True)
-        parts = [(owner, name, part) for (owner, name, _), part in places]
-        return replace(self, modules=dict(zip(self.modules, held, strict=False)), parts=parts)
+        """The same places with other new modules and parameters, as `new` gives them."""
+        held = iter([one[0] if isinstance(one, nn.ParameterList) else one for one in new])
+        modules = {old: next(held) for old in self.modules}
+        return Replacement(modules, [(m, n, next(held) if isinstance(v, _NEW) else v) for m, n, v in self.attributes])
 
     def install(self, model: nn.Module) -> None:
         replace_modules(model, self.modules)
-        for module, name, part in self.parts:
-            delattr(module, name)
-            setattr(module, name, part)
-        for module, name, value in self.attributes:
-            setattr(module, name, value)
+        for item in self.attributes:
+            set_attribute(*item)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def build(name, site, rank, source):
 
 
 def part(replacement):
-    ((_, _, new),) = replacement.parts
+    ((_, _, new),) = replacement.attributes
     return new
 
 

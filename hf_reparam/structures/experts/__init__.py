@@ -66,7 +66,7 @@ class ExpertSite(Site):
 
     def replaced(self, new: nn.Module | nn.Parameter) -> Replacement:
         """What puts something else in the parameter's place."""
-        return Replacement({}, parts=[(self.owner, self.parameter, new)])
+        return Replacement({}, [(self.owner, self.parameter, new)])
 
 
 class Experts(Structure):
@@ -133,7 +133,7 @@ class Experts(Structure):
             if entry is None:
                 return Built(site.replaced(dense_experts(site.held)))
             made, tail, energy = self.skeleton(site, entry), 0.0, 0.0
-            low: Any = made.parts[0][2]
+            low: Any = made.new()[0]
             moments = self._moments(name, site, source)
             for i, (weight, metric, tokens) in enumerate(_coordinates(site, moments, source.metric)):
                 with reading(f"expert {i}"):
