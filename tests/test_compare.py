@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_reparam import Comparison, compare, compare_folders, convert
+from hf_reparam import Comparison, LowRankConfig, compare, compare_folders, convert
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.compare import megabytes
 from hf_reparam.files.folder import card_of
@@ -229,3 +229,44 @@ def test_a_card_that_cannot_be_read_is_not_written_over(tmp_path, words):
     with pytest.raises(CheckpointError, match="cannot be read as a model card"):
         compare_folders(tmp_path / "m", tmp_path / "m", tmp_path / "texts.txt", times=False, card=True)
     assert (tmp_path / "m" / "README.md").read_text().endswith("mine\n")
+
+
+@torch.no_grad()
+def test_every_tower_is_compared():
+    from tests.usage.test_composites import IDS, PIXELS, clip
+
+    model = clip().eval()
+    batch = {"input_ids": IDS, "pixel_values": PIXELS}
+    small = convert(model, LowRankConfig(rank=1, target_modules="vision_model.*"))
+    found = compare(model, small, [batch], times=False).figures
+    assert found["cosine of text embeds"][1] == pytest.approx(1, abs=1e-6)
+    assert found["cosine of image embeds"][1] == pytest.approx(
+        float(F.cosine_similarity(small(**batch).image_embeds, model(**batch).image_embeds).mean()), abs=1e-5
+    )
+    assert found["cosine of image embeds"][1] < 0.999
+
+
+@torch.no_grad()
+def test_positions_without_a_label_are_not_compared():
+    case = zoo.BY_BASE["BertForTokenClassification"]
+    model = case.build(initializer_range=0.3)
+    small = convert(model, rank=2)
+    ids = case.batch()["input_ids"]
+    labels = torch.full_like(ids, -100)
+    labels[:, 2:4] = 1
+    found = compare(model, small, [{"input_ids": ids, "labels": labels}], times=False).figures
+    low, dense = (m(ids).logits[:, 2:4].log_softmax(-1) for m in (small, model))
+    expected = (dense.exp() * (dense - low)).sum(-1).mean()
+    assert found["divergence from dense, nats per token"][1] == pytest.approx(float(expected), rel=1e-4)
+
+
+@torch.no_grad()
+def test_both_ends_of_an_answer_are_compared():
+    model = zoo.BY_BASE["BertForQuestionAnswering"].build(initializer_range=0.3)
+    other = copy.deepcopy(model)
+    other.qa_outputs.weight[1].neg_()
+    batch = zoo.BY_BASE["BertForQuestionAnswering"].batch()
+    found = compare(model, other, [batch], times=False).figures
+    ends = [m(**batch).end_logits.argmax(-1) for m in (model, other)]
+    assert found["same first choice"][1] == pytest.approx((1 + float((ends[0] == ends[1]).float().mean())) / 2)
+    assert found["same first choice"][1] < 1

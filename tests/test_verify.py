@@ -113,7 +113,7 @@ def test_the_best_plan_is_taken_and_what_is_said_of_it_is_true(model, calibratio
     fitted.curves.update(calibration.curves)  # the same shrinkage
     small = convert(model, plan, calibration=fitted)
     total = sum(
-        float(divergence(small(**batches()[i]), model(**batches()[i]), ())) for i in numbers
+        float(divergence(small(**batches()[i]), model(**batches()[i]), (), None)) for i in numbers
     )  # of the plan's factors made without these batches
     assert total / (len(numbers) * 72) == pytest.approx(judged.measured[judged.chosen], rel=1e-3)
     assert 0.5 < judged.predicted / judged.measured[judged.chosen] < 2  # all that predictions promise

@@ -12,9 +12,9 @@ from accelerate.utils import convert_file_size_to_int, gather_object, send_to_de
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
-from hf_reparam.calibrate.inputs import fills_masks
+from hf_reparam.calibrate.inputs import fills_masks, without_cache
 from hf_reparam.calibrate.items import check_data
-from hf_reparam.calibrate.objective import SummedLosses, examples_in, is_multi_label, objective, projection
+from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, unlabelled
 from hf_reparam.calibrate.watch import watching
 from hf_reparam.config import METRICS, LowRankConfig
@@ -216,7 +216,7 @@ def _watch_group(
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
             with watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
                 if not fisher:
-                    inner(**batch)
+                    inner(**without_cache(inner) | batch)
                     continue
                 loss = _loss(inner, part, alone=alone) if loss_fn is None else loss_fn(work, batch)
             if loss.requires_grad:  # it need not depend on every group: a pooler without a head
@@ -310,14 +310,14 @@ def _loss(model: nn.Module, part: Part, *, alone: bool) -> Tensor:
     """What the gradient is taken of; `alone` if all layers are watched at once, so that it has to depend on some."""
     try:
         with SummedLosses() as losses:
-            outputs = model(**part.batch)
+            outputs = model(**without_cache(model) | part.batch)
     except IndexError as error:
         if "labels" not in part.batch or "out of bounds" not in str(error):
             raise
         raise TargetError(
             f"the batch has labels that are no classes of the model ({error}): leave `labels` out"
         ) from None
-    told = {"multi_label": is_multi_label(model), "summed": losses.met, "seeds": part.seeds}
+    told = {"problem": problem_of(model), "summed": losses.met, "seeds": part.seeds}
     loss = objective(outputs, part.batch, part.masks, **told)
     if loss.requires_grad or not alone:
         return loss

@@ -2,10 +2,12 @@
 
 import inspect
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
@@ -21,6 +23,8 @@ __all__ = [
     "padding_id",
     "positions",
     "predicts_tokens",
+    "same_draws",
+    "without_cache",
 ]
 
 _FILL_MASKS = ("ForMaskedLM", "ForPreTraining", "WithLMHeadModel")  # how names of classes end
@@ -60,6 +64,19 @@ def _parameters(model: nn.Module) -> tuple[frozenset[str], inspect.Parameter | N
 def host(model: nn.Module) -> PreTrainedModel | None:
     """The Transformers model that gets the inputs: the model itself, or the first one inside of it."""
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """What to call a model with so that it keeps no keys, values or states of the past, if it can."""
+    return {"use_cache": False} if "use_cache" in forward_names(model).known else {}
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Have a model that draws numbers in its forward pass, such as masks, draw the same ones in every block."""
+    with torch.random.fork_rng(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
+        torch.manual_seed(0)
+        yield
 
 
 def positions(model: nn.Module) -> float:

@@ -110,7 +110,8 @@ def _opened(item: Any, names: Names) -> Iterator[tuple[Mapping[str, Any], Words 
         got = type(item).__name__ + inner
         raise TargetError(
             f"a calibration batch is a dict for model(**batch) or a text, got a {got}: for ids write "
-            '{"input_ids": ids}, for two texts {"text": a, "text_pair": b}, for a chat {"messages": messages}'
+            '{"input_ids": ids}, for two texts {"text": a, "text_pair": b}, for a chat {"messages": messages}, '
+            "for images or sound what the model's processor makes of them"
         )
     for row in _rows_of_texts({"text": item} if isinstance(item, str) else item, names):
         words = _words_of(row, names)
@@ -201,7 +202,8 @@ def _words_of(item: Mapping[str, Any], names: Names) -> Words | None:
     why = f"{chosen} can all be the text" if chosen else "none is a text or an input of the model"
     raise TargetError(
         f"a row of calibration data has the columns {list(item)}, and {why}: give [row[COLUMN] for row in data], "
-        'pairs as {"text": a, "text_pair": b}, chats as {"messages": messages}, or tokenized rows with "input_ids"'
+        'pairs as {"text": a, "text_pair": b}, chats as {"messages": messages}, tokenized rows with "input_ids", or '
+        "for images and sound what the model's processor makes of them"
     )
 
 

@@ -28,10 +28,11 @@ __all__ = [
     "compared",
     "divergence",
     "examples_in",
-    "is_multi_label",
     "logits_of",
     "objective",
     "position_mask",
+    "predicts",
+    "problem_of",
     "projection",
     "seeds_of",
     "uniforms",
@@ -40,6 +41,8 @@ __all__ = [
 
 IGNORED = -100  # Transformers' label of positions without a label
 MASKS = ("decoder_attention_mask", "attention_mask")
+_PARAMETERS = ("params", "prediction_outputs")  # of the distributions that time series are drawn from
+_OF_INPUTS = ("loc", "scale", "static_features")
 _STEP = -0x61C8864680B583EB  # of SplitMix64, 2^64 over the golden ratio
 
 
@@ -102,7 +105,7 @@ def objective(
     batch: Mapping[str, Any],
     masks: tuple[Tensor, ...],
     *,
-    multi_label: bool = False,
+    problem: str | None = None,
     summed: bool = True,
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
@@ -112,7 +115,7 @@ def objective(
         outputs: what the model returned.
         batch: what it was called with.
         masks: as `batch_masks` gives them.
-        multi_label: the model's logits are independent yes-or-no answers.
+        problem: what the logits are, as `problem_of` gives it.
         summed: the model's own loss is a sum, as `SummedLosses` makes those of PyTorch; otherwise it is taken for a
             mean over examples.
         seeds: as `seeds_of` gives them, where they are known.
@@ -130,7 +133,7 @@ def objective(
     seeds = seeds or seeds_of(batch, masks)
     logits = logits_of(outputs)
     if logits:
-        draw = _drawn_answers if multi_label else _drawn
+        draw = _DRAWS.get(problem or "", _drawn)
         return torch.stack([draw(key, value, seeds, masks) for key, value in logits.items()]).sum()
     hidden = outputs.get("last_hidden_state")
     return projection(outputs if hidden is None else hidden, seeds, masks)
@@ -175,12 +178,14 @@ def _named(outputs: Any) -> Mapping[str, Any]:
 def _floating(outputs: Any) -> dict[str, Tensor]:
     """Tensors of floating-point numbers, those inside the outputs of a part if there are no others.
 
-    Similarities of one example with the others of its batch (CLIP's `logits_per_text`) are passed over where there is
-    something else: they depend on what is batched together.
+    Passed over, where there is something else: similarities of one example with the others of its batch (CLIP's
+    `logits_per_text`), which depend on what is batched together, and the mean and scale of a time series' past.
     """
     named = _named(outputs)
+    several = {k: v for k, v in named.items() if k in _PARAMETERS and isinstance(v, (tuple, list))}
+    named = {**{f"{k}.{i}": part for k, v in several.items() for i, part in enumerate(v)}, **named}
     found = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point() and v.dim()}
-    alone = {k: v for k, v in found.items() if not k.startswith("logits_per_")}
+    alone = {k: v for k, v in found.items() if not k.startswith("logits_per_") and k not in _OF_INPUTS}
     if found:
         return alone or found
     parts = {k: _floating(v) for k, v in named.items() if isinstance(v, Mapping) and "cache" not in k}
@@ -192,30 +197,36 @@ def logits_of(outputs: Any) -> dict[str, Tensor]:
     return {key: value for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)}
 
 
-def is_multi_label(model: Any) -> bool:
-    """Whether a model's logits are independent yes-or-no answers."""
-    return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+def problem_of(model: Any) -> str | None:
+    """What a model's logits are, where its configuration says it: "multi_label_classification", independent yes-or-no
+    answers; "regression", numbers; or classes."""
+    return getattr(getattr(model, "config", None), "problem_type", None)
 
 
-def divergence(outputs: Any, reference: Any, masks: tuple[Tensor, ...]) -> Tensor:
+def divergence(outputs: Any, reference: Mapping[str, Tensor], masks: tuple[Tensor, ...], problem: str | None) -> Tensor:
     """How far predictions are from a reference's, a scalar summed over real tokens.
 
     The Kullback-Leibler divergence from the reference for logits, half the squared difference for hidden states,
     regressions, plain tensors, and whatever else a model returns that has neither logits nor hidden states.
 
     Args:
-        outputs, reference: what two models returned for the same batch.
+        outputs: what a model returned for a batch.
+        reference: what `compared` gives of another model's.
         masks: as `batch_masks` gives them.
+        problem: what the logits are, as `problem_of` gives it.
 
     Raises:
         TargetError: the outputs hold no floating-point tensor.
     """
-    mine, theirs = compared(outputs), compared(reference)
-    return torch.stack([_distance(k, widened(v), widened(theirs[k]), masks) for k, v in mine.items()]).sum()
+    mine = compared(outputs, problem)
+    apart = [_distance(k, widened(v), widened(reference[k]), masks) for k, v in mine.items()]
+    return torch.stack(apart).sum().clamp_min(0)  # below zero by rounding alone
 
 
-def compared(outputs: Any) -> dict[str, Tensor]:
+def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
     """What `divergence` compares: logits, or else hidden states, or else all that is of floating-point numbers.
+
+    Logits that are yes-or-no answers or numbers, as `problem` says, are called "answers" or "values".
 
     Raises:
         TargetError: there is nothing of these.
@@ -223,7 +234,7 @@ def compared(outputs: Any) -> dict[str, Tensor]:
     if isinstance(outputs, Tensor):
         return {"output": outputs}
     named = _named(outputs)
-    found = logits_of(named)
+    found = {k.replace("logits", _LOGITS.get(problem or "", "logits")): value for k, value in logits_of(named).items()}
     if not found and isinstance(named.get("last_hidden_state"), Tensor):
         found = {"last_hidden_state": named["last_hidden_state"]}
     found = found or _floating({key: value for key, value in named.items() if key != "loss"})
@@ -233,7 +244,11 @@ def compared(outputs: Any) -> dict[str, Tensor]:
 
 
 def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
-    if not key.endswith("logits") or value.shape[-1] == 1:
+    if key.endswith("answers"):
+        log_p, log_not_p = F.logsigmoid(reference), F.logsigmoid(-reference)
+        apart = log_p.exp() * (log_p - F.logsigmoid(value)) + log_not_p.exp() * (log_not_p - F.logsigmoid(-value))
+        return _mask(apart, masks).sum()
+    if not predicts(key, value):
         return _squares(value, reference, masks)
     if key in ("start_logits", "end_logits"):
         value, reference = (_over_positions(logits, masks) for logits in (value, reference))
@@ -241,19 +256,24 @@ def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, .
     return _mask(log_p.exp() * (log_p - log_q), masks).sum()
 
 
+def predicts(key: str, value: Tensor) -> bool:
+    """Whether what `compared` calls so are probabilities of classes or answers."""
+    return key.endswith("answers") or (key.endswith("logits") and value.shape[-1] > 1)
+
+
 def _squares(value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return _mask((value - reference).square(), masks).sum() / 2
 
 
-def unit_of(outputs: Any, masks: tuple[Tensor, ...]) -> tuple[str, float]:
-    """In which unit people read a `divergence`, and what is one unit of that sum: the positions or examples for
-    predictions, or else half the squares of the outputs themselves."""
-    key, value = next(iter(compared(outputs).items()))
+def unit_of(reference: Mapping[str, Tensor], masks: tuple[Tensor, ...]) -> tuple[str, float]:
+    """In which unit people read a `divergence` from what `compared` gives, and what is one unit of that sum: the
+    positions or examples for predictions, or else half the squares of the outputs themselves."""
+    key, value = next(iter(reference.items()))
     mask = position_mask(value, masks)
     count = max(float(value.shape[:-1].numel() if mask is None else mask.sum()), 1.0)
-    if key.endswith("logits") and value.shape[-1] > 1:
+    if predicts(key, value):
         return f"nats per {'token' if value.dim() > 2 else 'example'}", count
-    squares = float(_squares(widened(value), torch.zeros_like(value), masks))
+    squares = sum(float(_squares(widened(v), torch.zeros_like(v), masks)) for v in reference.values())
     what = "hidden states" if key == "last_hidden_state" else "outputs"
     return f"of the squared {what}", squares or count
 
@@ -270,12 +290,17 @@ def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, 
     """Negative log-likelihood of labels drawn from the predictions, summed."""
     if key in ("start_logits", "end_logits"):
         logits = _over_positions(logits, masks)
-    if logits.shape[-1] == 1:  # a regression, of unit variance
-        return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
+    if logits.shape[-1] == 1:  # a regression
+        return _drawn_numbers(key, logits, seeds, masks)
     log_p = logits.float().log_softmax(-1)
     uniform = uniforms(log_p, 1, seeds, masks)
     labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
     return -_mask(log_p.gather(-1, labels), masks).sum()
+
+
+def _drawn_numbers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
+    """Negative log-likelihood of numbers drawn from normal distributions of unit variance, but for a constant."""
+    return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
 
 
 def _drawn_answers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
@@ -284,6 +309,10 @@ def _drawn_answers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[
     uniform = uniforms(logits, logits.shape[-1], seeds, masks)
     losses = F.binary_cross_entropy_with_logits(logits, (uniform < logits.detach().sigmoid()).float(), reduction="none")
     return _mask(losses, masks).sum()
+
+
+_DRAWS = {"multi_label_classification": _drawn_answers, "regression": _drawn_numbers}
+_LOGITS = {"multi_label_classification": "answers", "regression": "values"}
 
 
 def seeds_of(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:

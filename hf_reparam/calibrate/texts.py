@@ -28,7 +28,8 @@ def checked_tokenizer(tokenizer: Any) -> Any:
         return tokenizer
     raise TargetError(
         f"tokenizer= must be a tokenizer of Transformers, got {type(tokenizer).__name__}: "
-        "give AutoTokenizer.from_pretrained(NAME), or PreTrainedTokenizerFast(tokenizer_object=...)"
+        "give AutoTokenizer.from_pretrained(NAME), or PreTrainedTokenizerFast(tokenizer_object=...); images and sound "
+        "are given as batches of what their processor makes of them"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_reparam.calibrate.batches import Batches, batched
-from hf_reparam.calibrate.inputs import positions
+from hf_reparam.calibrate.inputs import positions, same_draws
 from hf_reparam.calibrate.objective import (
     IGNORED,
     batch_masks,
@@ -22,11 +22,15 @@ from hf_reparam.calibrate.objective import (
     divergence,
     examples_in,
     position_mask,
+    predicts,
+    problem_of,
+    unit_of,
 )
 from hf_reparam.calibrate.padding import decodes
 from hf_reparam.calibrate.texts import checked_tokenizer
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.compress.clock import medians
+from hf_reparam.compress.judge import labelled
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.model.checks import count_parameters
@@ -216,7 +220,7 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
             if weight:  # the mean over no label is not a number
                 losses = [total + float(part.mean()) * weight for total, part in zip(losses, parts, strict=True)]
                 weights += weight
-        for name, value in _distances(outputs, batch_masks(send_to_device(dict(batch), "cpu"))).items():
+        for name, value in _distances(pair[0], outputs, send_to_device(dict(batch), "cpu")).items():
             sums[name] = sums.get(name, torch.zeros(2)) + value
     found: dict[str, Any] = {}
     if weights:
@@ -236,33 +240,43 @@ def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    return send_to_device(_run(model, batch), "cpu")
+    with same_draws():
+        return send_to_device(_run(model, batch), "cpu")
 
 
-def _distances(outputs: Sequence[Any], masks: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _distances(model: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Sums over positions or examples, and how many these are."""
-    first, second = outputs
-    theirs, mine = compared(first), compared(second)
+    problem = problem_of(model)
+    theirs, mine = (compared(found, problem) for found in outputs)
     if theirs.keys() != mine.keys() or any(theirs[key].shape != value.shape for key, value in mine.items()):
         raise TargetError("the models predict different things: compare models of one task and one vocabulary")
+    known, labels = batch_masks(batch), batch.get("labels")
+    some = isinstance(labels, Tensor) and bool((labels == IGNORED).any())
+    masks = (labelled(model, batch, known, theirs) if some else ()) or known
+    found: dict[str, Tensor] = {}
+    for key, one in theirs.items():
+        mask = position_mask(one, masks)
+        real = torch.ones(one.shape[:-1], dtype=torch.bool) if mask is None else mask
+        name, value = _likeness(key, one, mine[key])
+        found[name] = found.get(name, torch.zeros(2)) + torch.tensor([float(value[real].sum()), int(real.sum())])
     key, one = next(iter(theirs.items()))
-    other = mine[key]
-    mask = position_mask(one, masks)
-    real = torch.ones(one.shape[:-1], dtype=torch.bool) if mask is None else mask
-    count = int(real.sum())
-    if key.endswith("logits") and one.shape[-1] > 1:
-        name = "token" if one.dim() > 2 else "example"
-        same = int((one.argmax(-1) == other.argmax(-1))[real].sum())
-        distance = float(divergence(second, first, masks))
-        return {
-            f"divergence from dense, nats per {name}": torch.tensor([distance, count]),
-            "same first choice": torch.tensor([float(same), count]),
-        }
+    if predicts(key, one):
+        unit, count = unit_of(theirs, masks)
+        distance = float(divergence(outputs[1], theirs, masks, problem))
+        return {f"divergence from dense, {unit}": torch.tensor([distance, count]), **found}
+    return found
+
+
+def _likeness(key: str, one: Tensor, other: Tensor) -> tuple[str, Tensor]:
+    """How alike two outputs are, (positions or examples), by a name for it."""
+    if key.endswith("answers"):
+        return "same answers", ((one > 0) == (other > 0)).float().mean(-1)
+    if predicts(key, one):
+        return "same first choice", one.argmax(-1) == other.argmax(-1)
+    what = key.replace("_", " ")
     if one.shape[-1] == 1:  # scores, of which a cosine sees the sign alone
-        apart = (one.float() - other.float()).abs()[..., 0][real].sum()
-        return {f"mean difference of {key.replace('_', ' ')}": torch.tensor([float(apart), count])}
-    cosine = F.cosine_similarity(one.float(), other.float(), dim=-1)[real].sum()
-    return {f"cosine of {key.replace('_', ' ')}": torch.tensor([float(cosine), count])}
+        return f"mean difference of {what}", (one.float() - other.float()).abs()[..., 0]
+    return f"cosine of {what}", F.cosine_similarity(one.float(), other.float(), dim=-1)
 
 
 def _cosine_of_sentences(dense: Any, small: Any, texts: list[str]) -> float:

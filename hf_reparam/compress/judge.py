@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_reparam.calibrate.inputs import forward_names
+from hf_reparam.calibrate.inputs import same_draws, without_cache
 from hf_reparam.calibrate.objective import (
     IGNORED,
     batch_masks,
@@ -17,6 +17,7 @@ from hf_reparam.calibrate.objective import (
     divergence,
     examples_in,
     position_mask,
+    problem_of,
     unit_of,
 )
 from hf_reparam.calibrate.padding import decodes, rows_of, splits, taken_by
@@ -26,7 +27,7 @@ from hf_reparam.linalg.calibration import HeldOut
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.model.host import called
 
-__all__ = ["Judge", "few"]
+__all__ = ["Judge", "few", "labelled"]
 
 _FEW, _MORE, _TOKENS = 16, 64, 2048  # examples that a layer alone is judged on, and about as many tokens
 _MOST_ROWS = 4096  # of a layer's input, when layers alone are judged
@@ -44,17 +45,18 @@ class Judge:
 
     def __init__(self, dense: nn.Module, batches: Sequence[HeldOut], *, alone: bool = False) -> None:
         inner = called(dense)
-        plain = {"use_cache": False} if "use_cache" in forward_names(inner).known else {}  # what is skipped fills none
+        plain, self.problem = without_cache(inner), problem_of(inner)  # what is skipped fills no cache
         self.batches: list[HeldOut] = []
         self.passes: list[Replay] = []
         self.references: list[dict[str, Tensor]] = []
-        self.unit, self.size = "", 0.0
+        self.unit, self.size, skips = "", 0.0, alone
         for batch, masks in batches:
             taken, masks = send_to_device((taken_by(inner, batch) | plain, masks), execution_device(inner))
-            one = Replay(_MOST_BYTES)
+            one, run = Replay(_MOST_BYTES if skips else 0), partial(_run, inner, taken)
             with torch.no_grad():
-                reference = compared(one.first(inner, partial(inner, **taken)))
-            masks = _counted(inner, batch, masks, reference) or masks
+                reference = compared(one.first(inner, run), self.problem)
+                skips = skips and (bool(self.passes) or one.repeats(run))
+            masks = labelled(inner, batch, masks, reference) or masks
             self.batches.append((taken, masks))
             self.passes.append(one)
             self.references.append(reference)
@@ -76,13 +78,18 @@ class Judge:
         """
         found, inner = 0.0, called(model)
         for one, reference, (batch, masks) in zip(self.passes, self.references, self.batches, strict=True):
-            run = partial(inner, **batch)
+            run = partial(_run, inner, batch)
             outputs = run() if after is None else one(run, [after])
-            found += float(divergence(outputs, reference, masks))
+            found += float(divergence(outputs, reference, masks, self.problem))
         return found / self.size
 
 
-def _counted(
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    with same_draws():
+        return model(**batch)
+
+
+def labelled(
     model: nn.Module, batch: Mapping[str, Any], masks: tuple[Tensor, ...], outputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, ...]:
     """The mask of the positions whose predictions are asked for, where each has a label; none otherwise."""

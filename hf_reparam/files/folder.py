@@ -194,12 +194,14 @@ def skeleton(
     source: str, *, revision: str | None = None, token: str | None = None, dtype: str | None = None
 ) -> PreTrainedModel:
     """The model of a folder or Hub id on the meta device: every shape, no weight read. Raises as `load`."""
+    refusal = f"{source} cannot be read"
     if os.path.exists(source):
         source = str(model_place(locate(source, revision=revision)))
     else:
         _check_name(source)
+        refusal = f"there is no folder {source!r}, and no model of this name could be read from the Hub or its cache"
     check_folder(Path(source))
-    with checked(f"{source} cannot be read"):
+    with checked(refusal):
         config = AutoConfig.from_pretrained(source, revision=revision or "main", token=token)
         with torch.device("meta"):
             model = _saved_class(config)(config)

@@ -32,6 +32,8 @@ class WorkingCopy:
         known: dict[int, Any] = {id(module): made for module, made in made_of.items()}
         for module, made in made_of.items():
             for key, value in vars(module).items():
+                if key == "_compiled_call_impl":  # of `Module.compile`: it would call the original
+                    continue
                 pointed = _pointed(value, known)
                 vars(made)[key] = copy.copy(value) if pointed is value and key in _OWN else pointed
         self.model: Any = made_of[model]

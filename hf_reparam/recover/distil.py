@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_reparam.calibrate.objective import IGNORED, batch_masks, is_multi_label, logits_of, position_mask
+from hf_reparam.calibrate.objective import IGNORED, batch_masks, logits_of, position_mask, problem_of
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 
@@ -86,7 +86,7 @@ def distillation_loss(
         own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
         if alpha < 1 and labels is None and own is None:
             raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
-        multi_label = is_multi_label(student)
+        multi_label = problem_of(student) == "multi_label_classification"
         hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
         for key, value in logits.items():
             answers = labels if key == "logits" else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
-from hf_reparam.calibrate.objective import compared, divergence, examples_in, unit_of
+from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
 from hf_reparam.calibrate.padding import Part, rows_of, splits
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
@@ -95,14 +95,14 @@ class _Refining:
     """The training of one model; of frozen copies, where the model's parameters are views of those that are trained."""
 
     def __init__(self, model: nn.Module, dense: nn.Module, judging: Sequence[Part], fitting: Sequence[Part]) -> None:
-        self.model, self.dense, self.judging = model, dense, judging
+        self.model, self.dense, self.judging, self.problem = model, dense, judging, problem_of(dense)
         count = math.ceil(_STEPS / len(fitting))
         self.fitting = [piece for part in fitting for piece in _split(part, count)]
         self.trained = _trained(model)
         self.known: dict[int, dict[str, Tensor]] = {}
         self.room = _CACHE
         with torch.no_grad():
-            self.references = [compared(dense(**part.batch)) for part in judging]
+            self.references = [compared(dense(**part.batch), self.problem) for part in judging]
         units = [unit_of(theirs, part.masks) for theirs, part in zip(self.references, judging, strict=True)]
         self.unit, self.size = units[0][0], sum(size for _, size in units)
 
@@ -168,7 +168,8 @@ class _Refining:
                 reference = self._reference(i)
                 for parameter in self.trained:
                     parameter.requires_grad_(True)
-                loss = divergence(self.model(**part.batch), reference, part.masks) / examples_in(part.batch)
+                outputs = self.model(**part.batch)
+                loss = divergence(outputs, reference, part.masks, self.problem) / examples_in(part.batch)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
                 optimizer.step()
@@ -193,7 +194,7 @@ class _Refining:
         """What the dense model predicts; kept while there is room."""
         if i in self.known:
             return self.known[i]
-        found = compared(self.dense(**self.fitting[i].batch))
+        found = compared(self.dense(**self.fitting[i].batch), self.problem)
         size = sum(value.nbytes for value in found.values())
         if size <= self.room:
             self.known[i] = found
@@ -203,8 +204,8 @@ class _Refining:
     @torch.no_grad()
     def _judged(self) -> float:
         pairs = zip(self.judging, self.references, strict=True)
-        total = sum(float(divergence(self.model(**part.batch), theirs, part.masks)) for part, theirs in pairs)
-        return total / self.size
+        apart = (divergence(self.model(**p.batch), theirs, p.masks, self.problem) for p, theirs in pairs)
+        return sum(map(float, apart)) / self.size
 
     def _state(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.trained]

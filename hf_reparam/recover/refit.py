@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
-from hf_reparam.calibrate.inputs import forward_names
-from hf_reparam.calibrate.objective import divergence, examples_in, unit_of
+from hf_reparam.calibrate.inputs import without_cache
+from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
 from hf_reparam.calibrate.padding import Padding, Part, unlabelled
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
@@ -143,7 +143,9 @@ def _refit(
     kept: list[str] = []
     with torch.no_grad():
         data = parts_of(full, originals, batches)
-        passes = [_Passes(low, full, part, _ROOM // len(data)) for part in data]
+        passes = [_Passes(low, full, data[0], _ROOM // len(data))]
+        room = _ROOM // len(data) if passes[0].repeat() else 0
+        passes += [_Passes(low, full, part, room) for part in data[1:]]
         judging, fitting = passes[::HOLD_OUT], [one for i, one in enumerate(passes) if i % HOLD_OUT]
         unit, size = _unit(judging, distance)
         before = best = sum(one.divergence(distance, layers.values()) for one in judging)
@@ -201,19 +203,26 @@ class _Passes:
     """
 
     def __init__(self, low: nn.Module, full: nn.Module, part: Part, room: int) -> None:
-        plain = {"use_cache": False} if "use_cache" in forward_names(full).known else {}  # what is kept fills no cache
-        self.part = part
+        plain = without_cache(full)  # what is kept fills none
+        self.part, self.problem = part, problem_of(full)
         self.low, self.full = (partial(model, **{**part.batch, **plain}) for model in (low, full))
         self.low_replay, self.full_replay = Replay(room), Replay(room)
         self.low_replay.first(low, self.low)
         self.full_replay.first(full, self.full)
 
+    def repeat(self) -> bool:
+        """Whether passes that skip what is known give what they give without."""
+        return all([self.low_replay.repeats(self.low), self.full_replay.repeats(self.full)])
+
     def divergence(self, distance: Distance | None, changed: Collection[nn.Module]) -> float:
         """How far the converted model's predictions are from the dense model's."""
         if distance is not None:  # it may look at what blocks give beside
             return float(distance(self.low(), self.full()))
-        outputs, reference = self.low_replay(self.low, changed), self.full_replay(self.full)
-        return float(divergence(outputs, reference, self.part.masks))
+        return float(divergence(self.low_replay(self.low, changed), self.reference(), self.part.masks, self.problem))
+
+    def reference(self) -> dict[str, Tensor]:
+        """What the dense model predicts."""
+        return compared(self.full_replay(self.full), self.problem)
 
     def inputs(
         self, layers: Mapping[str, nn.Module], originals: Mapping[str, nn.Module]
@@ -243,7 +252,7 @@ def _unit(judging: Sequence[_Passes], distance: Distance | None) -> tuple[str, f
     """In which unit distances are told, and how many of it they are sums over."""
     if distance is not None:
         return "per example", sum(examples_in(one.part.batch) for one in judging)
-    units = [unit_of(one.full_replay(one.full), one.part.masks) for one in judging]
+    units = [unit_of(one.reference(), one.part.masks) for one in judging]
     return units[0][0], sum(size for _, size in units)
 
 

@@ -351,3 +351,19 @@ def test_low_rank_embeddings_that_the_whole_cannot_store(tmp_path):
     dense = merge(model)
     convert(dense, rank=4).save_pretrained(tmp_path)
     assert type(dense.decoder) is tf.GPT2LMHeadModel
+
+
+def test_ranks_are_chosen_where_the_hidden_states_of_a_part_are_recorded():
+    """A language model reads hidden states of the images' encoder, which is not computed again while layers behind it
+    are tried."""
+    model = llava().eval()
+    ids = IDS.clone()
+    ids[:, 1:5] = 98  # the patches of an image of 16 x 16
+    batches = [{"input_ids": ids.roll(i, 0), "pixel_values": PIXELS + i / 10} for i in range(8)]
+    calibration = calibrate(model, batches)
+    small = convert(model, LowRankConfig(keep=0.8, min_rank=2), calibration=calibration)
+    measured = hf_reparam.report(small).judgement.measured
+    assert len(measured) == 4
+    with torch.no_grad():
+        assert not torch.equal(small(**batches[0]).logits, model(**batches[0]).logits)
+    assert hf_reparam.refit(small, model, batches, calibration=calibration).of > 0

@@ -312,3 +312,77 @@ def test_weights_made_inside_inference_mode():
         calibrate(model, [zoo._text()])
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("problem", "unit", "apart"),
+    [
+        ("regression", "of the squared outputs", lambda a, b: (a - b).square().sum() / b.square().sum()),
+        (
+            "multi_label_classification",
+            "nats per example",
+            lambda a, b: (
+                (
+                    F.binary_cross_entropy_with_logits(a, b.sigmoid())
+                    - F.binary_cross_entropy_with_logits(b, b.sigmoid())
+                )
+                * b.shape[-1]
+            ),
+        ),
+    ],
+)
+@torch.no_grad()
+def test_several_numbers_and_answers_are_judged_as_such(problem, unit, apart):
+    model = zoo.BY_BASE["BertForSequenceClassification"].build(problem_type=problem, initializer_range=0.3)
+    batches = [{k: v.roll(i, 1) for k, v in zoo.BY_BASE["BertModel"].batch().items()} for i in range(8)]
+    calibration = calibrate(model, batches)
+    small = convert(model, LowRankConfig(keep=0.5, min_rank=2), calibration=calibration)
+    judged = hf_reparam.report(small).judgement
+    assert judged.unit == unit
+    held = [batch for batch, _ in calibration.batches]
+    low, dense = (torch.cat([m(**batch).logits for batch in held]) for m in (small, model))
+    # factors are made anew of all data after plans were judged
+    assert judged.measured[judged.chosen] == pytest.approx(float(apart(low, dense)), rel=0.5)
+
+
+def time_series():
+    config = tf.PatchTSTConfig(
+        num_input_channels=2, context_length=16, patch_length=4, patch_stride=4, prediction_length=4, d_model=32,
+        num_attention_heads=4, num_hidden_layers=2, ffn_dim=48, loss="nll",
+    )  # fmt: skip
+    return tf.PatchTSTForPrediction(config).eval()
+
+
+def test_time_series_are_judged_by_what_is_predicted_and_not_by_the_mean_of_the_past():
+    torch.manual_seed(0)
+    model = time_series()
+    data = [{"past_values": torch.randn(4, 16, 2)} for _ in range(8)]
+    small = convert(model, LowRankConfig(keep=0.5, min_rank=2), calibration=data)
+    assert hf_reparam.report(small).judgement.measured["uniform ranks (fisher)"] > 1e-8
+    shown = hf_reparam.compare(model, small, data, times=False).figures
+    assert {name for name in shown if name.startswith("cosine")} == {
+        f"cosine of prediction outputs.{i}" for i in range(3)
+    }
+    report = hf_reparam.refine(small, model, data, epochs=1)
+    assert report.after <= report.before
+
+
+def test_models_that_draw_numbers_are_judged_by_the_same_draws():
+    config = tf.ViTMAEConfig(**SMALL, image_size=16, patch_size=4, decoder_hidden_size=32, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4, decoder_intermediate_size=48)  # fmt: skip
+    model = tf.ViTMAEForPreTraining(config).eval()
+    data = [{"pixel_values": torch.randn(2, 3, 16, 16)} for _ in range(3)]
+    state = torch.get_rng_state()
+    found = hf_reparam.compare(model, model, data, times=False).figures
+    assert found["divergence from dense, nats per token"] == (None, 0.0)
+    assert found["same first choice"] == (None, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_states_of_the_past_are_not_written_over_while_gradients_are_taken():
+    config = tf.RwkvConfig(vocab_size=99, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2,
+        intermediate_size=48, context_length=32)  # fmt: skip
+    model = tf.RwkvForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(0, 99, (2, 7))} for _ in range(3)]
+    found = calibrate(model, batches)
+    assert all(layer.has_gradient() for layer in found.layers.values())

@@ -661,3 +661,17 @@ def test_sentence_transformer_with_an_adapter(sentences):
     inject_adapter_in_model(lora(), st[0].auto_model)
     with pytest.raises(TargetError, match="adapter that is not merged"):
         convert(st, rank=4)
+
+
+def test_a_model_compiled_in_place_is_watched():
+    model = bert("BertForSequenceClassification")
+    batches = [{"input_ids": text()["input_ids"].roll(i, 1)} for i in range(6)]
+    expected = calibrate(model, batches)
+    model.compile(backend="eager")
+    dense = model(**batches[0]).logits
+    found = calibrate(model, batches)
+    assert found.tokens == expected.tokens > 0
+    small = convert(model, LowRankConfig(keep=0.5, min_rank=2), calibration=found)
+    low = small(**batches[0]).logits
+    assert not torch.equal(low, dense)
+    torch.testing.assert_close(merge(small)(**batches[0]).logits, low, rtol=0, atol=1e-5)
