@@ -491,6 +491,12 @@ def test_a_path_that_is_not_there_is_no_folder_and_not_asked_for_on_the_hub(tmp_
         assert only_line(capsys) == f"hf-reparam: error: no such folder: {source}"
 
 
+def test_a_name_that_is_neither_a_folder_nor_a_model_is_both_by_every_command(capsys):
+    for command in (["convert", "no/such", "out", "--rank", 6], ["inspect", "no/such"], ["plan", "no/such"]):
+        assert run(*command, "--quiet") == 2
+        assert only_line(capsys).startswith("hf-reparam: error: there is no folder 'no/such', ")
+
+
 @pytest.mark.slow
 def test_revision_and_token_reach_the_hub(tmp_path, dense, monkeypatch):
     asked = []

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM
 
 import hf_reparam
 from hf_reparam import Calibration, LowRankConfig, RankPlan, calibrate, convert, make_plan
-from hf_reparam.calibrate.objective import divergence
+from hf_reparam.calibrate.objective import divergence, seeds_of
 from hf_reparam.compress import probe, verify
 from hf_reparam.compress.judge import Judge, few
 from hf_reparam.errors import PlanError
@@ -98,6 +98,16 @@ def test_order_decides_nothing(model, calibration):
 def test_one_is_held_out_where_none_would_be(model, calibration):
     others = [batch for i, batch in enumerate(batches()) if i not in held(calibration)]
     assert len(calibrate(model, others[:4]).batches) == 1
+
+
+def test_one_is_held_out_where_all_would_be(model, calibration):
+    candidates = [batch for batch, _ in calibration.batches]
+    more = [{"input_ids": batch["input_ids"].roll(i, 1)} for batch in batches() for i in range(1, 5)]
+    candidates += [batch for batch in more if sum(seeds_of(batch, ())) % 5 == 0]
+    assert len(candidates) > 3
+    found = calibrate(model, candidates)
+    assert len(found.batches) == 1
+    assert sum(layer.fitting().tokens for layer in found.layers.values()) > 0
 
 
 def test_the_best_plan_is_taken_and_what_is_said_of_it_is_true(model, calibration):

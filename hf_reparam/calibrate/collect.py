@@ -15,7 +15,7 @@ from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.inputs import fills_masks, without_cache
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
-from hf_reparam.calibrate.padding import Padding, Part, unlabelled
+from hf_reparam.calibrate.padding import Padding, Part, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import watching
 from hf_reparam.config import METRICS, LowRankConfig
 from hf_reparam.errors import TargetError
@@ -197,7 +197,7 @@ def _watch_group(
     fisher, inner = metric == "fisher", called(work)
     sums = {found.name: found.structure.sums(found.name, found.site, gradients=fisher) for found in group}
     plain = {f.name: f.site.module for f in group if f.structure.of_rows}
-    seen, before = 0, dict[str, LayerMoments]()
+    seen, before = list[Part](), dict[str, LayerMoments]()  # without their numbers
     held: list[Part] = []
     read = prepare(inner, data, **reading)
     if loss_fn is None and fills_masks(inner):  # labels of masked tokens alone say less than drawn ones of all
@@ -211,7 +211,7 @@ def _watch_group(
                 before = {n: m.map(lambda t: t.to("cpu", copy=True)) for n, m in _of(LayerMoments, sums).items()}
             if last:
                 held.append(part)
-            seen += 1
+            seen.append(replace(part, batch={}, masks=()))
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
             with watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
@@ -234,8 +234,9 @@ def _watch_group(
     every: list[Any] = [*layers.values(), *tables.values()]
     for known in every if distributed() else ():
         vars(known).update(vars(known.map(total)))
-    if not total(torch.tensor(seen)):
+    if not total(torch.tensor(len(seen))):
         raise TargetError("the calibration data is empty: give at least one batch")
+    warn_of_repeats(held, seen[: len(seen) - len(held)])
     kept: list[HeldOut] = [send_to_device((part.batch, part.masks), "cpu") for part in held]
     return Calibration(metric, layers, tables, gather_object(kept) if distributed() else kept)
 
@@ -244,10 +245,11 @@ def _held_out_last(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
     """All parts, those that are held out at the end, and whether each is.
 
     A part's own content says whether it is, so that neither order nor processes matter: about one of five, and if that
-    is none, the one with the lowest number.
+    is none, or all, the one with the lowest number.
     """
     held: list[Part] = []
-    count, lowest, spare = 0, 0, None
+    spare: Any = None
+    count, lowest = 0, 0
     for part in parts:
         count += 1
         number = sum(part.seeds)
@@ -263,9 +265,10 @@ def _held_out_last(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
     if int(total(torch.tensor(count))) < _LEAST_PARTS:
         yield from ((part, False) for part in held)
         held = []
-    elif spare is not None and not held and not distributed():
-        held.append(spare)
-        spare = None
+    elif len(held) in (0, count) and not distributed():
+        first, *others = sorted(held or [spare], key=lambda part: sum(part.seeds))
+        yield from ((part, False) for part in others)
+        held, spare = [first], None
     if spare is not None:
         yield spare, False
     yield from ((part, True) for part in held)

@@ -23,8 +23,9 @@ from hf_reparam.calibrate.inputs import forward_names
 from hf_reparam.calibrate.objective import IGNORED, MASKS, batch_masks, examples_in, seeds_of
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 from hf_reparam.compat.accelerate import execution_device
+from hf_reparam.layers.warn import warn
 
-__all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "taken_by", "unlabelled"]
+__all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "taken_by", "unlabelled", "warn_of_repeats"]
 
 Batch = Mapping[str, Any]
 
@@ -157,6 +158,17 @@ class Padding:
                 found[name] -= math.prod(shape[:-1]) // mask.numel() * int((~mask).sum())
             follows[name] = follows.get(name, frozenset()) | ({layout} if layout else set())
         return found, follows
+
+
+def warn_of_repeats(judging: Iterable[Part], fitting: Iterable[Part]) -> None:
+    """Warn where most of the examples that judge are among the others, too."""
+    known = {seed for part in fitting for seed in part.seeds}
+    held = [seed in known for part in judging for seed in part.seeds]
+    if 2 * sum(held) > len(held):
+        warn(
+            f"{sum(held)} of {len(held)} held-out examples are among the others, too, and judge too favourably: leave "
+            "out what is repeated"
+        )
 
 
 def splits(batch: Batch) -> bool:

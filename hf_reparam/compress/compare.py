@@ -89,11 +89,12 @@ def compare(
     """Set two models beside each other: sizes, predictions on the same data, times.
 
     Predictions: the second model's mean divergence from the first (Kullback-Leibler, nats) and how often both have the
-    same first choice, where there are logits; otherwise the mean cosine of hidden states, or of the sentence embeddings
-    of a SentenceTransformer. The loss, where batches have labels. Texts for a causal model are read as perplexities are
-    published: joined by blank lines, cut into blocks of the model's length (2,048 tokens at most), every token but the
-    first of a block predicted; what remains after the last block is left out. Those for a masked language model have
-    15 % of their tokens masked, as in `calibrate`.
+    same first choice, where there are logits; otherwise the mean cosine of hidden states, of each output where there
+    are several, or of the sentence embeddings of a SentenceTransformer. Positions whose label is -100 do not count. The
+    loss, where batches have labels. Models that draw numbers draw the same ones. Texts for a causal model are read as
+    perplexities are published: joined by blank lines, cut into blocks of the model's length (2,048 tokens at most),
+    every token but the first of a block predicted; what remains after the last block is left out. Those for a masked
+    language model have 15 % of their tokens masked, as in `calibrate`.
 
     Times are medians of rounds in which both take turns: one text and 32 texts of 128 tokens, and 32 tokens generated
     after 32 others.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
-from hf_reparam.calibrate.padding import Part, rows_of, splits
+from hf_reparam.calibrate.padding import Part, rows_of, splits, warn_of_repeats
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.factored import Factored
@@ -88,7 +88,9 @@ def refine(
         reads, desc = tokenizer or own_tokenizer(model), "reading"
         read = prepare(low, data, reads, max_length=max_length, max_samples=max_samples, desc=desc)
         parts = parts_of(full, {}, read)
-        return _Refining(low, full, parts[::HOLD_OUT], [p for i, p in enumerate(parts) if i % HOLD_OUT]).run(epochs)
+        judging, fitting = parts[::HOLD_OUT], [part for i, part in enumerate(parts) if i % HOLD_OUT]
+        warn_of_repeats(judging, fitting)
+        return _Refining(low, full, judging, fitting).run(epochs)
 
 
 class _Refining:

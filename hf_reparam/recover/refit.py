@@ -11,7 +11,7 @@ from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.inputs import without_cache
 from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
-from hf_reparam.calibrate.padding import Padding, Part, unlabelled
+from hf_reparam.calibrate.padding import Padding, Part, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
 from hf_reparam.config import LowRankConfig
@@ -147,6 +147,7 @@ def _refit(
         room = _ROOM // len(data) if passes[0].repeat() else 0
         passes += [_Passes(low, full, part, room) for part in data[1:]]
         judging, fitting = passes[::HOLD_OUT], [one for i, one in enumerate(passes) if i % HOLD_OUT]
+        warn_of_repeats([one.part for one in judging], [one.part for one in fitting])
         unit, size = _unit(judging, distance)
         before = best = sum(one.divergence(distance, layers.values()) for one in judging)
         order = order_of(layers, passes[0].low)

@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import sys
+import warnings
 from typing import ClassVar
 
 import datasets
@@ -147,7 +148,9 @@ def test_tables_of_pandas(bert, tokenizer):
     ],
 )
 def test_an_item_that_is_neither_text_nor_dict_is_named(bert, tokenizer, item, named):
-    with pytest.raises(TargetError, match=f"a calibration batch is a dict.*got a .*{named}"):
+    with pytest.raises(
+        TargetError, match=f"a calibration batch is a dict.*got a .*{named}.*what the model's processor"
+    ):
         calibrate(bert, [item], tokenizer=tokenizer)
 
 
@@ -370,6 +373,19 @@ def test_a_language_model_does_not_take_the_class_of_a_text_for_tokens(tokenizer
 
 
 # Tokenizers
+
+
+def test_repeated_examples_are_warned_of(bert, tokenizer):
+    batches = [tokenizer(text, return_tensors="pt") for text in WORDS[:5]]
+    small = convert(bert, rank=4)
+    for repeated in (lambda: calibrate(bert, batches[:1] * 10), lambda: refit(small, bert, batches[:1] * 10)):
+        with pytest.warns(UserWarning, match=r"\d+ of \d+ held-out examples are among the others, too"):
+            repeated()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf_reparam.refine(small, bert, batches, epochs=1)
+    with pytest.warns(UserWarning, match="3 of 3 held-out examples are among the others"):
+        hf_reparam.refine(small, bert, batches[:4] * 3, epochs=1)
 
 
 def test_what_is_no_tokenizer_is_refused(bert):

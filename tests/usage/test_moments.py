@@ -185,7 +185,7 @@ def test_fewer_rows_than_inputs_are_warned_of_once():
     assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibrate(net, [{"input": torch.randn(10, 8)}] * 3, metric="activation")
+        calibrate(net, [{"input": torch.randn(10, 8)} for _ in range(3)], metric="activation")
 
 
 def test_errors_of_layers_that_are_converted_again():

@@ -283,7 +283,7 @@ def test_padding_that_cannot_be_told_is_warned_of():
     x, mask = torch.randn(2, 8, 6), torch.ones(2, 8, dtype=torch.long)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibrate(Packed(), [{"x": x, "attention_mask": mask}] * 4, metric="activation")
+        calibrate(Packed(), [{"x": x + i, "attention_mask": mask} for i in range(4)], metric="activation")
     mask[1, 4:] = 0
     with pytest.warns(UserWarning, match=r"a mask of shape \(2, 8\) fits no input of 1 layers, among them \['inner'\]"):
         calibrate(Packed(), [{"x": x, "attention_mask": mask}], metric="activation")
