@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, QuestionAnsweringModelOutput
 
-from hf_reparam.calibrate.objective import _noise, divergence, uniforms, unit_of
+from hf_reparam.calibrate.objective import _noise, compared, divergence, uniforms, unit_of
 from hf_reparam.errors import TargetError
 
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -16,16 +16,20 @@ def pair(*shape):
     return [torch.randn(*shape, generator=generator) for _ in range(2)]
 
 
+def apart(outputs, reference, masks, problem=None):
+    return divergence(outputs, compared(reference, problem), masks, problem)
+
+
 def test_logits_by_divergence_from_the_reference_over_real_tokens():
     q, p = pair(2, 4, 7)
-    found = divergence(MaskedLMOutput(logits=q), MaskedLMOutput(logits=p), (MASK,))
+    found = apart(MaskedLMOutput(logits=q), MaskedLMOutput(logits=p), (MASK,))
     expected = F.kl_div(q[MASK].log_softmax(-1), p[MASK].softmax(-1), reduction="sum")
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_spans_over_real_positions():
     (q, p), (s, t) = pair(2, 4), pair(2, 4)
-    found = divergence(
+    found = apart(
         QuestionAnsweringModelOutput(start_logits=q, end_logits=t),
         QuestionAnsweringModelOutput(start_logits=p, end_logits=s),
         (MASK,),
@@ -40,12 +44,22 @@ def test_spans_over_real_positions():
 
 def test_hidden_states_regressions_and_tensors_by_squares():
     a, b = pair(2, 4, 5)
-    hidden = divergence(BaseModelOutput(last_hidden_state=a), BaseModelOutput(last_hidden_state=b), (MASK,))
+    hidden = apart(BaseModelOutput(last_hidden_state=a), BaseModelOutput(last_hidden_state=b), (MASK,))
     assert hidden == pytest.approx(float((a[MASK] - b[MASK]).square().sum()) / 2, rel=1e-5)
-    assert divergence(a, b, ()) == pytest.approx(float((a - b).square().sum()) / 2, rel=1e-5)
+    assert apart(a, b, ()) == pytest.approx(float((a - b).square().sum()) / 2, rel=1e-5)
     one, other = pair(3, 1)
-    regression = divergence(MaskedLMOutput(logits=one), MaskedLMOutput(logits=other), ())
+    regression = apart(MaskedLMOutput(logits=one), MaskedLMOutput(logits=other), ())
     assert regression == pytest.approx(float((one - other).square().sum()) / 2, rel=1e-5)
+
+
+def test_answers_and_several_numbers_by_what_the_configuration_says_of_logits():
+    q, p = pair(3, 4)
+    answers = apart(MaskedLMOutput(logits=q), MaskedLMOutput(logits=p), (), "multi_label_classification")
+    entropy = F.binary_cross_entropy_with_logits(p, p.sigmoid(), reduction="sum")
+    crossed = F.binary_cross_entropy_with_logits(q, p.sigmoid(), reduction="sum")
+    assert answers == pytest.approx(float(crossed - entropy), rel=1e-5)
+    numbers = apart(MaskedLMOutput(logits=q), MaskedLMOutput(logits=p), (), "regression")
+    assert numbers == pytest.approx(float((q - p).square().sum()) / 2, rel=1e-5)
 
 
 def test_units_in_which_people_read_a_divergence():
@@ -61,7 +75,7 @@ def test_units_in_which_people_read_a_divergence():
 
 def test_nothing_to_compare():
     with pytest.raises(TargetError, match="no floating-point tensor"):
-        divergence({"y": torch.ones(1, dtype=torch.int64)}, {"y": torch.ones(1, dtype=torch.int64)}, ())
+        apart({"y": torch.ones(1, dtype=torch.int64)}, {"y": torch.ones(1, dtype=torch.int64)}, ())
 
 
 def test_drawn_numbers_are_uniform_normal_and_independent():
