@@ -104,7 +104,8 @@ def main(keep: float = 0.3) -> dict[str, Any]:
     scores: dict[str, Any] = {"steps": steps, "dense": score(model)}
     generator = torch.Generator().manual_seed(2)
     data = [draw(BATCH, generator)[0] for _ in range(8)]
-    plain = hf_reparam.convert(model, keep=keep)
+    svd = hf_reparam.LowRankConfig(keep=keep, metric="svd")
+    plain = hf_reparam.convert(model, svd)
     calibration = hf_reparam.calibrate(model, data, loss_fn=summed_loss)
     small = hf_reparam.convert(model, keep=keep, calibration=calibration)
     report = hf_reparam.report(small)

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     141 if nobody reads what it prints any more before the work is done, as shells say it.
     """
     transformers.logging.set_verbosity_error()
-    with connected():
+    with warnings.catch_warnings(), connected():
+        warnings.showwarning = _show_warning
         if args.quiet or not is_first():
             transformers.logging.disable_progress_bar()
             disable_progress_bars()
@@ -50,6 +52,11 @@ def run(args: argparse.Namespace) -> int:
             except BrokenPipeError:  # the reader has gone, as in `| head`; Python flushes once more when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line, without the line of code that it came from."""
+    print(f"hf-reparam: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _outcome(args: argparse.Namespace) -> tuple[int, str]:
@@ -66,19 +73,28 @@ def _outcome(args: argparse.Namespace) -> tuple[int, str]:
         lost = ", OUT was not written" if args.command in ("convert", "merge") else ""
         kept = "; the same command goes on from here" if getattr(args, "stream", False) else ""
         return 130, f"hf-reparam: interrupted{lost}{kept}"
-    return 0, json.dumps(result.to_dict(), indent=2) if args.json else f"{result}{_saved(args, result)}"
+    return 0, json.dumps(result.to_dict(), indent=2) if args.json else _told(args, result)
+
+
+def _told(args: argparse.Namespace, result: Any) -> str:
+    """The result, and where it is; of a merged model only that: its report is of what it was."""
+    saved = _saved(args, result) if is_first() else ""
+    return "\n".join(part for part in ("" if args.command == "merge" else str(result), saved) if part)
 
 
 def _saved(args: argparse.Namespace, result: Any) -> str:
-    """Where the result is, how large, and what to do next, if a model was saved."""
-    if args.command not in ("convert", "merge") or not is_first():
+    """Where the result is, how large, and what to do next, if something was saved."""
+    if args.command == "plan" and args.out is not None:
+        next_step = shlex.join(["hf-reparam", "convert", args.source, "OUT", "--plan", args.out])
+        return f"written to {args.out}; next: {next_step}"
+    if args.command not in ("convert", "merge"):
         return ""
     size = megabytes(model_place(Path(args.out)))
     source = [args.source, args.out, *([] if args.revision is None else ["--revision", args.revision])]
     next_step = f"next: {shlex.join(['hf-reparam', 'compare', *source, '--texts', 'TEXTS.txt'])}"
     if args.command == "merge":
         next_step = f"a dense model of {result.parameters_before:,} parameters, which loads without hf_reparam"
-    return f"\nsaved in {args.out}: {size:.1f} MB; {next_step}"
+    return f"saved in {args.out}: {size:.1f} MB; {next_step}"
 
 
 def _result(args: argparse.Namespace) -> Any:

@@ -78,7 +78,7 @@ class RefitReport:
     def __str__(self) -> str:
         change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} {self.unit}"
         none_better = not self.layers and len(self.skipped) < self.of
-        advice = "; no fit was better: more texts may help, and calibration=" if none_better else ""
+        advice = "; no fit was better: more texts may help, and a calibration if none was given" if none_better else ""
         lines = [f"refit:            {len(self.layers)} of {self.of} layers, {change}{advice}"]
         for reason in dict.fromkeys(self.skipped.values()):
             names = [name for name, why in self.skipped.items() if why == reason]

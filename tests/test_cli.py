@@ -70,7 +70,8 @@ def test_convert_inspect_merge(tmp_path, dense, capsys):
     assert {layer["rank"] for layer in report["layers"]} == {6}
     assert run("merge", small, merged, "--quiet") == 0
     size = sum(p.numel() for p in zoo.BY_BASE["BertForMaskedLM"].build().parameters())
-    assert f"a dense model of {size:,} parameters" in capsys.readouterr().out
+    told = f"saved in {merged}: 0.1 MB; a dense model of {size:,} parameters, which loads without hf_reparam\n"
+    assert capsys.readouterr().out == told
     model = transformers.AutoModelForMaskedLM.from_pretrained(merged)
     expected = hf_reparam.merge(hf_reparam.convert(zoo.BY_BASE["BertForMaskedLM"].build(), rank=6))
     assert all(torch.equal(v, expected.state_dict()[k]) for k, v in model.state_dict().items())
@@ -449,11 +450,15 @@ def test_plan_predicts_what_is_lost_where_there_is_data(tmp_path, shallow, capsy
 def test_a_plan_is_written_read_and_carried_out(tmp_path, dense, capsys):
     place = tmp_path / "plan.json"
     assert run("plan", dense, "--keep", 0.5, "--min-rank", 1, "--out", place, "--quiet") == 0
-    assert "12 low-rank layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "12 low-rank layers" in printed
+    assert printed.endswith(f"written to {place}; next: hf-reparam convert {dense} OUT --plan {place}\n")
     assert run("plan", dense, "--keep", 0.4, "--out", place, "--quiet") == 2
     assert "plan.json exists; choose another place, or replace it with force (--force)" in only_line(capsys)
     assert run("convert", dense, tmp_path / "planned", "--plan", place, "--quiet") == 0
+    capsys.readouterr()
     assert run("convert", dense, tmp_path / "direct", "--keep", 0.5, "--min-rank", 1, "--quiet") == 0
+    assert only_line(capsys).startswith("hf-reparam: warning: a size without calibration data cuts the weights")
     one, other = (transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / n) for n in ("planned", "direct"))
     assert one.config.reparam["modules"] == other.config.reparam["modules"]
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())

@@ -41,11 +41,11 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
         missing = [name for name in missing if _part(name, starts) in theirs_parts]
         foreign = [name for name in foreign if _part(name, starts) in ours]
     if missing or foreign:
-        mine, theirs_too = _example(missing or named), _example(foreign or known)
+        apart = [f"{_example(missing)}, are not in it"] if missing else []
+        apart += [f"{_example(foreign)}, are in it and not in the model"] if foreign else []
         raise WeightError(
-            f"the calibration does not fit {type(model).__name__}, which has {mine}"
-            f"{', that it does not have' if missing else ''}; it has {theirs_too}"
-            f"{', that the model does not have' if foreign else ''}: {_OTHER}"
+            f"the calibration does not fit {type(model).__name__}: of the model's {len(named)} layers and its "
+            f"{len(known)}, {'; '.join(apart)}: {_OTHER}"
         )
 
 

@@ -59,7 +59,7 @@ def tokenized(words: Words, tokenizer: Any, length: int, *, single: bool) -> lis
         TargetError: there is no tokenizer, or it has no chat template for a chat.
     """
     if tokenizer is None:
-        raise TargetError("calibration texts need a tokenizer: give tokenizer=AutoTokenizer.from_pretrained(NAME)")
+        raise TargetError("texts need a tokenizer: give tokenizer=AutoTokenizer.from_pretrained(NAME)")
     if isinstance(words, tuple):
         return [dict(tokenizer(*words, truncation=True, max_length=length))]
     special = isinstance(words, str)  # a chat template writes them itself

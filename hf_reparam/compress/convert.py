@@ -15,7 +15,7 @@ from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.compat.accelerate import is_offloaded, recall
-from hf_reparam.compress.planning import plan_for
+from hf_reparam.compress.planning import check_dense, plan_for, warn_without_data
 from hf_reparam.config import ONE_SIZE, LowRankConfig, Rank
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import WorkingCopy
@@ -156,6 +156,8 @@ def carry_out(
         if not isinstance(calibration, Calibration) and calibration is not None:
             wanted = _asked_of(selection)
             calibration = calibrate(model, calibration, metric=asked.metric or "fisher", tokenizer=tokenizer, **wanted)
+        if plan is None:
+            warn_without_data(asked, calibration)
         source = Source.of(calibration, asked.metric, asked.solver)
         check_fit(work.model, selection.selected, source)
         del selection  # what is replaced can be freed
@@ -216,6 +218,8 @@ def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) ->
             raise no_site(selection)
         if config.rank is not None:
             plan_for(work, config, Source.of(None, None))  # the ranks are judged
+        else:
+            check_dense(work, selection.selected)
         return selection
     check_forms(plan)
     if not any(structure.changes_moments and plan.of(structure.forms) for structure in STRUCTURES):

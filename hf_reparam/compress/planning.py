@@ -15,6 +15,7 @@ from hf_reparam.compress.verify import best_plan, can_be_judged
 from hf_reparam.config import LowRankConfig, Rank
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.progress import one_bar
+from hf_reparam.layers.warn import warn
 from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.checks import check_no_adapters, count_parameters
 from hf_reparam.model.host import check_model, opened
@@ -25,7 +26,7 @@ from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps
 
-__all__ = ["make_plan", "plan_for"]
+__all__ = ["check_dense", "make_plan", "plan_for", "warn_without_data"]
 
 
 def make_plan(
@@ -73,6 +74,7 @@ def make_plan(
     config = LowRankConfig.asked(config, rank=rank, keep=keep, target_params=target_params, speedup=speedup)
     check_model(model)
     check_no_adapters(model)
+    warn_without_data(config, calibration)
     work = opened(model).model
     with one_bar():
         return plan_for(work, config, Source.of(calibration, config.metric, config.solver))
@@ -88,10 +90,8 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
         raise TargetError(
             "the model is itself one dense layer, and a plan needs a name: put it in nn.Sequential(layer)"
         )
-    if config.rank is None:  # also narrower heads are no dense model: their layers have other shapes
-        shaped = [site for structure in STRUCTURES if structure.changes_moments for site in structure.sites(work)]
-        if any(site.entry is not None for site in (*shaped, *(item.site for item in found))):
-            raise TargetError("the model is converted already: convert the dense model, or merge this one first")
+    if config.rank is None:
+        check_dense(work, found)
     check_fit(work, found, source)
     metric, judgement, speed = source.metric, None, None
     if config.rank is not None:
@@ -104,6 +104,22 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
             speed = speed_of(work, found, entries, unit.clock, config.speedup, source.calibration)
     plan = RankPlan(entries, work.config.model_type if isinstance(work, PreTrainedModel) else None, metric)
     return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement, speed=speed))
+
+
+def warn_without_data(config: LowRankConfig, calibration: Calibration | None) -> None:
+    """Warn of a size that plain SVDs are to meet, unless they were asked for."""
+    if calibration is None and config.rank is None and config.metric is None:
+        warn(
+            "a size without calibration data cuts the weights by plain SVDs, which lose much more: give "
+            "calibration=texts, or metric='svd' if that is meant"
+        )
+
+
+def check_dense(work: nn.Module, found: Sequence[Found]) -> None:
+    """Raise TargetError for a model, or targets in it, that are converted already: a budget starts from dense ones."""
+    shaped = [site for structure in STRUCTURES if structure.changes_moments for site in structure.sites(work)]
+    if any(site.entry is not None for site in (*shaped, *(item.site for item in found))):  # layers have other shapes
+        raise TargetError("the model is converted already: convert the dense model, or merge this one first")
 
 
 def _budgeted(
@@ -159,7 +175,7 @@ def _share(work: nn.Module, found: Sequence[Found], config: LowRankConfig) -> fl
     wanted = target if isinstance(target, int) else target * whole
     if wanted <= whole - total:
         raise RankError(
-            f"target_params={target:,} cannot be reached: {whole - total:,} parameters lie outside of the targeted "
-            "layers"
+            f"target_params={target:,} cannot be reached: {whole - total:,} of {whole:,} parameters lie outside of the "
+            f"targeted layers{'' if config.embeddings else '; embeddings=True targets embeddings, too'}"
         )
     return min((wanted - (whole - total)) / total, 1.0)

@@ -9,7 +9,7 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, make_plan, merge
-from hf_reparam.errors import RankError
+from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.host import layer_name
 from tests import zoo
@@ -234,3 +234,19 @@ def test_a_fresh_head_is_told_and_a_trained_one_is_not(tmp_path):
         convert(whole, rank=8)
         convert(convert(whole, rank=8), rank=8 - 1)
         convert(tf.BertForSequenceClassification(whole.config), rank=8)
+
+
+def test_a_size_without_data_is_warned_of_unless_it_is_asked_for():
+    dense = zoo.BY_BASE["BertModel"].build()
+    with pytest.warns(UserWarning, match="a size without calibration data cuts the weights by plain SVDs"):
+        convert(dense, LowRankConfig(keep=0.5, min_rank=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(dense, LowRankConfig(keep=0.5, min_rank=2, metric="svd"))
+        convert(dense, rank=4)
+
+
+def test_a_converted_model_is_refused_before_it_is_calibrated():
+    small = convert(zoo.BY_BASE["BertModel"].build(), rank=4)
+    with pytest.raises(TargetError, match="the model is converted already"):
+        convert(small, keep=0.5, calibration=[{"no such input": 1}])
