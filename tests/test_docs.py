@@ -61,8 +61,9 @@ def run_command(line, source, capsys):
     if words[0] == "plan":
         assert "keep 0.6" in printed or json.loads(Path(words[-1]).read_text())["modules"], line
         return
-    dense = words[:2] == ["inspect", source]
-    assert ("dense layers that can be converted" if dense else "low-rank layers") in printed.splitlines()[0], line
+    told = {"merge": "a dense model of"}.get(words[0], "low-rank layers")
+    told = "dense layers that can be converted" if words[:2] == ["inspect", source] else told
+    assert told in printed.splitlines()[0], line
     if words[0] != "inspect":
         loaded = type(AutoModel.from_pretrained(words[2])).__name__
         assert loaded == {"convert": "ReparamBertModel", "merge": "BertModel"}[words[0]], line
