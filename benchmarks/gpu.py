@@ -40,6 +40,7 @@ SEED = 0
 FORMS = ("pair", "pivoted")
 KEEPS = (0.3, 0.5, 0.8)
 MODES = {"eager": None, "compiled": "default", "CUDA graphs": "reduce-overhead"}
+PLAIN = LowRankConfig(keep=0.5, metric="svd")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def conversion(setting: Setting) -> dict[str, Any]:
     found = {}
     for name, build in {"BERT-base": setting.bert, "Llama 1B": setting.llama}.items():
         model = build()
-        found[name] = {"convert": once(lambda m=model: hf_reparam.convert(m, keep=0.5), setting)}
+        found[name] = {"convert": once(lambda m=model: hf_reparam.convert(m, PLAIN), setting)}
         weights = [dense_matrix(site.module) for site in Linears().sites(model) if site.reason is None]
         shapes = {tuple(weight.shape): weight for weight in weights}
         for dtype in (torch.float32, torch.float64):
@@ -164,7 +165,7 @@ def layers(setting: Setting) -> list[dict[str, Any]]:
 
 def sized(dense: nn.Linear, keep: float, form: str) -> nn.Module:
     """A low-rank layer of this size with drawn numbers."""
-    plan = hf_reparam.make_plan(nn.Sequential(dense), LowRankConfig(keep=keep, form=form))
+    plan = hf_reparam.make_plan(nn.Sequential(dense), LowRankConfig(keep=keep, form=form, metric="svd"))
     return drawn(dense, plan.modules["0"])
 
 
@@ -188,7 +189,7 @@ def forward(setting: Setting) -> list[dict[str, Any]]:
     for folder in setting.models:
         dense = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16, device_map=setting.device).eval()
         models = {"dense": dense} | {
-            form: hf_reparam.convert(dense, LowRankConfig(keep=0.5, form=form)) for form in FORMS
+            form: hf_reparam.convert(dense, LowRankConfig(keep=0.5, form=form, metric="svd")) for form in FORMS
         }
         rows.append({"model": folder.name, "keep": 0.5, "ratio": ratios(models, setting.ids(8, 128), None, setting)})
     return rows
@@ -225,7 +226,7 @@ def memory(setting: Setting) -> dict[str, Any]:
     model = setting.llama()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    hf_reparam.convert(model, keep=0.5, inplace=True)
+    hf_reparam.convert(model, PLAIN, inplace=True)
     return {"dense": held, "peak": torch.cuda.max_memory_allocated(), "after": torch.cuda.memory_allocated()}
 
 

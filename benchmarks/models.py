@@ -23,7 +23,7 @@ PROMPT, GENERATED = 32, 32
 
 def converted(dense: Any, keep: float, form: str) -> Any:
     """A model of the shape that a conversion by size would give, with random weights: no SVD is needed to time it."""
-    plan = make_plan(dense, LowRankConfig(keep=keep, form=form))
+    plan = make_plan(dense, LowRankConfig(keep=keep, form=form, metric="svd"))
     config = register(type(dense.config))(**dense.config.to_diff_dict(), reparam=plan.to_dict())
     return model_class(type(dense))(config).to(dense.dtype).eval()
 

@@ -55,7 +55,7 @@ def layers(dense: nn.Module, keep: float, dtype: torch.dtype) -> dict[str, nn.Mo
     """The dense layer, and one of each form with at most `keep` of its weights, drawn at random."""
     made = {"dense": dense}
     for form in FORMS:
-        entry = make_plan(nn.Sequential(dense), LowRankConfig(keep=keep, form=form)).modules["0"]
+        entry = make_plan(nn.Sequential(dense), LowRankConfig(keep=keep, form=form, metric="svd")).modules["0"]
         made[form] = drawn(dense, entry)
     return {form: layer.to(dtype).eval() for form, layer in made.items()}
 

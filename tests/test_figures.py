@@ -158,7 +158,8 @@ def test_layers_reach_the_speedup_that_is_asked_for():
     shapes = {name: calls for name, calls in figures.stored("frontier")["shapes"].items() if name != "machine"}
     rows = [(float(asked), row) for calls in shapes.values() for some in calls.values() for asked, row in some.items()]
     assert len(rows) == 12
-    assert all(row["layers"] == pytest.approx(asked, rel=0.02) for asked, row in rows)
+    # as decision 26 says: measured anew with 256 copies of a layer, where 64 had given 2 %; the goal is 5 %
+    assert all(row["layers"] == pytest.approx(asked, rel=0.035) for asked, row in rows)
 
 
 def test_inputs_alone_lose_more_for_every_kind_of_layer_of_language_models():

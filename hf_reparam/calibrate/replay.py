@@ -67,10 +67,10 @@ class Replay:
         """
         room = self.room
         with self._keeping(self.once):
-            expected = [value.double() for value in _tensors(run())]
+            expected = [value for value in _tensors(run()) if value.is_floating_point()]
         try:
             with self._skipping(self.once):
-                found = [value.double() for value in _tensors(run())]
+                found = [value for value in _tensors(run()) if value.is_floating_point()]
         except Exception:  # whatever the model's own code raises of what it does not find
             found = []
         alike = [v.shape for v in found] == [v.shape for v in expected] and all(map(_alike, found, expected))
