@@ -97,7 +97,8 @@ def calibrate(
         same base and another head.
 
     Warns:
-        UserWarning: layers that saw no data, or fewer rows than they have inputs; padding that cannot be told.
+        UserWarning: layers that saw no data, or fewer rows than they have inputs; padding that cannot be told; examples
+            that are repeated.
 
     Raises:
         TargetError: no model, one with adapters, or with several Transformers models and no way to call them; no

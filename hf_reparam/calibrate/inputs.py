@@ -73,7 +73,8 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 @contextmanager
 def same_draws() -> Iterator[None]:
-    """Have a model that draws numbers in its forward pass, such as masks, draw the same ones in every block."""
+    """Have a model that draws numbers in its forward pass, such as masks, draw the same ones in every block, and in
+    every call of what this decorates."""
     with torch.random.fork_rng(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
         torch.manual_seed(0)
         yield

@@ -214,7 +214,7 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
     sums: dict[str, Tensor] = {}
     losses, weights = [0.0, 0.0], 0
     for batch in each(batches, "comparing", "batch"):
-        outputs = [_outputs(model, batch) for model in pair]
+        outputs = [same_draws()(_outputs)(model, batch) for model in pair]
         parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
         if len(parts) == len(pair):
             weight = _counted(pair[0], batch)
@@ -241,8 +241,7 @@ def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    with same_draws():
-        return send_to_device(_run(model, batch), "cpu")
+    return send_to_device(_run(model, batch), "cpu")
 
 
 def _distances(model: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:

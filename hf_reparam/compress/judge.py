@@ -52,7 +52,7 @@ class Judge:
         self.unit, self.size, skips = "", 0.0, alone
         for batch, masks in batches:
             taken, masks = send_to_device((taken_by(inner, batch) | plain, masks), execution_device(inner))
-            one, run = Replay(_MOST_BYTES if skips else 0), partial(_run, inner, taken)
+            one, run = Replay(_MOST_BYTES if skips else 0), partial(same_draws()(inner), **taken)
             with torch.no_grad():
                 reference = compared(one.first(inner, run), self.problem)
                 skips = skips and (bool(self.passes) or one.repeats(run))
@@ -78,15 +78,10 @@ class Judge:
         """
         found, inner = 0.0, called(model)
         for one, reference, (batch, masks) in zip(self.passes, self.references, self.batches, strict=True):
-            run = partial(_run, inner, batch)
+            run = partial(same_draws()(inner), **batch)
             outputs = run() if after is None else one(run, [after])
             found += float(divergence(outputs, reference, masks, self.problem))
         return found / self.size
-
-
-def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    with same_draws():
-        return model(**batch)
 
 
 def labelled(

@@ -125,7 +125,6 @@ def _estimates(model: nn.Module, config: LowRankConfig, calibration: Calibration
     count = count_parameters(model)
     width = next(model.parameters()).element_size() / 1e6
     sizes, unit = [], None
-    config = config if calibration is not None else replace(config, metric="svd")
     for keep in each(_KEEPS, "planning", "size"):
         try:
             report: Any = make_plan(model, replace(config, keep=keep), calibration).report

@@ -366,4 +366,4 @@ def test_ranks_are_chosen_where_the_hidden_states_of_a_part_are_recorded():
     assert len(measured) == 4
     with torch.no_grad():
         assert not torch.equal(small(**batches[0]).logits, model(**batches[0]).logits)
-    assert hf_reparam.refit(small, model, batches, calibration=calibration).of > 0
+    assert hf_reparam.refit(small, model, batches, calibration=calibration).before > 0

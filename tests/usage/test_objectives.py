@@ -363,8 +363,8 @@ def test_time_series_are_judged_by_what_is_predicted_and_not_by_the_mean_of_the_
     assert {name for name in shown if name.startswith("cosine")} == {
         f"cosine of prediction outputs.{i}" for i in range(3)
     }
-    report = hf_reparam.refine(small, model, data, epochs=1)
-    assert report.after <= report.before
+    coarse = convert(model, rank=1)  # the plan for half of the parameters loses next to nothing
+    assert hf_reparam.refine(coarse, model, data, epochs=1).before > 1e-8
 
 
 def test_models_that_draw_numbers_are_judged_by_the_same_draws():
