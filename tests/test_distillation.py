@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from hf_reparam import LowRankConfig, convert, distillation_loss
 from hf_reparam.errors import TargetError
 from tests import zoo
+from tests.usage.test_objectives import segmentation
 
 CASE = zoo.BY_BASE["BertForSequenceClassification"]
 
@@ -93,6 +94,7 @@ def test_regression_multi_label_and_question_answering():
     batch = CASE.batch()
     for options, labels in (
         ({"num_labels": 1}, torch.tensor([0.5, -1.0])),
+        ({"num_labels": 3, "problem_type": "regression"}, torch.tensor([[1.0, 0, -1], [0, 2, 1]])),
         ({"num_labels": 3, "problem_type": "multi_label_classification"}, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
     ):
         dense = BertForSequenceClassification(BertConfig(**zoo.BERT_LIKE, **options)).eval()
@@ -100,7 +102,11 @@ def test_regression_multi_label_and_question_answering():
         with distillation_loss(dense, small, alpha=0.0) as loss:
             torch.testing.assert_close(loss(small(**batch), labels), small(**batch, labels=labels).loss)
         with distillation_loss(dense, small, alpha=1.0) as loss:
-            assert float(loss(small(**batch), labels)) > 0
+            apart = float(loss(small(**batch), labels))
+            assert apart > 0
+        if options.get("problem_type") == "regression":
+            squares = (small(**batch).logits - dense(**batch).logits).square().mean() / 2
+            assert apart == pytest.approx(float(squares))
     case = zoo.BY_BASE["BertForQuestionAnswering"]
     dense = case.build()
     small, positions = (
@@ -110,6 +116,14 @@ def test_regression_multi_label_and_question_answering():
     with distillation_loss(dense, small, alpha=0.5) as loss:
         outputs = small(**batch, **positions)
         assert float(loss(outputs, None)) > 0.5 * float(outputs.loss)
+
+
+def test_labels_of_another_shape_than_the_logits_are_not_passed_over():
+    model = segmentation()
+    with distillation_loss(model, model, alpha=0.5) as loss:
+        outputs = model(pixel_values=torch.randn(2, 3, 16, 24))
+        with pytest.raises(TargetError, match="labels are not of the logits' shape"):
+            loss(outputs, torch.zeros(2, 16, 24).long())
 
 
 @pytest.mark.slow

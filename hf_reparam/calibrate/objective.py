@@ -131,10 +131,9 @@ def objective(
     if isinstance(loss, Tensor):
         return loss.sum() * (1 if summed else examples_in(batch))
     seeds = seeds or seeds_of(batch, masks)
-    logits = logits_of(outputs)
+    logits = logits_of(outputs, problem)
     if logits:
-        draw = _DRAWS.get(problem or "", _drawn)
-        return torch.stack([draw(key, value, seeds, masks) for key, value in logits.items()]).sum()
+        return torch.stack([_drawn(key, value, seeds, masks) for key, value in logits.items()]).sum()
     hidden = outputs.get("last_hidden_state")
     return projection(outputs if hidden is None else hidden, seeds, masks)
 
@@ -192,14 +191,27 @@ def _floating(outputs: Any) -> dict[str, Tensor]:
     return {f"{part}.{k}": v for part, inner in parts.items() for k, v in inner.items()}
 
 
-def logits_of(outputs: Any) -> dict[str, Tensor]:
-    """Every kind of logits that a model returned, by its name."""
-    return {key: value for key, value in outputs.items() if key.endswith("logits") and isinstance(value, Tensor)}
+def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
+    """Every kind of logits that a model returned, (..., classes), by its name.
+
+    Independent yes-or-no answers and numbers, as `problem` says, are called "answers" and "values". Of segmentation,
+    the masks of queries are answers, and a map (batch, classes, height, width) has its classes last here.
+    """
+    found = {}
+    for key, value in outputs.items():
+        if key.endswith("logits") and isinstance(value, Tensor):
+            kind = _LOGITS.get(problem or "", "logits")
+            if problem == _SEGMENTS and value.dim() == 4:
+                kind, value = ("answers", value) if "mask" in key else ("pixel_logits", value.movedim(1, -1))
+            found[key.removesuffix("logits") + kind] = value
+    return found
 
 
 def problem_of(model: Any) -> str | None:
-    """What a model's logits are, where its configuration says it: "multi_label_classification", independent yes-or-no
-    answers; "regression", numbers; or classes."""
+    """What a model's logits are, where its class or configuration says it: "multi_label_classification", independent
+    yes-or-no answers; "regression", numbers; "segmentation", maps; or classes."""
+    if "Segmentation" in type(model).__name__:
+        return _SEGMENTS
     return getattr(getattr(model, "config", None), "problem_type", None)
 
 
@@ -226,7 +238,7 @@ def divergence(outputs: Any, reference: Mapping[str, Tensor], masks: tuple[Tenso
 def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
     """What `divergence` compares: logits, or else hidden states, or else all that is of floating-point numbers.
 
-    Logits that are yes-or-no answers or numbers, as `problem` says, are called "answers" or "values".
+    Logits are as `logits_of` gives them.
 
     Raises:
         TargetError: there is nothing of these.
@@ -234,7 +246,7 @@ def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
     if isinstance(outputs, Tensor):
         return {"output": outputs}
     named = _named(outputs)
-    found = {k.replace("logits", _LOGITS.get(problem or "", "logits")): value for k, value in logits_of(named).items()}
+    found = logits_of(named, problem)
     if not found and isinstance(named.get("last_hidden_state"), Tensor):
         found = {"last_hidden_state": named["last_hidden_state"]}
     found = found or _floating({key: value for key, value in named.items() if key != "loss"})
@@ -272,7 +284,8 @@ def unit_of(reference: Mapping[str, Tensor], masks: tuple[Tensor, ...]) -> tuple
     mask = position_mask(value, masks)
     count = max(float(value.shape[:-1].numel() if mask is None else mask.sum()), 1.0)
     if predicts(key, value):
-        return f"nats per {'token' if value.dim() > 2 else 'example'}", count
+        place = "pixel" if key.endswith("pixel_logits") else "token" if value.dim() > 2 else "example"
+        return f"nats per {place}", count
     squares = sum(float(_squares(widened(v), torch.zeros_like(v), masks)) for v in reference.values())
     what = "hidden states" if key == "last_hidden_state" else "outputs"
     return f"of the squared {what}", squares or count
@@ -288,22 +301,24 @@ def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
 
 def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Negative log-likelihood of labels drawn from the predictions, summed."""
+    if key.endswith("answers"):
+        return _drawn_answers(logits, seeds, masks)
+    if key.endswith("values") or logits.shape[-1] == 1:  # a regression
+        return _drawn_numbers(logits, seeds, masks)
     if key in ("start_logits", "end_logits"):
         logits = _over_positions(logits, masks)
-    if logits.shape[-1] == 1:  # a regression
-        return _drawn_numbers(key, logits, seeds, masks)
     log_p = logits.float().log_softmax(-1)
     uniform = uniforms(log_p, 1, seeds, masks)
     labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
     return -_mask(log_p.gather(-1, labels), masks).sum()
 
 
-def _drawn_numbers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
+def _drawn_numbers(logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Negative log-likelihood of numbers drawn from normal distributions of unit variance, but for a constant."""
     return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
 
 
-def _drawn_answers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
+def _drawn_answers(logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Negative log-likelihood of a yes or no drawn for each logit, summed."""
     logits = logits.float()
     uniform = uniforms(logits, logits.shape[-1], seeds, masks)
@@ -311,7 +326,7 @@ def _drawn_answers(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[
     return _mask(losses, masks).sum()
 
 
-_DRAWS = {"multi_label_classification": _drawn_answers, "regression": _drawn_numbers}
+_SEGMENTS = "segmentation"
 _LOGITS = {"multi_label_classification": "answers", "regression": "values"}
 
 

@@ -80,21 +80,24 @@ def distillation_loss(
             raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
         theirs = judge.to(student.device)(*called["args"], **called["kwargs"])
         masks = batch_masks(called["kwargs"])
-        logits = logits_of(outputs)
+        problem = problem_of(student)
+        logits, taught = logits_of(outputs, problem), logits_of(theirs, problem)
         if not logits:
             raise TargetError("the model returned no logits to compare with the teacher's")
         own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
         if alpha < 1 and labels is None and own is None:
             raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
-        multi_label = problem_of(student) == "multi_label_classification"
         hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
         for key, value in logits.items():
-            answers = labels if key == "logits" else None
-            mine, target, answers = _positions(student, value.float(), theirs[key].float(), answers, masks)
+            answers = labels if key in ("logits", "answers", "values") else None
+            kind = "values" if value.shape[-1] == 1 and not key.endswith("answers") else key
+            mine, target, answers = _positions(student, value.float(), taught[key].float(), answers, masks)
             count = len(mine)
-            soft = _soft_loss(mine, target, temperature, multi_label) + soft
+            soft = _soft_loss(kind, mine, target, temperature) + soft
             if answers is not None and alpha < 1:
-                hard = _hard_loss(mine, answers, multi_label)
+                own = hard = _hard_loss(kind, mine, answers)
+        if own is None and alpha < 1:
+            raise TargetError("the labels are not of the logits' shape: give alpha=1.0 to learn from the teacher alone")
         mean = (1 - alpha) * hard + alpha * soft
         if hidden:
             mean = mean + hidden * _hidden_error(outputs, theirs, masks)
@@ -128,22 +131,22 @@ def _real(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return values.flatten(0, -2) if mask is None else values[mask]
 
 
-def _soft_loss(mine: Tensor, theirs: Tensor, temperature: float, multi_label: bool) -> Tensor:
-    if mine.shape[-1] == 1 and not multi_label:
+def _soft_loss(kind: str, mine: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+    if kind.endswith("values"):
         return (mine - theirs).square().mean() / 2
     theirs, mine = theirs / temperature, mine / temperature
-    if multi_label:
+    if kind.endswith("answers"):
         cross = F.binary_cross_entropy_with_logits(mine, theirs.sigmoid())
         return temperature**2 * (cross - F.binary_cross_entropy_with_logits(theirs, theirs.sigmoid()))
     log_p, log_q = theirs.log_softmax(-1), mine.log_softmax(-1)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def _hard_loss(mine: Tensor, labels: Tensor, multi_label: bool) -> Tensor:
-    if multi_label:
+def _hard_loss(kind: str, mine: Tensor, labels: Tensor) -> Tensor:
+    if kind.endswith("answers"):
         return F.binary_cross_entropy_with_logits(mine, labels.float())
-    if mine.shape[-1] == 1:
-        return F.mse_loss(mine.squeeze(-1), labels.to(mine.dtype).reshape(-1))
+    if kind.endswith("values"):
+        return F.mse_loss(mine, labels.to(mine.dtype).reshape(mine.shape))
     return F.cross_entropy(mine, labels, ignore_index=IGNORED)
 
 

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, refit
+from hf_reparam.calibrate.objective import logits_of
 from hf_reparam.errors import TargetError, WeightError
 from tests import zoo
 from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
@@ -386,3 +387,39 @@ def test_states_of_the_past_are_not_written_over_while_gradients_are_taken():
     batches = [{"input_ids": torch.randint(0, 99, (2, 7))} for _ in range(3)]
     found = calibrate(model, batches)
     assert all(layer.has_gradient() for layer in found.layers.values())
+
+
+def segmentation():
+    config = tf.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[3, 3],
+        strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=32, num_labels=5,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return tf.SegformerForSemanticSegmentation(config).eval()
+
+
+@torch.no_grad()
+def test_the_classes_of_segmentation_are_chosen_in_each_pixel():
+    torch.manual_seed(0)
+    model = segmentation()
+    data = [{"pixel_values": torch.randn(4, 3, 16, 24)} for _ in range(8)]
+    calibration = calibrate(model, data)
+    small = convert(model, LowRankConfig(keep=0.5, min_rank=2), calibration=calibration)
+    judged = hf_reparam.report(small).judgement
+    assert judged.unit == "nats per pixel"
+    held = [batch for batch, _ in calibration.batches]
+    low, dense = (torch.cat([m(**batch).logits for batch in held]).log_softmax(1) for m in (small, model))
+    apart = (dense.exp() * (dense - low)).sum(1).mean()
+    assert judged.measured[judged.chosen] == pytest.approx(float(apart), rel=0.5)
+    likeness = hf_reparam.compare(model, small, data[:1]).figures["same first choice"][1]
+    first = [m(**data[0]).logits.argmax(1) for m in (model, small)]
+    assert likeness == pytest.approx(float((first[0] == first[1]).float().mean()), abs=1e-6)
+
+
+def test_masks_of_queries_are_yes_or_no_answers():
+    outputs = {"class_queries_logits": torch.randn(2, 3, 4), "masks_queries_logits": torch.randn(2, 3, 5, 6)}
+    found = logits_of(outputs, "segmentation")
+    assert {name: value.shape for name, value in found.items()} == {
+        "class_queries_logits": (2, 3, 4),
+        "masks_queries_answers": (2, 3, 5, 6),
+    }
