@@ -207,9 +207,9 @@ class Report(Readable):
         groups = _folded(self.layers, lambda x: (x.kind, x.in_features, x.out_features, x.form, x.metric))
         rows = [[name, *_layer_cells(group, self.metric, self._form)] for name, group in groups]
         table = [["layer", "type", "in x out", "rank", "parameters", "error"], *rows]
-        if {layer.kind for layer in self.layers} == {"Linear"}:
-            return [[row[0], *row[2:]] for row in table]
-        return table
+        plain = {layer.kind for layer in self.layers} == {"Linear"}
+        untold = all(layer.error is None for layer in self.layers)
+        return [[row[0], *row[1 + plain : 6 - untold]] for row in table]
 
     @property
     def _form(self) -> str:
@@ -288,7 +288,7 @@ def _layer_cells(group: list[LayerReport], metric: str, form: str) -> list[str]:
     first = group[0]
     before, after = sum(x.parameters_before for x in group), sum(x.parameters_after for x in group)
     errors = [x.error for x in group if x.error is not None]
-    error = _range(errors, ".2f") if errors else "-"
+    error = _range(errors, ".2f").replace("0.00", "<0.01") if errors else "-"
     error += f" ({first.metric})" if first.metric not in (None, metric) else ""
     rank = "dense" if first.rank is None else _range([x.rank for x in group if x.rank is not None], "d")
     rank += f" {first.form}" if first.form not in (None, form) else ""

@@ -55,6 +55,21 @@ def test_two_conversions_have_two_bars(bars):
     assert list(bars.values()) == [["factoring"], ["factoring"]]
 
 
+def test_each_learning_rate_that_is_tried_has_its_name(bars):
+    dense = net()
+    small = hf_reparam.convert(dense, rank=8)
+    report = hf_reparam.refine(small, dense, DATA, epochs=2)
+    _, (bar, said) = bars.items()
+    assert said[:2] == ["reading", "trying a learning rate of 0.001"]
+    assert f"trying a learning rate of {report.learning_rate:g}" in said
+    assert (said[-1], bar.n) == ("refining", bar.total)
+
+
+def test_a_comparison_says_when_it_measures_times(bars):
+    hf_reparam.compare(net(), net(), DATA)
+    assert [said[-2:] for said in bars.values()] == [["comparing", "timing"]]
+
+
 @pytest.mark.slow
 def test_search_says_how_many_sizes_it_has_tried(bars):
     hf_reparam.search_plan(net(), lambda model: 1.0, 0.1, config=hf_reparam.LowRankConfig(min_rank=1))

@@ -176,9 +176,9 @@ def test_batches_are_split_into_rows():
 def test_lower_rates_are_tried_while_they_do_better_and_else_higher_ones(values, chosen, tried):
     work, seen = object.__new__(module._Refining), []
     work.lowest, work.best = 1.8, ["as it came"]
-    work._set = lambda state: None
+    work._set, work.fitting = (lambda state: None), []
     work._run = lambda rate, epochs, advance: seen.append(rate) or iter([(values[rate], [rate])])
-    rate, found, state = work._first_epoch([], None)
+    rate, found, state = work._first_epoch([])
     assert (rate, found, state, len(seen)) == (chosen, values[chosen], [chosen], tried)
     assert work.best == ([chosen] if values[chosen] < 1.8 else ["as it came"])
 

@@ -12,6 +12,7 @@ import hf_reparam
 from hf_reparam import Calibration, Comparison, Entry, LowRankConfig, RankPlan, Report
 from hf_reparam.plan import Judgement, Speed
 from hf_reparam.report import LayerReport, SkippedReport, TriedSize
+from tests import zoo
 
 
 def report(rank=4):
@@ -83,6 +84,20 @@ def test_layers_that_repeat_are_one_line_with_their_range_of_ranks():
     other = replace(few.layers[0], name=LONG.format(9), form="pair")  # another fate, another line
     assert "| 8..72 pivoted |" in replace(few, layers=(*few.layers, other)).layer_table()
     assert "| 8 |" in replace(few, layers=(*few.layers, other)).layer_table()
+
+
+def test_errors_are_shown_where_there_are_any():
+    few = of_many(skipped=())
+    errors = [replace(layer, error=0.126 if layer.rank > 8 else 0.001) for layer in few.layers]
+    assert "error" not in replace(few, layers=[replace(layer, error=None) for layer in few.layers]).layer_table()
+    assert "| <0.01..0.13 |" in replace(few, layers=errors).layer_table()
+
+
+def test_shared_weights_are_counted_once():
+    skipped = hf_reparam.report(zoo.BY_BASE["T5ForConditionalGeneration"].build()).skipped
+    told = {item.name: (item.parameters, item.reason) for item in skipped}
+    assert told["shared"] == (3168, "Embedding is not a dense layer")
+    assert told["encoder.embed_tokens"] == told["decoder.embed_tokens"] == (0, "shares the weights of shared")
 
 
 @pytest.mark.parametrize(

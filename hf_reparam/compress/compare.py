@@ -47,6 +47,7 @@ _NEW = 32  # tokens that are generated after as many
 _OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}  # that models take beside ids
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+Call = tuple[Callable[[Any, Any], Any], Any]
 
 
 @dataclass(frozen=True)
@@ -292,22 +293,31 @@ def _evaluated(dense: nn.Module, small: nn.Module, evaluate: Evaluate) -> dict[s
 
 def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any]:
     """Milliseconds of a forward pass, and tokens generated in a second."""
-    found: dict[str, Any] = {}
+    calls: dict[str, Call] = {}
     ids: Any = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not batch.keys().isdisjoint(_OTHER_INPUTS):
-        took = _in_turns(pair, _outputs, batch)
-        return {"ms for a batch of the data": tuple(1000 * seconds for seconds in took)}
+        calls["ms for a batch of the data"] = _outputs, batch
+    else:
+        calls |= _calls_with_texts(pair, ids)
+    found = {name: _in_turns(pair, *call) for name, call in each(calls.items(), "timing", "figure")}
+    return {
+        name: tuple(1000 * seconds if name.startswith("ms") else _NEW / seconds for seconds in took)
+        for name, took in found.items()
+    }
+
+
+def _calls_with_texts(pair: Sequence[nn.Module], ids: Tensor) -> dict[str, Call]:
+    """Name of a time -> what is called with a model, and what it is called with beside that."""
     length = int(min(_LENGTH, *map(positions, pair)))
     row = ids.flatten().repeat(math.ceil(length / ids.numel()))[:length][None]
     names = ["input_ids", "decoder_input_ids"] if decodes(pair[0]) else ["input_ids"]
+    calls: dict[str, Call] = {}
     for count in _BATCHES:
-        took = _in_turns(pair, _run, dict.fromkeys(names, row.repeat(count, 1)))
         texts = "1 text" if count == 1 else f"{count} texts"
-        found[f"ms for {texts} of {length} tokens"] = tuple(1000 * seconds for seconds in took)
+        calls[f"ms for {texts} of {length} tokens"] = _run, dict.fromkeys(names, row.repeat(count, 1))
     if all(getattr(model, "can_generate", bool)() for model in pair):
-        took = _in_turns(pair, _generate, row[:, : min(_NEW, length // 2)])
-        found["tokens per second when generating"] = tuple(_NEW / seconds for seconds in took)
-    return found
+        calls["tokens per second when generating"] = _generate, row[:, : min(_NEW, length // 2)]
+    return calls
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:

@@ -38,7 +38,7 @@ class _Bar:
             self.shown = tqdm(total=now.total, desc=name, unit=now.unit)
             return
         self.shown.total, self.shown.unit, self.shown.initial = now.total, now.unit, 0
-        self.shown.set_description(name, refresh=False)
+        self.shown.set_description_str(name, refresh=False)
         self.shown.reset(now.total)
         if now.done:
             self.shown.n = self.shown.initial = now.done  # which tells nothing of the pace

@@ -112,7 +112,8 @@ def no_site(selection: Selection) -> TargetError:
 
 
 def _other_weights(model: nn.Module, known: Container[nn.Module]) -> Iterator[SkippedReport]:
-    """Weights of two or more dimensions in modules that are no sites."""
+    """Weights of two or more dimensions in modules that are no sites; what is shared has its parameters once."""
+    first: dict[nn.Parameter, str] = {}
     inside = {part for _, layer in low_rank(model) for part in layer.modules()}
     for name, module in model.named_modules():
         if module in known or module in inside:
@@ -122,7 +123,10 @@ def _other_weights(model: nn.Module, known: Container[nn.Module]) -> Iterator[Sk
                 kind = type(module).__name__
                 whole = key == "weight"
                 reason = f"{kind} is not a dense layer" if whole else f"{BARE} of {kind}, no module of its own"
-                yield SkippedReport(name if whole else f"{name}.{key}".lstrip("."), kind, parameter.numel(), reason)
+                path = name if whole else f"{name}.{key}".lstrip(".")
+                if (shared := first.setdefault(parameter, path)) != path:
+                    reason = f"shares the weights of {shared}"
+                yield SkippedReport(path, kind, parameter.numel() if shared == path else 0, reason)
 
 
 def check_forms(plan: RankPlan) -> None:

@@ -113,8 +113,7 @@ class _Refining:
         self.best = self._state()
         before = self.lowest = self._judged()
         try:
-            with stage("choosing a learning rate", 3 * len(self.fitting), "step") as advance:
-                chosen, first, state = self._first_epoch(self.best, advance)
+            chosen, first, state = self._first_epoch(self.best)
             after = [first]
             if epochs > 1 and math.isfinite(first):
                 self._set(state)
@@ -126,12 +125,13 @@ class _Refining:
             self._set(self.best)
         return RefineReport(chosen, before, tuple(after), self.unit)
 
-    def _first_epoch(self, start: list[Tensor], advance: Callable[[int], None]) -> tuple[float, float, list[Tensor]]:
+    def _first_epoch(self, start: list[Tensor]) -> tuple[float, float, list[Tensor]]:
         """The learning rate that does best in one epoch, with the divergence and the weights after that."""
 
         def tried(i: int) -> tuple[float, list[Tensor]]:
             self._set(start)
-            found, state = next(self._run(_RATES[i], 1, advance))
+            with stage(f"trying a learning rate of {_RATES[i]:g}", len(self.fitting), "step") as advance:
+                found, state = next(self._run(_RATES[i], 1, advance))
             self._keep(found, state)
             return math.inf if math.isnan(found) else found, state
 
