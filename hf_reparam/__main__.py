@@ -85,13 +85,14 @@ def _told(args: argparse.Namespace, result: Any) -> str:
 def _saved(args: argparse.Namespace, result: Any) -> str:
     """Where the result is, how large, and what to do next, if something was saved."""
     if args.command == "plan" and args.out is not None:
-        next_step = shlex.join(["hf-reparam", "convert", args.source, "OUT", "--plan", args.out])
+        texts = [] if args.calibration is None else ["--calibration", args.calibration]
+        next_step = shlex.join(["hf-reparam", "convert", args.source, "OUT", "--plan", args.out, *texts])
         return f"written to {args.out}; next: {next_step}"
     if args.command not in ("convert", "merge"):
         return ""
     size = megabytes(model_place(Path(args.out)))
     source = [args.source, args.out, *([] if args.revision is None else ["--revision", args.revision])]
-    next_step = f"next: {shlex.join(['hf-reparam', 'compare', *source, '--texts', 'TEXTS.txt'])}"
+    next_step = f"next: {shlex.join(['hf-reparam', 'compare', *source, '--texts', 'UNSEEN.txt'])}"
     if args.command == "merge":
         next_step = f"a dense model of {result.parameters_before:,} parameters, which loads without hf_reparam"
     return f"saved in {args.out}: {size:.1f} MB; {next_step}"

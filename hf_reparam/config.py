@@ -168,7 +168,8 @@ class LowRankConfig:
         """A configuration with one size, its own or one of rank, keep, target_params and speedup beside it; TargetError
         for none or several."""
         if config is not None and not isinstance(config, cls):
-            raise TargetError(f"give a LowRankConfig (`convert` also takes a RankPlan), got {type(config).__name__}")
+            got = f"{type(config).__name__}{f': for a size write keep={config}' if _is_share(config) else ''}"
+            raise TargetError(f"give a LowRankConfig (`convert` also takes a RankPlan), got {got}")
         given = {name: size for name, size in sizes.items() if size is not None}
         if (config is not None and config.sized) + len(given) != 1:
             raise TargetError(ONE_SIZE)

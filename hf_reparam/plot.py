@@ -75,13 +75,15 @@ def ranks(plan: RankPlan, *, ax: Any = None) -> Any:
         ax: matplotlib Axes to draw into, and returned; None for a new figure.
 
     Raises:
-        PlanError: the plan names no layer.
+        PlanError: no plan, or one that names no layer.
         ImportError: matplotlib is not installed.
 
     >>> from hf_reparam.plan import Entry
     >>> ranks(RankPlan({"h.0.fc": Entry(4), "h.1.fc": Entry(8)})).get_title()
     'ranks: 4 to 8'
     """
+    if not isinstance(plan, RankPlan):
+        raise PlanError(f"give a plan, such as make_plan(model, ...), got {type(plan).__name__}")
     layers = plan.of(tuple(form for structure in STRUCTURES if structure.option is None for form in structure.forms))
     if not layers:
         raise PlanError("the plan makes no layer low-rank: there is nothing to draw")

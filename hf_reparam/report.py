@@ -10,8 +10,10 @@ from hf_reparam.config import layer_kind
 from hf_reparam.plan import Judgement, Speed
 from hf_reparam.tables import Part, Readable, as_markdown
 
-__all__ = ["BARE", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "TriedSize"]
+__all__ = ["BARE", "LEFT", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "TriedSize"]
 
+LEFT = "the plan leaves it dense"
+"""The reason why a layer is left alone that could be factored."""
 BARE = "a bare parameter"
 """How the reason begins why a parameter is left alone that is in no layer."""
 
@@ -76,7 +78,7 @@ class RefitReport:
     unit: str = "per example"
 
     def __str__(self) -> str:
-        change = f"held-out divergence {self.before:.4g} -> {self.after:.4g} {self.unit}"
+        change = f"divergence {self.before:.4g} -> {self.after:.4g} {self.unit} on the texts that chose the fits"
         none_better = not self.layers and len(self.skipped) < self.of
         advice = "; no fit was better: more texts may help, and a calibration if none was given" if none_better else ""
         lines = [f"refit:            {len(self.layers)} of {self.of} layers, {change}{advice}"]
@@ -227,12 +229,14 @@ class Report(Readable):
             lines = [
                 f"{self.model}: {count} low-rank layers ({self.metric}){', pivoted' * (self._form == 'pivoted')}",
                 f"factored layers:  {_change(self.factored_before, self.factored_after)}",
+                *self._with_dense(),
                 *_some("no data:", self._others("svd"), ", by plain SVD"),
                 *_some("no gradient:", self._others("activation"), ", in the activation metric"),
             ]
             again = [layer.name for layer in self.layers if layer.from_rank is not None]
             lines += _some("converted again:", again, "; how far they are from their dense weights is not known")
-            lines += [f"held-out data:    {self.judgement}"] if self.judgement else []
+            earlier = "before refitting, " if self.refitted_layers else ""
+            lines += [f"held-out data:    {earlier}{self.judgement}"] if self.judgement else []
             lines += [f"speed:            {self.speed}"] if self.speed else []
             lines += [f"refitted:         {self.refitted_layers} layers"] if self.refitted_layers else []
         else:
@@ -249,12 +253,21 @@ class Report(Readable):
             lines.append(f"{len(self.dropped)} tensors of the source are not in the result: {_starts(self.dropped)}")
         return lines
 
+    def _with_dense(self) -> list[str]:
+        """The size of the layers together with those that could have been factored, and were not."""
+        dense = [item.parameters for item in self.skipped if item.reason == LEFT]
+        if not dense:
+            return []
+        change = _change(self.factored_before + sum(dense), self.factored_after + sum(dense))
+        return [f"with dense ones:  {change}, {len(dense)} more that the plan leaves dense"]
+
     def _summary(self) -> str:
         if all(layer.rank is None for layer in self.layers):
             whole = f"{self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
             return f"whole model:      {whole}"
         facts = [_change(self.parameters_before, self.parameters_after)]
-        facts += [self.judgement.brief] if self.judgement else []
+        earlier = " before refitting" if self.refitted_layers else ""
+        facts += [f"{self.judgement.brief}{earlier}"] if self.judgement else []
         facts += [self.speed.brief] if self.speed else []
         return f"whole model:      {'; '.join(facts)}"
 

@@ -61,7 +61,7 @@ def test_convert_inspect_merge(tmp_path, dense, capsys):
     assert run("convert", dense, small, "--rank", 6, "--quiet") == 0
     printed = capsys.readouterr().out
     assert "12 low-rank layers" in printed
-    assert printed.endswith(f"0.1 MB; next: hf-reparam compare {dense} {small} --texts TEXTS.txt\n")
+    assert printed.endswith(f"0.1 MB; next: hf-reparam compare {dense} {small} --texts UNSEEN.txt\n")
     files = ["1_Pooling", "README.md", "config.json", "model.safetensors", "vocab.txt"]
     assert sorted(p.name for p in small.iterdir()) == files
     assert [p.name for p in small.parent.iterdir()] == ["small"]

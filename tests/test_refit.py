@@ -106,7 +106,7 @@ def test_it_says_what_it_did_and_changes_the_model_alone(tmp_path):
     small, other = (convert(dense, keep=0.5, calibration=moments) for _ in range(2))
     before = {name: value.clone() for name, value in small.state_dict().items()}
     report = refit(small, dense, batches, calibration=moments)
-    assert str(report).startswith(f"refit:            {len(report.layers)} of {report.of} layers, held-out divergence")
+    assert str(report).startswith(f"refit:            {len(report.layers)} of {report.of} layers, divergence")
     again = refit(other, dense, iter(batches), calibration=moments)
     assert again == report
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in small.state_dict().items())

@@ -16,6 +16,7 @@ from hf_reparam.calibrate.inputs import (
     host,
     padding_id,
     predicts_tokens,
+    vocabulary,
 )
 from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
 from hf_reparam.calibrate.objective import MASKS, batch_masks, seeds_of, uniforms
@@ -90,6 +91,7 @@ class _Reader:
         self.tokenizer = checked_tokenizer(tokenizer)
         self.length = 0 if self.tokenizer is None else longest(model, self.tokenizer, max_length)
         self.padding = 0 if self.tokenizer is None else padding_id(model, self.tokenizer)
+        self.vocabulary = vocabulary(model)
         self.fills_masks = fills_masks(model)
         few = _SIZE if examples is None else max(1, examples // _LEAST_BATCHES)
         self.size = 1 if batches_of_one(model) else min(_SIZE, few)
@@ -134,6 +136,11 @@ class _Reader:
             return
         _check_decoder(self.model, self.names, others)
         for tokens in tokenized(words, self.tokenizer, self.length, single="labels" in others):
+            if max(tokens["input_ids"], default=0) >= self.vocabulary:
+                raise TargetError(
+                    f"the tokenizer gives token id {max(tokens['input_ids'])}, and {type(self.model).__name__} knows "
+                    f"{self.vocabulary:.0f}: give the tokenizer of this model"
+                )
             tokens.setdefault("attention_mask", [1] * len(tokens["input_ids"]))
             row = self._row(tokens)
             self._check(item, row if "input_ids" in row else {})

@@ -1,6 +1,7 @@
 """`calibrate`: run calibration batches through a model once, for every size that may be wanted of it."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,10 +16,11 @@ from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.inputs import fills_masks, without_cache
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
-from hf_reparam.calibrate.padding import Padding, Part, unlabelled, warn_of_repeats
+from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import watching
+from hf_reparam.compat.accelerate import is_offloaded
 from hf_reparam.config import METRICS, LowRankConfig
-from hf_reparam.errors import TargetError
+from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.processes import alone, distributed, total
 from hf_reparam.layers.progress import one_bar
@@ -105,6 +107,7 @@ def calibrate(
             such metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead),
             texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or
             too small for one layer, or data for one pass only.
+        WeightError: a model on the meta device.
         CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
@@ -124,6 +127,8 @@ def calibrate(
     check_model(model)
     check_no_adapters(model)
     check_unsharded(model)
+    if {p.device.type for p in model.parameters()} == {"meta"} and not any(map(is_offloaded, model.modules())):
+        raise WeightError("the model is on the meta device and has no data: load it onto a real device first")
     if max_memory is not None and folder is None:
         raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
     with outside_inference_mode(), one_bar():
@@ -219,7 +224,7 @@ def _watch_group(
                 if not fisher:
                     inner(**without_cache(inner) | batch)
                     continue
-                loss = _loss(inner, part, alone=alone) if loss_fn is None else loss_fn(work, batch)
+                loss = _loss(inner, part, alone=alone) if loss_fn is None else _own_loss(loss_fn, work, batch)
             if loss.requires_grad:  # it need not depend on every group: a pooler without a head
                 loss.backward()
             elif alone:
@@ -310,17 +315,27 @@ def _no_gradient(layers: Mapping[str, object]) -> TargetError:
     )
 
 
+def _own_loss(function: LossFunction, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """What a loss function of the user's gives; TargetError for anything but a scalar."""
+    loss = function(model, batch)
+    if not isinstance(loss, Tensor) or loss.dim():
+        shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+        raise TargetError(f"loss_fn must return a scalar tensor, summed over the batch; it returned one {shape}")
+    return loss
+
+
 def _loss(model: nn.Module, part: Part, *, alone: bool) -> Tensor:
     """What the gradient is taken of; `alone` if all layers are watched at once, so that it has to depend on some."""
     try:
         with SummedLosses() as losses:
             outputs = model(**without_cache(model) | part.batch)
-    except IndexError as error:
-        if "labels" not in part.batch or "out of bounds" not in str(error):
-            raise
-        raise TargetError(
-            f"the batch has labels that are no classes of the model ({error}): leave `labels` out"
-        ) from None
+    except (IndexError, RuntimeError, ValueError) as error:
+        if "labels" in part.batch and re.search("out of bounds|target|batch_size", str(error), re.I):
+            raise TargetError(f"the model's loss takes no such labels ({error}): leave `labels` out") from None
+        given = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}.intersection(part.batch)
+        if decodes(model) and not given and isinstance(error, ValueError):
+            raise TargetError(f"{type(model).__name__} has a decoder: give labels or decoder_input_ids") from error
+        raise
     told = {"problem": problem_of(model), "summed": losses.met, "seeds": part.seeds}
     loss = objective(outputs, part.batch, part.masks, **told)
     if loss.requires_grad or not alone:

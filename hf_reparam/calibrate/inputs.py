@@ -24,6 +24,7 @@ __all__ = [
     "positions",
     "predicts_tokens",
     "same_draws",
+    "vocabulary",
     "without_cache",
 ]
 
@@ -78,6 +79,13 @@ def same_draws() -> Iterator[None]:
     with torch.random.fork_rng(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
         torch.manual_seed(0)
         yield
+
+
+def vocabulary(model: nn.Module) -> float:
+    """How many token ids a model knows; infinite if nothing says it."""
+    inside = host(model)
+    words = None if inside is None else embeddings_of(inside)[0]
+    return float(getattr(words, "num_embeddings", math.inf))
 
 
 def positions(model: nn.Module) -> float:

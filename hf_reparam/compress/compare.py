@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_reparam.calibrate.batches import Batches, batched
-from hf_reparam.calibrate.inputs import positions, same_draws
+from hf_reparam.calibrate.inputs import positions, same_draws, vocabulary
 from hf_reparam.calibrate.objective import (
     IGNORED,
     batch_masks,
@@ -45,6 +45,7 @@ _LENGTH = 128  # of these texts
 _NEAR_ZERO = 1e-6  # of what is rounding, a ratio says nothing
 _NEW = 32  # tokens that are generated after as many
 _OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}  # that models take beside ids
+_DIFFERENT = "the models predict different things: compare models of one task and one vocabulary"
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 Call = tuple[Callable[[Any, Any], Any], Any]
@@ -141,6 +142,9 @@ def compare(
             what = "{} examples"
         if not batches:
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
+        ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
+        if any(int(some.max()) >= vocabulary(pair[1]) for some in ids):
+            raise TargetError(_DIFFERENT)
         figures |= _predictions(pair, batches)
         if texts is not None and all(hasattr(model, "encode") for model in (dense, small)):
             figures["cosine of sentence embeddings"] = (None, _cosine_of_sentences(dense, small, texts))
@@ -250,7 +254,7 @@ def _distances(model: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any
     problem = problem_of(model)
     theirs, mine = (compared(found, problem) for found in outputs)
     if theirs.keys() != mine.keys() or any(theirs[key].shape != value.shape for key, value in mine.items()):
-        raise TargetError("the models predict different things: compare models of one task and one vocabulary")
+        raise TargetError(_DIFFERENT)
     known, labels = batch_masks(batch), batch.get("labels")
     some = isinstance(labels, Tensor) and bool((labels == IGNORED).any())
     masks = (labelled(model, batch, known, theirs) if some else ()) or known

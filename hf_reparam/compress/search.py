@@ -63,6 +63,8 @@ def search_plan(
     config = config or LowRankConfig()
     if not isinstance(config, LowRankConfig) or config.sized:
         raise TargetError("search_plan finds the size: give a LowRankConfig without one")
+    if not callable(evaluate):
+        raise TargetError(f"evaluate must be a function model -> number, got {evaluate!r}")
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
     with outside_inference_mode(), one_bar():

@@ -55,9 +55,10 @@ class Parameters:
 
     def too_small(self, share: float, least: float, steps: Steps) -> str:
         """What to say where the least ranks cost a higher share of what is dense."""
+        multiples = "" if steps.multiple_of is None else f"; multiple_of is {steps.multiple_of}"
         return (
             f"a share of {share:.3g} is below the smallest size: keep at least {math.ceil(1000 * least) / 1000:.3f}, "
-            f"or allow lower ranks with min_rank= (now {steps.min_rank}; multiple_of is {steps.multiple_of})"
+            f"or allow lower ranks with min_rank= (now {steps.min_rank}{multiples})"
         )
 
 

@@ -17,6 +17,7 @@ Shrinkage = tuple[float, float]
 """Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
 SHRINKAGES: tuple[Shrinkage, ...] = ((1e-3, 1e-2), (1e-2, 1e-1), (1e-1, 5e-1))
 """Those that cross-validation chooses from, the least first, which serves where there is no choice."""
+_NOT_FINITE = "of this layer are not finite: look for NaN in the weights and the data"
 
 
 @dataclass
@@ -127,12 +128,12 @@ class LayerMoments:
             mean, centre = self.mean().to(device), centre.to(device)
             inputs.addr_(mean, mean, alpha=-1).addr_(mean - centre, mean - centre)
         if not bool(torch.isfinite(inputs).all()):
-            raise WeightError("the calibration inputs of this layer are not finite")
+            raise WeightError(f"the calibration inputs {_NOT_FINITE}")
         if name == "activation":
             return inputs, None
         if self.gradient_products is None:
             raise WeightError("the fisher metric needs gradients: collect moments with metric='fisher'")
         gradients = self.gradient_products.to(device) / self.tokens
         if not bool(torch.isfinite(gradients).all()):
-            raise WeightError("the calibration gradients of this layer are not finite")
+            raise WeightError(f"the calibration gradients {_NOT_FINITE}")
         return inputs, gradients

@@ -190,10 +190,10 @@ def fit(
         except RankError as error:
             if shapes_may_differ():
                 continue  # a new layer of another shape than the plan was made for
-            raise PlanError(
-                f"{name}: the plan gives it {error}. If another size is meant, as for a new head, "
-                "ignore_mismatched_sizes=True makes a new, dense layer"
-            ) from None
+            another = (
+                ". If another size is meant, as for a new head, ignore_mismatched_sizes=True makes a new, dense layer"
+            )
+            raise PlanError(f"{name}: the plan gives it {error}{another * loading()}") from None
         if site.entry is not None and entry.rank > site.entry.rank:  # which cannot be won back
             raise PlanError(f"{name}: the plan gives it rank {entry.rank}, above the {site.entry.rank} it has already")
         found[name] = (Found(name, structure, site), entry)

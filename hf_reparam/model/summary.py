@@ -14,7 +14,7 @@ from hf_reparam.model.config import plan_of
 from hf_reparam.model.host import check_model, hosts, layer_name, metric_of, opened
 from hf_reparam.model.sites import Found, Selection, fit, select
 from hf_reparam.plan import ConversionRecord, Entry, RankPlan
-from hf_reparam.report import LayerReport, Report, SkippedReport
+from hf_reparam.report import LEFT, LayerReport, Report, SkippedReport
 from hf_reparam.structures import STRUCTURES
 
 
@@ -83,8 +83,7 @@ def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
 
 
 def _left(dense: list[Found]) -> list[SkippedReport]:
-    reason = "the plan leaves it dense"
-    return [SkippedReport(f.site.name, f.site.kind, f.site.weights + f.site.others, reason) for f in dense]
+    return [SkippedReport(f.site.name, f.site.kind, f.site.weights + f.site.others, LEFT) for f in dense]
 
 
 def _row(found: Found, entry: Entry | None) -> LayerReport:

@@ -56,12 +56,17 @@ class Source:
         """The metric that was asked for, or the richest that the calibration serves.
 
         Raises:
-            TargetError: a metric that needs calibration data.
+            TargetError: a metric that needs calibration data, or data that `calibrate` has not read.
             WeightError: the metric needs gradients that are not there.
         """
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise TargetError(
+                f"calibration= takes a Calibration here, got {type(calibration).__name__}: give "
+                "hf_reparam.calibrate(model, data, tokenizer=tokenizer)"
+            )
         metric = metric or (calibration.metric if calibration is not None else "svd")
         if metric != "svd" and calibration is None:
-            raise TargetError(f"the metric {metric!r} needs calibration data: give calibration=")
+            raise TargetError(f"the metric {metric!r} needs calibration data: give calibration= (--calibration)")
         if metric == "fisher" and calibration is not None and calibration.metric != "fisher":
             raise WeightError("the fisher metric needs gradients: calibrate with metric='fisher'")
         return cls(metric, calibration, solver)
