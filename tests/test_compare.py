@@ -270,3 +270,10 @@ def test_both_ends_of_an_answer_are_compared():
     ends = [m(**batch).end_logits.argmax(-1) for m in (model, other)]
     assert found["same first choice"][1] == pytest.approx((1 + float((ends[0] == ends[1]).float().mean())) / 2)
     assert found["same first choice"][1] < 1
+
+
+def test_long_texts_are_several_rows(words):
+    model = zoo.BY_BASE["BertModel"].build()
+    for length, said in ((4, "18 rows of 12 texts"), (20, "12 examples")):
+        found = compare(model, model, TEXTS, tokenizer=words, max_length=length, times=False)
+        assert found.data == said

@@ -230,7 +230,7 @@ def shown(notebook):
     """Words of each cell's output, without numbers, a model's guess and layers that a plan leaves dense."""
     outputs = [(i, o) for i, cell in enumerate(notebook.cells) for o in cell.get("outputs", [])]
     texts = [(i, o.get("text") or o.get("data", {}).get("text/plain", "")) for i, o in outputs]
-    texts = [(i, re.sub(GUESSES, "guess", re.sub(".*the plan leaves it dense\n", "", text))) for i, text in texts]
+    texts = [(i, re.sub(GUESSES, "guess", re.sub(".*the plan leaves (it )?dense\n", "", text))) for i, text in texts]
     words = [(i, word) for i, text in texts for word in re.sub(r"\d[\d.,]*(e[+-]\d+)?", "#", text).split()]
     return [(i, re.sub("^--+$", "--", word)) for i, word in words]  # rules are as long as what they part is wide
 

@@ -139,7 +139,8 @@ def compare(
             what = "{} blocks of {} tokens"
         else:
             batches = list(batched(pair[0], data, tokenizer, max_length=max_length, max_samples=max_samples))
-            what = "{} examples"
+            count = sum(map(examples_in, batches))
+            what = "{} examples" if texts is None or len(texts) == count else f"{{}} rows of {len(texts)} texts"
         if not batches:
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
         ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
