@@ -1,7 +1,7 @@
 """What `refit` and `refine` give back without labels, at four tenths of the layers' weights.
 
     pip install -e '.[benchmark]'
-    python -m benchmarks.refine --data DATA --models MODELS       about 22 processor minutes; see benchmarks.quality
+    python -m benchmarks.refine --data DATA --models MODELS       about 60 processor minutes; see benchmarks.quality
 
 The Llama, the GPT-2 and MiniLM of benchmarks.quality, converted, refitted and refined by default on all of their
 calibration data, without labels; loss above the dense model, or 1 - cosine to its embeddings, on the test data and on

@@ -195,14 +195,15 @@ def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
     """Every kind of logits that a model returned, (..., classes), by its name.
 
     Independent yes-or-no answers and numbers, as `problem` says, are called "answers" and "values". Of segmentation,
-    the masks of queries are answers, and a map (batch, classes, height, width) has its classes last here.
+    masks are answers, and a map (batch, classes, height, width) has its classes last here.
     """
     found = {}
     for key, value in outputs.items():
         if key.endswith("logits") and isinstance(value, Tensor):
             kind = _LOGITS.get(problem or "", "logits")
             if problem == _SEGMENTS and value.dim() == 4:
-                kind, value = ("answers", value) if "mask" in key else ("pixel_logits", value.movedim(1, -1))
+                masks = "mask" in key or value.shape[1] == 1
+                kind, value = ("answers", value) if masks else ("pixel_logits", value.movedim(1, -1))
             found[key.removesuffix("logits") + kind] = value
     return found
 

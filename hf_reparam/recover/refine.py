@@ -19,6 +19,7 @@ from hf_reparam.layers.progress import one_bar, stage
 from hf_reparam.model.checks import check_no_adapters, outside_inference_mode
 from hf_reparam.model.host import called, check_model, opened, own_tokenizer
 from hf_reparam.recover.refit import HOLD_OUT, parts_of
+from hf_reparam.recover.synthetic import synthetic_parts
 from hf_reparam.report import RefineReport
 
 __all__ = ["refine"]
@@ -26,6 +27,7 @@ __all__ = ["refine"]
 _RATES = tuple(1e-3 * 2.0**i for i in range(4, -5, -1))  # relative: of the root mean square of a matrix
 _VECTORS = 0.3  # what counts as that of a vector: norms are near 1, biases near 0
 _STEPS = 40  # an epoch at least, where batches can be split
+_JUDGING = 2  # of five batches: the first chose the fits of `refit`, which look better by it than they are
 _CACHE = 2**30  # bytes of dense predictions that are kept
 
 
@@ -35,40 +37,45 @@ def refine(
     data: Batches,
     *,
     epochs: int = 8,
+    synthetic: int = 4,
     tokenizer: Any = None,
     max_length: int | None = None,
     max_samples: int | None = None,
 ) -> RefineReport:
     """Train a converted model towards the dense model's predictions, without labels; changes `model` in place.
 
-    AdamW on the factors, their biases, and every other vector (norms, biases). Every fifth batch is held out to judge:
-    the learning rate, relative to the root mean square of each matrix, is the one that does best there in a cosine
-    schedule of one epoch, from which a schedule of the others goes on. First 1e-3 is tried, then its halves down to
-    6.25e-5 or its doubles up to 1.6e-2, while each does better than the one before. After each epoch the weights and
-    their mean over its steps are judged, and the model keeps what did best, the weights that it came with included.
-    Batches are split where an epoch would have fewer than 40 steps. Dropout is off. It goes well after `refit`;
-    training with labels is the `Trainer`'s.
+    AdamW on the factors, their biases, and every other vector (norms, biases). Every fifth batch, none of those that
+    chose the fits of `refit`, is held out to judge: the learning rate, relative to the root mean square of each matrix,
+    is the one that does best there in a cosine schedule of one epoch, from which a schedule of the others goes on.
+    First 1e-3 is tried, then its halves down to 6.25e-5 or its doubles up to 1.6e-2, while each does better than the
+    one before. After each epoch the weights and their mean over its steps are judged, and the model keeps what did
+    best, the weights that it came with included. Batches are split where an epoch would have fewer than 40 steps.
+    Dropout is off. It goes well after `refit`; training with labels is the `Trainer`'s.
 
     Args:
         model: a converted model, best in float32: half precision swallows small steps.
         dense: the dense model that it was made from.
         data: calibration data, as for `calibrate`; held in memory.
         epochs: passes over the data, at least 1.
+        synthetic: new texts for each that is given, where the data are token ids alone. A language model writes them
+            itself; for others the beginning of one and the end of another are put together.
         tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `calibrate`.
 
     Returns:
         A RefineReport: the learning rate, and the divergence on held-out batches before and after each epoch.
 
     Raises:
-        TargetError: no model, one with adapters, no low-rank layer, fewer than two batches, or `epochs` below 1.
+        TargetError: no model, one with adapters, no low-rank layer, fewer than two batches, `epochs` below 1, or
+            `synthetic` below 0.
         WeightError: weights made inside `torch.inference_mode()`.
 
-    Cost: `epochs` + 2, at most `epochs` + 5 times, a forward and a backward pass of the model over the data, and a
-    forward pass of the dense model, again in every epoch for predictions beyond 1 GiB. Memory: AdamW's and the weights
-    that are kept, about seven times the trained parameters, those predictions, and the ones for the held-out batches.
+    Cost: a token is generated for each token of the texts that a language model writes. `epochs` + 2, at most `epochs`
+    + 5 times, a forward and a backward pass of the model over all texts, and a forward pass of the dense model, again
+    in every epoch for predictions beyond 1 GiB. Memory: AdamW's and the weights that are kept, about seven times the
+    trained parameters, those predictions, and the ones for the held-out batches.
 
-    Source: relative steps from Adafactor, arXiv 1804.04235; means of weights from SWA, arXiv 1803.05407; a schedule
-    after another from SGDR, arXiv 1608.03983.
+    Source: texts from the model itself, LLM-QAT, arXiv 2305.17888; relative steps from Adafactor, arXiv 1804.04235;
+    means of weights from SWA, arXiv 1803.05407; a schedule after another from SGDR, arXiv 1608.03983.
 
     >>> from hf_reparam.compress.convert import convert
     >>> _ = torch.manual_seed(0)
@@ -83,13 +90,18 @@ def refine(
         check_no_adapters(given)
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise TargetError(f"epochs must be an int of at least 1, got {epochs!r}")
+    if isinstance(synthetic, bool) or not isinstance(synthetic, int) or synthetic < 0:
+        raise TargetError(f"synthetic must be an int of at least 0, got {synthetic!r}")
     with outside_inference_mode(), torch.enable_grad(), one_bar():
         low, full = called(frozen_copy(opened(model).model)), called(frozen_copy(opened(dense).model))
         reads, desc = tokenizer or own_tokenizer(model), "reading"
         read = prepare(low, data, reads, max_length=max_length, max_samples=max_samples, desc=desc)
         parts = parts_of(full, {}, read)
-        judging, fitting = parts[::HOLD_OUT], [part for i, part in enumerate(parts) if i % HOLD_OUT]
+        first = min(_JUDGING, len(parts) - 1)
+        judging = parts[first::HOLD_OUT]
+        fitting = [part for i, part in enumerate(parts) if i % HOLD_OUT != first]
         warn_of_repeats(judging, fitting)
+        fitting += synthetic_parts(full, fitting, synthetic)
         return _Refining(low, full, judging, fitting).run(epochs)
 
 

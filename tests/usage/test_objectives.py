@@ -423,3 +423,4 @@ def test_masks_of_queries_are_yes_or_no_answers():
         "class_queries_logits": (2, 3, 4),
         "masks_queries_answers": (2, 3, 5, 6),
     }
+    assert list(logits_of({"logits": torch.randn(2, 1, 5, 6)}, "segmentation")) == ["answers"]

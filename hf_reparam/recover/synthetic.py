@@ -1,0 +1,104 @@
+"""More examples, made of those that are given: the dense model says what they predict, so they need no labels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_reparam.calibrate.inputs import same_draws
+from hf_reparam.calibrate.objective import batch_masks
+from hf_reparam.calibrate.padding import Padding, Part, decodes
+from hf_reparam.layers.progress import each
+
+__all__ = ["synthetic_parts"]
+
+_CANNOT_WRITE = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)  # from ids alone
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+_GIVEN = 16  # of so many tokens that a text has, one is given
+
+
+def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> list[Part]:
+    """So many new texts for each that is given, of the same lengths; none where a batch is not of token ids alone.
+
+    A language model writes them: a few tokens from anywhere in a text are given, what follows is drawn from its
+    predictions. For other models, and those that cannot write from ids alone, the beginning of one text and the end of
+    another of its batch are put together.
+
+    Args:
+        model: the dense model, in evaluation mode.
+        parts: batches without labels, on the model's device.
+
+    Cost: for a language model, a token is generated for each token of the texts; nothing much for others.
+
+    Source: texts from the model's own distribution, LLM-QAT, arXiv 2305.17888.
+    """
+    texts = [part for part in parts if _is_text(part.batch)] * times
+    if not texts:
+        return []
+    chance, made = torch.Generator().manual_seed(0), []
+    with same_draws():
+        for part in each(texts, "writing texts", "batch"):
+            batch = _continued(model, part.batch, chance) or _crossed(part.batch, chance)
+            made.append((batch, batch_masks(batch)))
+    return list(Padding(model, {}).parts(made))
+
+
+def _is_text(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is of token ids, (texts, length), and of nothing that they do not tell by themselves."""
+    ids = batch.get("input_ids")
+    return (
+        isinstance(ids, Tensor)
+        and ids.shape[1:].numel() > 1
+        and all(key in _OF_TOKENS and value.shape == ids.shape for key, value in batch.items())
+        and ids.dim() == 2
+    )
+
+
+def _real(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Which positions are no padding, (texts, length), and where each text begins and ends, (texts,)."""
+    ids = batch["input_ids"]
+    real = next(iter(batch_masks(batch)), torch.ones_like(ids, dtype=torch.bool))
+    start = real.int().argmax(1)
+    return real, start, ids.shape[1] - real.flip(1).int().argmax(1)
+
+
+def _continued(model: Any, batch: Mapping[str, Any], chance: torch.Generator) -> dict[str, Any]:
+    """Texts that a language model writes on from a few tokens of others, after the first one where all have the same:
+    as a rule it says that a text begins. Nothing from a model that cannot."""
+    if not getattr(model, "can_generate", bool)() or decodes(model):
+        return {}
+    ids, (_, start, end) = batch["input_ids"], _real(batch)
+    given = int(max(1, min(ids.shape[1] // _GIVEN, (end - start).min())))
+    drawn = torch.rand(len(ids), generator=chance).to(ids.device)
+    place = start + (drawn * (end - start - given + 1)).long()
+    beginning = ids.gather(1, place[:, None] + torch.arange(given, device=ids.device))
+    first = ids.gather(1, start[:, None])
+    if bool((first == first[0]).all()):
+        beginning[:, :1] = first
+    stops = model.generation_config.eos_token_id
+    stops = torch.tensor([] if stops is None else stops, device=ids.device).reshape(-1)
+    drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    padding = int(stops[0]) if len(stops) else 0
+    asked = {"max_new_tokens": ids.shape[1] - given, "num_beams": 1, "pad_token_id": padding, **drawing}
+    try:
+        written = model.generate(beginning, attention_mask=torch.ones_like(beginning), **asked)
+    except _CANNOT_WRITE:
+        return {}
+    stopped = torch.isin(written, stops)
+    stopped[:, :given] = False
+    real = stopped.cumsum(1) - stopped.long() == 0
+    return {"input_ids": written} | ({} if bool(real.all()) else {"attention_mask": real.long()})
+
+
+def _crossed(batch: Mapping[str, Any], chance: torch.Generator) -> dict[str, Any]:
+    """Texts of which the beginning is from one and the rest from another, each at its place."""
+    real, start, end = _real(batch)
+    count, length = real.shape
+    other = torch.randperm(count, generator=chance).to(real.device)
+    first, last = torch.maximum(start, start[other]), torch.minimum(end, end[other])
+    drawn = torch.rand(count, generator=chance).to(real.device)
+    cut = first + 1 + (drawn * (last - first - 1)).long()  # each gives a token at least
+    cut = torch.where(first + 1 < last, cut, length)
+    mine = torch.arange(length, device=real.device) < cut[:, None]
+    return {key: torch.where(mine, value, value[other]) for key, value in batch.items()}
