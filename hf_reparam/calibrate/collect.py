@@ -18,9 +18,8 @@ from hf_reparam.calibrate.items import check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import watching
-from hf_reparam.compat.accelerate import is_offloaded
 from hf_reparam.config import METRICS, LowRankConfig
-from hf_reparam.errors import TargetError, WeightError
+from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.processes import alone, distributed, total
 from hf_reparam.layers.progress import one_bar
@@ -28,7 +27,7 @@ from hf_reparam.layers.warn import warn
 from hf_reparam.linalg.calibration import Calibration, HeldOut
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.linalg.tables import TableMoments
-from hf_reparam.model.checks import check_no_adapters, check_unsharded, outside_inference_mode
+from hf_reparam.model.checks import check_has_data, check_no_adapters, check_unsharded, outside_inference_mode
 from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
 from hf_reparam.model.sites import Found, no_site, select
 
@@ -127,8 +126,7 @@ def calibrate(
     check_model(model)
     check_no_adapters(model)
     check_unsharded(model)
-    if {p.device.type for p in model.parameters()} == {"meta"} and not any(map(is_offloaded, model.modules())):
-        raise WeightError("the model is on the meta device and has no data: load it onto a real device first")
+    check_has_data(model)
     if max_memory is not None and folder is None:
         raise TargetError("max_memory= needs folder=, a place for the moments of layers that were watched")
     with outside_inference_mode(), one_bar():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
+from hf_reparam.compat.accelerate import is_offloaded
 from hf_reparam.compat.auto import default_model
 from hf_reparam.compat.marks import drawn_parameters
 from hf_reparam.errors import TargetError, WeightError
@@ -109,6 +110,12 @@ def check_no_adapters(model: nn.Module) -> None:
                 f"{type(model).__name__} has an adapter that is not merged: {place} a {kind.__name__}. Merge the "
                 "adapter first: model = peft_model.merge_and_unload(); or convert the model before it gets adapters"
             )
+
+
+def check_has_data(model: nn.Module) -> None:
+    """Raise WeightError for a model on the meta device whose weights are nowhere else."""
+    if {p.device.type for p in model.parameters()} == {"meta"} and not any(map(is_offloaded, model.modules())):
+        raise WeightError("the model is on the meta device and has no data: load it onto a real device first")
 
 
 def check_unsharded(model: nn.Module) -> None:

@@ -111,7 +111,7 @@ def test_a_loss_of_its_own_is_a_mean_over_examples():
 
 def test_labels_that_are_no_classes():
     model = zoo.BY_BASE["BertForSequenceClassification"].build()
-    with pytest.raises(TargetError, match=r"no classes of the model .*: leave `labels` out"):
+    with pytest.raises(TargetError, match=r"loss takes no such labels .*: leave `labels` out"):
         calibrate(model, [{**zoo._text(), "labels": torch.tensor([-1, -1])}])
 
 
