@@ -103,6 +103,22 @@ def test_epochs_are_counted(dense, epochs):
         refine(convert(dense, rank=6), dense, batches(), epochs=epochs)
 
 
+def test_none_of_the_batches_that_chose_the_fits_of_refit_judge(dense, monkeypatch):
+    seen = []
+
+    class Seen(module._Refining):
+        def __init__(self, model, dense, judging, fitting):
+            seen.extend(part.batch["input_ids"] for part in judging)
+            super().__init__(model, dense, judging, fitting)
+
+    monkeypatch.setattr(module, "_Refining", Seen)
+    data = batches()
+    refine(convert(dense, rank=6), dense, data, epochs=1, synthetic=0)
+    judge = [i for i, batch in enumerate(data) if any(torch.equal(batch["input_ids"], ids) for ids in seen)]
+    assert judge
+    assert not set(judge) & set(range(len(data))[:: module.HOLD_OUT])
+
+
 def test_what_cannot_be_refined(dense):
     with pytest.raises(TargetError, match="no low-rank layer"):
         refine(dense, dense, batches())
