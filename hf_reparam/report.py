@@ -65,7 +65,8 @@ class RefitReport:
     Args:
         layers: names of the layers whose factors were fitted anew; the others kept theirs.
         of: how many low-rank layers there are.
-        before, after: divergence of the predictions from the dense model's on held-out batches.
+        before, after: divergence of the predictions from the dense model's on the batches that took no part in the
+            fits, and chose among them: it looks better there than elsewhere.
         skipped: layers that could not be fitted, with the reason.
         unit: of the divergence, as in a `Judgement`; "per example" of a distance of your own.
     """

@@ -93,6 +93,11 @@ def test_errors_are_shown_where_there_are_any():
     assert "| <0.01..0.13 |" in replace(few, layers=errors).layer_table()
 
 
+def test_what_was_measured_before_refitting_is_called_so():
+    assert "before refitting" not in str(of_many())
+    assert " ".join(str(of_many(refitted_layers=3)).split()).count("before refitting") == 2
+
+
 def test_shared_weights_are_counted_once():
     skipped = hf_reparam.report(zoo.BY_BASE["T5ForConditionalGeneration"].build()).skipped
     told = {item.name: (item.parameters, item.reason) for item in skipped}

@@ -61,13 +61,16 @@ def test_a_language_model_writes_on_from_what_it_is_given_until_it_stops():
 def test_for_a_model_that_cannot_write_texts_are_put_together(monkeypatch):
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
 
+    asked = []
+
     def refused(*args, **kwargs):
+        asked.append(1)
         raise ValueError("more than ids is needed")
 
     monkeypatch.setattr(type(model), "generate", refused)
     made = synthetic_parts(model, [part_of()], 2)
     given = {token for text in real_tokens(part_of()) for token in text}
-    assert len(made) == 2
+    assert (len(made), len(asked)) == (2, 1)
     assert {token for one in made for text in real_tokens(one) for token in text} <= given
 
 

@@ -18,7 +18,7 @@ from hf_reparam.calibrate.inputs import (
     predicts_tokens,
     vocabulary,
 )
-from hf_reparam.calibrate.items import INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
+from hf_reparam.calibrate.items import DECODED, INPUTS, LABELS, Words, count, depth, examples, is_row, leaf, length_of
 from hf_reparam.calibrate.objective import MASKS, batch_masks, seeds_of, uniforms
 from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
 from hf_reparam.errors import TargetError
@@ -233,7 +233,7 @@ def _check_decoder(model: nn.Module, names: Names, others: Mapping[str, Any]) ->
     if inside is None or not getattr(inside.config, "is_encoder_decoder", False):
         return
     makes_its_own = "labels" in names.known and not predicts_tokens(model)  # classification
-    given = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}.intersection(others)
+    given = DECODED.intersection(others)
     if given or makes_its_own or "decoder_input_ids" not in names.known:
         return
     raise TargetError(

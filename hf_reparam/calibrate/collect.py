@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.inputs import fills_masks, without_cache
-from hf_reparam.calibrate.items import check_data
+from hf_reparam.calibrate.items import DECODED, check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import watching
@@ -330,8 +330,7 @@ def _loss(model: nn.Module, part: Part, *, alone: bool) -> Tensor:
     except (IndexError, RuntimeError, ValueError) as error:
         if "labels" in part.batch and re.search("out of bounds|target|batch_size", str(error), re.I):
             raise TargetError(f"the model's loss takes no such labels ({error}): leave `labels` out") from None
-        given = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}.intersection(part.batch)
-        if decodes(model) and not given and isinstance(error, ValueError):
+        if decodes(model) and DECODED.isdisjoint(part.batch) and isinstance(error, ValueError):
             raise TargetError(f"{type(model).__name__} has a decoder: give labels or decoder_input_ids") from error
         raise
     told = {"problem": problem_of(model), "summed": losses.met, "seeds": part.seeds}

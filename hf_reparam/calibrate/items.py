@@ -9,7 +9,19 @@ from torch import Tensor
 from hf_reparam.calibrate.inputs import Names
 from hf_reparam.errors import TargetError
 
-__all__ = ["INPUTS", "LABELS", "Words", "check_data", "count", "depth", "examples", "is_row", "leaf", "length_of"]
+__all__ = [
+    "DECODED",
+    "INPUTS",
+    "LABELS",
+    "Words",
+    "check_data",
+    "count",
+    "depth",
+    "examples",
+    "is_row",
+    "leaf",
+    "length_of",
+]
 
 Words = str | tuple[str, str] | list[Mapping[str, str]]
 """A text, a pair of texts, or the messages of a chat."""
@@ -18,6 +30,8 @@ INPUTS = {"input_ids": 1, "inputs_embeds": 2, "pixel_values": 3, "input_values":
 """The main inputs of models, with the dimensions that one example has."""
 
 LABELS = ("labels", "label", "label_ids")
+DECODED = frozenset({"labels", "decoder_input_ids", "decoder_inputs_embeds"})
+"""Any of these says what a decoder reads."""
 
 _TEXTS = ("text", "sentence", "content")
 _PAIRS = (

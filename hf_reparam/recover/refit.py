@@ -77,7 +77,7 @@ def refit(
 
     Returns:
         A RefitReport: layers that were fitted anew, those that cannot be and why, and the divergence on held-out
-        batches before and after.
+        batches before and after, which chose among the fits: it looks better there than elsewhere.
 
     Raises:
         TargetError: no model, one with adapters, no low-rank layer, a layer that `dense` has not, or fewer than two

@@ -36,10 +36,12 @@ def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> list
     texts = [part for part in parts if _is_text(part.batch)] * times
     if not texts:
         return []
-    chance, made = torch.Generator().manual_seed(0), []
+    chance, made, writes = torch.Generator().manual_seed(0), [], True
     with same_draws():
-        for part in each(texts, "writing texts", "batch"):
-            batch = _continued(model, part.batch, chance) or _crossed(part.batch, chance)
+        for part in each(texts, "making texts", "batch"):
+            written = _continued(model, part.batch, chance) if writes else {}
+            writes = bool(written)  # what cannot write one batch is not asked again
+            batch = written or _crossed(part.batch, chance)
             made.append((batch, batch_masks(batch)))
     return list(Padding(model, {}).parts(made))
 
@@ -47,12 +49,9 @@ def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> list
 def _is_text(batch: Mapping[str, Any]) -> bool:
     """Whether a batch is of token ids, (texts, length), and of nothing that they do not tell by themselves."""
     ids = batch.get("input_ids")
-    return (
-        isinstance(ids, Tensor)
-        and ids.shape[1:].numel() > 1
-        and all(key in _OF_TOKENS and value.shape == ids.shape for key, value in batch.items())
-        and ids.dim() == 2
-    )
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 or not batch.keys() <= _OF_TOKENS:
+        return False
+    return all(isinstance(value, Tensor) and value.shape == ids.shape for value in batch.values())
 
 
 def _real(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
