@@ -48,7 +48,8 @@ _OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}  # that model
 _DIFFERENT = "the models predict different things: compare models of one task and one vocabulary"
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
-Call = tuple[Callable[[Any, Any], Any], Any]
+Call = tuple[Callable[[Any, Any], Any], Any, Callable[[float], float]]
+"""What is called with a model, what it is called with beside that, and what its seconds are shown as."""
 
 
 @dataclass(frozen=True)
@@ -301,28 +302,35 @@ def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any
     calls: dict[str, Call] = {}
     ids: Any = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or not batch.keys().isdisjoint(_OTHER_INPUTS):
-        calls["ms for a batch of the data"] = _outputs, batch
+        calls["ms for a batch of the data"] = _outputs, batch, _milliseconds
     else:
         calls |= _calls_with_texts(pair, ids)
-    found = {name: _in_turns(pair, *call) for name, call in each(calls.items(), "timing", "figure")}
     return {
-        name: tuple(1000 * seconds if name.startswith("ms") else _NEW / seconds for seconds in took)
-        for name, took in found.items()
+        name: tuple(map(shown_as, _in_turns(pair, call, given)))
+        for name, (call, given, shown_as) in each(calls.items(), "timing", "figure")
     }
 
 
 def _calls_with_texts(pair: Sequence[nn.Module], ids: Tensor) -> dict[str, Call]:
-    """Name of a time -> what is called with a model, and what it is called with beside that."""
+    """By the name of a time."""
     length = int(min(_LENGTH, *map(positions, pair)))
     row = ids.flatten().repeat(math.ceil(length / ids.numel()))[:length][None]
     names = ["input_ids", "decoder_input_ids"] if decodes(pair[0]) else ["input_ids"]
     calls: dict[str, Call] = {}
     for count in _BATCHES:
         texts = "1 text" if count == 1 else f"{count} texts"
-        calls[f"ms for {texts} of {length} tokens"] = _run, dict.fromkeys(names, row.repeat(count, 1))
+        calls[f"ms for {texts} of {length} tokens"] = _run, dict.fromkeys(names, row.repeat(count, 1)), _milliseconds
     if all(getattr(model, "can_generate", bool)() for model in pair):
-        calls["tokens per second when generating"] = _generate, row[:, : min(_NEW, length // 2)]
+        calls["tokens per second when generating"] = _generate, row[:, : min(_NEW, length // 2)], _tokens_per_second
     return calls
+
+
+def _milliseconds(seconds: float) -> float:
+    return 1000 * seconds
+
+
+def _tokens_per_second(seconds: float) -> float:
+    return _NEW / seconds
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
