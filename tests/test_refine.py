@@ -55,7 +55,8 @@ def test_predictions_come_nearer_and_the_rest_stays(dense):
 @pytest.mark.slow
 def test_the_best_epoch_is_kept(dense, monkeypatch):
     small = convert(dense, rank=6)
-    monkeypatch.setattr(module, "_RATES", (3.0,))  # every step makes it worse
+    monkeypatch.setattr(module, "_RATES", (30.0,))  # every step makes it worse
+    monkeypatch.setattr(module, "_FIRST", 0)
     before = state(small)
     report = refine(small, dense, batches(), epochs=2)
     assert min(report.epochs) > report.before == report.after
@@ -64,9 +65,12 @@ def test_the_best_epoch_is_kept(dense, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rates", [(3.0, 1e-3, 1e-9), (6.0, 5.0, 3.0, 1e-3, 1e-9), (1e-3, 1e-6, 1e-9)])
-def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(dense, monkeypatch, rates):
+@pytest.mark.parametrize(
+    ("rates", "first"), [((30.0, 1e-3, 1e-9), 1), ((60.0, 50.0, 30.0, 1e-3, 1e-9), 2), ((1e-3, 1e-6, 1e-9), 1)]
+)
+def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(dense, monkeypatch, rates, first):
     monkeypatch.setattr(module, "_RATES", rates)
+    monkeypatch.setattr(module, "_FIRST", first)
     assert refine(convert(dense, rank=6), dense, batches(), epochs=1).learning_rate == 1e-3
 
 
@@ -143,6 +147,7 @@ def test_the_mean_of_the_weights_counts_where_it_is_nearer(dense):
 
 def test_steps_are_relative_to_the_size_of_a_factor(monkeypatch):
     monkeypatch.setattr(module, "_RATES", (2e-3,))
+    monkeypatch.setattr(module, "_FIRST", 0)
     dense = zoo.BY_BASE["BertForMaskedLM"].build(initializer_range=0.3)  # with gradients far above Adam's eps
     found = []
     for scale in (1.0, 64.0):
@@ -158,6 +163,7 @@ def test_steps_are_relative_to_the_size_of_a_factor(monkeypatch):
 
 def test_dense_predictions_are_made_once_where_there_is_room(dense, monkeypatch):
     monkeypatch.setattr(module, "_RATES", (1e-3,))
+    monkeypatch.setattr(module, "_FIRST", 0)
     original, reports, calls = module.compared, [], []
     for room in (2**30, 0):
         made = []
@@ -184,10 +190,10 @@ def test_batches_are_split_into_rows():
 @pytest.mark.parametrize(
     ("values", "chosen", "tried"),
     [
-        ({1e-3: 3.0, 5e-4: 2.0, 2.5e-4: 1.0, 1.25e-4: 1.5}, 2.5e-4, 4),
-        ({1e-3: 3.0, 5e-4: 4.0, 2e-3: 2.0, 4e-3: 2.5}, 2e-3, 4),
-        ({1e-3: math.nan, 5e-4: math.nan, 2.5e-4: 1.0, 1.25e-4: 2.0}, 2.5e-4, 4),
-        ({1e-3: 1.0, 5e-4: 2.0, 2e-3: math.nan}, 1e-3, 3),
+        ({4e-3: 3.0, 2e-3: 2.0, 1e-3: 1.0, 5e-4: 1.5}, 1e-3, 4),
+        ({4e-3: 3.0, 2e-3: 4.0, 8e-3: 2.0, 1.6e-2: 2.5}, 8e-3, 4),
+        ({4e-3: math.nan, 2e-3: math.nan, 1e-3: 1.0, 5e-4: 2.0}, 1e-3, 4),
+        ({4e-3: 1.0, 2e-3: 2.0, 8e-3: math.nan}, 4e-3, 3),
     ],
 )
 def test_lower_rates_are_tried_while_they_do_better_and_else_higher_ones(values, chosen, tried):
@@ -204,3 +210,23 @@ def test_what_is_no_number_is_never_best():
     assert module.RefineReport(1e-3, math.nan, (0.3, math.nan)).after == 0.3
     assert module.RefineReport(1e-3, 0.2, (math.inf,)).after == 0.2
     assert "none of 1 kept" in str(module.RefineReport(1e-3, 0.0, (0.0,)))
+
+
+def test_matrices_are_left_to_muon_and_the_rest_to_adamw():
+    matrix, vector, experts = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (4,), (2, 4, 3)))
+
+    def found(*parameters):
+        made = module._optimizers(parameters, 1e-3)
+        return [(type(o), [p for group in o.param_groups for p in group["params"]]) for o in made]
+
+    assert found(matrix, vector, experts) == [(torch.optim.Muon, [matrix]), (torch.optim.AdamW, [vector, experts])]
+    assert found(matrix) == [(torch.optim.Muon, [matrix])]
+    assert found(vector) == [(torch.optim.AdamW, [vector])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_every_dtype_is_trained(dense, dtype):
+    dense.to(dtype)
+    report = refine(convert(dense, rank=6), dense, batches(), epochs=1)
+    assert report.after < report.before

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from hf_reparam.report import RefineReport
 
 __all__ = ["refine"]
 
-_RATES = tuple(1e-3 * 2.0**i for i in range(4, -5, -1))  # relative: of the root mean square of a matrix
+_RATES = tuple(4e-3 * 2.0**i for i in range(4, -7, -1))  # relative: of the root mean square of a matrix
+_FIRST = 4  # which of them is tried first
 _VECTORS = 0.3  # what counts as that of a vector: norms are near 1, biases near 0
 _STEPS = 40  # an epoch at least, where batches can be split
 _JUDGING = 2  # of five batches: the first chose the fits of `refit`, which look better by it than they are
@@ -44,16 +46,16 @@ def refine(
 ) -> RefineReport:
     """Train a converted model towards the dense model's predictions, without labels; changes `model` in place.
 
-    AdamW on the factors, their biases, and every other vector (norms, biases). Every fifth batch, none of those that
-    chose the fits of `refit`, is held out to judge: the learning rate, relative to the root mean square of each matrix,
-    is the one that does best there in a cosine schedule of one epoch, from which a schedule of the others goes on.
-    First 1e-3 is tried, then its halves down to 6.25e-5 or its doubles up to 1.6e-2, while each does better than the
-    one before. After each epoch the weights and their mean over its steps are judged, and the model keeps what did
+    Muon on the factors, AdamW on their biases and every other vector (norms, biases). Every fifth batch, none of those
+    that chose the fits of `refit`, is held out to judge: the learning rate, relative to the root mean square of each
+    matrix, is the one that does best there in a cosine schedule of one epoch, from which a schedule of the others goes
+    on. First 4e-3 is tried, then its halves down to 6.25e-5 or its doubles up to 6.4e-2, while each does better than
+    the one before. After each epoch the weights and their mean over its steps are judged, and the model keeps what did
     best, the weights that it came with included. Batches are split where an epoch would have fewer than 40 steps.
     Dropout is off. It goes well after `refit`; training with labels is the `Trainer`'s.
 
     Args:
-        model: a converted model, best in float32: half precision swallows small steps.
+        model: a converted model. Of half precision, its weights follow float32 ones, in which the steps are made.
         dense: the dense model that it was made from.
         data: calibration data, as for `calibrate`; held in memory.
         epochs: passes over the data, at least 1.
@@ -70,11 +72,12 @@ def refine(
         WeightError: weights made inside `torch.inference_mode()`.
 
     Cost: a token is generated for each token of the texts that a language model writes. `epochs` + 2, at most `epochs`
-    + 5 times, a forward and a backward pass of the model over all texts, and a forward pass of the dense model, again
-    in every epoch for predictions beyond 1 GiB. Memory: AdamW's and the weights that are kept, about seven times the
-    trained parameters, those predictions, and the ones for the held-out batches.
+    + 6 times, a forward and a backward pass of the model over all texts, and a forward pass of the dense model, again
+    in every epoch for predictions beyond 1 GiB. Memory: the optimizers' and the weights that are kept, about six times
+    the trained parameters, those predictions, and the ones for the held-out batches.
 
-    Source: texts from the model itself, LLM-QAT, arXiv 2305.17888; relative steps from Adafactor, arXiv 1804.04235;
+    Source: Muon, K. Jordan et al., https://kellerjordan.github.io/posts/muon/, with steps of AdamW's size, arXiv
+    2502.16982; texts from the model itself, LLM-QAT, arXiv 2305.17888; relative steps from Adafactor, arXiv 1804.04235;
     means of weights from SWA, arXiv 1803.05407; a schedule after another from SGDR, arXiv 1608.03983.
 
     >>> from hf_reparam.compress.convert import convert
@@ -113,6 +116,7 @@ class _Refining:
         count = math.ceil(_STEPS / len(fitting))
         self.fitting = [piece for part in fitting for piece in _split(part, count)]
         self.trained = _trained(model)
+        self.exact = [p if p.dtype.itemsize > 2 else nn.Parameter(p.float()) for p in self.trained]
         self.known: dict[int, dict[str, Tensor]] = {}
         self.room = _CACHE
         with torch.no_grad():
@@ -147,14 +151,13 @@ class _Refining:
             self._keep(found, state)
             return math.inf if math.isnan(found) else found, state
 
-        middle = len(_RATES) // 2
-        at, best = middle, tried(middle)
-        for others in (range(middle + 1, len(_RATES)), reversed(range(middle))):  # lower ones, or else higher ones
+        at, best = _FIRST, tried(_FIRST)
+        for others in (range(_FIRST + 1, len(_RATES)), reversed(range(_FIRST))):  # lower ones, or else higher ones
             for i in others:
                 if (new := tried(i))[0] >= best[0] and best[0] < math.inf:
                     break
                 at, best = i, new
-            if at != middle:
+            if at != _FIRST:
                 break
         return _RATES[at], *best
 
@@ -165,18 +168,16 @@ class _Refining:
 
     def _run(self, rate: float, epochs: int, advance: Callable[[int], None]) -> Iterator[tuple[float, list[Tensor]]]:
         """After each epoch of a schedule, the divergence and the weights: the last, or the mean over its steps."""
-        groups = [{"params": [parameter], "lr": rate * _unit(parameter)} for parameter in self.trained]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         steps = epochs * len(self.fitting)
         warmup = math.ceil(steps / 50)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
-        )
+        share = lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)  # noqa: E731
+        optimizers = _optimizers(self.exact, rate)
+        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
         order = list(range(len(self.fitting)))
         shuffle = random.Random(0)
         for _ in range(epochs):
             shuffle.shuffle(order)
-            mean = [torch.zeros_like(parameter) for parameter in self.trained]
+            mean = [torch.zeros_like(parameter) for parameter in self.exact]
             for count, i in enumerate(order, 1):
                 part = self.fitting[i]
                 reference = self._reference(i)
@@ -185,11 +186,16 @@ class _Refining:
                 outputs = self.model(**part.batch)
                 loss = divergence(outputs, reference, part.masks, self.problem) / examples_in(part.batch)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                for average, parameter in zip(mean, self.trained, strict=True):
+                for parameter, exact in zip(self.trained, self.exact, strict=True):
+                    if exact is not parameter and parameter.grad is not None:
+                        exact.grad, parameter.grad = parameter.grad.float(), None
+                torch.nn.utils.clip_grad_norm_(self.exact, 1.0)
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
+                self._set(self.exact)
+                for average, parameter in zip(mean, self.exact, strict=True):
                     average.lerp_(parameter.detach(), 1 / count)
                 advance(1)
             yield self._better(mean)
@@ -222,11 +228,12 @@ class _Refining:
         return sum(map(float, apart)) / self.size
 
     def _state(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.trained]
+        return [parameter.detach().clone() for parameter in self.exact]
 
     @torch.no_grad()
     def _set(self, state: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.trained, state, strict=True):
+        for parameter, exact, value in zip(self.trained, self.exact, state, strict=True):
+            exact.copy_(value)
             parameter.copy_(value)
 
 
@@ -238,6 +245,17 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     own = {p: None for part in parts for p in part.parameters()}
     own |= {p: None for p in model.parameters() if p.dim() == 1}
     return [p for p in own if p.is_floating_point()]
+
+
+def _optimizers(parameters: Sequence[nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for the rest, at rates relative to each parameter."""
+    muon = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    kinds: list[tuple[Callable[..., torch.optim.Optimizer], list[nn.Parameter]]] = [
+        (muon, [parameter for parameter in parameters if parameter.dim() == 2]),
+        (torch.optim.AdamW, [parameter for parameter in parameters if parameter.dim() != 2]),
+    ]
+    groups = lambda some: [{"params": [p], "lr": rate * _unit(p)} for p in some]  # noqa: E731
+    return [optimizer(groups(some), weight_decay=0.0) for optimizer, some in kinds if some]
 
 
 def _split(part: Part, count: int) -> list[Part]:
