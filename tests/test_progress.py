@@ -60,7 +60,7 @@ def test_each_learning_rate_that_is_tried_has_its_name(bars):
     small = hf_reparam.convert(dense, rank=8)
     report = hf_reparam.refine(small, dense, DATA, epochs=2)
     _, (bar, said) = bars.items()
-    assert said[:2] == ["reading", "trying a learning rate of 0.001"]
+    assert said[:2] == ["reading", "trying a learning rate of 0.004"]
     assert f"trying a learning rate of {report.learning_rate:g}" in said
     assert (said[-1], bar.n) == ("refining", bar.total)
 
