@@ -194,7 +194,7 @@ class _Refining:
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
-                self._set(self.exact)
+                self._set(self.exact)  # weights of half precision follow
                 for average, parameter in zip(mean, self.exact, strict=True):
                     average.lerp_(parameter.detach(), 1 / count)
                 advance(1)
