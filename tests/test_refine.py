@@ -55,7 +55,7 @@ def test_predictions_come_nearer_and_the_rest_stays(dense):
 @pytest.mark.slow
 def test_the_best_epoch_is_kept(dense, monkeypatch):
     small = convert(dense, rank=6)
-    monkeypatch.setattr(module, "_RATES", (30.0,))  # every step makes it worse
+    monkeypatch.setattr(module, "_RATES", (3.0,))  # every step makes it worse
     monkeypatch.setattr(module, "_FIRST", 0)
     before = state(small)
     report = refine(small, dense, batches(), epochs=2)
@@ -66,7 +66,7 @@ def test_the_best_epoch_is_kept(dense, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rates", "first"), [((30.0, 1e-3, 1e-9), 1), ((60.0, 50.0, 30.0, 1e-3, 1e-9), 2), ((1e-3, 1e-6, 1e-9), 1)]
+    ("rates", "first"), [((3.0, 1e-3, 1e-9), 1), ((6.0, 5.0, 3.0, 1e-3, 1e-9), 2), ((1e-3, 1e-6, 1e-9), 1)]
 )
 def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(dense, monkeypatch, rates, first):
     monkeypatch.setattr(module, "_RATES", rates)
@@ -225,8 +225,14 @@ def test_matrices_are_left_to_muon_and_the_rest_to_adamw():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_every_dtype_is_trained(dense, dtype):
-    dense.to(dtype)
-    report = refine(convert(dense, rank=6), dense, batches(), epochs=1)
-    assert report.after < report.before
+def test_every_dtype_is_trained_as_well_as_float32(monkeypatch):
+    monkeypatch.setattr(module, "_RATES", (2e-3,))
+    monkeypatch.setattr(module, "_FIRST", 0)
+    found = {}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        dense = zoo.BY_BASE["BertForMaskedLM"].build(initializer_range=0.3).to(dtype)
+        report = refine(convert(dense, rank=6), dense, batches(), epochs=1)
+        found[dtype] = report.after / report.before
+    assert found[torch.float32] < 0.7
+    assert all(ratio == pytest.approx(found[torch.float32], rel=0.05) for ratio in found.values())

@@ -312,7 +312,7 @@ def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any
 
 
 def _calls_with_texts(pair: Sequence[nn.Module], ids: Tensor) -> dict[str, Call]:
-    """By the name of a time."""
+    """Name of a time -> its call."""
     length = int(min(_LENGTH, *map(positions, pair)))
     row = ids.flatten().repeat(math.ceil(length / ids.numel()))[:length][None]
     names = ["input_ids", "decoder_input_ids"] if decodes(pair[0]) else ["input_ids"]

@@ -116,6 +116,7 @@ class _Refining:
         count = math.ceil(_STEPS / len(fitting))
         self.fitting = [piece for part in fitting for piece in _split(part, count)]
         self.trained = _trained(model)
+        # what the optimizers step: the trained parameters themselves, or float32 copies of those of half precision
         self.exact = [p if p.dtype.itemsize > 2 else nn.Parameter(p.float()) for p in self.trained]
         self.known: dict[int, dict[str, Tensor]] = {}
         self.room = _CACHE
