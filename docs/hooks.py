@@ -22,8 +22,19 @@ def on_files(files, config):
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         content = "\n\n".join(part for cell in cells for part in parts(cell))
+        content = content.replace("\n", f"\n\n{links(path.name, config.repo_url)}\n", 1)  # below its title
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=content))
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
     return files
+
+
+def links(notebook, repository):
+    """To the notebook itself and, where the project has a public address, to it in Colab."""
+    found = f"[Download this notebook]({notebook})"
+    if repository:
+        place = repository.rstrip("/").removeprefix("https://github.com/")
+        found += f" · [Open it in Colab](https://colab.research.google.com/github/{place}/blob/main/notebooks/{notebook})"
+    return found
 
 
 def parts(cell):

@@ -213,6 +213,19 @@ def test_the_site_is_built(tmp_path):
     assert reference.count('class="gp">&gt;&gt;&gt;') >= 10  # examples of docstrings are code,
     assert "<blockquote>" not in reference  # not quotes within quotes
     assert (tmp_path / "site" / "results" / "quality.png").exists()
+    notebooks = tmp_path / "site" / "notebooks"
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert (notebooks / path.name).read_bytes() == path.read_bytes()
+        assert f'href="../{path.name}"' in (notebooks / path.stem / "index.html").read_text()
+
+
+def test_notebooks_open_in_colab_once_the_project_has_an_address():
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    colab = "https://colab.research.google.com/github/owner/name/blob/main/notebooks/1.ipynb"
+    assert f"]({colab})" in hooks.links("1.ipynb", "https://github.com/owner/name/")
+    assert "colab" not in hooks.links("1.ipynb", None)
 
 
 def test_make_targets_exist():
