@@ -7,6 +7,7 @@ from hf_reparam import LowRankConfig, convert, refine
 from hf_reparam.calibrate.objective import batch_masks
 from hf_reparam.calibrate.padding import Part
 from hf_reparam.errors import TargetError
+from hf_reparam.recover import synthetic as module
 from hf_reparam.recover.synthetic import synthetic_parts
 from tests import zoo
 
@@ -29,7 +30,8 @@ def real_tokens(part):
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_the_beginning_of_one_text_and_the_end_of_another(left):
+def test_the_beginning_of_one_text_and_the_end_of_another(left, monkeypatch):
+    monkeypatch.setattr(module, "_REPLACED", 0)
     model, given = zoo.BY_BASE["BertModel"].build(), part_of(left=left)
     made = [text for part in synthetic_parts(model, [given], 8) for text in real_tokens(part)]
     assert len(made) == 32
@@ -41,6 +43,31 @@ def test_the_beginning_of_one_text_and_the_end_of_another(left):
         assert text[0] == first[0]
         assert text[-1] == last[-1]
     assert any(text not in originals for text in made)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_tokens_of_texts_put_together_are_replaced_by_those_nearest(left, monkeypatch):
+    monkeypatch.setattr(module, "_crossed", lambda batch, chance: batch)
+    model = zoo.BY_BASE["BertModel"].build()
+    turns = torch.arange(99)[:, None] / 100  # of ten nearest five come before a token and five after it
+    with torch.no_grad():
+        table = model.embeddings.word_embeddings.weight.zero_()
+        table[:, :2] = torch.cat([turns.cos(), turns.sin()], 1)
+    torch.manual_seed(0)
+    ids = torch.randint(20, 80, (64, 40))
+    ids[:, 20] = 45  # a separator, which every text has
+    mask = torch.arange(40) < torch.tensor([40, 30])[torch.arange(64) % 2][:, None]
+    mask = mask.flip(1) if left else mask
+    batch = {"input_ids": ids, "attention_mask": mask.long()}
+    (made,) = synthetic_parts(model, [Part(batch, batch_masks(batch))], 1)
+    changed = made.batch["input_ids"] != ids
+    start, length = mask.int().argmax(1, keepdim=True), mask.sum(1, keepdim=True)
+    outside = ~mask | (torch.arange(40) <= start) | (torch.arange(40) >= start + length - 1)
+    assert not changed[outside | (ids == 45)].any()
+    new, old = made.batch["input_ids"][changed], ids[changed]
+    assert ((new - old).abs() <= 6).all()
+    assert (new != 45).all()
+    assert 0.25 < len(new) / int((~outside & (ids != 45)).sum()) < 0.35
 
 
 def test_a_language_model_writes_on_from_what_it_is_given_until_it_stops():
@@ -68,6 +95,7 @@ def test_for_a_model_that_cannot_write_texts_are_put_together(monkeypatch):
         raise ValueError("more than ids is needed")
 
     monkeypatch.setattr(type(model), "generate", refused)
+    monkeypatch.setattr(module, "_REPLACED", 0)
     made = synthetic_parts(model, [part_of()], 2)
     given = {token for text in real_tokens(part_of()) for token in text}
     assert (len(made), len(asked)) == (2, 1)

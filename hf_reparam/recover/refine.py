@@ -60,7 +60,8 @@ def refine(
         data: calibration data, as for `calibrate`; held in memory.
         epochs: passes over the data, at least 1.
         synthetic: new texts for each that is given, where the data are token ids alone. A language model writes them
-            itself; for others the beginning of one and the end of another are put together.
+            itself; for others the beginning of one and the end of another are put together, some tokens replaced by
+            near ones.
         tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `calibrate`.
 
     Returns:

@@ -1,5 +1,6 @@
 """More examples, made of those that are given: the dense model says what they predict, so they need no labels."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,16 @@ from hf_reparam.calibrate.inputs import same_draws
 from hf_reparam.calibrate.objective import batch_masks
 from hf_reparam.calibrate.padding import Padding, Part, decodes
 from hf_reparam.layers.progress import each
+from hf_reparam.structures.hosts import embeddings_of
 
 __all__ = ["synthetic_parts"]
 
 _CANNOT_WRITE = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)  # from ids alone
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _GIVEN = 16  # of so many tokens that a text has, one is given
+_REPLACED = 0.3  # of the tokens in texts that are put together
+_NEAREST = 10  # other tokens, one of which takes the place
+_AT_ONCE = 256  # tokens whose nearest are looked for
 
 
 def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> list[Part]:
@@ -23,25 +28,29 @@ def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> list
 
     A language model writes them: a few tokens from anywhere in a text are given, what follows is drawn from its
     predictions. For other models, and those that cannot write from ids alone, the beginning of one text and the end of
-    another of its batch are put together.
+    another of its batch are put together, and 30 % of the tokens, but for the first and the last, give way to one of
+    the ten whose embeddings are nearest: a few hundred texts have few of a language's words.
 
     Args:
         model: the dense model, in evaluation mode.
         parts: batches without labels, on the model's device.
 
-    Cost: for a language model, a token is generated for each token of the texts; nothing much for others.
+    Cost: for a language model, a token is generated for each token of the texts; for others a product of the
+    embeddings of the tokens that the texts have with all embeddings.
 
     Source: texts from the model's own distribution, LLM-QAT, arXiv 2305.17888.
     """
-    texts = [part for part in parts if _is_text(part.batch)] * times
-    if not texts:
+    texts = [part for part in parts if _is_text(part.batch)]
+    if not texts or not times:
         return []
-    chance, made, writes = torch.Generator().manual_seed(0), [], True
+    chance, made, writes, nearest = torch.Generator().manual_seed(0), [], True, None
     with same_draws():
-        for part in each(texts, "making texts", "batch"):
-            written = _continued(model, part.batch, chance) if writes else {}
-            writes = bool(written)  # what cannot write one batch is not asked again
-            batch = written or _crossed(part.batch, chance)
+        for part in each(texts * times, "making texts", "batch"):
+            batch = _continued(model, part.batch, chance) if writes else {}
+            writes = bool(batch)  # what cannot write one batch is not asked again
+            if not writes:
+                nearest = _nearest(model, texts) if nearest is None else nearest
+                batch = _reworded(_crossed(part.batch, chance), nearest, chance)
             made.append((batch, batch_masks(batch)))
     return list(Padding(model, {}).parts(made))
 
@@ -101,3 +110,37 @@ def _crossed(batch: Mapping[str, Any], chance: torch.Generator) -> dict[str, Any
     cut = torch.where(first + 1 < last, cut, length)
     mine = torch.arange(length, device=real.device) < cut[:, None]
     return {key: torch.where(mine, value, value[other]) for key, value in batch.items()}
+
+
+def _nearest(model: Any, parts: Sequence[Part]) -> Tensor:
+    """(vocabulary, 10) int64: for each token that texts have, others, by the cosine of their embeddings to its own.
+
+    A token that every text has, as a rule one that structures it, stays and takes no other's place. (0, 0) where the
+    model shows no embeddings of all tokens, or few.
+    """
+    weight = getattr(embeddings_of(model)[0], "weight", None)
+    texts = [text for part in parts for text in part.batch["input_ids"].tolist()]
+    counts = Counter(token for text in texts for token in set(text))
+    if not isinstance(weight, Tensor) or weight.is_meta or len(weight) <= max(2 * _NEAREST, *counts):
+        return torch.empty(0, 0)
+    everywhere = [token for token, count in counts.items() if count == len(texts)]
+    others = torch.tensor([token for token, count in counts.items() if count < len(texts)], dtype=torch.int64)
+    unit = nn.functional.normalize(weight.detach().float(), dim=-1)
+    found = torch.arange(len(unit))[:, None].repeat(1, _NEAREST)
+    for tokens in others.split(_AT_ONCE):
+        alike = unit[tokens.to(unit.device)] @ unit.T
+        alike[:, everywhere] = -1
+        found[tokens] = alike.topk(_NEAREST + 1).indices[:, 1:].cpu()
+    return found
+
+
+def _reworded(batch: Mapping[str, Any], nearest: Tensor, chance: torch.Generator) -> dict[str, Any]:
+    """Texts with some of their tokens replaced by one of the choices for each, (vocabulary, choices)."""
+    ids, (_, start, end) = batch["input_ids"], _real(batch)
+    if not nearest.shape[1]:
+        return dict(batch)
+    place = torch.arange(ids.shape[1], device=ids.device)
+    inner = (place > start[:, None]) & (place < end[:, None] - 1)
+    hit = inner & (torch.rand(ids.shape, generator=chance) < _REPLACED).to(ids.device)
+    which = torch.randint(nearest.shape[1], ids.shape, generator=chance)
+    return {**batch, "input_ids": torch.where(hit, nearest[ids.cpu(), which].to(ids.device), ids)}
