@@ -71,7 +71,7 @@ def test_the_best_epoch_is_kept(dense, monkeypatch):
 def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(dense, monkeypatch, rates, first):
     monkeypatch.setattr(module, "_RATES", rates)
     monkeypatch.setattr(module, "_FIRST", first)
-    assert refine(convert(dense, rank=6), dense, batches(), epochs=1).learning_rate == 1e-3
+    assert refine(convert(dense, rank=6), dense, batches(), epochs=1, synthetic=0).learning_rate == 1e-3
 
 
 def test_an_interruption_leaves_the_best_weights(dense, monkeypatch):
@@ -111,9 +111,9 @@ def test_none_of_the_batches_that_chose_the_fits_of_refit_judge(dense, monkeypat
     seen = []
 
     class Seen(module._Refining):
-        def __init__(self, model, dense, judging, fitting):
+        def __init__(self, model, dense, judging, *others):
             seen.extend(part.batch["input_ids"] for part in judging)
-            super().__init__(model, dense, judging, fitting)
+            super().__init__(model, dense, judging, *others)
 
     monkeypatch.setattr(module, "_Refining", Seen)
     data = batches()
@@ -172,7 +172,8 @@ def test_dense_predictions_are_made_once_where_there_is_room(dense, monkeypatch)
         reports.append(refine(convert(dense, rank=6), dense, batches(), epochs=2))
         calls.append(len(made))
     assert reports[0] == reports[1]
-    assert calls == [2 + 8 * 5, 2 + 2 * 8 * 5]  # two batches are held out, eight are split into five pieces each
+    # two batches are held out, eight are learned from, and four for each of these are made anew for each epoch
+    assert calls == [2 + 8 + 2 * 8 * 4, 2 + 2 * (8 + 8 * 4)]
 
 
 def test_batches_are_split_into_rows():

@@ -60,8 +60,8 @@ def refine(
         data: calibration data, as for `calibrate`; held in memory.
         epochs: passes over the data, at least 1.
         synthetic: new texts for each that is given, where the data are token ids alone. A language model writes them
-            itself; for others the beginning of one and the end of another are put together, some tokens replaced by
-            near ones.
+            itself; for others they are made anew in every epoch: of the beginning of one and the end of another, with
+            near tokens in the place of some.
         tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `calibrate`.
 
     Returns:
@@ -74,8 +74,8 @@ def refine(
 
     Cost: a token is generated for each token of the texts that a language model writes. `epochs` + 2, at most `epochs`
     + 6 times, a forward and a backward pass of the model over all texts, and a forward pass of the dense model, again
-    in every epoch for predictions beyond 1 GiB. Memory: the optimizers' and the weights that are kept, about six times
-    the trained parameters, those predictions, and the ones for the held-out batches.
+    in every epoch for texts that are new and predictions beyond 1 GiB. Memory: the optimizers' and the weights that are
+    kept, about six times the trained parameters, those predictions, and the ones for the held-out batches.
 
     Source: Muon, K. Jordan et al., https://kellerjordan.github.io/posts/muon/, with steps of AdamW's size, arXiv
     2502.16982; texts from the model itself, LLM-QAT, arXiv 2305.17888; relative steps from Adafactor, arXiv 1804.04235;
@@ -105,17 +105,25 @@ def refine(
         judging = parts[first::HOLD_OUT]
         fitting = [part for i, part in enumerate(parts) if i % HOLD_OUT != first]
         warn_of_repeats(judging, fitting)
-        fitting += synthetic_parts(full, fitting, synthetic)
-        return _Refining(low, full, judging, fitting).run(epochs)
+        return _Refining(low, full, judging, fitting, synthetic_parts(full, fitting, synthetic)).run(epochs)
 
 
 class _Refining:
     """The training of one model; of frozen copies, where the model's parameters are views of those that are trained."""
 
-    def __init__(self, model: nn.Module, dense: nn.Module, judging: Sequence[Part], fitting: Sequence[Part]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        judging: Sequence[Part],
+        fitting: Sequence[Part],
+        more: Callable[[int], list[Part]] = lambda epoch: [],
+    ) -> None:
         self.model, self.dense, self.judging, self.problem = model, dense, judging, problem_of(dense)
-        count = math.ceil(_STEPS / len(fitting))
-        self.fitting = [piece for part in fitting for piece in _split(part, count)]
+        self.more, self.made = more, more(0)
+        self.count = math.ceil(_STEPS / (len(fitting) + len(self.made)))
+        self.given = self._pieces(fitting)
+        self.fitting = self.given + self._pieces(self.made)
         self.trained = _trained(model)
         # what the optimizers step: the trained parameters themselves, or float32 copies of those of half precision
         self.exact = [p if p.dtype.itemsize > 2 else nn.Parameter(p.float()) for p in self.trained]
@@ -125,6 +133,17 @@ class _Refining:
             self.references = [compared(dense(**part.batch), self.problem) for part in judging]
         units = [unit_of(theirs, part.masks) for theirs, part in zip(self.references, judging, strict=True)]
         self.unit, self.size = units[0][0], sum(size for _, size in units)
+
+    def _pieces(self, parts: Sequence[Part]) -> list[Part]:
+        return [piece for part in parts for piece in _split(part, self.count)]
+
+    def _begin(self, epoch: int) -> None:
+        """Learn from texts that were made for this epoch."""
+        made = self.more(epoch)
+        if made is not self.made:
+            self.made, self.fitting = made, self.given + self._pieces(made)
+            for i in range(len(self.given), len(self.fitting)):
+                self.room += sum(value.nbytes for value in self.known.pop(i, {}).values())
 
     def run(self, epochs: int) -> RefineReport:
         """Train, and leave the best weights in the model."""
@@ -136,7 +155,7 @@ class _Refining:
             if epochs > 1 and math.isfinite(first):
                 self._set(state)
                 with stage("refining", (epochs - 1) * len(self.fitting), "step") as advance:
-                    for now, state in self._run(chosen, epochs - 1, advance):
+                    for now, state in self._run(chosen, range(1, epochs), advance):
                         after.append(now)
                         self._keep(now, state)
         finally:  # also when it is interrupted
@@ -149,7 +168,7 @@ class _Refining:
         def tried(i: int) -> tuple[float, list[Tensor]]:
             self._set(start)
             with stage(f"trying a learning rate of {_RATES[i]:g}", len(self.fitting), "step") as advance:
-                found, state = next(self._run(_RATES[i], 1, advance))
+                found, state = next(self._run(_RATES[i], range(1), advance))
             self._keep(found, state)
             return math.inf if math.isnan(found) else found, state
 
@@ -168,16 +187,17 @@ class _Refining:
         if found < self.lowest or math.isnan(self.lowest):
             self.lowest, self.best = found, state
 
-    def _run(self, rate: float, epochs: int, advance: Callable[[int], None]) -> Iterator[tuple[float, list[Tensor]]]:
+    def _run(self, rate: float, epochs: range, advance: Callable[[int], None]) -> Iterator[tuple[float, list[Tensor]]]:
         """After each epoch of a schedule, the divergence and the weights: the last, or the mean over its steps."""
-        steps = epochs * len(self.fitting)
+        steps = len(epochs) * len(self.fitting)
         warmup = math.ceil(steps / 50)
         share = lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)  # noqa: E731
         optimizers = _optimizers(self.exact, rate)
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
         order = list(range(len(self.fitting)))
         shuffle = random.Random(0)
-        for _ in range(epochs):
+        for epoch in epochs:
+            self._begin(epoch)
             shuffle.shuffle(order)
             mean = [torch.zeros_like(parameter) for parameter in self.exact]
             for count, i in enumerate(order, 1):

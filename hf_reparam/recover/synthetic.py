@@ -1,7 +1,8 @@
 """More examples, made of those that are given: the dense model says what they predict, so they need no labels."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,18 +19,19 @@ __all__ = ["synthetic_parts"]
 _CANNOT_WRITE = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)  # from ids alone
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _GIVEN = 16  # of so many tokens that a text has, one is given
-_REPLACED = 0.3  # of the tokens in texts that are put together
+_REPLACED = 0.4  # of the tokens in texts that are put together
 _NEAREST = 10  # other tokens, one of which takes the place
 _AT_ONCE = 256  # tokens whose nearest are looked for
 
 
-def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> list[Part]:
-    """So many new texts for each that is given, of the same lengths; none where a batch is not of token ids alone.
+def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> Callable[[int], list[Part]]:
+    """Epoch -> so many new texts for each that is given, of the same lengths; none where a batch is not of ids alone.
 
-    A language model writes them: a few tokens from anywhere in a text are given, what follows is drawn from its
-    predictions. For other models, and those that cannot write from ids alone, the beginning of one text and the end of
-    another of its batch are put together, and 30 % of the tokens, but for the first and the last, give way to one of
-    the ten whose embeddings are nearest: a few hundred texts have few of a language's words.
+    A language model writes them, once: a few tokens from anywhere in a text are given, what follows is drawn from its
+    predictions. For other models, and those that cannot write from ids alone, they are put together, anew for each
+    epoch: of the beginning of one text and the end of another of its batch; and 40 % of the tokens, but for the first
+    and the last, give way to one of the ten whose embeddings are nearest: a few hundred texts have few of a language's
+    words.
 
     Args:
         model: the dense model, in evaluation mode.
@@ -40,19 +42,34 @@ def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> list
 
     Source: texts from the model's own distribution, LLM-QAT, arXiv 2305.17888.
     """
-    texts = [part for part in parts if _is_text(part.batch)]
-    if not texts or not times:
-        return []
-    chance, made, writes, nearest = torch.Generator().manual_seed(0), [], True, None
+    texts = [part for part in parts if _is_text(part.batch)] * times
+    made = _written(model, texts)
+    if made or not texts:
+        return lambda epoch: made
+    nearest = _nearest(model, texts[: len(texts) // times])
+
+    @lru_cache(maxsize=1)
+    def put_together(epoch: int) -> list[Part]:
+        chance = torch.Generator().manual_seed(epoch)
+        return _parts(model, [_reworded(_crossed(part.batch, chance), nearest, chance) for part in texts])
+
+    return put_together
+
+
+def _parts(model: nn.Module, batches: Sequence[dict[str, Any]]) -> list[Part]:
+    return list(Padding(model, {}).parts([(batch, batch_masks(batch)) for batch in batches]))
+
+
+def _written(model: nn.Module, texts: Sequence[Part]) -> list[Part]:
+    """Texts that a language model writes; none if it cannot."""
+    chance, made = torch.Generator().manual_seed(0), list[dict[str, Any]]()
     with same_draws():
-        for part in each(texts * times, "making texts", "batch"):
-            batch = _continued(model, part.batch, chance) if writes else {}
-            writes = bool(batch)  # what cannot write one batch is not asked again
-            if not writes:
-                nearest = _nearest(model, texts) if nearest is None else nearest
-                batch = _reworded(_crossed(part.batch, chance), nearest, chance)
-            made.append((batch, batch_masks(batch)))
-    return list(Padding(model, {}).parts(made))
+        for part in each(texts, "making texts", "batch") if texts else ():
+            batch = _continued(model, part.batch, chance)
+            if not batch:
+                return []
+            made.append(batch)
+    return _parts(model, made)
 
 
 def _is_text(batch: Mapping[str, Any]) -> bool:
