@@ -251,8 +251,8 @@ def main() -> int:
         torch.manual_seed(tasks.SEED)
         task = known[name](args.data, args.models)
         methods = args.method or (FEW_EXAMPLES if name in WITH_EXAMPLES else METHODS)
-        stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}
         result = {"lost": task.lost, **measure(task, methods, slow=args.slow)}
+        stored = json.loads(STORED.read_text())["results"] if STORED.exists() else {}  # others may have written
         if args.again:
             apart = differences(result, stored[task.name])
             print(f"{task.name}: of {len(apart)} scores, differences to the stored ones {apart}")
