@@ -29,10 +29,10 @@ def on_files(files, config):
 
 
 def links(notebook, repository):
-    """To the notebook itself and, where the project has a public address, to it in Colab."""
+    """To the notebook itself and, where the project has an address on GitHub, to it in Colab, which opens no others."""
     found = f"[Download this notebook]({notebook})"
-    if repository:
-        place = repository.rstrip("/").removeprefix("https://github.com/")
+    _, _, place = (repository or "").rstrip("/").partition("github.com/")
+    if place:
         found += f" · [Open it in Colab](https://colab.research.google.com/github/{place}/blob/main/notebooks/{notebook})"
     return found
 

@@ -225,7 +225,8 @@ def test_notebooks_open_in_colab_once_the_project_has_an_address():
     spec.loader.exec_module(hooks)
     colab = "https://colab.research.google.com/github/owner/name/blob/main/notebooks/1.ipynb"
     assert f"]({colab})" in hooks.links("1.ipynb", "https://github.com/owner/name/")
-    assert "colab" not in hooks.links("1.ipynb", None)
+    for other in (None, "https://gitlab.com/owner/name"):
+        assert "Colab" not in hooks.links("1.ipynb", other)
 
 
 def test_make_targets_exist():

@@ -109,7 +109,10 @@ def refine(
 
 
 class _Refining:
-    """The training of one model; of frozen copies, where the model's parameters are views of those that are trained."""
+    """The training of one model; of frozen copies, where the model's parameters are views of those that are trained.
+
+    Learns from `fitting` and from what `more` gives for an epoch, as many each time; is judged by `judging`.
+    """
 
     def __init__(
         self,
@@ -120,10 +123,9 @@ class _Refining:
         more: Callable[[int], list[Part]] = lambda epoch: [],
     ) -> None:
         self.model, self.dense, self.judging, self.problem = model, dense, judging, problem_of(dense)
-        self.more, self.made = more, more(0)
-        self.count = math.ceil(_STEPS / (len(fitting) + len(self.made)))
-        self.given = self._pieces(fitting)
-        self.fitting = self.given + self._pieces(self.made)
+        self.more, self.made = more, list[Part]()
+        self.count = math.ceil(_STEPS / (len(fitting) + len(more(0))))
+        self.given = self.fitting = self._pieces(fitting)
         self.trained = _trained(model)
         # what the optimizers step: the trained parameters themselves, or float32 copies of those of half precision
         self.exact = [p if p.dtype.itemsize > 2 else nn.Parameter(p.float()) for p in self.trained]
@@ -133,6 +135,7 @@ class _Refining:
             self.references = [compared(dense(**part.batch), self.problem) for part in judging]
         units = [unit_of(theirs, part.masks) for theirs, part in zip(self.references, judging, strict=True)]
         self.unit, self.size = units[0][0], sum(size for _, size in units)
+        self._begin(0)
 
     def _pieces(self, parts: Sequence[Part]) -> list[Part]:
         return [piece for part in parts for piece in _split(part, self.count)]

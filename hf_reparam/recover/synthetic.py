@@ -42,16 +42,17 @@ def synthetic_parts(model: nn.Module, parts: Sequence[Part], times: int) -> Call
 
     Source: texts from the model's own distribution, LLM-QAT, arXiv 2305.17888.
     """
-    texts = [part for part in parts if _is_text(part.batch)] * times
-    made = _written(model, texts)
-    if made or not texts:
+    texts = [part for part in parts if _is_text(part.batch)]
+    if not texts or not times:
+        return lambda epoch: []
+    if made := _written(model, texts * times):
         return lambda epoch: made
-    nearest = _nearest(model, texts[: len(texts) // times])
+    nearest = _nearest(model, texts)
 
     @lru_cache(maxsize=1)
     def put_together(epoch: int) -> list[Part]:
         chance = torch.Generator().manual_seed(epoch)
-        return _parts(model, [_reworded(_crossed(part.batch, chance), nearest, chance) for part in texts])
+        return _parts(model, [_reworded(_crossed(part.batch, chance), nearest, chance) for part in texts * times])
 
     return put_together
 
@@ -61,10 +62,10 @@ def _parts(model: nn.Module, batches: Sequence[dict[str, Any]]) -> list[Part]:
 
 
 def _written(model: nn.Module, texts: Sequence[Part]) -> list[Part]:
-    """Texts that a language model writes; none if it cannot."""
+    """Texts that a language model writes, one for each; none if there is one that it cannot go on from."""
     chance, made = torch.Generator().manual_seed(0), list[dict[str, Any]]()
     with same_draws():
-        for part in each(texts, "making texts", "batch") if texts else ():
+        for part in each(texts, "making texts", "batch"):
             batch = _continued(model, part.batch, chance)
             if not batch:
                 return []
