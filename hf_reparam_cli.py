@@ -17,7 +17,8 @@ Options = Mapping[str, Mapping[str, Any]]
 """Name of an option -> what `add_argument` takes."""
 
 _DESCRIPTION = "Replace the dense layers of a Hugging Face model by low-rank products, and merge them back."
-_EPILOG = """SRC is a model folder or a Hub id. Exit code: 0 done, 2 wrong input, 130 interrupted.
+_EPILOG = """SRC is a model folder or a Hub id. Exit code: 0 done, 2 wrong input, 130 interrupted,
+141 broken pipe.
 With several processes: accelerate launch -m hf_reparam COMMAND ...
 
 examples:
@@ -72,8 +73,8 @@ _MEMORY: Options = {
 _LAYERS: Options = {
     "target-modules": {"metavar": "PATTERN", "action": "append", "help": f"layers to convert: {_PATTERN}"},
     "exclude-modules": {"metavar": "PATTERN", "action": "append", "help": "layers to leave alone; likewise"},
-    "embeddings": {**_SWITCH, "help": "with a budget, choose a rank for the input embeddings, too"},
-    "heads": {**_SWITCH, "help": "with a budget and --calibration, heads may become narrower where that is better"},
+    "embeddings": {**_SWITCH, "help": "with --keep or --target-params, choose a rank for the input embeddings, too"},
+    "heads": {**_SWITCH, "help": "with --keep or --target-params and --calibration, let heads become narrower, too"},
     "allow-larger": {**_SWITCH, "help": "with --rank, convert layers that do not become smaller, too"},
 }
 _RANKS: Options = {
@@ -120,7 +121,7 @@ _REMOTE: Options = {
 }
 _COMPARING: Options = {
     "texts": {"metavar": "FILE", "required": True, "help": "texts, one a line; required"},
-    "max-length": {"metavar": "TOKENS", "type": int, "help": "of a text, or of a block of a causal model (2048)"},
+    "max-length": {"metavar": "TOKENS", "type": int, "help": "of a text (512), or of a block of a causal model (2048)"},
     "max-samples": {"metavar": "N", "type": int, "help": "use the first N texts"},
     "times": {"action": argparse.BooleanOptionalAction, "help": "measure times"},
     "card": {**_SWITCH, "help": "put the table into OUT's README.md"},

@@ -46,7 +46,7 @@ ONE_SIZE = (
     "plan or a LowRankConfig with one"
 )
 _SIZES = ("rank", "keep", "target_params", "speedup")
-_OF_BUDGETS = ("allocation", "multiple_of", "min_rank", "least_saving", "embeddings", "heads")
+_OF_BUDGETS = ("allocation", "multiple_of", "min_rank", "least_saving", "embeddings", "heads", "verify")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -76,21 +76,22 @@ class LowRankConfig:
         multiple_of: ranks that a budget gives are multiples of this. Default: 8, which suits tensor cores, where
             min(in, out) is 256 or more, and 1 below.
         min_rank: no lower rank is chosen for a budget; layers that would not become smaller at it stay dense.
-        least_saving: share of its parameters that a layer has to save, or global allocation leaves it dense.
+        least_saving: share of its parameters that a layer has to save, or global allocation leaves it dense; not with
+            `speedup`.
         tokens: rows of a call for which `speedup` is meant: batch size times length; 1 for decoding. Default: 1024.
         compiled: whether `speedup` is meant for the model as `torch.compile` makes it run.
         solver: "exact", or "randomized": faster where ranks are small, see `hf_reparam.linalg.factorize.decompose`.
         embeddings: also choose ranks for the input embeddings, with a head that is tied to them, and an untied head.
         heads: also let heads of attentions become narrower where that is predicted to cost less; in the fisher metric
-            with global allocation.
+            with global allocation. Neither `embeddings` nor `heads` go with `speedup`.
         verify: measure layers on held-out calibration data, try the plan for a budget beside uniform ones, and take the
-            best.
+            best; not done with `heads` or uniform allocation, nor for a model that is offloaded.
         allow_larger: with `rank`, also convert layers whose product would hold no fewer parameters than the layer.
 
     Raises:
-        RankError: a size, `multiple_of` or `min_rank` is out of range, or several sizes are given.
-        TargetError: an unknown metric, allocation, form or solver, a malformed pattern, or options that mean nothing
-            together.
+        RankError: a size, `multiple_of`, `min_rank`, `least_saving` or `tokens` is out of range.
+        TargetError: several sizes, an unknown metric, allocation, form or solver, a malformed pattern, a switch that is
+            no bool, or options that mean nothing together.
 
     >>> LowRankConfig(keep=0.6, target_modules="query", metric=None)
     LowRankConfig(keep=0.6, target_modules=['query'])
@@ -179,7 +180,7 @@ class LowRankConfig:
 def _check_sizes(config: LowRankConfig) -> None:
     rank, keep, target = config.rank, config.keep, config.target_params
     if sum(getattr(config, size) is not None for size in _SIZES) > 1:
-        raise RankError("give one of rank, keep, target_params and speedup")
+        raise TargetError("give one of rank, keep, target_params and speedup")
     if config.speedup is not None and not (is_number(config.speedup) and 1 <= config.speedup < math.inf):
         raise RankError(f"speedup must be a number of at least 1, such as 1.5, got {config.speedup!r}")
     ranks: dict[str, Any] = {} if rank is None else {"rank": rank}
@@ -218,6 +219,9 @@ def _check_together(config: LowRankConfig) -> None:
         raise TargetError("tokens and compiled say for which calls a speedup is meant: they go with speedup")
     if config.speedup is not None and (config.embeddings or config.heads):
         raise TargetError("speedup counts the time of dense layers: leave out embeddings and heads")
+    uniform = config.allocation == "uniform" or (config.allocation is None and config.metric in METRICS[:2])
+    if config.least_saving != LowRankConfig.least_saving and (config.speedup is not None or uniform):
+        raise TargetError("least_saving goes with global allocation of parameters, not with speedup or uniform shares")
     if config.heads and (config.metric in METRICS[:2] or config.allocation == "uniform"):
         raise TargetError(
             "heads=True compares what heads and layers lose: it needs the fisher metric and global allocation"

@@ -1,4 +1,4 @@
-"""Everything this package raises on purpose: `ReparamError` and its five kinds.
+"""What this package raises on purpose, nearly always: `ReparamError` and its five kinds.
 
 Each is also a `ValueError`, except `CheckpointError`, which is an `OSError` as Transformers raises for folders.
 A message names the layer, what was got, what is allowed and what to do next.
@@ -17,11 +17,12 @@ class TargetError(ReparamError, ValueError):
 
 
 class RankError(ReparamError, ValueError):
-    """A rank is not a number in range for its layer."""
+    """A rank, a size or another number that was asked for is out of range."""
 
 
 class WeightError(ReparamError, ValueError):
-    """A weight cannot be factored or merged: not finite, without data, quantized, or wrapped."""
+    """A weight cannot be read, factored, merged or written to: not finite, quantized, in parts, on the meta device, or
+    without its calibration data."""
 
 
 class PlanError(ReparamError, ValueError):

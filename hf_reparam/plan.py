@@ -75,11 +75,11 @@ class Judgement:
     """How far a conversion is from the dense model on held-out calibration data, beside other plans of its size.
 
     Args:
-        unit: of the divergences: "nats per token" or "per example", or "of the squared hidden states" or "outputs",
-            the share that the squared difference is.
+        unit: of the divergences: "nats per token", "per example" or "per pixel", or "of the squared hidden states" or
+            "outputs", the share that the squared difference is.
         chosen: the plan that was taken, the least of `measured`.
-        predicted: sum of the errors of its layers, each cut alone, times the ratio of what was measured to that sum
-            for the other plans of its metric; None where that is not known.
+        predicted: sum of its layers' errors, each cut alone, scaled by measured / sum of the other plans in its metric;
+            None where that is not known.
         measured: plan -> divergence of the whole model.
     """
 

@@ -1,5 +1,6 @@
 """From folder to folder: streamed results are those of loading, converting and saving; broken runs go on."""
 
+import itertools
 import json
 import shutil
 import time
@@ -66,13 +67,13 @@ def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
     source = saved(base, tmp_path / "dense")
     hf_reparam.convert(load(source)[0], LowRankConfig(rank=6, form=form)).save_pretrained(tmp_path / "direct")
     report = hf_reparam.convert_folder(
-        source, tmp_path / "out", LowRankConfig(rank=6, form=form), max_shard_size="20KB"
+        source, tmp_path / "out", LowRankConfig(rank=6, form=form), max_shard_size="20KB", stream=True
     )
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert report.factored_after < report.factored_before
     hf_reparam.merge(load(tmp_path / "out")[0]).save_pretrained(tmp_path / "direct-merged")
-    hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged", stream=True)
     assert_same_folder(tmp_path / "direct-merged", tmp_path / "merged")
     assert hidden(tmp_path) == []
 
@@ -80,13 +81,13 @@ def test_streamed_is_loaded_converted_and_saved(tmp_path, base, form):
 def test_half_precision(tmp_path):
     source = saved("LlamaForCausalLM", tmp_path / "dense", torch.bfloat16)
     hf_reparam.convert(load(source)[0], rank=6).save_pretrained(tmp_path / "direct")
-    hf_reparam.convert_folder(source, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(source, tmp_path / "out", rank=6, stream=True)
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_the_index_lists_every_tensor(tmp_path, bert):
-    hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, max_shard_size="20KB")
+    hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, max_shard_size="20KB", stream=True)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(tmp_path / "out").keys()
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
@@ -104,17 +105,29 @@ def test_by_size_with_moments(tmp_path, bert):
     expected = hf_reparam.report(direct)
     direct.save_pretrained(tmp_path / "direct")
     plan = hf_reparam.make_plan(model, calibration=moments, keep=0.5)
-    for number, options in enumerate(
-        [
-            {"keep": 0.5, "calibration": moments},
-            {"keep": 0.5, "calibration": tmp_path / "moments.safetensors"},
-            {"config": plan, "calibration": moments},
-            {"keep": 0.5, "calibration": moments, "stream": False},
-        ]
-    ):
-        report = hf_reparam.convert_folder(bert, tmp_path / str(number), **options)
+    asked = [
+        {"keep": 0.5, "calibration": moments},
+        {"keep": 0.5, "calibration": tmp_path / "moments.safetensors"},
+        {"config": plan, "calibration": moments},
+    ]
+    for number, (options, stream) in enumerate(itertools.product(asked, [True, False])):
+        report = hf_reparam.convert_folder(bert, tmp_path / str(number), **options, stream=stream)
         assert_same_folder(tmp_path / "direct", tmp_path / str(number))
         assert report.to_dict() == expected.to_dict()
+
+
+def test_plans_are_judged_where_the_model_is_in_memory(tmp_path, gpt2):
+    """By default; whoever streams is told that ranks are not measured, and what to do."""
+    options = {"keep": 0.5, "calibration": tmp_path / "texts.txt"}
+    in_memory = hf_reparam.convert_folder(gpt2, tmp_path / "memory", **options)
+    assert in_memory.judgement is not None
+    with pytest.warns(UserWarning, match="layers are offloaded, so ranks are predicted, not measured"):
+        streamed = hf_reparam.convert_folder(gpt2, tmp_path / "streamed", **options, stream=True)
+    assert streamed.judgement is None
+    config = hf_reparam.LowRankConfig(speedup=1.5)
+    for more in ({"speedup": 1.5}, {"config": config}, {"rank": 4, "device": "cpu"}):
+        with pytest.raises(hf_reparam.errors.TargetError, match="needs the model in memory: leave stream=True"):
+            hf_reparam.convert_folder(gpt2, tmp_path / "out", **more, stream=True)
 
 
 @pytest.fixture
@@ -175,11 +188,11 @@ def test_a_broken_run_goes_on(tmp_path, bert, monkeypatch):
     with monkeypatch.context() as patch:
         breaking_after(5, patch)
         with pytest.raises(KeyboardInterrupt):
-            hf_reparam.convert_folder(bert, out, rank=6)
+            hf_reparam.convert_folder(bert, out, rank=6, stream=True)
     assert not out.exists()
     assert len(hidden(tmp_path)) == 1
     made = breaking_after(99, monkeypatch)
-    report = hf_reparam.convert_folder(bert, out, rank=6)
+    report = hf_reparam.convert_folder(bert, out, rank=6, stream=True)
     assert len(made) == len(report.layers) - 5
     direct = hf_reparam.convert(load(bert)[0], rank=6)
     expected = hf_reparam.report(direct)
@@ -210,9 +223,9 @@ def test_a_broken_run_of_other_work_is_not_taken_up(tmp_path, bert, monkeypatch,
     with monkeypatch.context() as patch:
         breaking_after(5, patch)
         with pytest.raises(KeyboardInterrupt):
-            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
+            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, stream=True)
     between(bert)
-    hf_reparam.convert_folder(bert, tmp_path / "out", **options)
+    hf_reparam.convert_folder(bert, tmp_path / "out", **options, stream=True)
     hf_reparam.convert(load(bert)[0], **options).save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
@@ -246,11 +259,11 @@ def test_a_failure_while_saving_is_taken_up_again(tmp_path, bert, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedModel, "save_pretrained", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
+            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, stream=True)
     (tmp_path / hidden(tmp_path)[0] / "new").mkdir()
     (tmp_path / hidden(tmp_path)[0] / "new" / "rubbish").touch()
     made = breaking_after(0, monkeypatch)
-    hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, stream=True)
     assert made == []
     assert not (tmp_path / "out" / "rubbish").exists()
 
@@ -265,13 +278,13 @@ def test_an_unfit_source_is_refused_before_the_long_work(tmp_path, bert, monkeyp
         if damage is not None:
             shards[2].write_bytes(damage)
         with pytest.raises(hf_reparam.errors.CheckpointError):
-            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
+            hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, stream=True)
     shards[2].write_bytes(whole)
     narrower = transformers.AutoConfig.from_pretrained(bert)
     narrower.intermediate_size = 40
     narrower.save_pretrained(bert)
     with pytest.raises(hf_reparam.errors.CheckpointError, match="mismatch"):
-        hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
+        hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, stream=True)
     assert made == []
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
@@ -287,7 +300,7 @@ def test_missing_weights_are_refused(tmp_path, bert):
     with pytest.raises(
         hf_reparam.errors.CheckpointError, match=r"1 weights are missing.*layer\.0\.output\.dense\.weight"
     ):
-        hf_reparam.convert_folder(bert, tmp_path / "out", rank=6)
+        hf_reparam.convert_folder(bert, tmp_path / "out", rank=6, stream=True)
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
@@ -318,7 +331,7 @@ def test_user_errors_leave_nothing(tmp_path, bert, options, error, message):
 
 def test_nothing_to_merge(tmp_path, bert):
     with pytest.raises(hf_reparam.errors.TargetError, match="no low-rank layer"):
-        hf_reparam.merge_folder(bert, tmp_path / "out")
+        hf_reparam.merge_folder(bert, tmp_path / "out", stream=True)
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
@@ -328,7 +341,7 @@ def test_older_formats_are_read(tmp_path):
     model.config.architectures = ["BertForMaskedLM"]
     model.config.save_pretrained(tmp_path / "dense")
     torch.save(model.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
-    hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=6, stream=True)
     hf_reparam.convert(load(tmp_path / "dense")[0], rank=6).save_pretrained(tmp_path / "direct")
     assert_same_folder(tmp_path / "direct", tmp_path / "out")
 
@@ -378,7 +391,7 @@ def test_a_folder_takes_the_solver_and_the_metric_that_were_asked_for(tmp_path):
     data = hf_reparam.calibrate(model, [{"input_ids": torch.randint(3, 99, (4, 8))}])
     for i, asked in enumerate([{"solver": "randomized"}, {"metric": "svd"}]):
         config = LowRankConfig(rank=8, target_modules="intermediate.dense", **asked)
-        hf_reparam.convert_folder(tmp_path / "dense", tmp_path / str(i), config, calibration=data)
+        hf_reparam.convert_folder(tmp_path / "dense", tmp_path / str(i), config, calibration=data, stream=True)
         small = hf_reparam.convert(model, config, calibration=data)
         other = hf_reparam.convert(model, LowRankConfig(rank=8, target_modules="intermediate.dense"), calibration=data)
         stored = type(small).from_pretrained(tmp_path / str(i)).state_dict()

@@ -62,8 +62,8 @@ def test_it_is_frozen_and_its_own():
             ({"target_params": bad}, RankError, "target_params must be an int, .* or a float in")
             for bad in (0.0, 1e4, True, "9", math.nan)
         ),
-        ({"rank": 4, "keep": 0.5}, RankError, "one of rank, keep, target_params and speedup"),
-        ({"keep": 0.5, "target_params": 1000}, RankError, "one of rank, keep, target_params and speedup"),
+        ({"rank": 4, "keep": 0.5}, TargetError, "one of rank, keep, target_params and speedup"),
+        ({"keep": 0.5, "target_params": 1000}, TargetError, "one of rank, keep, target_params and speedup"),
         ({"metric": "magic"}, TargetError, r"metric must be one of \['svd', 'activation', 'fisher'\], got 'magic'"),
         ({"allocation": "magic"}, TargetError, "allocation must be one of"),
         ({"form": "table"}, TargetError, r"form must be one of \['pair', 'pivoted'\], got 'table'"),
@@ -85,7 +85,12 @@ def test_it_is_frozen_and_its_own():
                 {"min_rank": 4},
                 {"embeddings": True},
                 {"heads": True},
+                {"verify": False},
             )
+        ),
+        *(
+            ({"least_saving": 0.2, **given}, TargetError, "least_saving goes with global allocation of parameters")
+            for given in ({"speedup": 1.5}, {"keep": 0.5, "allocation": "uniform"}, {"keep": 0.5, "metric": "svd"})
         ),
         ({"keep": 0.5, "allow_larger": True}, TargetError, "allow_larger goes with rank"),
         ({"keep": 0.5, "heads": True, "metric": "svd"}, TargetError, "needs the fisher metric and global allocation"),

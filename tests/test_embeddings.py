@@ -261,11 +261,15 @@ def test_streaming_gives_the_same_tensors(tmp_path):
     memory = convert(model, LowRankConfig(keep=0.2, min_rank=1, embeddings=True), calibration=moments)
     assert stored_tables(memory)
     convert_folder(
-        tmp_path / "dense", tmp_path / "low", LowRankConfig(keep=0.2, min_rank=1, embeddings=True), calibration=moments
+        tmp_path / "dense",
+        tmp_path / "low",
+        LowRankConfig(keep=0.2, min_rank=1, embeddings=True),
+        calibration=moments,
+        stream=True,
     )
     streamed = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
     assert all(torch.equal(value, streamed.state_dict()[key]) for key, value in memory.state_dict().items())
-    merge_folder(tmp_path / "low", tmp_path / "merged")
+    merge_folder(tmp_path / "low", tmp_path / "merged", stream=True)
     close(outputs(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), batch), outputs(memory, batch))
 
 

@@ -513,17 +513,17 @@ def test_streaming_gives_the_same_tensors(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     config = LowRankConfig(keep=0.3, min_rank=1, heads=True)
     memory = convert(model, config, calibration=moments)
-    report = convert_folder(tmp_path / "dense", tmp_path / "low", config, calibration=moments)
+    report = convert_folder(tmp_path / "dense", tmp_path / "low", config, calibration=moments, stream=True)
     assert len(head_rows(report)) == 2
     streamed = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "low")
     assert stored_heads(streamed) == stored_heads(memory) != {}
     assert all(torch.equal(value, streamed.state_dict()[key]) for key, value in memory.state_dict().items())
-    hf_reparam.merge_folder(tmp_path / "low", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "low", tmp_path / "merged", stream=True)
     merged = tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
     assert type(merged) is tf.BertForMaskedLM
     close(logits(merged, data[0]), logits(memory, data[0]))
     config = LowRankConfig(keep=0.3, min_rank=1)
-    separate = convert_folder(tmp_path / "dense", tmp_path / "separate", config, calibration=moments)
+    separate = convert_folder(tmp_path / "dense", tmp_path / "separate", config, calibration=moments, stream=True)
     assert head_rows(separate) == []
 
 

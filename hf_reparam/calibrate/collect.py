@@ -57,17 +57,17 @@ def calibrate(
 ) -> Calibration:
     """Collect what the data say about every layer that is factored by default, or that `target_modules` matches.
 
-    About every fifth batch, up to 256 examples, is held out to judge what the others predict; it is counted in all
-    sums, too. Its content alone decides whether a batch is held out, so that order does not matter.
+    About every fifth batch, until there are 256 examples, is held out to judge what the others predict; it is counted
+    in all sums, too. Its content alone decides whether a batch is held out, so that order does not matter.
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
-    by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A few examples
-    of a Transformers model, together and one by one, show whether the shapes of masks tell its padding. Where they do
-    not (audio encoders have fewer positions inside, experts get some, a layer may see all positions once a batch), and
-    examples can be taken apart, they are watched one by one, which is slower. The gradient is
-    that of the model's own loss where it gives one (a batch has `labels`), summed over whatever the head counts;
-    otherwise, and for masked language models, of labels drawn from the model's own predictions; for a headless model
-    of a random projection of its last hidden states, or of all that it returns. The model's mode, gradients,
-    `requires_grad` and hooks are as before, also after an error.
+    by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A Transformers
+    model first reads a few examples together and one by one. If the shapes of masks do not tell its padding (audio
+    encoders have fewer positions inside, experts get some, a layer may see all positions once a batch), and examples
+    can be taken apart, they are watched one by one, which is slower. The gradient is that of the model's own loss where
+    it gives one (a batch has `labels`), summed over whatever the head counts; otherwise, and for masked language
+    models, of labels drawn from the model's own predictions; for a headless model of a random projection of its last
+    hidden states, or of all that it returns. The model's mode, gradients, `requires_grad` and hooks are as before, also
+    after an error.
 
     Args:
         model: a dense or converted model, or an object with such models in it; of one that cannot be called with
@@ -106,7 +106,7 @@ def calibrate(
             such metric, no layer to watch, no batch, data that cannot be read (the message says what to write instead),
             texts without a tokenizer, a `max_length` or `max_samples` out of range, `max_memory` without `folder` or
             too small for one layer, or data for one pass only.
-        WeightError: a model on the meta device.
+        WeightError: a model on the meta device, or weights in parts (FSDP, DeepSpeed).
         CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *

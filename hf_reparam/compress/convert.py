@@ -84,7 +84,7 @@ def convert(
             `datasets.Dataset`.
         tokenizer: for calibration texts.
         inplace: change `model` itself; new layers wait in a temporary folder until the old ones are freed. Otherwise
-            the result is a copy, without a copy of the replaced tensors.
+            the result is a copy; replaced weights are not copied.
         workdir: a folder for new layers, for long work and for models that exceed memory. A layer that is there from an
             earlier, broken run of the same conversion (the same weights, calibration and options, to the last bit) is
             not made again. Layers that were on disk stay there until they compute.

@@ -33,7 +33,8 @@ def to_pairs(model: M, *, inplace: bool = False) -> M:
         The model, of the same dtype, device, `requires_grad` and training mode; its plan says "pair".
 
     Raises:
-        TargetError: nothing in the model is pivoted, it has adapters, is sharded, quantized, or cannot be copied.
+        TargetError: nothing in the model is pivoted, it has adapters, is sharded, or cannot be copied.
+        WeightError: it is quantized.
 
     Cost: a copy of the model, and r * in numbers for each layer.
 

@@ -65,7 +65,7 @@ def make_plan(
     Cost: for a budget with global allocation one to three full decompositions of each layer that was not planned with
     this calibration before, up to two forward passes over 16 to 64 held-out examples for each layer, and four
     conversions with a forward pass over all held-out ones (not with `verify=False`). With heads=True, which is not
-    tried, eight eigenvalue problems for each of the four layers of an attention.
+    tried, seven or eight eigenvalue problems for each of the four layers of an attention.
 
     >>> plan = make_plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), LowRankConfig(keep=0.5, form="pair"))
     >>> [entry.rank for entry in plan.modules.values()]

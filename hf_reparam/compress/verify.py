@@ -13,6 +13,7 @@ from hf_reparam.compress.probe import Prober, probed
 from hf_reparam.config import LowRankConfig
 from hf_reparam.layers.copies import WorkingCopy, frozen_copy
 from hf_reparam.layers.progress import each
+from hf_reparam.layers.warn import warn
 from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.sites import select
@@ -28,12 +29,20 @@ Chosen = tuple[dict[str, Entry], str, Judgement | None]
 
 
 def can_be_judged(work: nn.Module, config: LowRankConfig, source: Source) -> bool:
-    """Whether there is held-out data, and a model in memory to run it through.
+    """Whether there is held-out data, and a model in memory to run it through; a warning where only that is missing.
 
     Not with narrower heads, whose layers cannot be cut alone.
     """
     batches = () if source.calibration is None else source.calibration.batches
-    return bool(batches) and config.verify and not config.heads and not any(map(is_offloaded, work.modules()))
+    if not batches or not config.verify or config.heads:
+        return False
+    offloaded = any(map(is_offloaded, work.modules()))
+    if offloaded:
+        warn(
+            "layers are offloaded, so ranks are predicted, not measured on held-out data, and may lose more: where the "
+            "model fits in memory, make the plan there and pass it (verify=False: without this warning)"
+        )
+    return not offloaded
 
 
 def best_plan(

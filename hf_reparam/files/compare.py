@@ -34,7 +34,7 @@ def compare_folders(
         dense, small: dense, converted, merged or quantized models for the same inputs. The tokenizer is the first's.
         texts: a file, one text a line.
         max_length, max_samples, times: as in `compare`.
-        revision, token, dtype, device: as in `convert_folder`; the revision is the first model's.
+        revision, token, dtype, device: as in `convert_folder`, of both models; the revision is the first one's.
         card: whether the table is put into the second folder's README.md, in the place of an earlier one.
 
     Raises:

@@ -47,7 +47,7 @@ def convert_folder(
     max_samples: int | None = None,
     max_memory: int | str | None = None,
     refit: bool = False,
-    stream: bool = True,
+    stream: bool = False,
     max_shard_size: int | str | None = None,
     remote_code: bool = False,
     force: bool = False,
@@ -56,10 +56,12 @@ def convert_folder(
     dtype: str | None = None,
     device: str | None = None,
 ) -> Report:
-    """Convert a model folder into another, layer by layer: the model need not fit in memory.
+    """Convert a model folder into another; with `stream=True` layer by layer, so that the model need not fit in memory.
 
-    The tensors are those that loading, `convert` and `save_pretrained` would give. `out` appears whole or not at all. A
-    run that was broken off goes on where it stopped when it is started again with the same arguments on the same files.
+    The tensors are those that loading, `convert` and `save_pretrained` would give. Where the model is streamed, ranks
+    for a budget are predicted, not measured on held-out data, so they may differ: pass a plan that was made in memory
+    to have the same. `out` appears whole or not at all. A streamed run that was broken off goes on where it stopped
+    when it is started again with the same arguments on the same files.
     Files beside the weights (tokenizer, pooling and dense modules of sentence-transformers) are copied; tensors that
     the model's class does not load are not, and the report names them. In a distributed run (`accelerate launch`) every
     process has to call this: texts and layers are shared out, and the first process writes.
@@ -71,8 +73,8 @@ def convert_folder(
         calibration: what `calibrate` returned, a file or folder of it, or a text file, one text a line, read with the
             source's tokenizer.
         max_length, max_samples, max_memory: for texts, as for `calibrate`.
-        refit: fit the factors once more on the texts; needs `stream=False`.
-        stream: False to hold the model in memory, which is faster where it fits.
+        refit: fit the factors once more on the texts; not with `stream`.
+        stream: go from file to file, for models that exceed memory; slower, and not with `speedup`.
         max_shard_size: of the files written, as for `save_pretrained`; "500MB" when streaming, because one is held in
             memory at a time.
         remote_code: also write the file that lets the result load where hf_reparam is not installed.
@@ -80,7 +82,7 @@ def convert_folder(
         revision: branch, tag or commit of a Hub id.
         token: for the Hub; by default the one that is stored there.
         dtype: name of the dtype in which the weights are loaded and stored, "bfloat16"; by default their own.
-        device: where the model is while it is converted, "cuda"; needs `stream=False`.
+        device: where the model is while it is converted, "cuda"; not with `stream`.
 
     Returns:
         The report of the conversion. `out` holds a model card made from it, `README.md`.
@@ -98,13 +100,13 @@ def convert_folder(
     place = model_place(folder)
     check_size("max_shard_size", max_shard_size)
     data = CalibrationData.of(calibration, max_length, max_samples, max_memory)
-    if device is not None and stream:
-        raise TargetError("device needs the model in memory: give stream=False (leave --stream out)")
     if refit and data.texts is None:
         raise TargetError("refit needs the calibration texts themselves: give a file of texts as calibration")
-    if refit and stream:
-        raise TargetError("refit needs the model in memory: give stream=False (leave --stream out)")
     asked, plan = asked_for(config, rank=rank, keep=keep, target_params=target_params, speedup=speedup)
+    in_memory = {"device": device is not None, "refit": refit, "speedup": asked.speedup is not None}
+    for option, given in in_memory.items():
+        if stream and given:
+            raise TargetError(f"{option} needs the model in memory: leave stream=True (--stream) out")
     tokenizer = None if data.texts is None else load_tokenizer(place)
     options = [asked.to_dict(), plan and plan.to_dict(), max_memory, max_length, max_samples, dtype]
     same_work = _same_work(folder, data, options) if stream else None
@@ -134,13 +136,13 @@ def merge_folder(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    stream: bool = True,
+    stream: bool = False,
     max_shard_size: int | str | None = None,
     force: bool = False,
     revision: str | None = None,
     token: str | None = None,
 ) -> Report:
-    """Multiply the factors of a converted model's folder out and save the plain dense model, layer by layer.
+    """Multiply the factors of a converted model's folder out and save the plain dense model.
 
     Args, Raises, Cost: as `convert_folder`.
 

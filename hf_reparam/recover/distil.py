@@ -32,8 +32,9 @@ def distillation_loss(
 
         loss = (1 - alpha) CE(labels) + alpha T^2 KL(teacher || student, at temperature T) + hidden * H
 
-    H is ||h_s - h_t||^2 / ||h_t||^2 over the hidden states of every layer. All are means over labelled positions, or
-    over real tokens where there are no labels; regressions take half the squared difference for KL. The `Trainer` gives
+    H is the mean over layers of ||h_s - h_t||^2 / ||h_t||^2, sums over real tokens. CE and KL are means over labelled
+    positions, or over real tokens where there are no labels; regressions take half the squared difference for KL. The
+    `Trainer` gives
     a loss function no inputs, so while the block runs a hook on `student` keeps those of its last call for the teacher.
 
     Args:

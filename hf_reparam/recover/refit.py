@@ -70,7 +70,7 @@ def refit(
         model: a converted model.
         dense: the dense model that it was made from.
         data: calibration data, as for `calibrate`; held in memory.
-        calibration: of `dense`; with gradients they weigh the errors of outputs.
+        calibration: of `dense`; with gradients they weigh the errors of outputs. Needed where heads are narrower.
         tokenizer, max_length, max_samples: for texts, and how much of the data is used, as for `calibrate`.
         distance: (what the model returned, what the dense model returned for the same batch) -> number, summed over the
             batch, instead of the divergence of logits, hidden states or whatever they return.
@@ -80,8 +80,8 @@ def refit(
         batches before and after, which chose among the fits: it looks better there than elsewhere.
 
     Raises:
-        TargetError: no model, one with adapters, no low-rank layer, a layer that `dense` has not, or fewer than two
-            batches.
+        TargetError: no model, one with adapters, no low-rank layer, a layer that `dense` has not, fewer than two
+            batches, or narrower heads and no calibration.
         WeightError: moments of another model, or weights made inside `torch.inference_mode()`.
 
     Cost: for each group of layers with one input, a forward pass of its block in both models over the data, and two or

@@ -107,7 +107,7 @@ class Case:
         return hf_reparam.convert(model, self.asked(model), **more)
 
     def stream(self, source, out):
-        return hf_reparam.convert_folder(source, out, self.asked(self.build()))
+        return hf_reparam.convert_folder(source, out, self.asked(self.build()), stream=True)
 
     def save(self, small, folder) -> None:
         (hf_reparam.save if self.plain else type(small).save_pretrained)(small, folder)

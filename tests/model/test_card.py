@@ -194,7 +194,7 @@ def test_saving_can_push_what_it_has_written(tmp_path, dense, hub):
 def test_tied_weights_on_disk_are_counted_once(tmp_path, base):
     dense = zoo.BY_BASE[base].build()
     dense.save_pretrained(tmp_path / "dense")
-    report = hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "small", rank=4)
+    report = hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "small", rank=4, stream=True)
     text = (tmp_path / "small" / "README.md").read_text()
     assert f"{report.parameters_before:,} dense, {report.parameters_after:,} here" in text
     assert report.parameters_before == dense.num_parameters()

@@ -742,5 +742,5 @@ def test_a_broken_run_with_other_lengths_is_not_continued(folder, tmp_path, monk
     monkeypatch.setattr("hf_reparam.files.convert.new_folder", stop)
     for options in ({}, {"max_length": 20}, {"max_samples": 2}, {"max_samples": 20}):
         with pytest.raises(KeyboardInterrupt):
-            convert_folder(folder, tmp_path / "out", keep=0.5, calibration=folder / "texts.txt", **options)
+            convert_folder(folder, tmp_path / "out", keep=0.5, calibration=folder / "texts.txt", stream=True, **options)
     assert len(set(names)) == 4

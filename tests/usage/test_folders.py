@@ -258,7 +258,7 @@ def converts(source, out, how, rank=6):
     if how == "cli":
         assert run("convert", source, out, "--rank", rank, "--stream", "--quiet") == 0
     else:
-        hf_reparam.convert_folder(source, out, rank=rank)
+        hf_reparam.convert_folder(source, out, rank=rank, stream=True)
 
 
 def changed_in_place(folder):
@@ -288,7 +288,7 @@ def test_a_run_after_a_broken_one_mixes_nothing(tmp_path, dense, monkeypatch, ho
             patch.setattr(linear, "factor", fifth)
             assert run("convert", dense, tmp_path / "out", "--rank", 6, "--stream", "--quiet") == 130
     else:
-        broken_off(monkeypatch, 4, lambda: hf_reparam.convert_folder(dense, tmp_path / "out", rank=6))
+        broken_off(monkeypatch, 4, lambda: hf_reparam.convert_folder(dense, tmp_path / "out", rank=6, stream=True))
     if change == "weights":
         changed_in_place(dense)
     rank = 5 if change == "rank" else 6
@@ -335,7 +335,7 @@ def test_the_other_has_just_finished(tmp_path, dense, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "locate", slowly)
     with pytest.raises(CheckpointError, match="exists; choose another place"):
-        hf_reparam.convert_folder(dense, tmp_path / "out", rank=6)
+        hf_reparam.convert_folder(dense, tmp_path / "out", rank=6, stream=True)
     assert (tmp_path / "out" / "precious").exists()
 
 
@@ -343,14 +343,16 @@ def test_out_inside_the_source_is_refused(tmp_path, dense):
     (tmp_path / "link").symlink_to(dense)
     for out in (dense / "out", dense / "a" / "b", tmp_path / "link" / "out"):
         with pytest.raises(CheckpointError, match="is inside the source"):
-            hf_reparam.convert_folder(dense, out, rank=6)
+            hf_reparam.convert_folder(dense, out, rank=6, stream=True)
     assert sorted(p.name for p in dense.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.slow
 def test_source_and_out_as_text_or_path(tmp_path, dense):
     reports = [
-        hf_reparam.convert_folder(kind(dense), other(tmp_path / f"{kind.__name__}-{other.__name__}"), rank=6)
+        hf_reparam.convert_folder(
+            kind(dense), other(tmp_path / f"{kind.__name__}-{other.__name__}"), rank=6, stream=True
+        )
         for kind in (str, Path)
         for other in (str, Path)
     ]
@@ -361,7 +363,7 @@ def test_source_and_out_as_text_or_path(tmp_path, dense):
 @pytest.mark.slow
 def test_target_modules_as_a_generator(tmp_path, dense):
     report = hf_reparam.convert_folder(
-        dense, tmp_path / "out", LowRankConfig(rank=6, target_modules=(p for p in ["*.query", "*.key"]))
+        dense, tmp_path / "out", LowRankConfig(rank=6, target_modules=(p for p in ["*.query", "*.key"])), stream=True
     )
     assert len(report.layers) == 4
 
@@ -405,7 +407,7 @@ def test_tensors_that_the_class_does_not_load_are_named(tmp_path, build, binary,
     line = "2 tensors of the source are not in the result: mtp.*"
     assert line in str(report)
     assert line in report.to_markdown()
-    assert not hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged").dropped
+    assert not hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged", stream=True).dropped
 
 
 @pytest.mark.slow
@@ -421,7 +423,7 @@ def test_the_command_line_names_them_too(tmp_path, capsys):
 def test_old_buffers_are_no_loss(tmp_path):
     model = zoo.BY_BASE["GPT2LMHeadModel"].build()
     with_extra(model, tmp_path / "dense", {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4)})
-    assert hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=6).dropped == ()
+    assert hf_reparam.convert_folder(tmp_path / "dense", tmp_path / "out", rank=6, stream=True).dropped == ()
 
 
 BESIDE = [
@@ -494,7 +496,7 @@ def test_a_folder_of_two_models_is_refused(tmp_path):
         (tmp_path / "st" / name / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "st" / "modules.json").write_text('[{"path": "0_Query"}, {"path": "1_Document"}]')
     with pytest.raises(CheckpointError, match=r"holds 2 models, \['0_Query', '1_Document'\]: convert each by its own"):
-        hf_reparam.convert_folder(tmp_path / "st", tmp_path / "out", rank=6)
+        hf_reparam.convert_folder(tmp_path / "st", tmp_path / "out", rank=6, stream=True)
 
 
 @pytest.mark.parametrize("path", ["..", "../other", "/", "0_Transformer/deeper", 7])
@@ -510,7 +512,7 @@ def test_a_list_that_leads_out_of_the_folder_is_not_followed(tmp_path, path):
 @pytest.mark.parametrize("content", ["{}", "[1, 2]", "no json", '{"weight_map": "x"}'])
 def test_an_index_of_something_else(tmp_path, dense, content):
     (dense / "corpus.index.json").write_text(content)
-    hf_reparam.convert_folder(dense, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(dense, tmp_path / "out", rank=6, stream=True)
     assert (tmp_path / "out" / "corpus.index.json").read_text() == content
     transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     for name in ("model.safetensors.index.json", "model.safetensors.index.fp16.json", "pytorch_model.bin.index.json"):
@@ -545,10 +547,10 @@ def test_code_for_models_that_came_with_the_source_is_not_named_for_a_low_rank_o
     mine = {"AutoModelForMaskedLM": "modeling_mine.Mine", "AutoTokenizer": ["tokenization_mine.Mine", None]}
     (dense / "config.json").write_text(json.dumps({**config, "auto_map": mine}))
     (dense / "modeling_mine.py").write_text("import transformers\nclass Mine(transformers.BertForMaskedLM): ...\n")
-    hf_reparam.convert_folder(dense, tmp_path / "out", rank=6)
+    hf_reparam.convert_folder(dense, tmp_path / "out", rank=6, stream=True)
     assert auto_map(tmp_path / "out") == {"AutoTokenizer": ["tokenization_mine.Mine", None]}
     assert (tmp_path / "out" / "modeling_mine.py").exists()
-    hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "out", tmp_path / "merged", stream=True)
     assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "merged", trust_remote_code=True)
 
 

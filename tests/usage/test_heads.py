@@ -233,7 +233,7 @@ def test_a_head_named_as_a_part_of_the_base_loads_in_every_class(tmp_path, famil
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in small.state_dict().items())
     base = tf.AutoModel.from_pretrained(tmp_path / "low")
     assert low_rank(base) == [n.removeprefix(small.base_model_prefix + ".") for n in low_rank(small.base_model)]
-    hf_reparam.merge_folder(tmp_path / "low", tmp_path / "merged")
+    hf_reparam.merge_folder(tmp_path / "low", tmp_path / "merged", stream=True)
     assert type(type(dense).from_pretrained(tmp_path / "merged").feature_extractor) is nn.Linear
 
 

@@ -161,7 +161,7 @@ def test_a_merged_folder_has_the_names_that_the_stock_class_saves(tmp_path, buil
     small = convert(dense, rank=4)
     small.save_pretrained(tmp_path / "small")
     merge(small).save_pretrained(tmp_path / "memory")
-    merge_folder(tmp_path / "small", tmp_path / "streamed")
+    merge_folder(tmp_path / "small", tmp_path / "streamed", stream=True)
     merge_folder(tmp_path / "small", tmp_path / "loaded", stream=False)
     for place in ("memory", "streamed", "loaded"):
         assert names_in(tmp_path / place) == names_in(tmp_path / "dense"), place
@@ -305,7 +305,7 @@ def test_a_class_of_ones_own_pickles_copies_and_merges(tmp_path):
     small.save_pretrained(tmp_path / "small")
     again = hf_reparam.ReparamOwnBert.from_pretrained(tmp_path / "small")
     assert torch.equal(zoo.outputs(again, batch)[0], zoo.outputs(small, batch)[0])
-    merge_folder(tmp_path / "small", tmp_path / "merged")
+    merge_folder(tmp_path / "small", tmp_path / "merged", stream=True)
     assert torch.equal(
         OwnBert.from_pretrained(tmp_path / "merged").state_dict()["encoder.layer.0.output.dense.weight"],
         merge(small).state_dict()["encoder.layer.0.output.dense.weight"],
@@ -319,7 +319,7 @@ def test_a_class_that_was_not_imported_is_named_with_what_to_do(tmp_path):
     config["architectures"] = ["ReparamElsewhereBert"]
     (tmp_path / "small" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="'ReparamElsewhereBert'.*import the module that defines it"):
-        merge_folder(tmp_path / "small", tmp_path / "merged")
+        merge_folder(tmp_path / "small", tmp_path / "merged", stream=True)
 
 
 REMOTE = """
@@ -388,7 +388,7 @@ def test_a_merged_folder_does_not_name_the_file_of_remote_code(tmp_path):
     small = convert(zoo.BY_BASE["BertModel"].build(), rank=6)
     small.save_pretrained(tmp_path / "small", remote_code=True)
     merge(tf.AutoModel.from_pretrained(tmp_path / "small")).save_pretrained(tmp_path / "1")
-    merge_folder(tmp_path / "small", tmp_path / "2")
+    merge_folder(tmp_path / "small", tmp_path / "2", stream=True)
     for place in ("1", "2"):
         assert "auto_map" not in json.loads((tmp_path / place / "config.json").read_text())
         assert not (tmp_path / place / "modeling_reparam.py").exists()
