@@ -25,8 +25,6 @@ from hf_reparam.layers.processes import connected, is_first
 from hf_reparam.plan import RankPlan
 from hf_reparam_cli import parsed
 
-__all__ = ["run"]
-
 _READING = ("calibration", "max_length", "max_samples")
 _HUB = ("revision", "token")
 _LOADING = (*_HUB, "dtype", "device")

@@ -15,23 +15,6 @@ from typing import Any, TypeGuard
 
 from hf_reparam.errors import RankError, TargetError
 
-__all__ = [
-    "ALLOCATIONS",
-    "FORMS",
-    "METRICS",
-    "ONE_SIZE",
-    "SOLVERS",
-    "LowRankConfig",
-    "Rank",
-    "as_patterns",
-    "check_used",
-    "first_match",
-    "is_int",
-    "is_number",
-    "layer_kind",
-    "matches",
-]
-
 Rank = int | float | Mapping[str, int | float]
 """An int (the rank), a float in (0, 1] (fraction of min(in, out)), or a mapping of name patterns to either."""
 

@@ -17,8 +17,6 @@ from hf_reparam.tables import Part, Readable
 if TYPE_CHECKING:  # a plan carries its report, and prints it
     from hf_reparam.report import Report
 
-__all__ = ["FORMAT_VERSION", "ConversionRecord", "Entry", "Judgement", "RankPlan", "Speed", "is_hub_id"]
-
 FORMAT_VERSION = 1
 """Version of the `reparam` entry in `config.json`."""
 

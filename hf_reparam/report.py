@@ -10,8 +10,6 @@ from hf_reparam.config import layer_kind
 from hf_reparam.plan import Judgement, Speed
 from hf_reparam.tables import Part, Readable, as_markdown
 
-__all__ = ["BARE", "LEFT", "LayerReport", "RefineReport", "RefitReport", "Report", "SkippedReport", "TriedSize"]
-
 LEFT = "the plan leaves it dense"
 """The reason why a layer is left alone that could be factored."""
 BARE = "a bare parameter"

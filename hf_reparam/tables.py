@@ -6,8 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 
-__all__ = ["Part", "Readable", "as_markdown"]
-
 Part = str | list[list[str]]
 """A paragraph, lines in it as they are, or a table, the first row its head."""
 

@@ -104,8 +104,8 @@ def test_memory_figures_are_the_results():
     used = {form: times[f"convert in place, {form}, memory in use"] for form in ("pair", "pivoted")}
     text = " ".join(page.split())
     assert f"its peak is {times['convert 8192 x 2048 in place, pair']} times the largest layer in float64" in text
-    assert f"{used['pair']} (pair) or {used['pivoted']} (pivoted) are in use" in text
-    assert f"the process holds {max(in_place.values())}" in text
+    assert f"{used['pair']} (pair) or {used['pivoted']} (pivoted) times are in use" in text
+    assert f"the process keeps {max(in_place.values())}" in text
 
 
 def test_speed_figures_are_the_results():

@@ -24,8 +24,6 @@ from hf_reparam.calibrate.texts import checked_tokenizer, longest, tokenized
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.progress import stage
 
-__all__ = ["Batches", "batched", "prepare"]
-
 Batches = Iterable[Mapping[str, Any]] | Iterable[str]
 """Dicts for `model(**batch)`, rows of a `datasets.Dataset`, or texts."""
 

@@ -31,8 +31,6 @@ from hf_reparam.model.checks import check_has_data, check_no_adapters, check_uns
 from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
 from hf_reparam.model.sites import Found, no_site, select
 
-__all__ = ["LossFunction", "calibrate", "size_in_bytes"]
-
 _HOLD_OUT = 5  # about every fifth batch judges what the others predict
 _LEAST_PARTS = 3  # batches, of which some can be held out
 _MOST_HELD = 256  # examples

@@ -10,8 +10,6 @@ from hf_reparam.model.host import hosts, layer_name
 from hf_reparam.model.sites import Found
 from hf_reparam.structures.source import Source
 
-__all__ = ["check_fit"]
-
 
 def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
     """Raise WeightError for moments of another model than the one that these sites are in.

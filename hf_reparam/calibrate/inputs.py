@@ -14,20 +14,6 @@ from transformers.utils import TransformersKwargs
 
 from hf_reparam.model.host import embeddings_of
 
-__all__ = [
-    "Names",
-    "batches_of_one",
-    "fills_masks",
-    "forward_names",
-    "host",
-    "padding_id",
-    "positions",
-    "predicts_tokens",
-    "same_draws",
-    "vocabulary",
-    "without_cache",
-]
-
 _FILL_MASKS = ("ForMaskedLM", "ForPreTraining", "WithLMHeadModel")  # how names of classes end
 
 

@@ -9,20 +9,6 @@ from torch import Tensor
 from hf_reparam.calibrate.inputs import Names
 from hf_reparam.errors import TargetError
 
-__all__ = [
-    "DECODED",
-    "INPUTS",
-    "LABELS",
-    "Words",
-    "check_data",
-    "count",
-    "depth",
-    "examples",
-    "is_row",
-    "leaf",
-    "length_of",
-]
-
 Words = str | tuple[str, str] | list[Mapping[str, str]]
 """A text, a pair of texts, or the messages of a chat."""
 

@@ -20,25 +20,6 @@ from torch.overrides import TorchFunctionMode
 from hf_reparam.errors import TargetError
 from hf_reparam.linalg.sums import widened
 
-__all__ = [
-    "IGNORED",
-    "MASKS",
-    "SummedLosses",
-    "batch_masks",
-    "compared",
-    "divergence",
-    "examples_in",
-    "logits_of",
-    "objective",
-    "position_mask",
-    "predicts",
-    "problem_of",
-    "projection",
-    "seeds_of",
-    "uniforms",
-    "unit_of",
-]
-
 IGNORED = -100  # Transformers' label of positions without a label
 MASKS = ("decoder_attention_mask", "attention_mask")
 _PARAMETERS = ("params", "prediction_outputs")  # of the distributions that time series are drawn from

@@ -25,8 +25,6 @@ from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.layers.warn import warn
 
-__all__ = ["Padding", "Part", "decodes", "rows_of", "splits", "taken_by", "unlabelled", "warn_of_repeats"]
-
 Batch = Mapping[str, Any]
 
 _ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")

@@ -9,8 +9,6 @@ from hf_reparam.calibrate.inputs import positions
 from hf_reparam.calibrate.items import Words
 from hf_reparam.errors import TargetError
 
-__all__ = ["checked_tokenizer", "longest", "tokenized"]
-
 Tokens = dict[str, list[int]]
 
 _LONGEST = 512

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Layout", "Watcher", "inputs_of", "layouts", "order_of", "rows", "shapes_of", "watching"]
-
 
 class Layout(NamedTuple):
     """How the rows of a layer's input follow a mask (batch, length).

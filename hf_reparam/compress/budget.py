@@ -14,8 +14,6 @@ from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps
 
-__all__ = ["Budget", "Ways"]
-
 _TRIES = 4
 _CLOSE = 0.02  # of the cost that was asked for
 _NEARLY_DENSE = 0.99

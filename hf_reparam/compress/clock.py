@@ -30,8 +30,6 @@ from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry, Speed
 from hf_reparam.structures.structure import Site
 
-__all__ = ["Clock", "drawn", "medians", "speed_of"]
-
 _RANKS = 12
 _ROUNDS, _LEAST_ROUNDS = 7, 3
 _LEAST = 1e-2  # seconds that one measurement takes at least

@@ -37,8 +37,6 @@ from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import called, check_model, own_tokenizer
 from hf_reparam.tables import Part, Readable
 
-__all__ = ["Comparison", "compare", "megabytes", "shown"]
-
 _LONGEST = 2048  # tokens of a block, if the model has room for so many
 _BATCHES = (1, 32)  # texts in a call that is timed
 _LENGTH = 128  # of these texts

@@ -42,8 +42,6 @@ from hf_reparam.report import Report
 from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 
-__all__ = ["asked_of", "convert"]
-
 M = TypeVar("M", bound=nn.Module)
 Data = Calibration | Iterable[Mapping[str, Any]] | Iterable[str]
 

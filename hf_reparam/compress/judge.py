@@ -27,8 +27,6 @@ from hf_reparam.linalg.calibration import HeldOut
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.model.host import called
 
-__all__ = ["Judge", "few", "labelled"]
-
 _FEW, _MORE, _TOKENS = 16, 64, 2048  # examples that a layer alone is judged on, and about as many tokens
 _MOST_ROWS = 4096  # of a layer's input, when layers alone are judged
 _MOST_BYTES = 1 << 30  # that the dense model's predictions may take

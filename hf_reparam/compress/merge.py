@@ -18,8 +18,6 @@ from hf_reparam.model.sites import Found
 from hf_reparam.structures import STRUCTURES, close_attentions
 from hf_reparam.structures.source import Source
 
-__all__ = ["merge"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -14,8 +14,6 @@ from hf_reparam.model.host import check_model, hosts, metric_of
 from hf_reparam.model.retype import retype
 from hf_reparam.plan import ConversionRecord, Entry
 
-__all__ = ["to_pairs"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -26,8 +26,6 @@ from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps
 
-__all__ = ["check_dense", "make_plan", "plan_for", "warn_without_data"]
-
 
 def make_plan(
     model: nn.Module,

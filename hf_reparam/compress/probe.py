@@ -22,8 +22,6 @@ from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Replacement
 
-__all__ = ["Prober", "probed"]
-
 _ROUNDS = 2
 _NEAR = 1.15  # a rank within this factor of one that was tried needs no trial
 _FAR = math.log(100)  # from the typical ratio: further off is rounding, at nearly full rank

@@ -11,8 +11,6 @@ from hf_reparam.plan import Entry
 from hf_reparam.report import SkippedReport
 from hf_reparam.structures.structure import Site
 
-__all__ = ["given_ranks"]
-
 
 def given_ranks(found: Sequence[Found], config: LowRankConfig) -> tuple[dict[str, Entry], list[SkippedReport]]:
     """One entry for each site, or the reason why it stays as it is.

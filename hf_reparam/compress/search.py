@@ -19,8 +19,6 @@ from hf_reparam.plan import RankPlan
 from hf_reparam.report import TriedSize
 from hf_reparam.structures.source import Kept, Source
 
-__all__ = ["search_plan"]
-
 Evaluate = Callable[[Any], float]
 
 _HALVINGS = 7

@@ -16,8 +16,6 @@ from hf_reparam.model.sites import Found
 from hf_reparam.plan import Entry
 from hf_reparam.structures.structure import Steps
 
-__all__ = ["Parameters", "Seconds", "Unit", "unit_of"]
-
 _TOKENS = 1024  # of a call: 8 texts of 128 tokens
 
 

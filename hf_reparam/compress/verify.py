@@ -20,8 +20,6 @@ from hf_reparam.model.sites import select
 from hf_reparam.plan import Entry, Judgement, RankPlan
 from hf_reparam.structures.source import Kept, Source
 
-__all__ = ["best_plan", "can_be_judged"]
-
 _MEASURED = "measured ranks"
 
 Chosen = tuple[dict[str, Entry], str, Judgement | None]

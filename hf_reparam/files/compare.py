@@ -9,8 +9,6 @@ from hf_reparam.errors import CheckpointError
 from hf_reparam.files.folder import card_of, lines_of, load, load_tokenizer, locate, model_place
 from hf_reparam.model.card import with_comparison
 
-__all__ = ["compare_folders", "megabytes"]
-
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of which Transformers loads the first that is there
 
 

@@ -28,8 +28,6 @@ from hf_reparam.plan import RankPlan
 from hf_reparam.recover.refit import refit as refit_factors
 from hf_reparam.report import Report
 
-__all__ = ["convert_folder", "inspect_folder", "merge_folder"]
-
 _SHARD = {True: "500MB", False: "50GB"}  # when streaming, one is held in memory at a time
 
 

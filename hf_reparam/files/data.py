@@ -20,8 +20,6 @@ from hf_reparam.layers.processes import is_first, own_share, wait_for_all
 from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.plan import RankPlan
 
-__all__ = ["CalibrationData", "check_size"]
-
 
 @dataclass(frozen=True)
 class CalibrationData:

@@ -18,8 +18,6 @@ from hf_reparam.model.checks import count_parameters
 from hf_reparam.plan import RankPlan
 from hf_reparam.tables import Part, Readable
 
-__all__ = ["Estimate", "Estimates", "plan_folder"]
-
 _KEEPS = (0.8, 0.6, 0.4)
 
 

@@ -24,21 +24,6 @@ from hf_reparam.model.auto import generated_class
 from hf_reparam.model.config import PREFIX, ReparamConfigMixin
 from hf_reparam.model.stored import check_folder
 
-__all__ = [
-    "OTHER_FOLDERS",
-    "card_of",
-    "check_device",
-    "checked",
-    "lines_of",
-    "load",
-    "load_tokenizer",
-    "locate",
-    "model_place",
-    "one_line",
-    "read_json",
-    "skeleton",
-]
-
 OTHER_FOLDERS = ("onnx", "openvino", "coreml", "original", "checkpoint-*", "global_step*")  # the weights once more
 _OTHER_FORMATS = ["tf_model*", "flax_model*", "*.ot", "*model*.onnx*", "*.gguf", "*.tflite"]
 _OTHER_FORMATS += [f"{name}/*" for name in OTHER_FOLDERS]

@@ -17,8 +17,6 @@ from hf_reparam.layers.processes import is_first
 from hf_reparam.model.remote import FILE
 from hf_reparam.plan import RankPlan
 
-__all__ = ["check_absent", "check_new", "copy_companions", "new_folder", "read_plan", "visible_files", "write_plan"]
-
 _OWN = (  # written by the model, or true of the source alone; weights; what a Trainer left
     *("config.json", "generation_config.json", "README.md", FILE),
     *("model*.safetensors", "model.safetensors.index*.json", "pytorch_model*.bin", "pytorch_model.bin.index*.json"),

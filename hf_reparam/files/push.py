@@ -14,8 +14,6 @@ from hf_reparam.model.card import prepare_upload
 from hf_reparam.model.config import ReparamConfigMixin
 from hf_reparam.model.remote import FILE
 
-__all__ = ["Pushed", "push_folder"]
-
 
 @dataclass(frozen=True)
 class Pushed:

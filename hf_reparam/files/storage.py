@@ -19,8 +19,6 @@ from hf_reparam.model.sites import check_forms, entries_of, fit
 from hf_reparam.plan import ConversionRecord, RankPlan
 from hf_reparam.structures import STRUCTURES
 
-__all__ = ["load", "save"]
-
 M = TypeVar("M", bound=nn.Module)
 
 _PLAN, _TENSORS = "plan.json", "model.safetensors"
@@ -56,8 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         raise TargetError(f"{type(model).__name__} is a PreTrainedModel: use its save_pretrained")
     work = opened(model).model
     entries = entries_of(work)
-    tables = [kind for kind in STRUCTURES if kind.stays_in_memory and kind.option is not None]
-    tied = [site.name for kind in tables for site in kind.sites(work) if site.entry]
+    tied = [site.name for kind in STRUCTURES if kind.ties for site in kind.sites(work) if site.entry]
     if tied:
         raise TargetError(
             f"{tied[0]} is an embedding of low rank, which this format does not hold: save the PreTrainedModel that "

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from hf_reparam.errors import WeightError
 
-__all__ = ["WorkingCopy", "frozen_copy"]
-
 M = TypeVar("M", bound=nn.Module)
 
 _OWN = vars(nn.Module()).keys()

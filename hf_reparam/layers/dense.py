@@ -14,18 +14,6 @@ from torch import Tensor, nn
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.layers.factored import Factored
 
-__all__ = [
-    "DenseType",
-    "build_dense",
-    "dense_like",
-    "dense_matrix",
-    "dense_type",
-    "not_whole",
-    "register_dense",
-    "registered_types",
-    "shape_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class DenseType:

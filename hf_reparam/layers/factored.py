@@ -10,8 +10,6 @@ from hf_reparam.compat.marks import set_initialized
 from hf_reparam.errors import WeightError
 from hf_reparam.plan import Entry
 
-__all__ = ["Factored", "Product"]
-
 
 class Factored(nn.Module):
     """Factors in the place of a dense weight, for which `weight` answers: see `Product`.

@@ -11,8 +11,6 @@ from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.layers.dense import dense_like, not_whole
 from hf_reparam.layers.factored import Factored
 
-__all__ = ["LowRankLinear", "PivotedLinear"]
-
 
 class LowRankLinear(Factored):
     """y = up(down(x)): a dense layer with W (out, in) = up.weight (out, r) @ down.weight (r, in).

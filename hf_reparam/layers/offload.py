@@ -14,8 +14,6 @@ from hf_reparam.compat.accelerate import leave_in, places_in_files, write_tensor
 from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.processes import alone, distributed, spread
 
-__all__ = ["build_layers", "check_stored"]
-
 _RECORD = "layer.json"
 
 L = TypeVar("L", bound=nn.Module)

@@ -14,8 +14,6 @@ from torch import Tensor
 from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.progress import each, one_bar
 
-__all__ = ["alone", "connected", "distributed", "is_first", "own_share", "spread", "total", "wait_for_all"]
-
 T = TypeVar("T")
 
 

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 from transformers.utils.logging import tqdm
 
-__all__ = ["each", "one_bar", "stage"]
-
 T = TypeVar("T")
 
 

@@ -15,19 +15,6 @@ from hf_reparam.linalg.factorize import Decomposition
 from hf_reparam.linalg.pivot import pivot
 from hf_reparam.plan import Entry
 
-__all__ = [
-    "check_copyable",
-    "factor",
-    "has_hooks",
-    "independent_copy",
-    "low_rank_like",
-    "replace_modules",
-    "set_attribute",
-    "set_bias",
-    "set_factors",
-    "undone_on_error",
-]
-
 M = TypeVar("M", bound=nn.Module)
 
 

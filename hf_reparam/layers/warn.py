@@ -3,8 +3,6 @@
 import sys
 import warnings
 
-__all__ = ["warn"]
-
 
 def warn(text: str) -> None:
     """A UserWarning, attributed to the first caller outside of the package, however deep this is."""

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from hf_reparam.errors import RankError
 
-__all__ = ["Options", "Way", "allocate"]
-
 _HIGHEST = 100.0  # natural logarithm of lambda
 
 C = TypeVar("C")

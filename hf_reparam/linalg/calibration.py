@@ -19,8 +19,6 @@ from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.linalg.tables import TableMoments
 
-__all__ = ["Calibration", "HeldOut", "shapes_of_layers"]
-
 HeldOut = tuple[dict[str, Any], tuple[Tensor, ...]]
 """A batch for `model(**batch)`, with its padding masks."""
 _BATCH, _MASK = "batch:", "mask:"  # no name of a layer has a colon

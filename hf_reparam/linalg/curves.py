@@ -14,8 +14,6 @@ from torch import Tensor
 from hf_reparam.linalg.factorize import Decomposition, decompose, spectrum, working_device
 from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments, Shrinkage
 
-__all__ = ["Curve", "curve"]
-
 _MANY = 50  # rows for each input, from which on the least shrinkage is taken without a trial
 _TINY = 1e-300
 

@@ -15,8 +15,6 @@ from hf_reparam.config import SOLVERS
 from hf_reparam.errors import RankError, TargetError, WeightError
 from hf_reparam.linalg.metric import Metric
 
-__all__ = ["Decomposition", "decompose", "spectrum", "working_device"]
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OVERSAMPLING = 32  # eigenvectors beyond the rank that the single-precision search hands to the refinement
 _SMALL = 256  # below this order the double-precision eigenproblem is cheap, and the search gains nothing

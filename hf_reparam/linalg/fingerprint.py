@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint"]
-
 
 def fingerprint(*parts: object) -> str:
     """A checksum of values: tensors by dtype, shape and every byte, mappings entry by entry, anything else by its repr.

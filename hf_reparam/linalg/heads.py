@@ -22,8 +22,6 @@ from hf_reparam.linalg.factorize import decompose
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.moments import SHRINKAGES
 
-__all__ = ["HeadMaps", "HeadMoments", "map_both", "map_rows", "output_moment"]
-
 
 @dataclass(frozen=True, slots=True)
 class HeadMaps:

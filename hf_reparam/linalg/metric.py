@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Metric", "root"]
-
 
 @dataclass(frozen=True, slots=True)
 class Metric:

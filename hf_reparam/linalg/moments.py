@@ -11,8 +11,6 @@ from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.sums import add_gram, add_rows, widened
 
-__all__ = ["SHRINKAGES", "LayerMoments", "Shrinkage"]
-
 Shrinkage = tuple[float, float]
 """Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
 SHRINKAGES: tuple[Shrinkage, ...] = ((1e-3, 1e-2), (1e-2, 1e-1), (1e-1, 5e-1))

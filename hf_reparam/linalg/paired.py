@@ -13,8 +13,6 @@ from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.moments import Shrinkage
 from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
 
-__all__ = ["PairedMoments"]
-
 
 @dataclass
 class PairedMoments:

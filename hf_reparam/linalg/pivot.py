@@ -8,8 +8,6 @@ dense weight. Which columns: those of nearly the largest volume, for which no en
 import torch
 from torch import Tensor
 
-__all__ = ["BOUND", "pivot"]
-
 BOUND = 1.05
 """No entry of S is larger than this."""
 

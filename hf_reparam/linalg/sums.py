@@ -7,8 +7,6 @@ from torch import Tensor
 
 from hf_reparam.linalg.factorize import working_device
 
-__all__ = ["add", "add_gram", "add_rows", "widened"]
-
 _BLOCKS = 4  # of columns
 _WIDE = 512  # columns from which on blocks are worth their overhead
 _FREE = 0.25  # of a device's memory, which sums leave to everything else

@@ -17,8 +17,6 @@ from hf_reparam.errors import RankError, WeightError
 from hf_reparam.linalg.metric import root
 from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
 
-__all__ = ["Table", "TableMoments", "decompose_table"]
-
 ROW_SHRINKAGE = 0.1
 """Share of the mean weight that is mixed into the weights of rows: most tokens do not come in calibration data."""
 _COLUMN_SHRINKAGE = 1e-2

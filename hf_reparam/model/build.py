@@ -20,8 +20,6 @@ from hf_reparam.structures import STRUCTURES, Structure, changed
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built, Replacement
 
-__all__ = ["Made", "apply", "build", "install"]
-
 
 @dataclass
 class Made:

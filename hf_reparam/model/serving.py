@@ -10,8 +10,6 @@ from hf_reparam.layers.factored import Factored
 from hf_reparam.model.auto import generated_class
 from hf_reparam.model.config import PREFIX
 
-__all__ = ["register"]
-
 
 def register() -> None:
     """Let vLLM and SGLang find converted models and load their layers: the entry point of their plugins.

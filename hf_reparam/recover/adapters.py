@@ -10,8 +10,6 @@ from hf_reparam.layers.dense import dense_type
 from hf_reparam.layers.factored import Factored
 from hf_reparam.model.checks import check_no_adapters
 
-__all__ = ["lora_targets"]
-
 
 def lora_targets(model: nn.Module, targets: str | Iterable[str]) -> str | list[str]:
     """`target_modules` of a `LoraConfig` for the dense model -> those for the converted one.

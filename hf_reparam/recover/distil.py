@@ -14,8 +14,6 @@ from hf_reparam.calibrate.objective import IGNORED, batch_masks, logits_of, posi
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 
-__all__ = ["distillation_loss"]
-
 Loss = Callable[..., Tensor]
 
 

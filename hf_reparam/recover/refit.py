@@ -35,8 +35,6 @@ from hf_reparam.report import RefitReport
 from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 
-__all__ = ["HOLD_OUT", "parts_of", "refit"]
-
 _NOT_ONCE = "which a pass reaches more than once, or not at all"
 _UNEVEN = "which do not get the same tokens in both models"
 HOLD_OUT = 5  # every fifth batch judges, the others fit

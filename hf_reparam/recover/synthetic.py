@@ -14,8 +14,6 @@ from hf_reparam.calibrate.padding import Padding, Part, decodes
 from hf_reparam.layers.progress import each
 from hf_reparam.structures.hosts import embeddings_of
 
-__all__ = ["synthetic_parts"]
-
 _CANNOT_WRITE = (ValueError, RuntimeError, TypeError, LookupError, AttributeError)  # from ids alone
 _OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _GIVEN = 16  # of so many tokens that a text has, one is given

@@ -5,8 +5,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["embeddings_of", "hosts"]
-
 
 def hosts(model: nn.Module) -> dict[str, Any]:
     """What paths of modules inside of it begin with, "0.model." -> Transformers model, for each in an object that is

@@ -20,8 +20,6 @@ from hf_reparam.structures.multihead import unsplittable
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built, Replacement, Site, Structure, paths_of, reading
 
-__all__ = ["Linears"]
-
 
 class Linears(Structure):
     """Every layer of a registered dense type (see `hf_reparam.register_dense`): as a pair, or with pivots."""

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import has_hooks, replace_modules
 
-__all__ = ["SplitMultiheadAttention", "changed", "close_attentions", "join", "open_attentions", "unsplittable"]
-
 
 class SplitMultiheadAttention(nn.Module):
     """The function of an `nn.MultiheadAttention`, through four Linears that share its memory.

@@ -15,8 +15,6 @@ from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments
 from hf_reparam.linalg.tables import TableMoments
 
-__all__ = ["Kept", "Source"]
-
 
 @dataclass
 class Kept:

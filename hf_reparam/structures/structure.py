@@ -23,8 +23,6 @@ from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
 
-__all__ = ["Built", "Replacement", "Site", "Steps", "Structure", "paths_of", "reading"]
-
 _NEW = (nn.Module, nn.Parameter)
 CAUTION = 1.5  # what narrower heads and tables lose counts for so much more: it meets the errors of other layers
 

@@ -19,8 +19,6 @@ from hf_reparam.structures.experts.watch import ExpertWatch
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built, Replacement, Site, Structure, paths_of, reading
 
-__all__ = ["ExpertSite", "Experts", "dense_experts", "expert_moments"]
-
 _UNMARKED = {
     "llama4.modeling_llama4.Llama4TextExperts": True,
     "longcat_flash.modeling_longcat_flash.LongcatFlashExperts": False,

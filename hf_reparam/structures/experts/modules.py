@@ -16,8 +16,6 @@ from hf_reparam.errors import WeightError
 from hf_reparam.layers.factored import Factored, Product
 from hf_reparam.linalg.factorize import working_device
 
-__all__ = ["ExpertWeight", "LowRankExperts"]
-
 Use = Callable[[Any, Tensor, Tensor], Any]  # of an input, and the two factors of a weight in the order of their product
 
 _ALIGNMENT = 16  # bytes: what grouped products ask of the length of a row

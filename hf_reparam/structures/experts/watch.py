@@ -11,8 +11,6 @@ from hf_reparam.compat.marks import one_by_one
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg.moments import LayerMoments
 
-__all__ = ["ExpertWatch"]
-
 
 class ExpertWatch:
     """Adds what each expert multiplies, and the gradients of that, to its moments until `remove` is called.

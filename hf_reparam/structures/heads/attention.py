@@ -15,8 +15,6 @@ from hf_reparam.layers.dense import dense_type, shape_of
 from hf_reparam.plan import Entry
 from hf_reparam.structures.structure import Replacement, Site, paths_of
 
-__all__ = ["Attention", "AttentionType", "FusedProjections", "find_attentions", "register_attention"]
-
 INNER = ("query", "key", "value")  # roles of the projections into heads
 ROLES = (*INNER, "output")  # and of all projections of an attention
 

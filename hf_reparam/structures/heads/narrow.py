@@ -19,8 +19,6 @@ from hf_reparam.structures.heads.attention import INNER, ROLES, Attention
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built
 
-__all__ = ["NarrowHeads", "stock_layers", "widened"]
-
 
 @dataclass(frozen=True)
 class NarrowHeads:

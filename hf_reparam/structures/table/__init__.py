@@ -18,8 +18,6 @@ from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import CAUTION, Built, Replacement, Site, Structure, reading
 from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankTable, low_rank_table, stock_table
 
-__all__ = ["Tables"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TableSite(Site):

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from hf_reparam.layers.factored import Factored
 
-__all__ = ["Factor", "LowRankEmbedding", "LowRankHead", "LowRankTable", "low_rank_table", "stock_table"]
-
 
 class Factor(nn.Module):
     """One matrix W (out, in), y = x W^T, or the other way, y = x W.
