@@ -23,8 +23,6 @@ from hf_reparam.recover.refit import HOLD_OUT, parts_of
 from hf_reparam.recover.synthetic import synthetic_parts
 from hf_reparam.report import RefineReport
 
-__all__ = ["refine"]
-
 _RATES = tuple(4e-3 * 2.0**i for i in range(4, -7, -1))  # relative: of the root mean square of a matrix
 _FIRST = 4  # which of them is tried first
 _VECTORS = 0.3  # what counts as that of a vector: norms are near 1, biases near 0
@@ -46,13 +44,14 @@ def refine(
 ) -> RefineReport:
     """Train a converted model towards the dense model's predictions, without labels; changes `model` in place.
 
-    Muon on the factors, AdamW on their biases and every other vector (norms, biases). Every fifth batch, none of those
-    that chose the fits of `refit`, is held out to judge: the learning rate, relative to the root mean square of each
-    matrix, is the one that does best there in a cosine schedule of one epoch, from which a schedule of the others goes
-    on. First 4e-3 is tried, then its halves down to 6.25e-5 or its doubles up to 6.4e-2, while each does better than
-    the one before. After each epoch the weights and their mean over its steps are judged, and the model keeps what did
-    best, the weights that it came with included. Batches are split where an epoch would have fewer than 40 steps.
-    Dropout is off. It goes well after `refit`; training with labels is the `Trainer`'s.
+    Muon on matrices among the factors, AdamW on other factors (of experts) and on every vector (norms, biases). Every
+    fifth batch, none of those that chose the fits of `refit`, is held out to judge: the learning rate, relative to the
+    root mean square of each matrix, is the one that does best there after one epoch. First 4e-3 is tried, then its
+    halves down to 6.25e-5 or its doubles up to 6.4e-2, while each does better than the one before. From there the other
+    epochs go on; in that first epoch as in these the rate falls to zero in a straight line. After each epoch the
+    weights and their mean over its steps are judged, and the model keeps what did best, the weights that it came with
+    included. Batches are split where an epoch would have fewer than 40 steps. Dropout is off. It goes well after
+    `refit`; training with labels is the `Trainer`'s.
 
     Args:
         model: a converted model. Of half precision, its weights follow float32 ones, in which the steps are made.
@@ -79,7 +78,8 @@ def refine(
 
     Source: Muon, K. Jordan et al., https://kellerjordan.github.io/posts/muon/, with steps of AdamW's size, arXiv
     2502.16982; texts from the model itself, LLM-QAT, arXiv 2305.17888; relative steps from Adafactor, arXiv 1804.04235;
-    means of weights from SWA, arXiv 1803.05407; a schedule after another from SGDR, arXiv 1608.03983.
+    means of weights from SWA, arXiv 1803.05407; linear schedules, S. Bergsma et al., arXiv 2502.15938, one after
+    another as in SGDR, arXiv 1608.03983.
 
     >>> from hf_reparam.compress.convert import convert
     >>> _ = torch.manual_seed(0)
@@ -194,7 +194,7 @@ class _Refining:
         """After each epoch of a schedule, the divergence and the weights: the last, or the mean over its steps."""
         steps = len(epochs) * len(self.fitting)
         warmup = math.ceil(steps / 50)
-        share = lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)  # noqa: E731
+        share = lambda step: min((step + 1) / warmup, 1 - step / steps)  # noqa: E731
         optimizers = _optimizers(self.exact, rate)
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
         order = list(range(len(self.fitting)))
