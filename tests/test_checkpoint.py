@@ -121,7 +121,7 @@ def test_plans_are_judged_where_the_model_is_in_memory(tmp_path, gpt2):
     options = {"keep": 0.5, "calibration": tmp_path / "texts.txt"}
     in_memory = hf_reparam.convert_folder(gpt2, tmp_path / "memory", **options)
     assert in_memory.judgement is not None
-    with pytest.warns(UserWarning, match="layers are offloaded, so ranks are predicted, not measured"):
+    with pytest.warns(UserWarning, match="layers are streamed or offloaded, so ranks are predicted, not measured"):
         streamed = hf_reparam.convert_folder(gpt2, tmp_path / "streamed", **options, stream=True)
     assert streamed.judgement is None
     config = hf_reparam.LowRankConfig(speedup=1.5)

@@ -37,8 +37,8 @@ def can_be_judged(work: nn.Module, config: LowRankConfig, source: Source) -> boo
     offloaded = any(map(is_offloaded, work.modules()))
     if offloaded:
         warn(
-            "layers are offloaded, so ranks are predicted, not measured on held-out data, and may lose more: where the "
-            "model fits in memory, make the plan there and pass it (verify=False: without this warning)"
+            "layers are streamed or offloaded, so ranks are predicted, not measured on held-out data, and may lose "
+            "more: make the plan where the model fits in memory, and pass it (verify=False, --no-verify: no warning)"
         )
     return not offloaded
 
