@@ -70,7 +70,7 @@ class Setting:
         return {"eager": None} if self.small else MODES
 
     def bert(self) -> Any:
-        size = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 96, "num_attention_heads": 2}
+        size = {"hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 512, "num_attention_heads": 2}
         config = transformers.BertConfig(**size if self.small else {})
         return transformers.BertForMaskedLM(config).to(self.device).eval()
 

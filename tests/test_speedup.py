@@ -273,7 +273,7 @@ def test_saved_and_read_again(counted, tmp_path, capsys):
     [
         ({"speedup": 0.5}, RankError, "at least 1"),
         ({"speedup": float("inf")}, RankError, "at least 1"),
-        ({"speedup": 2, "keep": 0.5}, RankError, "give one of"),
+        ({"speedup": 2, "keep": 0.5}, TargetError, "give one of"),
         ({"tokens": 8, "keep": 0.5}, TargetError, "go with speedup"),
         ({"compiled": True, "keep": 0.5}, TargetError, "go with speedup"),
         ({"speedup": 2, "tokens": 0}, RankError, "tokens must be"),
