@@ -203,7 +203,7 @@ def _check_together(config: LowRankConfig) -> None:
     if config.speedup is not None and (config.embeddings or config.heads):
         raise TargetError("speedup counts the time of dense layers: leave out embeddings and heads")
     uniform = config.allocation == "uniform" or (config.allocation is None and config.metric in METRICS[:2])
-    if config.least_saving != LowRankConfig.least_saving and (config.speedup is not None or uniform):
+    if "least_saving" in config.to_dict() and (config.speedup is not None or uniform):
         raise TargetError("least_saving goes with global allocation of parameters, not with speedup or uniform shares")
     if config.heads and (config.metric in METRICS[:2] or config.allocation == "uniform"):
         raise TargetError(

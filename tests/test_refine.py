@@ -81,6 +81,22 @@ def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(monkeypatc
     assert refine(convert(dense, rank=6), dense, batches(), epochs=1).learning_rate == 1e-3
 
 
+def test_the_rate_falls_to_zero_in_a_straight_line(dense, monkeypatch):
+    rates, made = [], module._optimizers
+
+    def watched(parameters, rate):
+        found = made(parameters, rate)
+        found[0].register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return found
+
+    monkeypatch.setattr(module, "_RATES", (1e-3,))
+    monkeypatch.setattr(module, "_FIRST", 0)
+    monkeypatch.setattr(module, "_optimizers", watched)
+    refine(convert(dense, rank=6), dense, batches(), epochs=1, synthetic=0)
+    assert len(rates) >= 40
+    assert rates == pytest.approx([rates[0] * (1 - step / len(rates)) for step in range(len(rates))])
+
+
 def test_an_interruption_leaves_the_best_weights(dense, monkeypatch):
     small = convert(dense, rank=6)
     before, calls = state(small), []
