@@ -57,6 +57,7 @@ def test_batching_padding_and_order_do_not_matter(base):
     assert_same(one_by_one, together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 def test_nothing_is_read_back_from_a_device_before_all_batches_are_through(base, monkeypatch):
     """The meta device stands for one: a number on it can be neither read nor copied to the CPU."""

@@ -116,6 +116,7 @@ def test_by_size_with_moments(tmp_path, bert):
         assert report.to_dict() == expected.to_dict()
 
 
+@pytest.mark.slow
 def test_plans_are_judged_where_the_model_is_in_memory(tmp_path, gpt2):
     """By default; whoever streams is told that ranks are not measured, and what to do."""
     options = {"keep": 0.5, "calibration": tmp_path / "texts.txt"}

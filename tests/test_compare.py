@@ -37,6 +37,7 @@ def words():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base", ["BertForMaskedLM", "BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"]
 )

@@ -81,6 +81,7 @@ def test_the_learning_rate_is_the_one_that_does_best_on_held_out_data(monkeypatc
     assert refine(convert(dense, rank=6), dense, batches(), epochs=1).learning_rate == 1e-3
 
 
+@pytest.mark.slow
 def test_the_rate_falls_to_zero_in_a_straight_line(dense, monkeypatch):
     rates, made = [], module._optimizers
 
@@ -130,6 +131,7 @@ def test_epochs_are_counted(dense, epochs):
         refine(convert(dense, rank=6), dense, batches(), epochs=epochs)
 
 
+@pytest.mark.slow
 def test_none_of_the_batches_that_chose_the_fits_of_refit_judge(dense, monkeypatch):
     seen = []
 
@@ -168,6 +170,7 @@ def test_the_mean_of_the_weights_counts_where_it_is_nearer(dense):
     assert work._better([value + 1 for value in bad])[0] == work._judged()
 
 
+@pytest.mark.slow
 def test_steps_are_relative_to_the_size_of_a_factor(monkeypatch):
     monkeypatch.setattr(module, "_RATES", (2e-3,))
     monkeypatch.setattr(module, "_FIRST", 0)
@@ -184,6 +187,7 @@ def test_steps_are_relative_to_the_size_of_a_factor(monkeypatch):
     assert found[1].after == pytest.approx(found[0].after, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_dense_predictions_are_made_once_where_there_is_room(dense, monkeypatch):
     monkeypatch.setattr(module, "_RATES", (1e-3,))
     monkeypatch.setattr(module, "_FIRST", 0)

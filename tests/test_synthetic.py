@@ -146,6 +146,7 @@ def test_none_are_made_of_what_is_no_text_alone(base, more):
     assert synthetic_parts(zoo.BY_BASE[base].build(), [Part({"pixel_values": torch.zeros(4, 3)})], 3)(0) == []
 
 
+@pytest.mark.slow
 def test_with_little_data_more_is_learned():
     torch.manual_seed(0)
     dense = zoo.BY_BASE["BertModel"].build()
@@ -154,7 +155,7 @@ def test_with_little_data_more_is_learned():
     apart = []
     for synthetic in (0, 8):
         small = convert(dense, LowRankConfig(rank=4))
-        refine(small, dense, data, epochs=4, synthetic=synthetic)
+        refine(small, dense, data, epochs=2, synthetic=synthetic)
         with torch.no_grad():
             one, other = (m(**unseen[0]).last_hidden_state for m in (dense, small))
         apart.append(float((one - other).square().sum()))

@@ -353,6 +353,7 @@ def test_low_rank_embeddings_that_the_whole_cannot_store(tmp_path):
     assert type(dense.decoder) is tf.GPT2LMHeadModel
 
 
+@pytest.mark.slow
 def test_ranks_are_chosen_where_the_hidden_states_of_a_part_are_recorded():
     """A language model reads hidden states of the images' encoder, which is not computed again while layers behind it
     are tried."""

@@ -375,6 +375,7 @@ def test_a_language_model_does_not_take_the_class_of_a_text_for_tokens(tokenizer
 # Tokenizers
 
 
+@pytest.mark.slow
 def test_repeated_examples_are_warned_of(bert, tokenizer):
     batches = [tokenizer(text, return_tensors="pt") for text in WORDS[:5]]
     small = convert(bert, rank=4)

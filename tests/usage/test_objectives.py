@@ -315,6 +315,7 @@ def test_weights_made_inside_inference_mode():
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "unit", "apart"),
     [
@@ -354,6 +355,7 @@ def time_series():
     return tf.PatchTSTForPrediction(config).eval()
 
 
+@pytest.mark.slow
 def test_time_series_are_judged_by_what_is_predicted_and_not_by_the_mean_of_the_past():
     torch.manual_seed(0)
     model = time_series()

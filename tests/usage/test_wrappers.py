@@ -663,6 +663,7 @@ def test_sentence_transformer_with_an_adapter(sentences):
         convert(st, rank=4)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_is_watched():
     model = bert("BertForSequenceClassification")
     batches = [{"input_ids": text()["input_ids"].roll(i, 1)} for i in range(6)]
