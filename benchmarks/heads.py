@@ -61,7 +61,7 @@ def quality(task: tasks.Task) -> dict[str, Any]:
             plan = with_widths(task.model, share, metric)
             prepare = modegpt if name == "MoDeGPT" else NarrowHeads.prepare
             with mock.patch.object(NarrowHeads, "prepare", prepare):
-                small = hf_reparam.convert(task.model, plan, calibration=calibration)
+                small = hf_reparam.convert(task.model, plan, calibration=None if metric == "svd" else calibration)
             rows.setdefault(name, {})[str(share)] = task.score(small)
             print(f"{task.name:11} {name:13} {share:<5} {rows[name][str(share)]['lost']:.4f}", flush=True)
     return {"lost": task.lost, "attentions": len(plan.modules), "rows": rows}
