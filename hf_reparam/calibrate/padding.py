@@ -19,8 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_reparam.calibrate.inputs import forward_names
-from hf_reparam.calibrate.objective import IGNORED, MASKS, batch_masks, examples_in, seeds_of
+from hf_reparam.calibrate.inputs import forward_names, same_draws
+from hf_reparam.calibrate.objective import (
+    IGNORED,
+    MASKS,
+    batch_masks,
+    compared,
+    examples_in,
+    problem_of,
+    seeds_of,
+)
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.layers.warn import warn
@@ -61,7 +69,7 @@ class Padding:
 
     Args:
         model: what the batches are for.
-        layers: name -> module, of the layers that are watched.
+        layers: name -> module, of the layers that are watched; without any, what the model predicts is.
     """
 
     model: nn.Module
@@ -144,11 +152,11 @@ class Padding:
 
     @torch.no_grad()
     def _rows(self, part: Part) -> tuple[Counter[str], dict[str, frozenset[Layout]]]:
-        """How many rows each layer keeps by the shapes of masks, and how its rows follow them."""
+        """How many rows each layer, or prediction, keeps by the shapes of masks, and how its rows follow them."""
         found: Counter[str] = Counter()
         follows: dict[str, frozenset[Layout]] = {}
         batch = send_to_device(part.batch, execution_device(self.model))
-        for name, shape in shapes_of(self.layers, lambda: self.model(**batch)):
+        for name, shape in shapes_of(self.layers, lambda: self.model(**batch)) if self.layers else self._shapes(batch):
             layout = next(layouts(shape, part.masks), None)
             found[name] += math.prod(shape[:-1])
             if layout is not None:
@@ -156,6 +164,11 @@ class Padding:
                 found[name] -= math.prod(shape[:-1]) // mask.numel() * int((~mask).sum())
             follows[name] = follows.get(name, frozenset()) | ({layout} if layout else set())
         return found, follows
+
+    def _shapes(self, batch: Batch) -> list[tuple[str, torch.Size]]:
+        """Of what the model predicts."""
+        found = compared(same_draws()(self.model)(**batch), problem_of(self.model))
+        return [(name, value.shape) for name, value in found.items()]
 
 
 def warn_of_repeats(judging: Iterable[Part], fitting: Iterable[Part]) -> None:
@@ -173,7 +186,8 @@ def splits(batch: Batch) -> bool:
     """Whether all of a batch belongs to examples, row by row."""
     count = examples_in(batch)
     held = [value for value in batch.values() if isinstance(value, (Tensor, list, tuple, dict))]
-    return all(isinstance(v, Tensor) and (not v.dim() or len(v) in (1, count)) for v in held)
+    vector = all(isinstance(v, Tensor) and v.dim() < 2 for v in held)  # the features of one example
+    return not vector and all(isinstance(v, Tensor) and (not v.dim() or len(v) in (1, count)) for v in held)
 
 
 def rows_of(batch: Batch, rows: list[int]) -> dict[str, Any]:

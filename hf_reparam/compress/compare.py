@@ -26,7 +26,7 @@ from hf_reparam.calibrate.objective import (
     problem_of,
     unit_of,
 )
-from hf_reparam.calibrate.padding import decodes
+from hf_reparam.calibrate.padding import Padding, decodes
 from hf_reparam.calibrate.texts import checked_tokenizer
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.compress.clock import medians
@@ -115,7 +115,8 @@ def compare(
     Raises:
         TargetError: no model, data that cannot be read, no data, or models that predict different things.
 
-    Cost: a forward pass of both models over the data; about fifty more with `times`.
+    Cost: a forward pass of both models over the data, example by example where masks do not tell which predictions are
+    of padding (sound); about fifty more with `times`.
 
     >>> from hf_reparam.compress.convert import convert
     >>> net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
@@ -218,7 +219,7 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
     """What the second model predicts beside the first, and what both lose where there are labels."""
     sums: dict[str, Tensor] = {}
     losses, weights = [0.0, 0.0], 0
-    for batch in each(batches, "comparing", "batch"):
+    for batch in _told_apart(pair[0], batches):
         outputs = [same_draws()(_outputs)(model, batch) for model in pair]
         parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
         if len(parts) == len(pair):
@@ -235,6 +236,13 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
         if _is_causal(pair[0]):
             found["perplexity"] = (math.exp(first), math.exp(second))
     return found | {name: (None, float(value[0] / value[1])) for name, value in sums.items()}
+
+
+def _told_apart(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The batches, or their examples without padding, where masks do not tell which predictions are of padding."""
+    padding = Padding(model, {})
+    for batch in each(batches, "comparing", "batch"):
+        yield from (part.batch for part in padding.parts([(batch, batch_masks(batch))]))
 
 
 def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:

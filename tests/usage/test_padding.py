@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_reparam import calibrate
+from hf_reparam import calibrate, compare, convert, refine
 from tests import zoo
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
@@ -287,3 +287,21 @@ def test_padding_that_cannot_be_told_is_warned_of():
     mask[1, 4:] = 0
     with pytest.warns(UserWarning, match=r"a mask of shape \(2, 8\) fits no input of 1 layers, among them \['inner'\]"):
         calibrate(Packed(), [{"x": x, "attention_mask": mask}], metric="activation")
+
+
+def test_predictions_of_padded_sound_are_neither_compared_nor_learned():
+    """The masks are of samples and the predictions of frames, so that no shape tells which of them are padding."""
+    model = build(tf.Wav2Vec2ForCTC, tf.Wav2Vec2Config(**WAVE, vocab_size=99))
+    examples = waves(*(400, 300, 200, 350) * 3)
+    small = convert(model, rank=8)
+    together = [padded(examples[i : i + 4]) for i in range(0, 12, 4)]
+    for found, expected in zip(
+        compare(model, small, together, times=False).figures.items(),
+        compare(model, small, examples, times=False).figures.items(),
+        strict=True,
+    ):
+        assert found[0] == expected[0]
+        assert found[1][1] == pytest.approx(expected[1][1], rel=1e-6)
+    one, other = (refine(convert(model, rank=8), model, data, epochs=1) for data in (together, examples))
+    assert one.before == pytest.approx(other.before, rel=0.2)  # of other examples: every fifth
+    assert one.unit == other.unit == "nats per token"
