@@ -63,9 +63,9 @@ def calibrate(
     encoders have fewer positions inside, experts get some, a layer may see all positions once a batch), and examples
     can be taken apart, they are watched one by one, which is slower. The gradient is that of the model's own loss where
     it gives one (a batch has `labels`), summed over whatever the head counts; otherwise, and for masked language
-    models, of labels drawn from the model's own predictions; for a headless model of a random projection of its last
-    hidden states, or of all that it returns. The model's mode, gradients, `requires_grad` and hooks are as before, also
-    after an error.
+    models, of labels drawn from the model's own predictions; without logits, of a random projection of what the head
+    gives, or of the last hidden states, or of all that is returned. The model's mode, gradients, `requires_grad` and
+    hooks are as before, also after an error.
 
     Args:
         model: a dense or converted model, or an object with such models in it; of one that cannot be called with

@@ -1,9 +1,9 @@
 """The scalar whose gradient the Fisher metric measures: the log-likelihood of labels, summed over tokens.
 
 Without labels they are drawn from the model's own predictions, which makes the second moment of the gradient the true
-Fisher information; a model that predicts nothing gets a random projection of its last hidden states, or else of all
-that it returns. Draws depend on an example's own content alone, so that neither batch size nor order nor padding
-changes a result. With labels every head's own loss is taken, as a sum over what it counts.
+Fisher information; a model without logits gets a random projection of what its head gives, or else of its last hidden
+states, or else of all that it returns. Draws depend on an example's own content alone, so that neither batch size nor
+order nor padding changes a result. With labels every head's own loss is taken, as a sum over what it counts.
 """
 
 import functools
@@ -23,7 +23,8 @@ from hf_reparam.linalg.sums import widened
 IGNORED = -100  # Transformers' label of positions without a label
 MASKS = ("decoder_attention_mask", "attention_mask")
 _PARAMETERS = ("params", "prediction_outputs")  # of the distributions that time series are drawn from
-_OF_INPUTS = ("loc", "scale", "static_features")
+_OF_INPUTS = ("loc", "scale", "static_features", "encoder_last_hidden_state")
+_OF_HEADS = ("_embeds", "_preds", "_predictions", "prediction_output", "prediction_outputs")
 _STEP = -0x61C8864680B583EB  # of SplitMix64, 2^64 over the golden ratio
 
 
@@ -115,8 +116,7 @@ def objective(
     logits = logits_of(outputs, problem)
     if logits:
         return torch.stack([_drawn(key, value, seeds, masks) for key, value in logits.items()]).sum()
-    hidden = outputs.get("last_hidden_state")
-    return projection(outputs if hidden is None else hidden, seeds, masks)
+    return projection(_without_logits(outputs), seeds, masks)
 
 
 def _span_losses(outputs: Mapping[str, Any], batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[Tensor]:
@@ -159,7 +159,8 @@ def _floating(outputs: Any) -> dict[str, Tensor]:
     """Tensors of floating-point numbers, those inside the outputs of a part if there are no others.
 
     Passed over, where there is something else: similarities of one example with the others of its batch (CLIP's
-    `logits_per_text`), which depend on what is batched together, and the mean and scale of a time series' past.
+    `logits_per_text`), which depend on what is batched together, and what a head gets: the mean and scale of a time
+    series' past, the encoder's states.
     """
     named = _named(outputs)
     several = {k: v for k, v in named.items() if k in _PARAMETERS and isinstance(v, (tuple, list))}
@@ -170,6 +171,14 @@ def _floating(outputs: Any) -> dict[str, Tensor]:
         return alone or found
     parts = {k: _floating(v) for k, v in named.items() if isinstance(v, Mapping) and "cache" not in k}
     return {f"{part}.{k}": v for part, inner in parts.items() for k, v in inner.items()}
+
+
+def _without_logits(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a model predicts that has no logits: what a head gives (embeddings of CLIP's towers, actions, forecasts), or
+    else hidden states, or else all that is of floating-point numbers."""
+    found = _floating({key: value for key, value in outputs.items() if key != "loss"})
+    hidden = {key: value for key, value in found.items() if key == "last_hidden_state"}
+    return {key: value for key, value in found.items() if key.endswith(_OF_HEADS)} or hidden or found
 
 
 def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
@@ -218,9 +227,7 @@ def divergence(outputs: Any, reference: Mapping[str, Tensor], masks: tuple[Tenso
 
 
 def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
-    """What `divergence` compares: logits, or else hidden states, or else all that is of floating-point numbers.
-
-    Logits are as `logits_of` gives them.
+    """What `divergence` compares: logits, as `logits_of` gives them, or else what `_without_logits` finds.
 
     Raises:
         TargetError: there is nothing of these.
@@ -228,10 +235,7 @@ def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
     if isinstance(outputs, Tensor):
         return {"output": outputs}
     named = _named(outputs)
-    found = logits_of(named, problem)
-    if not found and isinstance(named.get("last_hidden_state"), Tensor):
-        found = {"last_hidden_state": named["last_hidden_state"]}
-    found = found or _floating({key: value for key, value in named.items() if key != "loss"})
+    found = logits_of(named, problem) or _without_logits(named)
     if not found:
         raise TargetError("the model returned no floating-point tensor: its predictions cannot be compared")
     return found

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hf_reparam
-from hf_reparam import LowRankConfig, calibrate, convert, refit
-from hf_reparam.calibrate.objective import logits_of
+from hf_reparam import LowRankConfig, calibrate, convert, refit, report
+from hf_reparam.calibrate.objective import compared, logits_of
 from hf_reparam.errors import TargetError, WeightError
 from tests import zoo
 from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
@@ -426,3 +426,42 @@ def test_masks_of_queries_are_yes_or_no_answers():
         "masks_queries_answers": (2, 3, 5, 6),
     }
     assert list(logits_of({"logits": torch.randn(2, 1, 5, 6)}, "segmentation")) == ["answers"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "batch", "predicted"),
+    [
+        (
+            tf.CLIPTextModelWithProjection,
+            tf.CLIPTextConfig(**SMALL, vocab_size=99, projection_dim=16, eos_token_id=98),
+            lambda: {"input_ids": torch.randint(3, 90, (4, 9))},
+            {"text_embeds"},
+        ),
+        (
+            tf.DecisionTransformerModel,
+            tf.DecisionTransformerConfig(state_dim=5, act_dim=3, hidden_size=32, n_head=4, n_layer=1, max_ep_len=20),
+            lambda: {
+                "states": torch.randn(4, 6, 5),
+                "actions": torch.randn(4, 6, 3),
+                "rewards": torch.randn(4, 6, 1),
+                "returns_to_go": torch.randn(4, 6, 1),
+                "timesteps": torch.arange(6).expand(4, 6),
+                "attention_mask": torch.ones(4, 6).long(),
+            },
+            {"state_preds", "action_preds", "return_preds"},
+        ),
+    ],
+)
+def test_what_a_head_gives_is_judged_and_not_the_hidden_states_beside_it(kind, config, batch, predicted):
+    torch.manual_seed(0)
+    model, data = kind(config).eval(), [batch() for _ in range(6)]
+    assert set(compared(model(**data[0]), None)) == predicted
+    small = convert(model, keep=0.6, calibration=data)
+    assert report(small).judgement.unit == "of the squared outputs"
+
+
+def test_the_features_of_one_example_are_not_taken_for_examples():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 64))
+    small = convert(model, keep=0.6, calibration=[{"input": torch.randn(48)} for _ in range(30)])
+    assert report(small).layers
