@@ -178,7 +178,7 @@ def _without_logits(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     else hidden states, or else all that is of floating-point numbers."""
     found = _floating({key: value for key, value in outputs.items() if key != "loss"})
     hidden = {key: value for key, value in found.items() if key == "last_hidden_state"}
-    return {key: value for key, value in found.items() if key.endswith(_OF_HEADS)} or hidden or found
+    return {key: value for key, value in found.items() if key.partition(".")[0].endswith(_OF_HEADS)} or hidden or found
 
 
 def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:

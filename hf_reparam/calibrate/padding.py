@@ -186,7 +186,7 @@ def splits(batch: Batch) -> bool:
     """Whether all of a batch belongs to examples, row by row."""
     count = examples_in(batch)
     held = [value for value in batch.values() if isinstance(value, (Tensor, list, tuple, dict))]
-    vector = all(isinstance(v, Tensor) and v.dim() < 2 for v in held)  # the features of one example
+    vector = all(isinstance(v, Tensor) and v.dim() == 1 and v.is_floating_point() for v in held)  # of one example
     return not vector and all(isinstance(v, Tensor) and (not v.dim() or len(v) in (1, count)) for v in held)
 
 
