@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective,
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import watching
 from hf_reparam.config import METRICS, LowRankConfig
-from hf_reparam.errors import TargetError
+from hf_reparam.errors import ReparamError, TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.processes import alone, distributed, total
 from hf_reparam.layers.progress import one_bar
@@ -216,7 +216,7 @@ def _watch_group(
             seen.append(replace(part, batch={}, masks=()))
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
-            with watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
+            with _noting(batch), watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
                 if not fisher:
                     inner(**without_cache(inner) | batch)
                     continue
@@ -241,6 +241,18 @@ def _watch_group(
     warn_of_repeats(held, seen[: len(seen) - len(held)])
     kept: list[HeldOut] = [send_to_device((part.batch, part.masks), "cpu") for part in held]
     return Calibration(metric, layers, tables, gather_object(kept) if distributed() else kept)
+
+
+@contextmanager
+def _noting(batch: Mapping[str, Any]) -> Iterator[None]:
+    """Have errors of the model's own say what it was called with, and what may be wrong with it."""
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError) as error:
+        shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+        if not isinstance(error, ReparamError):
+            error.add_note(f"It was called with tensors {shapes}. One example is a batch of one: give tensor[None].")
+        raise
 
 
 def _held_out_last(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:

@@ -460,6 +460,15 @@ def test_what_a_head_gives_is_judged_and_not_the_hidden_states_beside_it(kind, c
     assert report(small).judgement.unit == "of the squared outputs"
 
 
+def test_an_example_without_a_batch_dimension_is_told_of():
+    with pytest.raises((IndexError, RuntimeError, ValueError)) as error:
+        calibrate(time_series(), [{"past_values": torch.randn(16, 2)} for _ in range(3)])
+    (note,) = error.value.__notes__
+    assert (
+        note == "It was called with tensors {'past_values': (16, 2)}. One example is a batch of one: give tensor[None]."
+    )
+
+
 def test_the_features_of_one_example_are_not_taken_for_examples():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 64))
