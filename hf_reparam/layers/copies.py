@@ -33,7 +33,8 @@ class WorkingCopy:
                 if key == "_compiled_call_impl":  # of `Module.compile`: it would call the original
                     continue
                 pointed = _pointed(value, known)
-                vars(made)[key] = copy.copy(value) if pointed is value and key in _OWN else pointed
+                own = pointed is value and key in _OWN and isinstance(value, (dict, set))
+                vars(made)[key] = value.copy() if own else pointed
         self.model: Any = made_of[model]
 
     def clear(self) -> None:
@@ -84,7 +85,8 @@ def _pointed(value: Any, known: dict[int, Any]) -> Any:
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, _pointed(value.__self__, known))
     held = None if isinstance(value, Tensor) else getattr(value, "__dict__", None)
-    if not isinstance(held, dict) or not any(id(item) in known for item in held.values()):
+    if not isinstance(held, dict) or all(known.get(id(item), item) is item for item in held.values()):
+        known[id(value)] = value  # many modules share one configuration: it is looked into once
         return value
     try:
         made = object.__new__(type(value))

@@ -65,7 +65,8 @@ def report(model: nn.Module) -> Report:
 
 def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
     """What a plan will make of a model, as `opened` shows it, of which this could have been selected."""
-    work, rows = WorkingCopy(model).model, []
+    narrowed = any(structure.changes_moments and plan.of(structure.forms) for structure in STRUCTURES)
+    work, rows = WorkingCopy(model).model if narrowed else model, []
     taken: set[str] = set()
     for structure in STRUCTURES:
         for found, entry in fit(plan, work, structure, strict=True).values():
