@@ -24,12 +24,20 @@ from notebooks.run import run
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture
+def one_rate(monkeypatch):
+    """`refine` tries one learning rate: how it chooses among them is for other tests."""
+    monkeypatch.setattr("hf_reparam.recover.refine._RATES", (4e-3,))
+    monkeypatch.setattr("hf_reparam.recover.refine._FIRST", 0)
+
+
 def blocks(language, page="README.md"):
     found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     return [re.sub(r"\\\n +", "", block) for block in found]  # lines that go on
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_rate")
 def test_python_blocks_run_in_order(tmp_path, padded, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(padded)
@@ -87,6 +95,7 @@ def test_pages_with_code_are_found():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_rate")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_pages_runs(page, tmp_path, padded, shallow, monkeypatch):
