@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import convert_file_size_to_int, gather_object, send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
@@ -216,15 +217,16 @@ def _watch_group(
             seen.append(replace(part, batch={}, masks=()))
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
-            with _noting(batch), watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
-                if not fisher:
-                    inner(**without_cache(inner) | batch)
-                    continue
-                loss = _loss(inner, part, alone=alone) if loss_fn is None else _own_loss(loss_fn, work, batch)
-            if loss.requires_grad:  # it need not depend on every group: a pooler without a head
-                loss.backward()
-            elif alone:
-                raise _no_gradient(plain)
+            with _noting(batch):
+                with watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
+                    if not fisher:
+                        inner(**without_cache(inner) | batch)
+                        continue
+                    loss = _loss(inner, part, alone=alone) if loss_fn is None else _own_loss(loss_fn, work, batch)
+                if loss.requires_grad:  # it need not depend on every group: a pooler without a head
+                    loss.backward()
+                elif alone:
+                    raise _no_gradient(plain)
     _warn_of_padding(watcher.unfitting(), watcher.masks)
     for host in hosts(work).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
@@ -250,8 +252,11 @@ def _noting(batch: Mapping[str, Any]) -> Iterator[None]:
         yield
     except (IndexError, RuntimeError, ValueError) as error:
         shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+        advice = "One example is a batch of one: give tensor[None]."
+        if should_reduce_batch_size(error):
+            advice = "Memory ran out: give smaller batches, or shorter texts by max_length=."
         if not isinstance(error, ReparamError):
-            error.add_note(f"It was called with tensors {shapes}. One example is a batch of one: give tensor[None].")
+            error.add_note(f"It was called with tensors {shapes}. {advice}")
         raise
 
 

@@ -469,6 +469,25 @@ def test_an_example_without_a_batch_dimension_is_told_of():
     )
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_where_memory_runs_out_it_says_what_to_do(direction):
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if direction == "forward":
+        model[1].register_forward_pre_hook(full)
+    else:
+        model[1].register_forward_hook(lambda layer, inputs, output: output.register_hook(full) and None)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        calibrate(model, [{"input": torch.randn(4, 8)} for _ in range(3)])
+    (note,) = error.value.__notes__
+    assert note == (
+        "It was called with tensors {'input': (4, 8)}. Memory ran out: give smaller batches, or shorter texts by "
+        "max_length=."
+    )
+
+
 def test_the_features_of_one_example_are_not_taken_for_examples():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 64))
