@@ -125,7 +125,8 @@ def test_docstring_examples_exist():
 def test_public_names_are_on_the_reference_page():
     page = (ROOT.parent / "docs" / "reference.md").read_text()
     modules = {"errors": hf_reparam.errors, "plot": hf_reparam.plot}
-    inside_others = ["plan.Judgement", "plan.Speed", "report.RefineReport", "report.RefitReport"]  # which these return
+    of_reports = ["LayerReport", "RefineReport", "RefitReport", "SkippedReport", "TriedSize"]
+    inside_others = ["plan.Judgement", "plan.Speed", *(f"report.{name}" for name in of_reports)]  # which these return
     inside = [f"{module}.{name}" for module, found in modules.items() for name in found.__all__]
     public = [name for name in [*hf_reparam.__all__, *inside] if name not in {*modules, "errors.ReparamError"}]
     where = {"calibrate": "calibrate.collect.calibrate", "report": "model.summary.report"}  # beside modules
