@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -185,3 +186,55 @@ def test_errors(pair):
     headless = zoo.BY_BASE["BertModel"].build()
     with distillation_loss(headless, headless, alpha=1.0) as loss, pytest.raises(TargetError, match="no logits"):
         loss(headless(**CASE.batch()), None)
+
+
+def test_hidden_states_are_not_among_the_predictions(pair):
+    """The `Trainer` would give them to `compute_metrics` beside the logits."""
+    dense, small = pair
+    batch, labels = CASE.batch(), torch.tensor([0, 2])
+    with distillation_loss(dense, small, hidden=1.0) as loss:
+        outputs = small(**batch)
+        assert set(outputs) == {"logits"}
+        with_states = float(loss(outputs, labels).detach())
+        asked = small(**batch, output_hidden_states=True)
+        assert set(asked) == {"logits", "hidden_states"}
+        assert float(loss(asked, labels).detach()) == with_states
+    with distillation_loss(dense, small, hidden=0.0) as loss:
+        assert float(loss(small(**batch), labels).detach()) < with_states
+    assert set(small(**batch)) == {"logits"}
+
+
+def test_answers_are_counted_one_by_one_and_taken_for_answers():
+    """A `Trainer` counts every label of several for a text, and the class takes float labels for answers."""
+    dense = build(num_labels=5)
+    small = convert(dense, rank=4)
+    batch, labels = CASE.batch(), torch.tensor([[1.0, 0, 1, 0, 0], [0, 1, 0, 0, 1]])
+    with distillation_loss(dense, small, alpha=0.0) as loss:
+        outputs = small(**batch)
+        got = loss(outputs, labels), loss(outputs, labels, num_items_in_batch=labels.ne(-100).sum())
+    for value in got:
+        torch.testing.assert_close(value, small(**batch, labels=labels).loss)
+
+
+def test_without_a_label_that_counts_the_loss_is_zero(pair):
+    dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    small, batch = convert(dense, rank=4), zoo.BY_BASE["GPT2LMHeadModel"].batch()
+    with distillation_loss(dense, small) as loss:
+        got = loss(small(**batch), torch.full_like(batch["input_ids"], -100), num_items_in_batch=7)
+    assert float(got.detach()) == 0
+    got.backward()
+
+
+def test_a_masked_language_model_that_generates_predicts_the_tokens_themselves():
+    config = transformers.XLMConfig(vocab_size=99, emb_dim=32, n_layers=1, n_heads=2)
+    dense = transformers.XLMWithLMHeadModel(config).eval()
+    small, ids = convert(dense, rank=4), torch.randint(5, 99, (3, 9))
+    labels = torch.where(torch.arange(9) % 3 == 0, ids, -100)
+    with distillation_loss(dense, small, alpha=0.0) as loss:
+        got = loss(small(input_ids=ids), labels)
+    torch.testing.assert_close(got, small(input_ids=ids, labels=labels).loss)
+
+
+def build(**kw):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertForSequenceClassification(BertConfig(vocab_size=99, **shape, **kw)).eval()

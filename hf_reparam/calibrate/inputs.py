@@ -59,11 +59,11 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 @contextmanager
-def same_draws() -> Iterator[None]:
+def same_draws(seed: int = 0) -> Iterator[None]:
     """Have a model that draws numbers in its forward pass, such as masks, draw the same ones in every block, and in
-    every call of what this decorates."""
+    every call of what this decorates; what is drawn elsewhere stays as it would be."""
     with torch.random.fork_rng(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         yield
 
 

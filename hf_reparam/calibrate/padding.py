@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_reparam.calibrate.inputs import forward_names, same_draws
+from hf_reparam.calibrate.inputs import fills_masks, forward_names, same_draws
 from hf_reparam.calibrate.objective import (
     IGNORED,
     MASKS,
@@ -36,7 +37,7 @@ from hf_reparam.layers.warn import warn
 Batch = Mapping[str, Any]
 
 _ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
-_CANNOT_BE_TRIED = (ValueError, RuntimeError, IndexError, TypeError)  # of a model that needs its batch as it is
+CANNOT_BE_TRIED = (ValueError, RuntimeError, IndexError, TypeError)  # of a model that needs its batch as it is
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Padding:
         if padded not in self._whole:
             try:
                 told = self._try(whole)
-            except _CANNOT_BE_TRIED:
+            except CANNOT_BE_TRIED:
                 return None
             if told is None:  # to be tried with another batch
                 return False
@@ -155,8 +156,8 @@ class Padding:
         """How many rows each layer, or prediction, keeps by the shapes of masks, and how its rows follow them."""
         found: Counter[str] = Counter()
         follows: dict[str, frozenset[Layout]] = {}
-        batch = send_to_device(part.batch, execution_device(self.model))
-        for name, shape in shapes_of(self.layers, lambda: self.model(**batch)) if self.layers else self._shapes(batch):
+        run = partial(same_draws()(self.model), **send_to_device(part.batch, execution_device(self.model)))
+        for name, shape in shapes_of(self.layers, run) if self.layers else self._shapes(run()):
             layout = next(layouts(shape, part.masks), None)
             found[name] += math.prod(shape[:-1])
             if layout is not None:
@@ -165,10 +166,9 @@ class Padding:
             follows[name] = follows.get(name, frozenset()) | ({layout} if layout else set())
         return found, follows
 
-    def _shapes(self, batch: Batch) -> list[tuple[str, torch.Size]]:
+    def _shapes(self, outputs: Any) -> list[tuple[str, torch.Size]]:
         """Of what the model predicts."""
-        found = compared(same_draws()(self.model)(**batch), problem_of(self.model))
-        return [(name, value.shape) for name, value in found.items()]
+        return [(name, value.shape) for name, value in compared(outputs, problem_of(self.model)).items()]
 
 
 def warn_of_repeats(judging: Iterable[Part], fitting: Iterable[Part]) -> None:
@@ -247,6 +247,11 @@ def taken_by(model: nn.Module, batch: Batch) -> dict[str, Any]:
 def decodes(model: nn.Module) -> bool:
     """Whether a model has a decoder whose inputs it can make of labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether position t of what a model predicts is for label t + 1: it writes texts, alone and from left to right."""
+    return bool(getattr(model, "can_generate", bool)()) and not decodes(model) and not fills_masks(model)
 
 
 def _to_window(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`distillation_loss`: train a converted model towards the dense one, with the `Trainer` as it is."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.objective import IGNORED, batch_masks, logits_of, position_mask, problem_of
+from hf_reparam.calibrate.padding import predicts_next
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 
@@ -32,8 +33,9 @@ def distillation_loss(
 
     H is the mean over layers of ||h_s - h_t||^2 / ||h_t||^2, sums over real tokens. CE and KL are means over labelled
     positions, or over real tokens where there are no labels; regressions take half the squared difference for KL. The
-    `Trainer` gives
-    a loss function no inputs, so while the block runs a hook on `student` keeps those of its last call for the teacher.
+    `Trainer` gives a loss function no inputs, so while the block runs hooks on `student` keep those of its last call
+    for the teacher, and take its hidden states, if nobody else asks for them. With labels the `Trainer` takes the mean
+    over `gradient_accumulation_steps`; without, the sum.
 
     Args:
         teacher: the dense model; it is read in evaluation mode, on the student's device, and not changed.
@@ -69,10 +71,15 @@ def distillation_loss(
     called: dict[str, Any] = {}
 
     def remember(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        called["asked"] = kwargs.get("output_hidden_states", student.config.output_hidden_states)
         if hidden:
             kwargs = {**kwargs, "output_hidden_states": True}
         called.update(args=args, kwargs={k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
         return args, kwargs
+
+    def take(_: nn.Module, args: Any, outputs: Any) -> Any:
+        called["states"] = states = _hidden_states(outputs) if hidden else {}
+        return outputs if called["asked"] else type(outputs)(**{k: v for k, v in outputs.items() if k not in states})
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         if not called:
@@ -86,12 +93,20 @@ def distillation_loss(
         own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
         if alpha < 1 and labels is None and own is None:
             raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
-        hard, soft, count = (torch.zeros(()) if own is None else own), torch.zeros(()), 0
+        hard, soft, counted = (torch.zeros(()) if own is None else own), torch.zeros(()), labels
         for key, value in logits.items():
             answers = labels if key in ("logits", "answers", "values") else None
             kind = "values" if value.shape[-1] == 1 and not key.endswith("answers") else key
+            if (
+                kind == "logits" and answers is not None and answers.is_floating_point()
+            ):  # as the model's own loss has it
+                kind = "answers"
             mine, target, answers = _positions(student, value.float(), taught[key].float(), answers, masks)
-            count = len(mine)
+            counted = counted if answers is None else answers
+            if not len(mine):  # no label counts
+                soft = soft + mine.sum()
+                own = hard = hard + mine.sum()
+                continue
             soft = _soft_loss(kind, mine, target, temperature) + soft
             if answers is not None and alpha < 1:
                 own = hard = _hard_loss(kind, mine, answers)
@@ -99,15 +114,18 @@ def distillation_loss(
             raise TargetError("the labels are not of the logits' shape: give alpha=1.0 to learn from the teacher alone")
         mean = (1 - alpha) * hard + alpha * soft
         if hidden:
-            mean = mean + hidden * _hidden_error(outputs, theirs, masks)
-        return mean if num_items_in_batch is None or labels is None else mean * count / num_items_in_batch
+            mean = mean + hidden * _hidden_error(called["states"], theirs, masks)
+        if num_items_in_batch is None or counted is None:
+            return mean
+        return mean * (counted != IGNORED).sum() / num_items_in_batch  # labels of all batches of a step
 
     judge = frozen_copy(teacher)
-    handle = student.register_forward_pre_hook(remember, with_kwargs=True)
+    handles = [student.register_forward_pre_hook(remember, with_kwargs=True), student.register_forward_hook(take)]
     try:
         yield loss
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _positions(
@@ -117,7 +135,7 @@ def _positions(
     if mine.dim() == 2:
         return mine, theirs, labels
     if labels is not None and labels.shape == mine.shape[:-1]:
-        if student.can_generate() and not student.config.is_encoder_decoder:  # position t predicts label t + 1
+        if predicts_next(student):  # position t predicts label t + 1
             mine, theirs, labels = mine[:, :-1], theirs[:, :-1], labels[:, 1:]
         keep = labels != IGNORED
         return mine[keep], theirs[keep], labels[keep]
@@ -149,15 +167,18 @@ def _hard_loss(kind: str, mine: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(mine, labels, ignore_index=IGNORED)
 
 
-def _hidden_error(outputs: Any, theirs: Any, masks: tuple[Tensor, ...]) -> Tensor:
+def _hidden_states(outputs: Any) -> dict[str, tuple[Tensor, ...]]:
+    return {k: v for k, v in outputs.items() if k.endswith("hidden_states") and isinstance(v, tuple)}
+
+
+def _hidden_error(states: Mapping[str, tuple[Tensor, ...]], theirs: Any, masks: tuple[Tensor, ...]) -> Tensor:
     """Mean over the hidden states of every layer of ||h_s - h_t||^2 / ||h_t||^2, over real tokens."""
     errors = []
-    for key, value in outputs.items():
-        if key.endswith("hidden_states") and isinstance(value, tuple):
-            for mine, target in zip(value, theirs[key], strict=True):
-                kept, wanted = _real(mine.float(), masks), _real(target.float(), masks)
-                least = torch.finfo(wanted.dtype).tiny
-                errors.append((kept - wanted).square().sum() / wanted.square().sum().clamp_min(least))
+    for key, value in states.items():
+        for mine, target in zip(value, theirs[key], strict=True):
+            kept, wanted = _real(mine.float(), masks), _real(target.float(), masks)
+            least = torch.finfo(wanted.dtype).tiny
+            errors.append((kept - wanted).square().sum() / wanted.square().sum().clamp_min(least))
     if not errors:
         raise TargetError("the model returned no hidden states: leave hidden= out")
     return torch.stack(errors).mean()
