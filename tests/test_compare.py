@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import repocard
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_reparam import Comparison, LowRankConfig, compare, compare_folders, convert
 from hf_reparam.errors import CheckpointError, TargetError
@@ -278,3 +278,33 @@ def test_long_texts_are_several_rows(words):
     for length, said in ((4, "18 rows of 12 texts"), (20, "12 examples")):
         found = compare(model, model, TEXTS, tokenizer=words, max_length=length, times=False)
         assert found.data == said
+
+
+def test_a_model_of_few_positions_is_timed_within_them():
+    dense = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99, n_positions=40, eos_token_id=1))
+    found = compare(dense, convert(dense, rank=4), [{"input_ids": torch.randint(3, 90, (2, 9))}]).figures
+    assert "ms for 1 text of 40 tokens" in found
+    assert "tokens per second when generating" in found
+
+
+def test_a_model_that_wants_more_than_ids_is_timed_with_the_data():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(99, 32), nn.Linear(40, 40)
+
+        def forward(self, input_ids, features):
+            return {"logits": self.head(torch.cat([self.table(input_ids).mean(1), features], 1))}
+
+    dense = Both()
+    batch = {"input_ids": torch.randint(3, 90, (2, 9)), "features": torch.randn(2, 8)}
+    assert "ms for a batch of the data" in compare(dense, convert(dense, rank=4), [batch]).figures
+
+
+def test_a_time_that_cannot_be_measured_is_left_out(monkeypatch):
+    dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    small = convert(dense, rank=4)
+    monkeypatch.setattr(small, "generate", lambda *a, **k: (_ for _ in ()).throw(ValueError("not so")))
+    found = compare(dense, small, [{"input_ids": torch.randint(3, 90, (2, 9))}]).figures
+    assert "same first choice" in found
+    assert "tokens per second when generating" not in found

@@ -311,7 +311,7 @@ def test_what_was_complete_before_a_layer_is_not_computed_again(base):
     ],
 )
 def test_few_examples_of_all_lengths(lengths, shapes):
-    held = [({"input_ids": torch.full((8, n), n), "attention_mask": torch.ones(8, n)}, ()) for n in lengths]
+    held = [({"input_ids": torch.full((8, n), n)}, (torch.ones(8, n).bool(),)) for n in lengths]  # of a model without
     chosen = few(held)
     assert [tuple(batch["input_ids"].shape) for batch, _ in chosen] == shapes
     assert all(masks[0].shape == batch["input_ids"].shape for batch, masks in chosen)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from hf_reparam.calibrate.batches import Batches, batched
 from hf_reparam.calibrate.inputs import positions, same_draws, vocabulary
 from hf_reparam.calibrate.objective import (
     IGNORED,
+    MASKS,
     batch_masks,
     compared,
     divergence,
@@ -26,7 +27,7 @@ from hf_reparam.calibrate.objective import (
     problem_of,
     unit_of,
 )
-from hf_reparam.calibrate.padding import Padding, decodes
+from hf_reparam.calibrate.padding import CANNOT_BE_TRIED, Padding, decodes, predicts_next
 from hf_reparam.calibrate.texts import checked_tokenizer
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.compress.clock import medians
@@ -42,7 +43,8 @@ _BATCHES = (1, 32)  # texts in a call that is timed
 _LENGTH = 128  # of these texts
 _NEAR_ZERO = 1e-6  # of what is rounding, a ratio says nothing
 _NEW = 32  # tokens that are generated after as many
-_OTHER_INPUTS = {"pixel_values", "input_features", "input_values"}  # that models take beside ids
+_OF_TEXTS = {"input_ids", "labels", "token_type_ids", "position_ids", "decoder_input_ids", *MASKS}
+"""What batches of texts have; a model that gets more may need it."""
 _DIFFERENT = "the models predict different things: compare models of one task and one vocabulary"
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
@@ -98,7 +100,7 @@ def compare(
     language model have 15 % of their tokens masked, as in `calibrate`.
 
     Times are medians of rounds in which both take turns: one text and 32 texts of 128 tokens, and 32 tokens generated
-    after 32 others.
+    after 32 others; of data that are not token ids alone, one batch. What a model cannot be called for is left out.
 
     Args:
         dense, small: models for the same inputs: dense, converted, merged or quantized; each on a device of its own.
@@ -134,7 +136,7 @@ def compare(
     }
     with _evaluating(dense, small), torch.no_grad(), one_bar():
         texts = _texts(data, max_samples)
-        if texts is not None and tokenizer is not None and _is_causal(pair[0]):
+        if texts is not None and tokenizer is not None and predicts_next(pair[0]):
             batches: Sequence[Mapping[str, Any]] = _blocks(pair[0], texts, tokenizer, max_length)
             what = "{} blocks of {} tokens"
         else:
@@ -153,7 +155,7 @@ def compare(
             figures |= _evaluated(dense, small, evaluate)
         if times:
             figures |= _times(pair, batches[0])
-    length = next(value.shape[-1] for value in batches[0].values() if isinstance(value, Tensor))
+    length = next((value.shape[-1] for value in batches[0].values() if isinstance(value, Tensor) and value.dim()), 0)
     return Comparison(figures, what.format(sum(map(examples_in, batches)), length), _machine(pair[0]))
 
 
@@ -202,11 +204,6 @@ def _texts(data: Batches, max_samples: int | None) -> list[str] | None:
     return found if found and all(isinstance(item, str) for item in found) else None
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Whether a model predicts the next token of what it reads."""
-    return bool(getattr(model, "can_generate", bool)()) and not decodes(model)
-
-
 def _blocks(model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
     """Batches of one block of consecutive tokens, which are their own labels."""
     ids = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
@@ -233,7 +230,7 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
     if weights:
         first, second = (total / weights for total in losses)
         found["loss"] = (first, second)
-        if _is_causal(pair[0]):
+        if predicts_next(pair[0]):
             found["perplexity"] = (math.exp(first), math.exp(second))
     return found | {name: (None, float(value[0] / value[1])) for name, value in sums.items()}
 
@@ -250,7 +247,7 @@ def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return examples_in(batch)
-    return int(((labels[:, 1:] if _is_causal(model) else labels) != IGNORED).sum())
+    return int(((labels[:, 1:] if predicts_next(model) else labels) != IGNORED).sum())
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -307,14 +304,15 @@ def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any
     """Milliseconds of a forward pass, and tokens generated in a second."""
     calls: dict[str, Call] = {}
     ids: Any = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not batch.keys().isdisjoint(_OTHER_INPUTS):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not batch.keys() <= _OF_TEXTS:
         calls["ms for a batch of the data"] = _outputs, batch, _milliseconds
     else:
         calls |= _calls_with_texts(pair, ids)
-    return {
-        name: tuple(map(shown_as, _in_turns(pair, call, given)))
-        for name, (call, given, shown_as) in each(calls.items(), "timing", "figure")
-    }
+    times: dict[str, Any] = {}
+    for name, (call, given, shown_as) in each(calls.items(), "timing", "figure"):
+        with suppress(*CANNOT_BE_TRIED):  # a model that wants more than ids: this figure is left out
+            times[name] = tuple(map(shown_as, _in_turns(pair, call, given)))
+    return times
 
 
 def _calls_with_texts(pair: Sequence[nn.Module], ids: Tensor) -> dict[str, Call]:
@@ -326,8 +324,9 @@ def _calls_with_texts(pair: Sequence[nn.Module], ids: Tensor) -> dict[str, Call]
     for count in _BATCHES:
         texts = "1 text" if count == 1 else f"{count} texts"
         calls[f"ms for {texts} of {length} tokens"] = _run, dict.fromkeys(names, row.repeat(count, 1)), _milliseconds
-    if all(getattr(model, "can_generate", bool)() for model in pair):
-        calls["tokens per second when generating"] = _generate, row[:, : min(_NEW, length // 2)], _tokens_per_second
+    prompt = int(min(_NEW, length, *(positions(model) - _NEW for model in pair)))
+    if prompt > 0 and all(getattr(model, "can_generate", bool)() for model in pair):
+        calls["tokens per second when generating"] = _generate, row[:, :prompt], _tokens_per_second
     return calls
 
 

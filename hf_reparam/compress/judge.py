@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from hf_reparam.calibrate.inputs import same_draws, without_cache
 from hf_reparam.calibrate.objective import (
     IGNORED,
-    batch_masks,
     compared,
     divergence,
     examples_in,
@@ -20,7 +19,7 @@ from hf_reparam.calibrate.objective import (
     problem_of,
     unit_of,
 )
-from hf_reparam.calibrate.padding import decodes, rows_of, splits, taken_by
+from hf_reparam.calibrate.padding import decodes, predicts_next, rows_of, splits, taken_by
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.linalg.calibration import HeldOut
@@ -92,7 +91,7 @@ def labelled(
     if "last_hidden_state" in outputs or any(value.shape[:-1] != labels.shape for value in outputs.values()):
         return ()
     counts = labels != IGNORED
-    if getattr(model, "can_generate", bool)():  # position t predicts label t + 1
+    if predicts_next(model):  # position t is for label t + 1
         counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], 1)
     known = position_mask(next(iter(outputs.values())), masks)
     counts = counts if known is None else counts.to(known.device) & known
@@ -107,7 +106,10 @@ def few(batches: Sequence[HeldOut]) -> list[HeldOut]:
     count = _FEW if most == 1 else min(max(int(_TOKENS / tokens), _FEW), _MORE)
     size = min(most, max(count // 4, math.ceil(count / len(batches))))
     step = math.ceil(len(batches) * size / count)
-    parts = [
-        rows_of(batch, list(range(min(size, examples_in(batch))))) for batch, _ in batches[::step] if splits(batch)
-    ]
-    return [(part, batch_masks(part)) for part in parts] or list(batches[:1])
+    parts: list[HeldOut] = []
+    for batch, masks in batches[::step]:
+        count = examples_in(batch)
+        if splits(batch) and all(len(mask) % count == 0 for mask in masks):
+            chosen = list(range(min(size, count)))
+            parts.append((rows_of(batch, chosen), tuple(mask[: len(mask) // count * len(chosen)] for mask in masks)))
+    return parts or list(batches[:1])
