@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import transformers
+from torch import nn
 
-from hf_reparam import LowRankConfig, convert, merge, refine
+from hf_reparam import LowRankConfig, convert, merge, refine, refit
 from hf_reparam.calibrate.padding import Part
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
@@ -266,3 +268,60 @@ def test_every_dtype_is_trained_as_well_as_float32(monkeypatch):
         found[dtype] = report.after / report.before
     assert found[torch.float32] < 0.7
     assert all(ratio == pytest.approx(found[torch.float32], rel=0.05) for ratio in found.values())
+
+
+class Wrapped(nn.Module):
+    """A module of one's own that passes token ids to a Transformers model."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(32, 3)
+
+    def forward(self, input_ids):
+        return {"logits": self.head(self.inner(input_ids).last_hidden_state[:, 0])}
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(99, 32), nn.Linear(32, 32)
+
+    def forward(self, input_ids):
+        return self.head(self.table(input_ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: Wrapped(zoo.BY_BASE["BertModel"].build()), Plain], ids=["wrapped", "plain"])
+def test_modules_of_ones_own_that_take_token_ids(make, monkeypatch):
+    monkeypatch.setattr(module, "_RATES", (1e-3,))
+    monkeypatch.setattr(module, "_FIRST", 0)
+    dense = make().eval()
+    report = refine(convert(dense, rank=4), dense, batches(6), epochs=1)
+    assert report.after <= report.before
+
+
+@pytest.mark.slow
+def test_a_language_model_that_returns_more_than_tokens_writes_texts(monkeypatch):
+    monkeypatch.setattr(module, "_RATES", (1e-3,))
+    monkeypatch.setattr(module, "_FIRST", 0)
+    dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    dense.generation_config.return_dict_in_generate = True
+    report = refine(convert(dense, rank=4), dense, batches(6), epochs=1)
+    assert report.after <= report.before
+
+
+def test_a_model_that_draws_is_compared_on_the_same_draws():
+    """Masked image modelling draws which patches it sees: a model beside its own copy is no distance away."""
+    dense = masked_images()
+    small = convert(dense, rank=4)
+    data = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(6)]
+    before = torch.get_rng_state()
+    assert refine(small, frozen_copy(small), data, epochs=1).before == 0
+    assert refit(small, dense, data).before == refit(convert(dense, rank=4), dense, data).before
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def masked_images():
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    decoder = {f"decoder_{key}": value for key, value in size.items()}
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(image_size=16, patch_size=4, **size, **decoder))

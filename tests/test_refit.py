@@ -230,3 +230,20 @@ def test_a_distance_of_your_own_needs_no_logits(monkeypatch):
     )
     assert report.unit == "per example"
     assert report.after < report.before
+
+
+def test_a_calibration_of_some_layers_serves_a_model_of_which_these_are_low_rank():
+    dense, some = sharp("BertForMaskedLM"), ["query", "key"]
+    calibration = calibrate(dense, data(), target_modules=some)
+    small = convert(dense, LowRankConfig(rank=4, target_modules=some), calibration=calibration)
+    report = refit(small, dense, data(), calibration=calibration)
+    assert report.of == 4
+
+
+def test_what_is_refitted_twice_was_refitted():
+    dense = sharp("BertForMaskedLM")
+    small = convert(dense, rank=6)
+    first = refit(small, dense, data())
+    again = refit(small, dense, data(), distance=lambda mine, theirs: 1.0)  # no fit is better
+    assert not again.layers
+    assert hf_reparam.report(small).refitted_layers == len(first.layers) > 0

@@ -134,10 +134,11 @@ def stock_class(of: Any) -> Any:
 
 
 def note_refit(config: Any, layers: int) -> None:
-    """Remember in a derived configuration how many layers were refitted."""
+    """Remember in a derived configuration how many layers were refitted: most of them, if it was done twice."""
     plan = plan_of(config)
     if plan.record is not None:
-        config.reparam = replace(plan, record=replace(plan.record, refitted_layers=layers)).to_dict()
+        most = max(layers, plan.record.refitted_layers)
+        config.reparam = replace(plan, record=replace(plan.record, refitted_layers=most)).to_dict()
 
 
 def plan_of(config: PreTrainedConfig) -> RankPlan:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
+from hf_reparam.calibrate.inputs import same_draws
 from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
 from hf_reparam.calibrate.padding import Part, rows_of, splits, warn_of_repeats
 from hf_reparam.errors import TargetError
@@ -122,7 +123,8 @@ class _Refining:
         fitting: Sequence[Part],
         more: Callable[[int], list[Part]] = lambda epoch: [],
     ) -> None:
-        self.model, self.dense, self.judging, self.problem = model, dense, judging, problem_of(dense)
+        self.model, self.dense = same_draws()(model), same_draws()(dense)
+        self.judging, self.problem = judging, problem_of(dense)
         self.more, self.made = more, list[Part]()
         self.count = math.ceil(_STEPS / (len(fitting) + len(more(0))))
         self.given = self.fitting = self._pieces(fitting)
@@ -132,7 +134,7 @@ class _Refining:
         self.known: dict[int, dict[str, Tensor]] = {}
         self.room = _CACHE
         with torch.no_grad():
-            self.references = [compared(dense(**part.batch), self.problem) for part in judging]
+            self.references = [compared(self.dense(**part.batch), self.problem) for part in judging]
         units = [unit_of(theirs, part.masks) for theirs, part in zip(self.references, judging, strict=True)]
         self.unit, self.size = units[0][0], sum(size for _, size in units)
         self._begin(0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
-from hf_reparam.calibrate.inputs import without_cache
+from hf_reparam.calibrate.inputs import same_draws, without_cache
 from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
 from hf_reparam.calibrate.padding import Padding, Part, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.replay import Replay
@@ -115,9 +115,10 @@ def _as_narrow(
 ) -> tuple[nn.Module, Calibration | None]:
     """A frozen copy of the dense model whose dense layers have the shapes of the converted model's, and its moments."""
     work = opened(dense)
-    if calibration is not None:
-        check_fit(work.model, select(work.model, LowRankConfig()).selected, Source.of(calibration, None))
     live = RankPlan(entries_of(opened(model).model))
+    if calibration is not None:
+        found = [item for item in select(work.model, LowRankConfig()).selected if item.name in live.modules]
+        check_fit(work.model, found, Source.of(calibration, None))
     shaping = {n: e for s in STRUCTURES if s.changes_moments for n, e in live.of(s.forms).items()}
     if shaping:
         if calibration is None:
@@ -204,7 +205,7 @@ class _Passes:
     def __init__(self, low: nn.Module, full: nn.Module, part: Part, room: int) -> None:
         plain = without_cache(full)  # what is kept fills none
         self.part, self.problem = part, problem_of(full)
-        self.low, self.full = (partial(model, **{**part.batch, **plain}) for model in (low, full))
+        self.low, self.full = (partial(same_draws()(model), **{**part.batch, **plain}) for model in (low, full))
         self.low_replay, self.full_replay = Replay(room), Replay(room)
         self.low_replay.first(low, self.low)
         self.full_replay.first(full, self.full)

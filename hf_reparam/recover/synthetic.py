@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_reparam.calibrate.inputs import same_draws
+from hf_reparam.calibrate.inputs import host, same_draws
 from hf_reparam.calibrate.objective import batch_masks
 from hf_reparam.calibrate.padding import Padding, Part, decodes
 from hf_reparam.layers.progress import each
@@ -104,7 +104,8 @@ def _continued(model: Any, batch: Mapping[str, Any], chance: torch.Generator) ->
     stops = torch.tensor([] if stops is None else stops, device=ids.device).reshape(-1)
     drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     padding = int(stops[0]) if len(stops) else 0
-    asked = {"max_new_tokens": ids.shape[1] - given, "num_beams": 1, "pad_token_id": padding, **drawing}
+    plain = {"num_beams": 1, "pad_token_id": padding, "return_dict_in_generate": False}
+    asked = {"max_new_tokens": ids.shape[1] - given, **plain, **drawing}
     try:
         written = model.generate(beginning, attention_mask=torch.ones_like(beginning), **asked)
     except _CANNOT_WRITE:
@@ -134,7 +135,8 @@ def _nearest(model: Any, parts: Sequence[Part]) -> Tensor:
     A token that every text has, as a rule one that structures it, stays and takes no other's place. (0, 0) where the
     model shows no embeddings of all tokens, or few.
     """
-    weight = getattr(embeddings_of(model)[0], "weight", None)
+    inside = host(model)
+    weight = None if inside is None else getattr(embeddings_of(inside)[0], "weight", None)
     texts = [text for part in parts for text in part.batch["input_ids"].tolist()]
     counts = Counter(token for text in texts for token in set(text))
     if not isinstance(weight, Tensor) or weight.is_meta or len(weight) <= max(2 * _NEAREST, *counts):
