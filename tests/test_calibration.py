@@ -286,3 +286,24 @@ def test_limits_that_cannot_be_kept(tmp_path):
         calibrate(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory=8192)
     assert list(tmp_path.iterdir()) == []
     calibrate(net, iter(data), loss_fn=squares, folder=tmp_path, max_memory="1MB")
+
+
+def test_a_sum_keeps_what_one_of_two_held_out():
+    case = zoo.BY_BASE["BertModel"]
+    many, few = (calibrate(case.build(), rows(case, count=count, seed=count)) for count in (20, 2))
+    assert len(few.batches) == 0
+    for total in (many + few, few + many):
+        name = next(iter(total.layers))
+        assert total.layers[name].held.tokens == many.layers[name].held.tokens
+        assert total.layers[name].fitting().tokens == (many + few).layers[name].tokens - many.layers[name].held.tokens
+
+
+def test_a_batch_with_none_for_an_input_is_held_out_and_stored(tmp_path):
+    case = zoo.BY_BASE["BertModel"]
+    data = [{**row, "token_type_ids": None} for row in rows(case, count=20)]
+    made = calibrate(case.build(), data)
+    made.save(tmp_path / "moments.safetensors")
+    again = Calibration.load(tmp_path / "moments.safetensors")
+    assert len(again.batches) == len(made.batches) > 0
+    assert again.fingerprint() == made.fingerprint()
+    assert made != again  # objects, not tensors, are compared

@@ -42,6 +42,7 @@ def prepare(
     *,
     max_length: int | None = None,
     max_samples: int | None = None,
+    with_labels: bool = False,
     desc: str = "calibrating",
 ) -> Iterator[tuple[dict[str, Any], tuple[Tensor, ...]]]:
     """Batches for a model, each with its padding masks (batch, length) as booleans; shows progress.
@@ -54,13 +55,15 @@ def prepare(
         max_length: tokens of a text in one row; the rest goes into further rows. Default: the smallest of 512, the
             tokenizer's and the model's limit.
         max_samples: how many examples are used, the first ones.
+        with_labels: whether labels, and all that a module not from Transformers is given, stay if it takes them or not.
 
     Raises:
         TargetError: data or an item that cannot be read, with what to write instead; texts without a tokenizer.
     """
     total, read = count(batches, max_samples), 0
     with stage(desc, total, "example") as advance:
-        for batch, unused, done in _Reader(model, tokenizer, max_length, total).read(batches, max_samples):
+        reader = _Reader(model, tokenizer, max_length, total, with_labels=with_labels)
+        for batch, unused, done in reader.read(batches, max_samples):
             yield batch, batch_masks({**unused, **batch})
             advance(done)
             read += done
@@ -83,9 +86,19 @@ def batched(
 class _Reader:
     """Makes batches for one model."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None, examples: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        max_length: int | None,
+        examples: int | None,
+        *,
+        with_labels: bool = False,
+    ) -> None:
         self.model = model
         self.names = forward_names(model)
+        if with_labels:
+            self.names = Names(self.names.known | {"labels"}, self.names.others or host(model) is None)
         self.tokenizer = checked_tokenizer(tokenizer)
         self.length = 0 if self.tokenizer is None else longest(model, self.tokenizer, max_length)
         self.padding = 0 if self.tokenizer is None else padding_id(model, self.tokenizer)
@@ -155,7 +168,9 @@ class _Reader:
         """What the model takes of a batch; what is neither an array nor a list of numbers stays as it is."""
         taken = self._taken(item, self.names.others, ranks=2)
         self._check(item, taken)
-        return {k: self._tensor(k, v) if depth(v) and _is_number(leaf(v)) else v for k, v in taken.items()}
+        return {
+            k: self._tensor(k, v) if depth(v) and _is_number(leaf(v)) else v for k, v in taken.items() if v is not None
+        }
 
     def _taken(self, item: Mapping[str, Any], every: bool, *, ranks: int) -> dict[str, Any]:
         """Columns under the model's names for them, main inputs first; labels of tokens have so many dimensions."""

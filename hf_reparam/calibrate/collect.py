@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
-from hf_reparam.calibrate.inputs import fills_masks, without_cache
+from hf_reparam.calibrate.inputs import fills_masks, same_draws, without_cache
 from hf_reparam.calibrate.items import DECODED, check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
@@ -80,7 +80,8 @@ def calibrate(
             sum.
         metric: "activation" for inputs alone, "fisher" for gradients, too.
         tokenizer: for texts; or a processor that has one. A SentenceTransformer or CrossEncoder brings its own along.
-        loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above.
+        loss_fn: (model, batch) -> scalar *summed* over the batch, instead of the choice above. The batch has `labels`
+            and, for a module that is not from Transformers, every other column, too, if `forward` names them or not.
         max_length: tokens of a text in one row; the rest goes into further rows (pairs and texts with labels are cut).
             Default: the smallest of 512, the tokenizer's and the model's limit.
         max_samples: how many texts, rows or rows of batches are used, the first ones.
@@ -202,7 +203,7 @@ def _watch_group(
     plain = {f.name: f.site.module for f in group if f.structure.of_rows}
     seen, before = list[Part](), dict[str, LayerMoments]()  # without their numbers
     held: list[Part] = []
-    read = prepare(inner, data, **reading)
+    read = prepare(inner, data, with_labels=loss_fn is not None, **reading)
     if loss_fn is None and fills_masks(inner):  # labels of masked tokens alone say less than drawn ones of all
         read = ((unlabelled(inner, batch), masks) for batch, masks in read)
     parts = Padding(inner, plain).parts(read)
@@ -217,7 +218,7 @@ def _watch_group(
             seen.append(replace(part, batch={}, masks=()))
             batch = part.batch
             guessing = 0 if part.tried or not part.padded else examples_in(batch)
-            with _noting(batch):
+            with _noting(batch), same_draws(sum(part.seeds)):
                 with watcher.seeing(part.masks, part.follows, guessing), torch.set_grad_enabled(fisher):
                     if not fisher:
                         inner(**without_cache(inner) | batch)

@@ -8,6 +8,7 @@ order nor padding changes a result. With labels every head's own loss is taken, 
 
 import functools
 import inspect
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -243,15 +244,18 @@ def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
 
 def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     if key.endswith("answers"):
-        log_p, log_not_p = F.logsigmoid(reference), F.logsigmoid(-reference)
-        apart = log_p.exp() * (log_p - F.logsigmoid(value)) + log_not_p.exp() * (log_not_p - F.logsigmoid(-value))
-        return _mask(apart, masks).sum()
+        yes = _expected(F.logsigmoid(reference), F.logsigmoid(value))
+        return _mask(yes + _expected(F.logsigmoid(-reference), F.logsigmoid(-value)), masks).sum()
     if not predicts(key, value):
         return _squares(value, reference, masks)
     if key in ("start_logits", "end_logits"):
         value, reference = (_over_positions(logits, masks) for logits in (value, reference))
-    log_p, log_q = reference.log_softmax(-1), value.log_softmax(-1)
-    return _mask(log_p.exp() * (log_p - log_q), masks).sum()
+    return _mask(_expected(reference.log_softmax(-1), value.log_softmax(-1)), masks).sum()
+
+
+def _expected(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p - log q); 0 where p is, as for classes that a model rules out with a logit of minus infinity."""
+    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -math.inf, 0)
 
 
 def predicts(key: str, value: Tensor) -> bool:

@@ -10,7 +10,7 @@ from hf_reparam.errors import TargetError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
 from hf_reparam.model.build import Made, build, install
-from hf_reparam.model.checks import check_convertible
+from hf_reparam.model.checks import check_convertible, outside_inference_mode
 from hf_reparam.model.classes import ReparamMixin
 from hf_reparam.model.host import check_model, hosts, layer_name, mark_offloaded, opened, unwrapped
 from hf_reparam.model.retype import retie, to_stock
@@ -21,6 +21,7 @@ from hf_reparam.structures.source import Source
 M = TypeVar("M", bound=nn.Module)
 
 
+@outside_inference_mode()
 def merge(model: M, *, inplace: bool = False, workdir: str | os.PathLike[str] | None = None) -> M:
     """Multiply every product out, W = up @ down in float64, and return the dense model.
 

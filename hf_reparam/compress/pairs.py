@@ -8,7 +8,7 @@ from torch import nn
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 from hf_reparam.layers.surgery import check_copyable, independent_copy, low_rank_like, replace_modules, undone_on_error
-from hf_reparam.model.checks import check_convertible, check_no_adapters, check_unquantized
+from hf_reparam.model.checks import check_convertible, check_no_adapters, check_unquantized, outside_inference_mode
 from hf_reparam.model.config import plan_of
 from hf_reparam.model.host import check_model, hosts, metric_of
 from hf_reparam.model.retype import retype
@@ -17,6 +17,7 @@ from hf_reparam.plan import ConversionRecord, Entry
 M = TypeVar("M", bound=nn.Module)
 
 
+@outside_inference_mode()
 def to_pairs(model: M, *, inplace: bool = False) -> M:
     """Hold every pivoted layer as a pair, y = up(down(x)) of the same rank: the same function with r^2 more parameters.
 

@@ -1,5 +1,6 @@
 """The best plan for a budget: ranks by measured errors beside uniform ones, judged on held-out calibration data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import geometric_mean
@@ -81,7 +82,9 @@ def best_plan(
         judged[name] = judge(tried.model)
     best = min(judged, key=lambda name: judged[name])
     predicted = _predicted(best, plans, judged, measured) if plans[best][1] == source.metric else None
-    seen = {name: float(f"{value:.4g}") for name, value in judged.items()}
+    if not math.isfinite(judged[best]):  # it gives no chance to what the dense model predicts
+        return *plans[best], None
+    seen = {name: float(f"{value:.4g}") for name, value in judged.items() if math.isfinite(value)}
     return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), seen)
 
 

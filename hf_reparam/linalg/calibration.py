@@ -30,7 +30,7 @@ _KINDS = [kind | {_HELD + name for name in kind} for kind in (_SUMS, _ALL_SUMS)]
 _TABLE_SUMS = {f.name for f in fields(TableMoments)}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Calibration:
     """What calibration data say of the layers of one model, reusable for every size of it.
 
@@ -76,7 +76,7 @@ class Calibration:
 
     def fingerprint(self) -> str:
         """The same for the same moments; reads all of them."""
-        layers = {name: layer.fingerprint() for name, layer in self.layers.items()}
+        layers = {name: self.layers[name].fingerprint() for name in sorted(self.layers)}
         return fingerprint(self.metric, layers, {name: vars(table) for name, table in self.tables.items()})
 
     @property

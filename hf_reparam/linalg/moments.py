@@ -63,7 +63,8 @@ class LayerMoments:
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         if (self.gradient_products is None) != (other.gradient_products is None):
             raise WeightError("moments with and without gradients cannot be merged")
-        return self._with(other, torch.add, self.held and other.held and self.held + other.held)
+        held = self.held + other.held if self.held and other.held else self.held or other.held
+        return self._with(other, torch.add, held)
 
     def __sub__(self, other: "LayerMoments") -> "LayerMoments":
         """Without a part of the data."""

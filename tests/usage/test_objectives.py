@@ -298,7 +298,8 @@ def test_inside_inference_mode():
         moments = calibrate(model, [inside])
         refit(small, model, [inside] * 2, calibration=moments)
         assert torch.is_inference_mode_enabled()
-    assert not any(p.is_inference() for p in small.parameters())
+        others = [hf_reparam.merge(small), hf_reparam.to_pairs(small)]
+    assert not any(p.is_inference() for made in (small, *others) for p in made.parameters())
     layer = moments.layers["encoder.layer.0.output.dense"]
     assert torch.equal(
         layer.gradient_products,
@@ -493,3 +494,42 @@ def test_the_features_of_one_example_are_not_taken_for_examples():
     model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 64))
     small = convert(model, keep=0.6, calibration=[{"input": torch.randn(48)} for _ in range(30)])
     assert report(small).layers
+
+
+@pytest.mark.parametrize("kind", ["plain", "Transformers"])
+def test_a_loss_of_ones_own_sees_labels_that_forward_does_not_take(kind):
+    torch.manual_seed(0)
+    if kind == "plain":
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+        data = [{"input": torch.randn(8, 32), "y": torch.randint(0, 10, (8,))} for _ in range(12)]
+        loss = lambda m, b: F.cross_entropy(m(b["input"]), b["y"], reduction="sum")  # noqa: E731
+    else:
+        model = zoo.BY_BASE["BertModel"].build()
+        data = classes(texts(*range(5, 13)), *[i % 2 for i in range(8)])
+        loss = lambda m, b: (m(b["input_ids"]).pooler_output.sum(-1) * b["labels"]).sum()  # noqa: E731
+    made = calibrate(model, data, loss_fn=loss)
+    assert all(layer.has_gradient() for layer in made.layers.values())
+    assert report(convert(model, rank=4, calibration=made)).layers
+
+
+class Ruled(nn.Module):
+    """Rules a class out, as detectors do with words that a text does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x):
+        scores = self.layer(x)
+        return {"logits": scores.masked_fill(torch.arange(32) == 3, -torch.inf)}
+
+
+def test_a_class_that_is_ruled_out_does_not_count():
+    torch.manual_seed(0)
+    model, data = Ruled(), [{"x": torch.randn(8, 32)} for _ in range(12)]
+    plan = hf_reparam.make_plan(model, keep=0.6, calibration=calibrate(model, data))
+    assert all(0 < value < 1 for value in plan.report.judgement.measured.values())
+    small = convert(model, plan, calibration=calibrate(model, data))
+    found = hf_reparam.compare(model, small, data, times=False).figures
+    assert 0 < found["divergence from dense, nats per example"][1] < 1
+    assert hf_reparam.refine(small, model, data, epochs=1).before < 1
