@@ -308,3 +308,33 @@ def test_a_time_that_cannot_be_measured_is_left_out(monkeypatch):
     found = compare(dense, small, [{"input_ids": torch.randint(3, 90, (2, 9))}]).figures
     assert "same first choice" in found
     assert "tokens per second when generating" not in found
+
+
+def test_texts_are_read_alike_whatever_holds_them(words):
+    dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    small = convert(dense, rank=4)
+    rows = [{"text": text, "idx": i} for i, text in enumerate(TEXTS)]
+    given = [TEXTS, (text for text in TEXTS), rows, datasets.Dataset.from_list(rows)]
+    found = [compare(dense, small, data, tokenizer=words, times=False).figures for data in given]
+    assert "perplexity" in found[0]
+    assert found == [found[0]] * 4
+
+
+def test_padding_that_a_model_takes_no_mask_for_is_not_counted():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(99, 32), nn.Linear(32, 32)
+
+        def forward(self, input_ids):
+            return {"logits": self.head(self.table(input_ids))}
+
+    torch.manual_seed(0)
+    dense = Recurrent()
+    small, ids = convert(dense, rank=4), torch.randint(3, 90, (4, 9))
+    mask = (torch.arange(9) < 5).long().expand(4, 9)
+    found = [
+        compare(dense, small, [{"input_ids": ids.where(mask.bool(), pad), "attention_mask": mask}], times=False).figures
+        for pad in (0, 1)
+    ]
+    assert found[0] == found[1]

@@ -53,9 +53,15 @@ def host(model: nn.Module) -> PreTrainedModel | None:
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
 
 
+def with_names(model: nn.Module) -> dict[str, bool]:
+    """What to call a model with so that it names its outputs, where its configuration says that it gives a tuple."""
+    tuples = isinstance(model, PreTrainedModel) and not getattr(model.config, "return_dict", True)
+    return {"return_dict": True} if tuples else {}
+
+
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """What to call a model with so that it keeps no keys, values or states of the past, if it can."""
-    return {"use_cache": False} if "use_cache" in forward_names(model).known else {}
+    """The same, and that it keeps no keys, values or states of the past, if it can."""
+    return with_names(model) | ({"use_cache": False} if "use_cache" in forward_names(model).known else {})
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_reparam.calibrate.batches import Batches, batched
-from hf_reparam.calibrate.inputs import positions, same_draws, vocabulary
+from hf_reparam.calibrate.batches import Batches, prepare
+from hf_reparam.calibrate.inputs import forward_names, positions, same_draws, vocabulary, with_names
+from hf_reparam.calibrate.items import examples
 from hf_reparam.calibrate.objective import (
     IGNORED,
     MASKS,
@@ -34,6 +35,7 @@ from hf_reparam.compress.clock import medians
 from hf_reparam.compress.judge import labelled
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.progress import each, one_bar
+from hf_reparam.linalg.calibration import HeldOut
 from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import called, check_model, own_tokenizer
 from hf_reparam.tables import Part, Readable
@@ -135,20 +137,23 @@ def compare(
         "MB in memory": (megabytes(dense), megabytes(small)),
     }
     with _evaluating(dense, small), torch.no_grad(), one_bar():
-        texts = _texts(data, max_samples)
+        data = list(data) if isinstance(data, Iterator) else data  # which is read twice
+        texts = _texts(pair[0], data, max_samples)
         if texts is not None and tokenizer is not None and predicts_next(pair[0]):
-            batches: Sequence[Mapping[str, Any]] = _blocks(pair[0], texts, tokenizer, max_length)
+            read: list[HeldOut] = [(b, batch_masks(b)) for b in _blocks(pair[0], texts, tokenizer, max_length)]
             what = "{} blocks of {} tokens"
         else:
-            batches = list(batched(pair[0], data, tokenizer, max_length=max_length, max_samples=max_samples))
-            count = sum(map(examples_in, batches))
+            sizes: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
+            read = list(prepare(pair[0], data, tokenizer, **sizes, desc="reading"))
+            count = sum(examples_in(batch) for batch, _ in read)
             what = "{} examples" if texts is None or len(texts) == count else f"{{}} rows of {len(texts)} texts"
+        batches = [batch for batch, _ in read]
         if not batches:
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
         ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
         if any(int(some.max()) >= vocabulary(pair[1]) for some in ids):
             raise TargetError(_DIFFERENT)
-        figures |= _predictions(pair, batches)
+        figures |= _predictions(pair, read)
         if texts is not None and all(hasattr(model, "encode") for model in (dense, small)):
             figures["cosine of sentence embeddings"] = (None, _cosine_of_sentences(dense, small, texts))
         if evaluate is not None:
@@ -198,10 +203,10 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _texts(data: Batches, max_samples: int | None) -> list[str] | None:
+def _texts(model: nn.Module, data: Batches, max_samples: int | None) -> list[str] | None:
     """The data, if they are texts."""
-    found = list(data)[:max_samples] if isinstance(data, Sequence) and not isinstance(data, str) else None
-    return found if found and all(isinstance(item, str) for item in found) else None
+    found = [words for _, words in examples(data, forward_names(model), max_samples)]
+    return [str(words) for words in found] if found and all(isinstance(words, str) for words in found) else None
 
 
 def _blocks(model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
@@ -212,11 +217,11 @@ def _blocks(model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: 
     return [{"input_ids": part, "labels": part} for part in parts]
 
 
-def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _predictions(pair: Sequence[nn.Module], read: Sequence[HeldOut]) -> dict[str, Any]:
     """What the second model predicts beside the first, and what both lose where there are labels."""
     sums: dict[str, Tensor] = {}
     losses, weights = [0.0, 0.0], 0
-    for batch in _told_apart(pair[0], batches):
+    for batch, masks in _told_apart(pair[0], read):
         outputs = [same_draws()(_outputs)(model, batch) for model in pair]
         parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
         if len(parts) == len(pair):
@@ -224,7 +229,7 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
             if weight:  # the mean over no label is not a number
                 losses = [total + float(part.mean()) * weight for total, part in zip(losses, parts, strict=True)]
                 weights += weight
-        for name, value in _distances(pair[0], outputs, send_to_device(dict(batch), "cpu")).items():
+        for name, value in _distances(pair[0], outputs, *send_to_device((batch, masks), "cpu")).items():
             sums[name] = sums.get(name, torch.zeros(2)) + value
     found: dict[str, Any] = {}
     if weights:
@@ -235,11 +240,11 @@ def _predictions(pair: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
     return found | {name: (None, float(value[0] / value[1])) for name, value in sums.items()}
 
 
-def _told_apart(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def _told_apart(model: nn.Module, read: Sequence[HeldOut]) -> Iterator[HeldOut]:
     """The batches, or their examples without padding, where masks do not tell which predictions are of padding."""
     padding = Padding(model, {})
-    for batch in each(batches, "comparing", "batch"):
-        yield from (part.batch for part in padding.parts([(batch, batch_masks(batch))]))
+    for one in each(read, "comparing", "batch"):
+        yield from ((part.batch, part.masks) for part in padding.parts([one]))
 
 
 def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
@@ -254,13 +259,15 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     return send_to_device(_run(model, batch), "cpu")
 
 
-def _distances(model: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def _distances(
+    model: nn.Module, outputs: Sequence[Any], batch: Mapping[str, Any], known: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
     """Sums over positions or examples, and how many these are."""
     problem = problem_of(model)
     theirs, mine = (compared(found, problem) for found in outputs)
     if theirs.keys() != mine.keys() or any(theirs[key].shape != value.shape for key, value in mine.items()):
         raise TargetError(_DIFFERENT)
-    known, labels = batch_masks(batch), batch.get("labels")
+    labels = batch.get("labels")
     some = isinstance(labels, Tensor) and bool((labels == IGNORED).any())
     masks = (labelled(model, batch, known, theirs) if some else ()) or known
     found: dict[str, Tensor] = {}
@@ -339,7 +346,7 @@ def _tokens_per_second(seconds: float) -> float:
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    return model(**send_to_device(dict(batch), execution_device(model)))
+    return model(**with_names(model), **send_to_device(dict(batch), execution_device(model)))
 
 
 def _generate(model: Any, prompt: Tensor) -> Any:
