@@ -12,6 +12,7 @@ from hf_reparam import LowRankConfig, convert, make_plan, merge
 from hf_reparam.errors import RankError, TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.checks import count_parameters
+from hf_reparam.model.config import plan_of
 from tests import zoo
 
 OUTPUT = 1e-5  # full rank against dense, float32
@@ -267,3 +268,20 @@ def test_trained_copy_does_not_move_the_original():
     }
     assert unchanged(model, before)
     merge(small)
+
+
+def test_what_was_known_of_layers_that_stay_is_kept():
+    case = zoo.BY_BASE["BertForMaskedLM"]
+    calibrated = convert(case.build(), keep=0.6, calibration=[case.batch()] * 4)
+    again = convert(calibrated, LowRankConfig(rank={"*.layer.0.attention.self.query": 4}))
+    plan, before = (plan_of(model.config) for model in (again, calibrated))
+    assert plan.metric == "fisher"
+    assert plan.record.calibration_tokens == before.record.calibration_tokens > 0
+    assert plan.record.metrics == {"encoder.layer.0.attention.self.query": "svd"}
+
+
+def test_nobody_elses_random_numbers_change():
+    dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    before = torch.get_rng_state()
+    merge(convert(dense, keep=0.6, calibration=[zoo.BY_BASE["GPT2LMHeadModel"].batch()] * 4))
+    assert torch.equal(torch.get_rng_state(), before)

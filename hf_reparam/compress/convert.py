@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.calibrate.fits import check_fit
+from hf_reparam.calibrate.inputs import same_draws
 from hf_reparam.calibrate.items import check_data
 from hf_reparam.compat.accelerate import is_offloaded, recall
 from hf_reparam.compress.planning import check_dense, plan_for, warn_without_data
@@ -144,7 +145,7 @@ def carry_out(
     workdir: str | os.PathLike[str] | None = None,
 ) -> M:
     """As `convert`: what is asked, or a plan, of which the configuration says the metric and the solver."""
-    with outside_inference_mode(), one_bar(), ExitStack() as scratch:
+    with outside_inference_mode(), same_draws(), one_bar(), ExitStack() as scratch:
         _check(model, inplace=inplace)
         work = opened(model)
         selection = _selection(work.model, asked, plan)

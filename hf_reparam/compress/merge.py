@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hf_reparam.calibrate.inputs import same_draws
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
@@ -22,6 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @outside_inference_mode()
+@same_draws()
 def merge(model: M, *, inplace: bool = False, workdir: str | os.PathLike[str] | None = None) -> M:
     """Multiply every product out, W = up @ down in float64, and return the dense model.
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -39,16 +40,21 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
         old, base = plan_of(host.config), stock_class(host.config)
         errors = {n.removeprefix(start): e for n, e in record.errors.items() if n.startswith(start)}
         metrics = {n.removeprefix(start): m for n, m in record.metrics.items() if n.startswith(start)}
-        source = host.config.name_or_path
+        source, common, told = host.config.name_or_path, metric, record
         if old.record is not None:
-            before = {n: old.record.metrics.get(n, old.metric) for n in old.record.errors if n not in errors}
-            metrics = {n: known for n, known in (before | metrics).items() if known != metric}
+            every = {n: old.record.metrics.get(n, old.metric) for n in old.record.errors if n not in errors}
+            if every and record.calibration_tokens is None:  # what was known of layers that stay
+                tokens, again = old.record.calibration_tokens, old.record.refitted_layers
+                told = replace(record, calibration_tokens=tokens, refitted_layers=again)
+            every |= {n: metrics.get(n, metric) for n in errors}
+            common = Counter(every.values()).most_common(1)[0][0] if every else metric
+            metrics = {n: known for n, known in every.items() if known != common}
             source, errors = old.record.base_model, {**old.record.errors, **errors}
         elif not is_hub_id(source) or os.path.exists(source):
             source = None
         entries = {**old.modules, **entries_of(host)}  # of another head, too
-        own_record = replace(record, base_model=source, errors=errors, metrics=metrics)
-        plan = RankPlan(entries, base.model_type, metric, own_record)
+        own_record = replace(told, base_model=source, errors=errors, metrics=metrics)
+        plan = RankPlan(entries, base.model_type, common, own_record)
         configs = _new_configs(host, register(base))
         configs[id(host.config)].reparam = plan.to_dict()
         _retype(host, configs, model_class(type(host)))  # type: ignore[arg-type]  # a class is hashable
