@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hf_reparam import Calibration, LowRankConfig, calibrate, convert
+from hf_reparam.calibrate.objective import seeds_of
 from hf_reparam.errors import TargetError
 from tests import zoo
 
@@ -307,3 +308,26 @@ def test_a_batch_with_none_for_an_input_is_held_out_and_stored(tmp_path):
     assert len(again.batches) == len(made.batches) > 0
     assert again.fingerprint() == made.fingerprint()
     assert made != again  # objects, not tensors, are compared
+
+
+def test_examples_that_differ_in_one_input_are_different_examples():
+    """Many images with one prompt are not the same example over and over."""
+    same = torch.ones(4, 5).long()
+    data = [{"input_ids": same, "pixel_values": torch.randn(4, 3, 2, 2)} for _ in range(2)]
+    seeds = [seeds_of(batch, ()) for batch in data]
+    assert len({*seeds[0], *seeds[1]}) == 8
+    assert seeds[0] == seeds_of(dict(reversed(data[0].items())), ())  # in any order
+    others = {**data[0], "token_type_ids": same, "attention_mask": same}
+    assert seeds_of(others, ()) == seeds[0]
+
+
+def test_of_one_large_batch_some_is_held_out():
+    case = zoo.BY_BASE["BertModel"]
+    ids = torch.randint(3, 90, (40, 9), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(9) < torch.arange(40)[:, None] % 5 + 5).long()
+    model, batch = case.build(), {"input_ids": ids * mask, "attention_mask": mask}
+    whole = calibrate(model, [batch])
+    assert sum(len(held["input_ids"]) for held, _ in whole.batches) == 4
+    halves = [{key: value[:20] for key, value in batch.items()}, {key: value[20:] for key, value in batch.items()}]
+    assert_same(whole, calibrate(model, halves))
+    assert not calibrate(model, [{key: value[:4] for key, value in batch.items()}]).batches

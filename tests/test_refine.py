@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from hf_reparam import LowRankConfig, convert, merge, refine, refit
@@ -15,6 +14,7 @@ from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.recover import refine as module
 from hf_reparam.report import RefineReport
 from tests import zoo
+from tests.usage.test_objectives import masked_images
 
 
 @pytest.fixture
@@ -210,13 +210,13 @@ def test_dense_predictions_are_made_once_where_there_is_room(dense, monkeypatch)
 def test_batches_are_split_into_rows():
     ids, mask = torch.arange(21).view(7, 3), torch.ones(7, 3, dtype=torch.bool).tril(2)
     part = Part({"input_ids": ids, "attention_mask": mask}, (mask,))
-    pieces = module._split(part, 3)
+    pieces = part.pieces(3)
     assert [len(piece.batch["input_ids"]) for piece in pieces] == [3, 2, 2]
     assert torch.equal(torch.cat([piece.batch["input_ids"] for piece in pieces]), ids)
     assert all(torch.equal(piece.masks[0], piece.batch["attention_mask"]) for piece in pieces)
-    assert len(module._split(part, 100)) == 7
+    assert len(part.pieces(100)) == 7
     for whole in (Part({"input_ids": ids, "sizes": torch.ones(4)}), Part({"input_ids": ids}, (mask.repeat(2, 1),))):
-        assert module._split(whole, 3)[0] is whole
+        assert whole.pieces(3)[0] is whole
 
 
 @pytest.mark.parametrize(
@@ -319,9 +319,3 @@ def test_a_model_that_draws_is_compared_on_the_same_draws():
     assert refine(small, frozen_copy(small), data, epochs=1).before == 0
     assert refit(small, dense, data).before == refit(convert(dense, rank=4), dense, data).before
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def masked_images():
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    decoder = {f"decoder_{key}": value for key, value in size.items()}
-    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(image_size=16, patch_size=4, **size, **decoder))

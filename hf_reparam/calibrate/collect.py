@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.inputs import fills_masks, same_draws, without_cache
-from hf_reparam.calibrate.items import DECODED, check_data
+from hf_reparam.calibrate.items import DECODED, INPUTS, check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import watching
@@ -34,6 +35,7 @@ from hf_reparam.model.sites import Found, no_site, select
 
 _HOLD_OUT = 5  # about every fifth batch judges what the others predict
 _LEAST_PARTS = 3  # batches, of which some can be held out
+_PIECES = 10  # into which fewer, if they are large, are split
 _MOST_HELD = 256  # examples
 
 S = TypeVar("S", LayerMoments, TableMoments)
@@ -206,7 +208,7 @@ def _watch_group(
     read = prepare(inner, data, with_labels=loss_fn is not None, **reading)
     if loss_fn is None and fills_masks(inner):  # labels of masked tokens alone say less than drawn ones of all
         read = ((unlabelled(inner, batch), masks) for batch, masks in read)
-    parts = Padding(inner, plain).parts(read)
+    parts = _enough(Padding(inner, plain).parts(read))
     with watching() as watcher:
         for found in group:
             found.structure.watch(found.name, found.site, sums[found.name], watcher)
@@ -252,13 +254,23 @@ def _noting(batch: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError, ValueError) as error:
-        shapes = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
-        advice = "One example is a batch of one: give tensor[None]."
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        given = ", ".join(f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in tensors.items())
+        advice = "" if any(key in INPUTS for key in batch) else " One example is a batch of one: give tensor[None]."
         if should_reduce_batch_size(error):
-            advice = "Memory ran out: give smaller batches, or shorter texts by max_length=."
+            advice = " Memory ran out: give smaller batches, or shorter texts by max_length=."
         if not isinstance(error, ReparamError):
-            error.add_note(f"It was called with tensors {shapes}. {advice}")
+            error.add_note(f"It was called with {given}.{advice}")
         raise
+
+
+def _enough(parts: Iterator[Part]) -> Iterator[Part]:
+    """The same, in pieces where there are too few to hold some out, but many examples."""
+    first = list(islice(parts, _LEAST_PARTS))
+    if len(first) < _LEAST_PARTS and sum(examples_in(part.batch) for part in first) >= _PIECES:
+        first = [piece for part in first for piece in part.pieces(_PIECES)]
+    yield from first
+    yield from parts
 
 
 def _held_out_last(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
@@ -344,7 +356,7 @@ def _loss(model: nn.Module, part: Part, *, alone: bool) -> Tensor:
         with SummedLosses() as losses:
             outputs = model(**without_cache(model) | part.batch)
     except (IndexError, RuntimeError, ValueError) as error:
-        if "labels" in part.batch and re.search("out of bounds|target|batch_size", str(error), re.I):
+        if "labels" in part.batch and re.search("out of bounds|target|batch_size|can't be cast", str(error), re.I):
             raise TargetError(f"the model's loss takes no such labels ({error}): leave `labels` out") from None
         if decodes(model) and DECODED.isdisjoint(part.batch) and isinstance(error, ValueError):
             raise TargetError(f"{type(model).__name__} has a decoder: give labels or decoder_input_ids") from error

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hf_reparam.calibrate.items import INPUTS
 from hf_reparam.errors import TargetError
 from hf_reparam.linalg.sums import widened
 
@@ -202,8 +203,11 @@ def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
 def problem_of(model: Any) -> str | None:
     """What a model's logits are, where its class or configuration says it: "multi_label_classification", independent
     yes-or-no answers; "regression", numbers; "segmentation", maps; or classes."""
-    if "Segmentation" in type(model).__name__:
+    name = type(model).__name__
+    if "Segmentation" in name:
         return _SEGMENTS
+    if name.endswith("ForPreTraining") and getattr(model, "main_input_name", None) == "pixel_values":  # of ViTMAE
+        return "regression"
     return getattr(getattr(model, "config", None), "problem_type", None)
 
 
@@ -321,18 +325,32 @@ _LOGITS = {"multi_label_classification": "answers", "regression": "values"}
 
 
 def seeds_of(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
-    """One seed for each example, from the bytes of its unpadded inputs."""
-    contents = (v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and not k.endswith("mask"))
-    rows = next(contents, torch.zeros(1)).detach().cpu()
-    shapes = (rows.shape[:2], rows.shape[:3])  # of texts, and of texts to choose from
-    mask = next((m.cpu().reshape(s) for m in masks for s in shapes if (s[:-1].numel(), s[-1]) == m.shape), None)
-    kept = [row if mask is None else row[mask[i]] for i, row in enumerate(rows)]
-    return [zlib.crc32(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for row in kept]
+    """One seed for each example, from the bytes of its unpadded inputs, whatever their order."""
+    contents = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and not k.endswith("mask")}
+    first = next(iter(contents), "")
+    main = sorted(k for k, v in contents.items() if k in INPUTS and len(v) == len(contents[first])) or [first]
+    seeds = [0] * len(contents.get(first, "0"))
+    for rows in [contents[key].detach().cpu() for key in main if key in contents] or [torch.zeros(1)]:
+        shapes = (rows.shape[:2], rows.shape[:3])  # of texts, and of texts to choose from
+        mask = next((m.cpu().reshape(s) for m in masks for s in shapes if (s[:-1].numel(), s[-1]) == m.shape), None)
+        kept = [row if mask is None else row[mask[i]] for i, row in enumerate(rows)]
+        seeds = [zlib.crc32(_bytes(row), seed) for seed, row in zip(seeds, kept, strict=True)]
+    return seeds
+
+
+def _bytes(values: Tensor) -> bytes:
+    return bytes(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def position_mask(like: Tensor, masks: tuple[Tensor, ...]) -> Tensor | None:
-    """The mask (batch, length) that belongs to values (batch, length, ...); None if there is none."""
-    return next((mask for mask in masks if like.dim() > 2 and mask.shape == like.shape[:2]), None)
+    """The mask (batch, length) that belongs to values (batch, length, ...), or (batch, choices, length) to those of
+    texts to choose from; None if there is none."""
+    for mask in masks:
+        if like.dim() > 2 and mask.shape == like.shape[:2]:
+            return mask
+        if like.dim() > 3 and mask.shape == (like.shape[:2].numel(), like.shape[2]):
+            return mask.reshape(like.shape[:3])
+    return None
 
 
 def _mask(values: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
@@ -354,9 +372,10 @@ def uniforms(like: Tensor, width: int, seeds: Sequence[int], masks: tuple[Tensor
     if mask is None:
         places = torch.arange(shape[1:].numel(), device=like.device).reshape(1, *shape[1:])
     else:
-        places = (mask.to(like.device).cumsum(1) - 1).reshape(*shape[:2], *[1] * (len(shape) - 2))
-        inner = torch.arange(shape[2:].numel(), device=like.device).reshape(shape[2:])
-        places = places * shape[2:].numel() + inner
+        known = mask.dim()
+        places = (mask.to(like.device).cumsum(-1) - 1).reshape(*mask.shape, *[1] * (len(shape) - known))
+        inner = torch.arange(shape[known:].numel(), device=like.device).reshape(shape[known:])
+        places = places * shape[known:].numel() + inner
     columns = torch.arange(width, device=like.device)
     seed = torch.tensor(seeds).to(like.device).reshape(-1, *[1] * len(shape))
     bits = _mixed(_mixed(seed) + (places[..., None] * width + columns) * _STEP)

@@ -63,6 +63,19 @@ class Part:
         """Whether there is padding in it."""
         return not all(bool(mask.all()) for mask in self.masks)
 
+    def pieces(self, count: int) -> list["Part"]:
+        """So many, or one for each example; whole where its rows do not belong to examples."""
+        examples = examples_in(self.batch)
+        if not splits(self.batch) or any(len(mask) != examples for mask in self.masks):
+            return [self]
+        made = []
+        for chosen in torch.arange(examples).tensor_split(min(count, examples)):
+            r, seeds = chosen.tolist(), self.seeds and tuple(self.seeds[i] for i in chosen)
+            made.append(
+                replace(self, batch=rows_of(self.batch, r), masks=tuple(mask[r] for mask in self.masks), seeds=seeds)
+            )
+        return made
+
 
 @dataclass
 class Padding:

@@ -92,7 +92,7 @@ def labelled(
         return ()
     counts = labels != IGNORED
     if predicts_next(model):  # position t is for label t + 1
-        counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], 1)
+        counts = torch.cat([counts[..., 1:], torch.zeros_like(counts[..., :1])], -1)
     known = position_mask(next(iter(outputs.values())), masks)
     counts = counts if known is None else counts.to(known.device) & known
     return (counts,) if counts.any() else ()

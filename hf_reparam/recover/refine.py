@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
-from hf_reparam.calibrate.inputs import same_draws
+from hf_reparam.calibrate.inputs import same_draws, with_names
 from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
-from hf_reparam.calibrate.padding import Part, rows_of, splits, warn_of_repeats
+from hf_reparam.calibrate.padding import Part, warn_of_repeats
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.factored import Factored
@@ -123,7 +122,7 @@ class _Refining:
         fitting: Sequence[Part],
         more: Callable[[int], list[Part]] = lambda epoch: [],
     ) -> None:
-        self.model, self.dense = same_draws()(model), same_draws()(dense)
+        self.model, self.dense = (partial(same_draws()(one), **with_names(one)) for one in (model, dense))
         self.judging, self.problem = judging, problem_of(dense)
         self.more, self.made = more, list[Part]()
         self.count = math.ceil(_STEPS / (len(fitting) + len(more(0))))
@@ -140,7 +139,7 @@ class _Refining:
         self._begin(0)
 
     def _pieces(self, parts: Sequence[Part]) -> list[Part]:
-        return [piece for part in parts for piece in _split(part, self.count)]
+        return [piece for part in parts for piece in part.pieces(self.count)]
 
     def _begin(self, epoch: int) -> None:
         """Learn from texts that were made for this epoch."""
@@ -283,15 +282,6 @@ def _optimizers(parameters: Sequence[nn.Parameter], rate: float) -> list[torch.o
     ]
     groups = lambda some: [{"params": [p], "lr": rate * _unit(p)} for p in some]  # noqa: E731
     return [optimizer(groups(some), weight_decay=0.0) for optimizer, some in kinds if some]
-
-
-def _split(part: Part, count: int) -> list[Part]:
-    """A part in so many pieces, or one for each example; whole where its rows do not belong to examples."""
-    examples = examples_in(part.batch)
-    if not splits(part.batch) or any(len(mask) != examples for mask in part.masks):
-        return [part]
-    pieces = [rows.tolist() for rows in torch.arange(examples).tensor_split(min(count, examples))]
-    return [replace(part, batch=rows_of(part.batch, r), masks=tuple(mask[r] for mask in part.masks)) for r in pieces]
 
 
 def _unit(parameter: Tensor) -> float:
