@@ -29,6 +29,7 @@ import hf_reparam_cli
 from benchmarks.machine import write
 
 SEED = 0
+tqdm.monitor_interval = 0  # no thread of its own, which may hold a lock while this process forks
 
 
 def _convert(*more: str) -> Callable[[Path, Path], object]:
