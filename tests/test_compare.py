@@ -338,3 +338,15 @@ def test_padding_that_a_model_takes_no_mask_for_is_not_counted():
         for pad in (0, 1)
     ]
     assert found[0] == found[1]
+
+
+def test_a_tokenizer_of_another_model_is_told_of(words):
+    class Tall(type(words)):
+        def __call__(self, *args, **kwargs):
+            found = super().__call__(*args, **kwargs)
+            return {key: value + 200 for key, value in found.items()} if "return_tensors" in kwargs else found
+
+    dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
+    tall = Tall(tokenizer_object=words.backend_tokenizer, unk_token="<unk>", model_max_length=64)
+    with pytest.raises(TargetError, match="the data have token id .*: give the tokenizer of this model"):
+        compare(dense, convert(dense, rank=4), TEXTS, tokenizer=tall)

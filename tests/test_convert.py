@@ -285,3 +285,9 @@ def test_nobody_elses_random_numbers_change():
     before = torch.get_rng_state()
     merge(convert(dense, keep=0.6, calibration=[zoo.BY_BASE["GPT2LMHeadModel"].batch()] * 4))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_data_for_a_metric_without_data_is_an_error():
+    model = zoo.BY_BASE["BertModel"].build()
+    with pytest.raises(TargetError, match='metric="svd" looks at the weights alone'):
+        convert(model, LowRankConfig(rank=4, metric="svd"), calibration=[zoo.BY_BASE["BertModel"].batch()] * 3)

@@ -59,7 +59,8 @@ def calibrate(
     """Collect what the data say about every layer that is factored by default, or that `target_modules` matches.
 
     About every fifth batch, until there are 256 examples, is held out to judge what the others predict; it is counted
-    in all sums, too. Its content alone decides whether a batch is held out, so that order does not matter.
+    in all sums, too. Its content alone decides whether a batch is held out, so that order does not matter. One or two
+    batches of ten examples or more are split for that.
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A Transformers
     model first reads a few examples together and one by one. If the shapes of masks do not tell its padding (audio

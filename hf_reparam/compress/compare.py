@@ -151,7 +151,11 @@ def compare(
         if not batches:
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
         ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
-        if any(int(some.max()) >= vocabulary(pair[1]) for some in ids):
+        highest = max((int(some.max()) for some in ids if some.numel()), default=0)
+        if highest >= vocabulary(pair[0]):
+            known = f"{type(pair[0]).__name__} knows {vocabulary(pair[0]):.0f}"
+            raise TargetError(f"the data have token id {highest}, and {known}: give the tokenizer of this model")
+        if highest >= vocabulary(pair[1]):
             raise TargetError(_DIFFERENT)
         figures |= _predictions(pair, read)
         if texts is not None and all(hasattr(model, "encode") for model in (dense, small)):

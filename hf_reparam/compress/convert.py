@@ -122,6 +122,8 @@ def convert(
     check_model(model)
     if calibration is not None and not isinstance(calibration, Calibration):
         check_data(calibration)
+        if asked.metric == "svd":
+            raise TargetError('metric="svd" looks at the weights alone: leave out calibration=, or metric=')
     elif tokenizer is not None:
         raise TargetError("tokenizer= reads calibration texts: give calibration=texts")
     reading: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "workdir": workdir}
