@@ -79,7 +79,9 @@ def distillation_loss(
 
     def take(_: nn.Module, args: Any, outputs: Any) -> Any:
         called["states"] = states = _hidden_states(outputs) if hidden else {}
-        return outputs if called["asked"] else type(outputs)(**{k: v for k, v in outputs.items() if k not in states})
+        if called["asked"] or not states:
+            return outputs
+        return type(outputs)(**{k: v for k, v in outputs.items() if k not in states})
 
     def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
         if not called:
@@ -97,10 +99,8 @@ def distillation_loss(
         for key, value in logits.items():
             answers = labels if key in ("logits", "answers", "values") else None
             kind = "values" if value.shape[-1] == 1 and not key.endswith("answers") else key
-            if (
-                kind == "logits" and answers is not None and answers.is_floating_point()
-            ):  # as the model's own loss has it
-                kind = "answers"
+            floats = answers is not None and answers.is_floating_point()
+            kind = "answers" if kind == "logits" and floats else kind  # as the model's own loss has it
             mine, target, answers = _positions(student, value.float(), taught[key].float(), answers, masks)
             counted = counted if answers is None else answers
             if not len(mine):  # no label counts
