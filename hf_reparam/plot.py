@@ -29,6 +29,8 @@ def spectrum(
 ) -> Any:
     """What each rank of a layer leaves out: sqrt(sum of the discarded squared singular values / sum of all).
 
+    With a calibration that held some data out it is the error on these, of factors that were made without them.
+
     Args:
         model: a dense model.
         calibration: what `calibrate` returned; None for the weights alone.

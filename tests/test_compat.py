@@ -65,6 +65,7 @@ NAMES = {
     "remove_hook_from_submodules": "accelerate.hooks",
     "rename_source_key": "transformers.core_model_loading",
     "set_module_tensor_to_device": "accelerate.utils",
+    "should_reduce_batch_size": "accelerate.utils.memory",
     "tensor_parallel": "transformers.distributed",
     "transform_inputs_pre_forward": "transformers.distributed.tensor_parallel:TensorParallelLayer",
 }

@@ -32,7 +32,7 @@ def test_spectrum_draws_what_a_rank_leaves_out():
 @pytest.mark.parametrize("metric", ["activation", "fisher"])
 def test_spectrum_in_a_metric_of_data_is_what_conversion_reports(metric):
     net, loss = nn.Sequential(nn.Linear(8, 8)), lambda m, b: m(**b).square().sum()
-    moments = calibrate(net, [{"input": torch.randn(50, 8)}], metric=metric, loss_fn=loss)
+    moments = calibrate(net, [{"input": torch.randn(1, 50, 8)}], metric=metric, loss_fn=loss)
     ax = plot.spectrum(net, moments)
     for rank in (1, 3):
         small = convert(net, rank=rank, calibration=moments)

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import convert_file_size_to_int, gather_object, send_to_device
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
@@ -20,6 +19,7 @@ from hf_reparam.calibrate.items import DECODED, INPUTS, check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import watching
+from hf_reparam.compat.accelerate import ran_out_of_memory
 from hf_reparam.config import METRICS, LowRankConfig
 from hf_reparam.errors import ReparamError, TargetError
 from hf_reparam.layers.copies import frozen_copy
@@ -258,7 +258,7 @@ def _noting(batch: Mapping[str, Any]) -> Iterator[None]:
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         given = ", ".join(f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in tensors.items())
         advice = "" if any(key in INPUTS for key in batch) else " One example is a batch of one: give tensor[None]."
-        if should_reduce_batch_size(error):
+        if ran_out_of_memory(error):
             advice = " Memory ran out: give smaller batches, or shorter texts by max_length=."
         if not isinstance(error, ReparamError):
             error.add_note(f"It was called with {given}.{advice}")

@@ -15,6 +15,7 @@ from accelerate.utils import (
     offload_state_dict,
     set_module_tensor_to_device,
 )
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from hf_reparam.compat.marks import hook_of
@@ -93,3 +94,8 @@ def recall(module: nn.Module) -> None:
     remove_hook_from_submodules(module)
     for part in module.modules():
         vars(part).pop("forward", None)  # accelerate leaves the class's own behind as an attribute of the module
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device has no memory left."""
+    return bool(should_reduce_batch_size(error))
