@@ -307,7 +307,6 @@ def test_a_batch_with_none_for_an_input_is_held_out_and_stored(tmp_path):
     again = Calibration.load(tmp_path / "moments.safetensors")
     assert len(again.batches) == len(made.batches) > 0
     assert again.fingerprint() == made.fingerprint()
-    assert made != again  # objects, not tensors, are compared
 
 
 def test_examples_that_differ_in_one_input_are_different_examples():

@@ -350,3 +350,15 @@ def test_a_tokenizer_of_another_model_is_told_of(words):
     tall = Tall(tokenizer_object=words.backend_tokenizer, unk_token="<unk>", model_max_length=64)
     with pytest.raises(TargetError, match="the data have token id .*: give the tokenizer of this model"):
         compare(dense, convert(dense, rank=4), TEXTS, tokenizer=tall)
+
+
+def test_data_are_read_once_and_no_further_than_asked():
+    net, read = nn.Sequential(nn.Linear(8, 8)), []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield {"input": torch.randn(2, 8)}
+
+    compare(net, convert(net, rank=2), endless(), max_samples=8, times=False)
+    assert len(read) == 4

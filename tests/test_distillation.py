@@ -216,11 +216,14 @@ def test_answers_are_counted_one_by_one_and_taken_for_answers():
         torch.testing.assert_close(value, small(**batch, labels=labels).loss)
 
 
-def test_without_a_label_that_counts_the_loss_is_zero(pair):
-    dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
-    small, batch = convert(dense, rank=4), zoo.BY_BASE["GPT2LMHeadModel"].batch()
+@pytest.mark.parametrize("base", ["GPT2LMHeadModel", "BertForSequenceClassification"])
+def test_without_a_label_that_counts_the_loss_is_zero(base):
+    dense = zoo.BY_BASE[base].build()
+    small, batch = convert(dense, rank=4), zoo.BY_BASE[base].batch()
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels = labels if base.startswith("GPT2") else labels[:, 0]
     with distillation_loss(dense, small) as loss:
-        got = loss(small(**batch), torch.full_like(batch["input_ids"], -100), num_items_in_batch=7)
+        got = loss(small(**batch), labels, num_items_in_batch=7)
     assert float(got.detach()) == 0
     got.backward()
 

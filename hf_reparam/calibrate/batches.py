@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.inputs import (
     Names,
@@ -97,8 +98,8 @@ class _Reader:
     ) -> None:
         self.model = model
         self.names = forward_names(model)
-        if with_labels:
-            self.names = Names(self.names.known | {"labels"}, self.names.others or host(model) is None)
+        self.with_labels = with_labels
+        self.with_all = with_labels and not isinstance(model, PreTrainedModel)
         self.tokenizer = checked_tokenizer(tokenizer)
         self.length = 0 if self.tokenizer is None else longest(model, self.tokenizer, max_length)
         self.padding = 0 if self.tokenizer is None else padding_id(model, self.tokenizer)
@@ -160,28 +161,29 @@ class _Reader:
     def _row(self, item: Mapping[str, Any]) -> Row:
         """What the model takes of one example, as tensors without a batch dimension."""
         every = self.names.others and not self.names.known.intersection(INPUTS)
-        taken = self._taken(item, every, ranks=1)
+        taken = self._taken(item, every or self.with_all, ranks=1)
         taken = {k: v for k, v in taken.items() if v is not None and not isinstance(leaf(v), (str, Mapping))}
         return {key: self._tensor(key, value) for key, value in taken.items()}
 
     def _batch(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What the model takes of a batch; what is neither an array nor a list of numbers stays as it is."""
-        taken = self._taken(item, self.names.others, ranks=2)
+        taken = self._taken(item, self.names.others or self.with_all, ranks=2)
         self._check(item, taken)
-        return {
-            k: self._tensor(k, v) if depth(v) and _is_number(leaf(v)) else v for k, v in taken.items() if v is not None
-        }
+        if isinstance(self.model, PreTrainedModel):  # which needs no None
+            taken = {k: v for k, v in taken.items() if v is not None}
+        return {k: self._tensor(k, v) if depth(v) and _is_number(leaf(v)) else v for k, v in taken.items()}
 
     def _taken(self, item: Mapping[str, Any], every: bool, *, ranks: int) -> dict[str, Any]:
         """Columns under the model's names for them, main inputs first; labels of tokens have so many dimensions."""
         found: dict[str, Any] = {}
-        for key in sorted(item, key=lambda key: key not in INPUTS):
+        for key in sorted(item, key=lambda key: (key not in INPUTS, key not in self.names.known, key in LABELS)):
             name, value = key, item[key]
             if key in LABELS[1:] and key not in self.names.known:
                 if self.tokens_are_labels and depth(value) < ranks:  # the class of a text
                     continue
                 name = "labels"
-            if name in self.names.known or every:
+            told = self.with_labels and name == "labels" and not isinstance(leaf(value), str)
+            if name in self.names.known or every or told:
                 if name == "labels" and isinstance(leaf(value), str):
                     raise TargetError(
                         f"{key!r} is a text, {leaf(value)!r}: give its number, model.config.label2id[...]"

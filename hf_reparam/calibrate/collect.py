@@ -14,7 +14,7 @@ from accelerate.utils import convert_file_size_to_int, gather_object, send_to_de
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
-from hf_reparam.calibrate.inputs import fills_masks, same_draws, without_cache
+from hf_reparam.calibrate.inputs import fills_masks, forward_names, same_draws, without_cache
 from hf_reparam.calibrate.items import DECODED, INPUTS, check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
@@ -60,7 +60,7 @@ def calibrate(
 
     About every fifth batch, until there are 256 examples, is held out to judge what the others predict; it is counted
     in all sums, too. Its content alone decides whether a batch is held out, so that order does not matter. One or two
-    batches of ten examples or more are split for that.
+    batches of together ten examples or more are split for that.
     The second moments of inputs, and for "fisher" of output gradients, are sums over real tokens: padding is left out
     by `attention_mask` and `decoder_attention_mask`, and neither batch size, padding nor order matters. A Transformers
     model first reads a few examples together and one by one. If the shapes of masks do not tell its padding (audio
@@ -245,7 +245,11 @@ def _watch_group(
     if not total(torch.tensor(len(seen))):
         raise TargetError("the calibration data is empty: give at least one batch")
     warn_of_repeats(held, seen[: len(seen) - len(held)])
-    kept: list[HeldOut] = [send_to_device((part.batch, part.masks), "cpu") for part in held]
+    names = forward_names(inner)  # a loss of one's own gets more than they
+    known = {"labels"}.union(*(part.batch for part in held)) if names.others else {"labels", *names.known}
+    kept: list[HeldOut] = [
+        send_to_device(({k: v for k, v in part.batch.items() if k in known}, part.masks), "cpu") for part in held
+    ]
     return Calibration(metric, layers, tables, gather_object(kept) if distributed() else kept)
 
 

@@ -8,7 +8,6 @@ order nor padding changes a result. With labels every head's own loss is taken, 
 
 import functools
 import inspect
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_reparam.calibrate.items import INPUTS
+from hf_reparam.calibrate.items import INPUTS, LABELS
 from hf_reparam.errors import TargetError
 from hf_reparam.linalg.sums import widened
 
@@ -248,18 +247,19 @@ def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
 
 def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     if key.endswith("answers"):
-        yes = _expected(F.logsigmoid(reference), F.logsigmoid(value))
-        return _mask(yes + _expected(F.logsigmoid(-reference), F.logsigmoid(-value)), masks).sum()
+        yes = expected(F.logsigmoid(reference), F.logsigmoid(value))
+        return _mask(yes + expected(F.logsigmoid(-reference), F.logsigmoid(-value)), masks).sum()
     if not predicts(key, value):
         return _squares(value, reference, masks)
     if key in ("start_logits", "end_logits"):
         value, reference = (_over_positions(logits, masks) for logits in (value, reference))
-    return _mask(_expected(reference.log_softmax(-1), value.log_softmax(-1)), masks).sum()
+    return _mask(expected(reference.log_softmax(-1), value.log_softmax(-1)), masks).sum()
 
 
-def _expected(log_p: Tensor, log_q: Tensor) -> Tensor:
+def expected(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p (log p - log q); 0 where p is, as for classes that a model rules out with a logit of minus infinity."""
-    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -math.inf, 0)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).masked_fill(p == 0, 0)
 
 
 def predicts(key: str, value: Tensor) -> bool:
@@ -327,10 +327,12 @@ _LOGITS = {"multi_label_classification": "answers", "regression": "values"}
 def seeds_of(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
     """One seed for each example, from the bytes of its unpadded inputs, whatever their order."""
     contents = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and not k.endswith("mask")}
-    first = next(iter(contents), "")
-    main = sorted(k for k, v in contents.items() if k in INPUTS and len(v) == len(contents[first])) or [first]
-    seeds = [0] * len(contents.get(first, "0"))
-    for rows in [contents[key].detach().cpu() for key in main if key in contents] or [torch.zeros(1)]:
+    first = next((k for k in contents if k not in LABELS), next(iter(contents), None))
+    if first is None:
+        return [0]
+    seeds = [0] * len(contents[first])
+    main = sorted(k for k, v in contents.items() if k in INPUTS and len(v) == len(seeds))
+    for rows in [contents[key].detach().cpu() for key in main or [first]]:
         shapes = (rows.shape[:2], rows.shape[:3])  # of texts, and of texts to choose from
         mask = next((m.cpu().reshape(s) for m in masks for s in shapes if (s[:-1].numel(), s[-1]) == m.shape), None)
         kept = [row if mask is None else row[mask[i]] for i, row in enumerate(rows)]
@@ -346,7 +348,7 @@ def position_mask(like: Tensor, masks: tuple[Tensor, ...]) -> Tensor | None:
     """The mask (batch, length) that belongs to values (batch, length, ...), or (batch, choices, length) to those of
     texts to choose from; None if there is none."""
     for mask in masks:
-        if like.dim() > 2 and mask.shape == like.shape[:2]:
+        if like.dim() > mask.dim() > 1 and mask.shape == like.shape[: mask.dim()]:
             return mask
         if like.dim() > 3 and mask.shape == (like.shape[:2].numel(), like.shape[2]):
             return mask.reshape(like.shape[:3])
@@ -373,7 +375,8 @@ def uniforms(like: Tensor, width: int, seeds: Sequence[int], masks: tuple[Tensor
         places = torch.arange(shape[1:].numel(), device=like.device).reshape(1, *shape[1:])
     else:
         known = mask.dim()
-        places = (mask.to(like.device).cumsum(-1) - 1).reshape(*mask.shape, *[1] * (len(shape) - known))
+        places = mask.to(like.device).flatten(1).cumsum(1).sub(1)
+        places = places.reshape(*mask.shape, *[1] * (len(shape) - known))
         inner = torch.arange(shape[known:].numel(), device=like.device).reshape(shape[known:])
         places = places * shape[known:].numel() + inner
     columns = torch.arange(width, device=like.device)

@@ -36,7 +36,7 @@ from hf_reparam.layers.warn import warn
 
 Batch = Mapping[str, Any]
 
-_ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
+ANSWERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "mc_labels", "sentence_order_label")
 CANNOT_BE_TRIED = (ValueError, RuntimeError, IndexError, TypeError)  # of a model that needs its batch as it is
 
 
@@ -248,7 +248,7 @@ def _with_decoder_mask(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any
 def unlabelled(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """A batch without labels, where the model does not make its decoder's inputs of them: they may be another head's,
     or -1 where they are not known."""
-    return {key: value for key, value in batch.items() if decodes(model) or key not in _ANSWERS}
+    return {key: value for key, value in batch.items() if decodes(model) or key not in ANSWERS}
 
 
 def taken_by(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -263,7 +263,8 @@ def decodes(model: nn.Module) -> bool:
 
 
 def predicts_next(model: nn.Module) -> bool:
-    """Whether position t of what a model predicts is for label t + 1: it writes texts, alone and from left to right."""
+    """Whether position t of what a model predicts is for label t + 1: it writes texts, with no encoder of its own, and
+    fills no masks. XLNet, and the decoders of BART and its kin alone, do as well, but do not shift their labels."""
     return bool(getattr(model, "can_generate", bool)()) and not decodes(model) and not fills_masks(model)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -28,9 +28,9 @@ from hf_reparam.calibrate.objective import (
     problem_of,
     unit_of,
 )
-from hf_reparam.calibrate.padding import CANNOT_BE_TRIED, Padding, decodes, predicts_next
+from hf_reparam.calibrate.padding import ANSWERS, CANNOT_BE_TRIED, Padding, decodes, predicts_next
 from hf_reparam.calibrate.texts import checked_tokenizer
-from hf_reparam.compat.accelerate import execution_device
+from hf_reparam.compat.accelerate import execution_device, ran_out_of_memory
 from hf_reparam.compress.clock import medians
 from hf_reparam.compress.judge import labelled
 from hf_reparam.errors import TargetError
@@ -45,7 +45,7 @@ _BATCHES = (1, 32)  # texts in a call that is timed
 _LENGTH = 128  # of these texts
 _NEAR_ZERO = 1e-6  # of what is rounding, a ratio says nothing
 _NEW = 32  # tokens that are generated after as many
-_OF_TEXTS = {"input_ids", "labels", "token_type_ids", "position_ids", "decoder_input_ids", *MASKS}
+_OF_TEXTS = {"input_ids", "token_type_ids", "position_ids", "decoder_input_ids", *ANSWERS, *MASKS}
 """What batches of texts have; a model that gets more may need it."""
 _DIFFERENT = "the models predict different things: compare models of one task and one vocabulary"
 
@@ -137,16 +137,17 @@ def compare(
         "MB in memory": (megabytes(dense), megabytes(small)),
     }
     with _evaluating(dense, small), torch.no_grad(), one_bar():
-        data = list(data) if isinstance(data, Iterator) else data  # which is read twice
-        texts = _texts(pair[0], data, max_samples)
-        if texts is not None and tokenizer is not None and predicts_next(pair[0]):
+        found = list(examples(data, forward_names(pair[0]), max_samples))
+        texts = [words for _, words in found if isinstance(words, str)]
+        texts = texts if len(texts) == len(found) else []
+        if texts and tokenizer is not None and predicts_next(pair[0]):
             read: list[HeldOut] = [(b, batch_masks(b)) for b in _blocks(pair[0], texts, tokenizer, max_length)]
             what = "{} blocks of {} tokens"
         else:
-            sizes: dict[str, Any] = {"max_length": max_length, "max_samples": max_samples}
-            read = list(prepare(pair[0], data, tokenizer, **sizes, desc="reading"))
+            rows = [row for row, _ in found]
+            read = list(prepare(pair[0], rows, tokenizer, max_length=max_length, desc="reading"))
             count = sum(examples_in(batch) for batch, _ in read)
-            what = "{} examples" if texts is None or len(texts) == count else f"{{}} rows of {len(texts)} texts"
+            what = "{} examples" if len(texts) in (0, count) else f"{{}} rows of {len(texts)} texts"
         batches = [batch for batch, _ in read]
         if not batches:
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
@@ -158,7 +159,7 @@ def compare(
         if highest >= vocabulary(pair[1]):
             raise TargetError(_DIFFERENT)
         figures |= _predictions(pair, read)
-        if texts is not None and all(hasattr(model, "encode") for model in (dense, small)):
+        if texts and all(hasattr(model, "encode") for model in (dense, small)):
             figures["cosine of sentence embeddings"] = (None, _cosine_of_sentences(dense, small, texts))
         if evaluate is not None:
             figures |= _evaluated(dense, small, evaluate)
@@ -207,12 +208,6 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _texts(model: nn.Module, data: Batches, max_samples: int | None) -> list[str] | None:
-    """The data, if they are texts."""
-    found = [words for _, words in examples(data, forward_names(model), max_samples)]
-    return [str(words) for words in found] if found and all(isinstance(words, str) for words in found) else None
-
-
 def _blocks(model: nn.Module, texts: Sequence[str], tokenizer: Any, max_length: int | None) -> list[dict[str, Any]]:
     """Batches of one block of consecutive tokens, which are their own labels."""
     ids = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False)["input_ids"][0]
@@ -256,7 +251,7 @@ def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return examples_in(batch)
-    return int(((labels[:, 1:] if predicts_next(model) else labels) != IGNORED).sum())
+    return int(((labels[..., 1:] if predicts_next(model) else labels) != IGNORED).sum())
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -321,8 +316,11 @@ def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any
         calls |= _calls_with_texts(pair, ids)
     times: dict[str, Any] = {}
     for name, (call, given, shown_as) in each(calls.items(), "timing", "figure"):
-        with suppress(*CANNOT_BE_TRIED):  # a model that wants more than ids: this figure is left out
+        try:
             times[name] = tuple(map(shown_as, _in_turns(pair, call, given)))
+        except CANNOT_BE_TRIED as error:  # a model that wants more than ids: this figure is left out
+            if ran_out_of_memory(error):
+                raise
     return times
 
 

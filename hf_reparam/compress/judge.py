@@ -108,8 +108,9 @@ def few(batches: Sequence[HeldOut]) -> list[HeldOut]:
     step = math.ceil(len(batches) * size / count)
     parts: list[HeldOut] = []
     for batch, masks in batches[::step]:
-        count = examples_in(batch)
-        if splits(batch) and all(len(mask) % count == 0 for mask in masks):
-            chosen = list(range(min(size, count)))
-            parts.append((rows_of(batch, chosen), tuple(mask[: len(mask) // count * len(chosen)] for mask in masks)))
+        examples = examples_in(batch)
+        if splits(batch) and all(len(mask) % examples == 0 for mask in masks):
+            chosen = list(range(min(size, examples)))
+            rows = tuple(mask[: len(mask) // examples * len(chosen)] for mask in masks)
+            parts.append((rows_of(batch, chosen), rows))
     return parts or list(batches[:1])

@@ -79,12 +79,13 @@ def best_plan(
     for name, (entries, metric) in each(plans.items(), "judging", "plan"):
         tried, same = WorkingCopy(dense), metric == source.metric
         apply(tried, RankPlan(entries), fitting if same else replace(fitting, metric=metric, kept=None))
-        judged[name] = judge(tried.model)
+        if math.isfinite(apart := judge(tried.model)):  # it rules out nothing that the dense model predicts
+            judged[name] = apart
+    if not judged:
+        return *plans[_MEASURED], None
     best = min(judged, key=lambda name: judged[name])
     predicted = _predicted(best, plans, judged, measured) if plans[best][1] == source.metric else None
-    if not math.isfinite(judged[best]):  # it gives no chance to what the dense model predicts
-        return *plans[best], None
-    seen = {name: float(f"{value:.4g}") for name, value in judged.items() if math.isfinite(value)}
+    seen = {name: float(f"{value:.4g}") for name, value in judged.items()}
     return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), seen)
 
 
@@ -94,7 +95,7 @@ def _predicted(
     """What the parts of a plan lose alone, times how much more than their parts the other plans of its metric lose, in
     the geometric mean."""
     entries, metric = plans[chosen]
-    alone = {name: _alone(others, ways) for name, (others, its) in plans.items() if its == metric}
+    alone = {name: _alone(others, ways) for name, (others, its) in plans.items() if its == metric and name in judged}
     others = [name for name in alone if plans[name][0] != entries]
     more = [judged[name] / alone[name] for name in others if judged[name] > 0 and alone[name] > 0]  # not so by rounding
     return alone[chosen] * (geometric_mean(more) if more else 1.0)

@@ -52,10 +52,10 @@ class Calibration:
     metric: str
     layers: Mapping[str, LayerMoments] = field(default_factory=dict)
     tables: Mapping[str, TableMoments] = field(default_factory=dict)
-    batches: Sequence[HeldOut] = field(default=(), compare=False)  # the held-out part of the data
-    curves: dict[Any, Any] = field(default_factory=dict, compare=False)  # of weights that were planned with it
-    probes: dict[Any, float] = field(default_factory=dict, compare=False)
-    times: dict[Any, Any] = field(default_factory=dict, compare=False)
+    batches: Sequence[HeldOut] = ()
+    curves: dict[Any, Any] = field(default_factory=dict)
+    probes: dict[Any, float] = field(default_factory=dict)
+    times: dict[Any, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Calibration(metric={self.metric!r}, layers={len(self.layers)}, tokens={self.tokens})"

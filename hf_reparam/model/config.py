@@ -134,7 +134,7 @@ def stock_class(of: Any) -> Any:
 
 
 def note_refit(config: Any, layers: int) -> None:
-    """Remember in a derived configuration how many layers were refitted: most of them, if it was done twice."""
+    """Remember in a derived configuration how many layers were refitted: the higher count, if it was done twice."""
     plan = plan_of(config)
     if plan.record is not None:
         most = max(layers, plan.record.refitted_layers)

@@ -43,9 +43,10 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
         source, common, told = host.config.name_or_path, metric, record
         if old.record is not None:
             every = {n: old.record.metrics.get(n, old.metric) for n in old.record.errors if n not in errors}
-            if every and record.calibration_tokens is None:  # what was known of layers that stay
-                tokens, again = old.record.calibration_tokens, old.record.refitted_layers
-                told = replace(record, calibration_tokens=tokens, refitted_layers=again)
+            if every:  # what was known of layers that stay
+                tokens = record.calibration_tokens or old.record.calibration_tokens
+                refitted = min(old.record.refitted_layers, len(every))
+                told = replace(record, calibration_tokens=tokens, refitted_layers=refitted)
             every |= {n: metrics.get(n, metric) for n in errors}
             common = Counter(every.values()).most_common(1)[0][0] if every else metric
             metrics = {n: known for n, known in every.items() if known != common}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_reparam.calibrate.objective import IGNORED, batch_masks, logits_of, position_mask, problem_of
+from hf_reparam.calibrate.objective import IGNORED, batch_masks, expected, logits_of, position_mask, problem_of
 from hf_reparam.calibrate.padding import predicts_next
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
@@ -100,7 +100,8 @@ def distillation_loss(
             answers = labels if key in ("logits", "answers", "values") else None
             kind = "values" if value.shape[-1] == 1 and not key.endswith("answers") else key
             floats = answers is not None and answers.is_floating_point()
-            kind = "answers" if kind == "logits" and floats else kind  # as the model's own loss has it
+            if problem is None and kind == "logits" and floats:  # as the model's own loss has it
+                kind = "answers"
             mine, target, answers = _positions(student, value.float(), taught[key].float(), answers, masks)
             counted = counted if answers is None else answers
             if not len(mine):  # no label counts
@@ -114,7 +115,7 @@ def distillation_loss(
             raise TargetError("the labels are not of the logits' shape: give alpha=1.0 to learn from the teacher alone")
         mean = (1 - alpha) * hard + alpha * soft
         if hidden:
-            mean = mean + hidden * _hidden_error(called["states"], theirs, masks)
+            mean = mean + hidden * _hidden_error(called.pop("states", {}), theirs, masks)
         if num_items_in_batch is None or counted is None:
             return mean
         return mean * (counted != IGNORED).sum() / num_items_in_batch  # labels of all batches of a step
@@ -132,13 +133,13 @@ def _positions(
     student: PreTrainedModel, mine: Tensor, theirs: Tensor, labels: Tensor | None, masks: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits (n, classes) of both models and labels (n, ...), of positions that count."""
-    if mine.dim() == 2:
-        return mine, theirs, labels
-    if labels is not None and labels.shape == mine.shape[:-1]:
-        if predicts_next(student):  # position t predicts label t + 1
-            mine, theirs, labels = mine[:, :-1], theirs[:, :-1], labels[:, 1:]
+    if labels is not None and labels.shape == mine.shape[:-1] and (mine.dim() > 2 or not labels.is_floating_point()):
+        if mine.dim() > 2 and predicts_next(student):  # position t predicts label t + 1
+            mine, theirs, labels = mine[..., :-1, :], theirs[..., :-1, :], labels[..., 1:]
         keep = labels != IGNORED
         return mine[keep], theirs[keep], labels[keep]
+    if mine.dim() == 2:
+        return mine, theirs, labels
     return _real(mine, masks), _real(theirs, masks), None
 
 
@@ -155,8 +156,7 @@ def _soft_loss(kind: str, mine: Tensor, theirs: Tensor, temperature: float) -> T
     if kind.endswith("answers"):
         cross = F.binary_cross_entropy_with_logits(mine, theirs.sigmoid())
         return temperature**2 * (cross - F.binary_cross_entropy_with_logits(theirs, theirs.sigmoid()))
-    log_p, log_q = theirs.log_softmax(-1), mine.log_softmax(-1)
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return temperature**2 * expected(theirs.log_softmax(-1), mine.log_softmax(-1)).sum() / len(mine)
 
 
 def _hard_loss(kind: str, mine: Tensor, labels: Tensor) -> Tensor:

@@ -122,8 +122,7 @@ class _Refining:
         fitting: Sequence[Part],
         more: Callable[[int], list[Part]] = lambda epoch: [],
     ) -> None:
-        self.model, self.dense = (partial(same_draws()(one), **with_names(one)) for one in (model, dense))
-        self.judging, self.problem = judging, problem_of(dense)
+        self.model, self.dense, self.judging, self.problem = model, dense, judging, problem_of(dense)
         self.more, self.made = more, list[Part]()
         self.count = math.ceil(_STEPS / (len(fitting) + len(more(0))))
         self.given = self.fitting = self._pieces(fitting)
@@ -133,7 +132,7 @@ class _Refining:
         self.known: dict[int, dict[str, Tensor]] = {}
         self.room = _CACHE
         with torch.no_grad():
-            self.references = [compared(self.dense(**part.batch), self.problem) for part in judging]
+            self.references = [compared(_outputs(dense, part), self.problem) for part in judging]
         units = [unit_of(theirs, part.masks) for theirs, part in zip(self.references, judging, strict=True)]
         self.unit, self.size = units[0][0], sum(size for _, size in units)
         self._begin(0)
@@ -209,7 +208,7 @@ class _Refining:
                 reference = self._reference(i)
                 for parameter in self.trained:
                     parameter.requires_grad_(True)
-                outputs = self.model(**part.batch)
+                outputs = _outputs(self.model, part)
                 loss = divergence(outputs, reference, part.masks, self.problem) / examples_in(part.batch)
                 loss.backward()
                 for parameter, exact in zip(self.trained, self.exact, strict=True):
@@ -240,7 +239,7 @@ class _Refining:
         """What the dense model predicts; kept while there is room."""
         if i in self.known:
             return self.known[i]
-        found = compared(self.dense(**self.fitting[i].batch), self.problem)
+        found = compared(_outputs(self.dense, self.fitting[i]), self.problem)
         size = sum(value.nbytes for value in found.values())
         if size <= self.room:
             self.known[i] = found
@@ -250,7 +249,7 @@ class _Refining:
     @torch.no_grad()
     def _judged(self) -> float:
         pairs = zip(self.judging, self.references, strict=True)
-        apart = (divergence(self.model(**p.batch), theirs, p.masks, self.problem) for p, theirs in pairs)
+        apart = (divergence(_outputs(self.model, p), theirs, p.masks, self.problem) for p, theirs in pairs)
         return sum(map(float, apart)) / self.size
 
     def _state(self) -> list[Tensor]:
@@ -261,6 +260,11 @@ class _Refining:
         for parameter, exact, value in zip(self.trained, self.exact, state, strict=True):
             exact.copy_(value)
             parameter.copy_(value)
+
+
+def _outputs(model: nn.Module, part: Part) -> Any:
+    """What a model gives for a part, of which both models draw the same numbers."""
+    return same_draws(sum(part.seeds))(model)(**with_names(model), **part.batch)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -205,7 +205,8 @@ class _Passes:
     def __init__(self, low: nn.Module, full: nn.Module, part: Part, room: int) -> None:
         plain = without_cache(full)  # what is kept fills none
         self.part, self.problem = part, problem_of(full)
-        self.low, self.full = (partial(same_draws()(model), **{**part.batch, **plain}) for model in (low, full))
+        drawing = same_draws(sum(part.seeds))
+        self.low, self.full = (partial(drawing(model), **{**part.batch, **plain}) for model in (low, full))
         self.low_replay, self.full_replay = Replay(room), Replay(room)
         self.low_replay.first(low, self.low)
         self.full_replay.first(full, self.full)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, refit, report
-from hf_reparam.calibrate.objective import compared, logits_of
+from hf_reparam.calibrate.objective import compared, logits_of, uniforms
 from hf_reparam.errors import TargetError, WeightError
 from tests import zoo
 from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
@@ -592,3 +592,25 @@ def test_labels_of_another_type_are_told_of():
     data = [{"input_ids": torch.randint(5, 90, (2, 9)), "labels": torch.ones(2, 3).long()} for _ in range(3)]
     with pytest.raises(TargetError, match="the model's loss takes no such labels"):
         calibrate(model, data)
+
+
+def test_what_a_loss_of_ones_own_gets_beside_changes_nothing_else(tmp_path):
+    """Neither which examples are the same, nor what is kept of those that are held out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3))
+    rows = [{"input": torch.randn(8, 8)} for _ in range(20)]
+    data = [{"y": torch.arange(8) % 3, "name": ["a"] * 8, **row} for row in rows]
+    made = calibrate(model, data, loss_fn=lambda m, b: F.cross_entropy(m(b["input"]), b["y"], reduction="sum"))
+    made.save(tmp_path / "moments")
+    again = hf_reparam.Calibration.load(tmp_path / "moments")
+    assert len(again.batches) == len(made.batches) > 0
+    assert all(batch.keys() == {"input"} for batch, _ in made.batches)
+
+
+def test_texts_to_choose_from_draw_numbers_of_their_own():
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    drawn = uniforms(torch.zeros(1, 2, 5, 7), 1, [3], (mask,))
+    assert len(set(drawn.flatten().tolist())) == 10
+    shorter = mask.clone()
+    shorter[0, 3:] = False
+    assert torch.equal(uniforms(torch.zeros(1, 2, 5, 7), 1, [3], (shorter,))[0, 0, :3], drawn[0, 0, :3])
