@@ -60,7 +60,7 @@ def with_names(model: nn.Module) -> dict[str, bool]:
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """The same, and that it keeps no keys, values or states of the past, if it can."""
+    """What to call a model with so that it names its outputs and keeps no keys, values or states of the past."""
     return with_names(model) | ({"use_cache": False} if "use_cache" in forward_names(model).known else {})
 
 

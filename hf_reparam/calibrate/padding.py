@@ -69,11 +69,10 @@ class Part:
         if not splits(self.batch) or any(len(mask) != examples for mask in self.masks):
             return [self]
         made = []
-        for chosen in torch.arange(examples).tensor_split(min(count, examples)):
-            r, seeds = chosen.tolist(), self.seeds and tuple(self.seeds[i] for i in chosen)
-            made.append(
-                replace(self, batch=rows_of(self.batch, r), masks=tuple(mask[r] for mask in self.masks), seeds=seeds)
-            )
+        for rows in torch.arange(examples).tensor_split(min(count, examples)):
+            r = rows.tolist()
+            masks, seeds = tuple(mask[r] for mask in self.masks), tuple(self.seeds[i] for i in r if self.seeds)
+            made.append(replace(self, batch=rows_of(self.batch, r), masks=masks, seeds=seeds))
         return made
 
 
@@ -264,7 +263,7 @@ def decodes(model: nn.Module) -> bool:
 
 def predicts_next(model: nn.Module) -> bool:
     """Whether position t of what a model predicts is for label t + 1: it writes texts, with no encoder of its own, and
-    fills no masks. XLNet, and the decoders of BART and its kin alone, do as well, but do not shift their labels."""
+    fills no masks. Wrong for XLNet and the decoders of BART and its kin alone: they write, and shift no labels."""
     return bool(getattr(model, "can_generate", bool)()) and not decodes(model) and not fills_masks(model)
 
 
