@@ -54,7 +54,8 @@ def check_data(data: Any) -> None:
         frame = hasattr(data, "to_dict")
         if getattr(getattr(data, "dtype", None), "kind", "") in ("U", "O", "T"):  # an array or a column of texts
             return
-        instead = "data.to_dict('records'), or data[COLUMN].tolist()" if frame else '[{"input_ids": data}]'
+        main = "pixel_values" if depth(data) == 4 else "input_ids"
+        instead = "data.to_dict('records'), or data[COLUMN].tolist()" if frame else f'[{{"{main}": data}}]'
         what = f"a {name}: write {instead}"
     elif not isinstance(data, Iterable) and not _by_index(data):
         what = f"a {name}"

@@ -114,6 +114,7 @@ def gpt2():
         (collections.UserDict(text=["so good"]), "UserDict"),
         (torch.ones(2, 3, dtype=torch.long), r'got a Tensor: write \[{"input_ids": data}\]'),
         (np.ones((2, 3), dtype=int), r'got a ndarray: write \[{"input_ids": data}\]'),
+        (np.ones((2, 3, 8, 8)), r'got a ndarray: write \[{"pixel_values": data}\]'),
         (3, "got a int"),
         (nn.Linear(2, 2), "got a Linear"),
     ],
