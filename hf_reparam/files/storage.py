@@ -14,6 +14,7 @@ from hf_reparam.files.out import new_folder, read_plan, write_plan
 from hf_reparam.layers.surgery import undone_on_error
 from hf_reparam.model.build import Made, install
 from hf_reparam.model.host import check_model, metric_of, opened
+from hf_reparam.model.naming import low_rank
 from hf_reparam.model.retype import retype
 from hf_reparam.model.sites import check_forms, entries_of, fit
 from hf_reparam.plan import ConversionRecord, RankPlan
@@ -62,6 +63,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False)
         )
     if not entries:
         raise TargetError(f"{type(model).__name__} has nothing of low rank: save it as any module")
+    for name, layer in low_rank(model):
+        layer.check_loaded(name)
     with new_folder(Path(path), force=force) as work:
         (work / "new").mkdir()
         write_plan(RankPlan(entries, metric=metric_of(model)), work / "new" / _PLAN)

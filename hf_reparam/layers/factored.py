@@ -63,7 +63,7 @@ class Factored(nn.Module):
         raise NotImplementedError
 
     def check_loaded(self, name: str) -> None:
-        """Raise CheckpointError for numbers that were loaded and cannot be; `name` is the module's path."""
+        """Raise CheckpointError for numbers, loaded or to be saved, that cannot be; `name` is the module's path."""
 
     def stored_shape(self, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, int] | None:
         """(in, out) of the product of this kind that a file has under a path, from names and shapes; None if none. Its

@@ -130,6 +130,7 @@ class PivotedLinear(LowRankLinear):
         _check_order(self.order, f"{name}.order")
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        _check_order(self.order, "order")
         up, combinations = super().factors()
         identity = torch.eye(self.rank, dtype=combinations.dtype, device=combinations.device)
         return up, torch.cat([identity, combinations], 1)[:, self.order.argsort()]

@@ -7,9 +7,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import swa_utils
 
 import hf_reparam
-from hf_reparam import LowRankConfig, convert
+from hf_reparam import LowRankConfig, convert, merge, save
 from hf_reparam.errors import CheckpointError
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.structures import structure
@@ -378,3 +380,17 @@ def test_loading_does_not_walk_the_model_once_for_every_layer(tmp_path, monkeypa
         transformers.AutoModel.from_pretrained(place)
         counts.append(len(walks))
     assert counts[0] == counts[1] > 0
+
+
+def test_an_order_that_was_averaged_is_neither_merged_nor_saved(tmp_path):
+    """Means of whole numbers are cut off, those of equal ones too: `AveragedModel(use_buffers=True)` does it."""
+    small = convert(zoo.BY_BASE["BertModel"].build(), LowRankConfig(keep=0.5, metric="svd"))
+    average = swa_utils.AveragedModel(small, use_buffers=True, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
+    for _ in range(50):
+        average.update_parameters(small)
+    averaged = dict(average.module.named_buffers())
+    assert not all(torch.equal(v, averaged[n]) for n, v in small.named_buffers() if n.endswith("order"))
+    acts = [lambda m: m.save_pretrained(tmp_path / "out"), merge, lambda m: save(nn.Sequential(m), tmp_path / "it")]
+    for act in acts:
+        with pytest.raises(CheckpointError, match="is no permutation of its .* inputs, as after a cast or an average"):
+            act(average.module)
