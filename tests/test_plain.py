@@ -359,3 +359,21 @@ def test_a_budget_makes_heads_of_plain_models_narrower():
     separate = convert(model, LowRankConfig(keep=0.4, min_rank=1), calibration=moments)
     lost = {name: (net(**data[0]) - model(**data[0])).norm() for name, net in (("joint", small), ("apart", separate))}
     assert lost["joint"] < lost["apart"]
+
+
+@pytest.mark.parametrize("kdim", [None, 16])
+@pytest.mark.parametrize("frozen", ["in_proj", "out_proj"])
+def test_an_attention_that_stays_trains_what_it_trained(frozen, kdim):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, kdim=kdim, vdim=kdim)
+            self.layer = nn.Linear(32, 32)
+
+    net = Net()
+    for name, parameter in net.attention.named_parameters():
+        parameter.requires_grad_(name != "in_proj_bias" and (frozen == "in_proj") == name.startswith("out_proj"))
+    wanted = {name: p.requires_grad for name, p in net.attention.named_parameters()}
+    small = convert(net, LowRankConfig(rank=4, target_modules="layer"))
+    for model in (small, merge(small)):
+        assert {name: p.requires_grad for name, p in model.attention.named_parameters()} == wanted

@@ -118,20 +118,27 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 @torch.no_grad()
 def join(attention: SplitMultiheadAttention) -> nn.MultiheadAttention:
     """The `nn.MultiheadAttention` of four dense projections; its numbers are copies."""
-    like = attention.q_proj.weight
+    q, k, v, out = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
+    like = q.weight
     made = nn.MultiheadAttention(
         attention.embed_dim,
         attention.num_heads,
         attention.dropout,
-        bias=attention.q_proj.bias is not None,
-        kdim=attention.k_proj.in_features,
-        vdim=attention.v_proj.in_features,
+        bias=q.bias is not None,
+        kdim=k.in_features,
+        vdim=v.in_features,
         batch_first=attention.batch_first,
         device=like.device,
         dtype=like.dtype,
     )
     SplitMultiheadAttention(made).load_state_dict(attention.state_dict())  # the same memory
-    return made.requires_grad_(like.requires_grad).train(attention.training)
+    names = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    parts = [getattr(made, name) for name in names]
+    pairs = zip(parts, (q.weight, q.bias, q.weight, k.weight, v.weight), strict=True)
+    for mine, theirs in (*pairs, (made.out_proj.weight, out.weight), (made.out_proj.bias, out.bias)):
+        if mine is not None:
+            mine.requires_grad_(theirs.requires_grad)
+    return made.train(attention.training)
 
 
 def open_attentions(model: nn.Module, kept: Collection[nn.Module] = ()) -> dict[nn.Module, nn.Module]:
