@@ -408,3 +408,14 @@ def test_a_head_gets_a_bias_of_its_own():
     low = low_rank_table(dense, nn.Parameter(torch.ones(9, 2)), nn.Parameter(torch.ones(4, 2)))
     assert torch.equal(low.bias, dense.bias)
     assert low.bias is not dense.bias
+
+
+def test_a_head_of_low_rank_is_not_resized():
+    """Nor is the dense table beside it, which Transformers would do first."""
+    model = tf.LlamaForCausalLM(zoo.llama(tie_word_embeddings=False))
+    small = convert(model, RankPlan({"lm_head": Entry(8, "table")}, "llama"))
+    before = small.get_input_embeddings().weight.shape
+    with pytest.raises(TargetError, match="embeddings of low rank cannot be resized"):
+        small.resize_token_embeddings(before[0] + 6)
+    assert small.get_input_embeddings().weight.shape == before
+    assert small.config.vocab_size == before[0]

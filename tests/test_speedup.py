@@ -331,3 +331,10 @@ def test_a_rank_that_takes_as_long_as_a_higher_one_is_left_out():
     left = Seconds(Stepped(), ("pair",)).priced(item, options)
     assert left.entries == [hf_reparam.Entry(3), hf_reparam.Entry(4), None]
     assert (left.errors.tolist(), left.costs.tolist()) == ([3, 2, 0], [5, 7, 9])
+
+
+@pytest.mark.usefixtures("counted")
+def test_a_speedup_that_is_not_reached_is_warned_of(monkeypatch):
+    monkeypatch.setattr(clock.Clock, "reached", lambda self, layers: 0.6)
+    with pytest.warns(UserWarning, match=r"speedup=1.5 was not reached: targeted layers 0.60 times as fast"):
+        make_plan(net(), speedup=1.5)

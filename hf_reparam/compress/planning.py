@@ -26,6 +26,8 @@ from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Steps
 
+_REACHED = 0.9  # of a speedup that was asked; timings vary by some percent
+
 
 def make_plan(
     model: nn.Module,
@@ -100,6 +102,8 @@ def plan_for(work: nn.Module, config: LowRankConfig, source: Source, *, whole: b
         entries, metric, judgement = _budgeted(work, selection, config, source, unit, whole=whole)
         if entries and config.speedup is not None and isinstance(unit, Seconds):
             speed = speed_of(work, found, entries, unit.clock, config.speedup, source.calibration)
+            if speed.layers < _REACHED * speed.asked:
+                warn(f"speedup={speed.asked:g} was not reached: {speed}; another program may have run beside")
     plan = RankPlan(entries, work.config.model_type if isinstance(work, PreTrainedModel) else None, metric)
     return replace(plan, report=replace(planned(work, plan, selection), judgement=judgement, speed=speed))
 

@@ -19,6 +19,7 @@ from hf_reparam.layers.factored import Factored
 from hf_reparam.model.card import prepare_upload
 from hf_reparam.model.config import PREFIX, PUBLIC_MODULE, Derived, config_class, plan_of
 from hf_reparam.model.drawing import deviations, draw, draw_new, out_of_sight
+from hf_reparam.model.host import embeddings_of
 from hf_reparam.model.naming import check_absent, low_rank, while_loading
 from hf_reparam.model.parallel import factor_entries, factor_rules
 from hf_reparam.model.remote import named_in_config, write_module
@@ -60,7 +61,7 @@ class ReparamMixin(Derived, LoadingSeam):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the base's. Raises TargetError for embeddings of low rank, which it cannot resize."""
-        if isinstance(self.get_input_embeddings(), Factored):  # type: ignore[attr-defined]
+        if any(isinstance(table, Factored) for table in embeddings_of(self)):
             if new_num_tokens is None and not args and not kwargs:
                 return self.get_input_embeddings()  # type: ignore[attr-defined]
             raise TargetError(
@@ -117,6 +118,8 @@ class ReparamMixin(Derived, LoadingSeam):
         if push_to_hub and is_main_process:
             hub = {"repo_id": folder.name, "token": kwargs.get("token"), **hub}
             send = prepare_upload(self, folder, remote_code=remote_code, **hub)
+        for name, layer in low_rank(self):  # type: ignore[arg-type]
+            layer.check_loaded(name)
         state = dict(state_dict or self.state_dict())
         state |= {name: marker for name, marker in markers(self).items() if name not in state}
         kwargs["save_original_format"] = False
