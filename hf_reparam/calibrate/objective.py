@@ -336,12 +336,9 @@ def seeds_of(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:
         shapes = (rows.shape[:2], rows.shape[:3])  # of texts, and of texts to choose from
         mask = next((m.cpu().reshape(s) for m in masks for s in shapes if (s[:-1].numel(), s[-1]) == m.shape), None)
         kept = [row if mask is None else row[mask[i]] for i, row in enumerate(rows)]
-        seeds = [zlib.crc32(_bytes(row), seed) for seed, row in zip(seeds, kept, strict=True)]
+        raw = [row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for row in kept]
+        seeds = [zlib.crc32(content, seed) for content, seed in zip(raw, seeds, strict=True)]
     return seeds
-
-
-def _bytes(values: Tensor) -> bytes:
-    return bytes(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def position_mask(like: Tensor, masks: tuple[Tensor, ...]) -> Tensor | None:

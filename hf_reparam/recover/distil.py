@@ -68,62 +68,74 @@ def distillation_loss(
         raise TargetError(
             f"alpha must be in [0, 1], temperature above 0 and hidden at least 0, got {alpha}, {temperature}, {hidden}"
         )
+    judge = frozen_copy(teacher)
+    with _listening(student, states=bool(hidden)) as called:
+
+        def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+            if not called:
+                raise TargetError(
+                    "the student was not called inside `with distillation_loss(...)`: train in that block"
+                )
+            theirs = judge.to(student.device)(*called["args"], **called["kwargs"])
+            masks = batch_masks(called["kwargs"])
+            problem = problem_of(student)
+            logits, taught = logits_of(outputs, problem), logits_of(theirs, problem)
+            if not logits:
+                raise TargetError("the model returned no logits to compare with the teacher's")
+            own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
+            if alpha < 1 and labels is None and own is None:
+                raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
+            hard, soft, counted = (torch.zeros(()) if own is None else own), torch.zeros(()), labels
+            for key, value in logits.items():
+                answers = labels if key in ("logits", "answers", "values") else None
+                kind = "values" if value.shape[-1] == 1 and not key.endswith("answers") else key
+                floats = answers is not None and answers.is_floating_point()
+                if problem is None and kind == "logits" and floats:  # as the model's own loss has it
+                    kind = "answers"
+                mine, target, answers = _positions(student, value.float(), taught[key].float(), answers, masks)
+                counted = counted if answers is None else answers
+                if not len(mine):  # no label counts
+                    soft = soft + mine.sum()
+                    own = hard = hard + mine.sum()
+                    continue
+                soft = _soft_loss(kind, mine, target, temperature) + soft
+                if answers is not None and alpha < 1:
+                    own = hard = _hard_loss(kind, mine, answers)
+            if own is None and alpha < 1:
+                raise TargetError(
+                    "the labels are not of the logits' shape: give alpha=1.0 to learn from the teacher alone"
+                )
+            mean = (1 - alpha) * hard + alpha * soft
+            if hidden:
+                mean = mean + hidden * _hidden_error(called.pop("states", {}), theirs, masks)
+            if num_items_in_batch is None or counted is None:
+                return mean
+            return mean * (counted != IGNORED).sum() / num_items_in_batch  # labels of all batches of a step
+
+        yield loss
+
+
+@contextmanager
+def _listening(student: PreTrainedModel, *, states: bool) -> Iterator[dict[str, Any]]:
+    """What the student was called with last, and its hidden states then, if these are wanted."""
     called: dict[str, Any] = {}
 
     def remember(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         called["asked"] = kwargs.get("output_hidden_states", student.config.output_hidden_states)
-        if hidden:
+        if states:
             kwargs = {**kwargs, "output_hidden_states": True}
         called.update(args=args, kwargs={k: v for k, v in kwargs.items() if k not in ("labels", "num_items_in_batch")})
         return args, kwargs
 
     def take(_: nn.Module, args: Any, outputs: Any) -> Any:
-        called["states"] = states = _hidden_states(outputs) if hidden else {}
-        if called["asked"] or not states:
+        called["states"] = found = _hidden_states(outputs) if states else {}
+        if called["asked"] or not found:
             return outputs
-        return type(outputs)(**{k: v for k, v in outputs.items() if k not in states})
+        return type(outputs)(**{k: v for k, v in outputs.items() if k not in found})
 
-    def loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
-        if not called:
-            raise TargetError("the student was not called inside `with distillation_loss(...)`: train in that block")
-        theirs = judge.to(student.device)(*called["args"], **called["kwargs"])
-        masks = batch_masks(called["kwargs"])
-        problem = problem_of(student)
-        logits, taught = logits_of(outputs, problem), logits_of(theirs, problem)
-        if not logits:
-            raise TargetError("the model returned no logits to compare with the teacher's")
-        own = outputs.get("loss")  # of labels by other names than `labels`, which the Trainer leaves in the batch
-        if alpha < 1 and labels is None and own is None:
-            raise TargetError("there are no labels: give alpha=1.0 to learn from the teacher alone")
-        hard, soft, counted = (torch.zeros(()) if own is None else own), torch.zeros(()), labels
-        for key, value in logits.items():
-            answers = labels if key in ("logits", "answers", "values") else None
-            kind = "values" if value.shape[-1] == 1 and not key.endswith("answers") else key
-            floats = answers is not None and answers.is_floating_point()
-            if problem is None and kind == "logits" and floats:  # as the model's own loss has it
-                kind = "answers"
-            mine, target, answers = _positions(student, value.float(), taught[key].float(), answers, masks)
-            counted = counted if answers is None else answers
-            if not len(mine):  # no label counts
-                soft = soft + mine.sum()
-                own = hard = hard + mine.sum()
-                continue
-            soft = _soft_loss(kind, mine, target, temperature) + soft
-            if answers is not None and alpha < 1:
-                own = hard = _hard_loss(kind, mine, answers)
-        if own is None and alpha < 1:
-            raise TargetError("the labels are not of the logits' shape: give alpha=1.0 to learn from the teacher alone")
-        mean = (1 - alpha) * hard + alpha * soft
-        if hidden:
-            mean = mean + hidden * _hidden_error(called.pop("states", {}), theirs, masks)
-        if num_items_in_batch is None or counted is None:
-            return mean
-        return mean * (counted != IGNORED).sum() / num_items_in_batch  # labels of all batches of a step
-
-    judge = frozen_copy(teacher)
     handles = [student.register_forward_pre_hook(remember, with_kwargs=True), student.register_forward_hook(take)]
     try:
-        yield loss
+        yield called
     finally:
         for handle in handles:
             handle.remove()
