@@ -48,7 +48,13 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class SkippedReport:
-    """One weight that was left as it was, and why."""
+    """One weight that was left as it was, and why.
+
+    Args:
+        name, kind: as in a LayerReport; of a bare parameter, its path and the class of its module.
+        parameters: its own, or 0 where it shares those of another.
+        reason: a sentence.
+    """
 
     name: str
     kind: str
