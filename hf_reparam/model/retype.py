@@ -40,22 +40,22 @@ def retype(model: nn.Module, new: Collection[nn.Module], metric: str, record: Co
         old, base = plan_of(host.config), stock_class(host.config)
         errors = {n.removeprefix(start): e for n, e in record.errors.items() if n.startswith(start)}
         metrics = {n.removeprefix(start): m for n, m in record.metrics.items() if n.startswith(start)}
-        source, common, told = host.config.name_or_path, metric, record
+        source, plan_metric, noted = host.config.name_or_path, metric, record
         if old.record is not None:
-            every = {n: old.record.metrics.get(n, old.metric) for n in old.record.errors if n not in errors}
-            if every:  # what was known of layers that stay
+            metric_of_each = {n: old.record.metrics.get(n, old.metric) for n in old.record.errors if n not in errors}
+            if metric_of_each:  # what was known of layers that stay
                 tokens = record.calibration_tokens or old.record.calibration_tokens
-                refitted = min(old.record.refitted_layers, len(every))
-                told = replace(record, calibration_tokens=tokens, refitted_layers=refitted)
-            every |= {n: metrics.get(n, metric) for n in errors}
-            common = Counter(every.values()).most_common(1)[0][0] if every else metric
-            metrics = {n: known for n, known in every.items() if known != common}
+                refitted = min(old.record.refitted_layers, len(metric_of_each))
+                noted = replace(record, calibration_tokens=tokens, refitted_layers=refitted)
+            metric_of_each |= {n: metrics.get(n, metric) for n in errors}
+            plan_metric = Counter(metric_of_each.values()).most_common(1)[0][0] if metric_of_each else metric
+            metrics = {n: known for n, known in metric_of_each.items() if known != plan_metric}
             source, errors = old.record.base_model, {**old.record.errors, **errors}
         elif not is_hub_id(source) or os.path.exists(source):
             source = None
         entries = {**old.modules, **entries_of(host)}  # of another head, too
-        own_record = replace(told, base_model=source, errors=errors, metrics=metrics)
-        plan = RankPlan(entries, base.model_type, common, own_record)
+        own_record = replace(noted, base_model=source, errors=errors, metrics=metrics)
+        plan = RankPlan(entries, base.model_type, plan_metric, own_record)
         configs = _new_configs(host, register(base))
         configs[id(host.config)].reparam = plan.to_dict()
         _retype(host, configs, model_class(type(host)))  # type: ignore[arg-type]  # a class is hashable
