@@ -79,18 +79,21 @@ class Judgement:
         predicted: sum of its layers' errors, each cut alone, scaled by measured / sum of the other plans in its metric;
             None where that is not known.
         measured: plan -> divergence of the whole model.
+        examples: how many were held out, rows of long texts counted one by one.
     """
 
     unit: str
     chosen: str
     predicted: float | None
     measured: Mapping[str, float]
+    examples: int
 
     def __str__(self) -> str:
+        judged = f" on {self.examples} example{'s' * (self.examples != 1)}"
         predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
         others = sorted((value, name) for name, value in self.measured.items() if name != self.chosen)
         tried = f"; also tried: {', '.join(f'{name} {value:.4g}' for value, name in others)}" if others else ""
-        return f"{self.measured[self.chosen]:.4g} {self.unit}{predicted} with {self.chosen}{tried}"
+        return f"{self.measured[self.chosen]:.4g} {self.unit}{judged}{predicted} with {self.chosen}{tried}"
 
     @property
     def brief(self) -> str:
@@ -109,6 +112,8 @@ class Judgement:
             raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
         if predicted is not None and not _is_finite(predicted):
             raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
+        if not _is_count(data["examples"]):
+            raise PlanError("'reparam.record.judgement.examples' must be an integer of 0 or more")
         if not all(map(_is_brief, (data["unit"], data["chosen"], *measured))) or data["chosen"] not in measured:
             raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
         return cls(**{**data, "measured": dict(measured)})

@@ -49,7 +49,7 @@ def of_many(**fields):
     layers = tuple(LayerReport(LONG.format(i), "LinearLike", rank=8 * i + 8, form="pivoted", **sizes) for i in range(9))
     skipped = tuple(SkippedReport(f"{LONG.format(i)}.other", "Other", 10**7, SUBCLASS) for i in range(9))
     measured = {"measured ranks": 0.125, "predicted ranks": 0.25, "uniform ranks (activation)": 0.375}
-    judgement = Judgement("nats per token", "measured ranks", 0.1, measured)
+    judgement = Judgement("nats per token", "measured ranks", 0.1, measured, 40)
     found = Report("ReparamNetForCausalLM", "fisher", layers, skipped, 10**10, 10**9, judgement=judgement)
     return replace(found, **fields)
 
@@ -68,7 +68,9 @@ def test_lines_have_at_most_100_columns_and_lose_nothing():
 
 def test_long_lines_go_on_below_what_follows_their_title():
     lines = str(of_many(dropped=[f"{LONG.format(0)}.{kind}" for kind in ("first", "second")])).splitlines()
-    (held,) = [i for i, line in enumerate(lines) if line.startswith("held-out data:    0.125")]
+    (held,) = [
+        i for i, line in enumerate(lines) if line.startswith("held-out data:    0.125 nats per token on 40 examples")
+    ]
     assert re.match(r" {18}\S", lines[held + 1])
     (dropped,) = [
         i for i, line in enumerate(lines) if line.startswith("2 tensors of the source are not in the result:")

@@ -115,6 +115,7 @@ def test_the_best_plan_is_taken_and_what_is_said_of_it_is_true(model, calibratio
     judged = plan.report.judgement
     assert judged.unit == "nats per token"
     assert len(judged.measured) == 4
+    assert judged.examples == sum(len(batch["input_ids"]) for batch, _ in calibration.batches)
     assert judged.measured[judged.chosen] == min(judged.measured.values())
 
     numbers = held(calibration)
@@ -174,6 +175,8 @@ def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
         ("predicted", "much"),
         ("measured", {}),
         ("measured", {"measured ranks": float("inf")}),
+        ("examples", -1),
+        ("examples", None),
         ("more", 1),
     ],
 )

@@ -67,9 +67,15 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 @contextmanager
 def same_draws(seed: int = 0) -> Iterator[None]:
     """Have a model that draws numbers in its forward pass, such as masks, draw the same ones in every block, and in
-    every call of what this decorates; what is drawn elsewhere stays as it would be."""
-    with torch.random.fork_rng(range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
-        torch.manual_seed(seed)
+    every call of what this decorates; what is drawn elsewhere stays as it would be.
+
+    `torch.manual_seed` would also seed devices that are not in use yet, where nothing could undo it.
+    """
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)
+        if gpus:
+            torch.cuda.manual_seed_all(seed)
         yield
 
 

@@ -46,7 +46,7 @@ class Judge:
         self.batches: list[HeldOut] = []
         self.passes: list[Replay] = []
         self.references: list[dict[str, Tensor]] = []
-        self.unit, self.size, skips = "", 0.0, alone
+        self.unit, self.size, self.examples, skips = "", 0.0, 0, alone
         for batch, masks in batches:
             taken, masks = send_to_device((taken_by(inner, batch) | plain, masks), execution_device(inner))
             one, run = Replay(_MOST_BYTES if skips else 0), partial(same_draws()(inner), **taken)
@@ -59,6 +59,7 @@ class Judge:
             self.references.append(reference)
             self.unit, size = unit_of(reference, masks)
             self.size += size
+            self.examples += examples_in(taken)
             held = sum(value.nbytes for known in self.references for value in known.values())
             if held > _MOST_BYTES or (alone and sum(known.rows for known in self.passes) > _MOST_ROWS):
                 break

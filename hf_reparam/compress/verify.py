@@ -86,7 +86,7 @@ def best_plan(
     best = min(judged, key=lambda name: judged[name])
     predicted = _predicted(best, plans, judged, measured) if plans[best][1] == source.metric else None
     seen = {name: float(f"{value:.4g}") for name, value in judged.items()}
-    return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), seen)
+    return *plans[best], Judgement(judge.unit, best, predicted and float(f"{predicted:.4g}"), seen, judge.examples)
 
 
 def _predicted(
