@@ -245,7 +245,7 @@ def test_make_targets_exist():
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-GUESSES = r"\b(debugger|formatstrings|string-methods|typesmapping|measured(?= ranks)|predicted(?= ranks))\b"
+GUESSES = r"\b(debugger|formatstrings|string-methods|typesmapping|measured(?=\s+ranks)|predicted(?=\s+ranks))\b"
 """What a trained model takes a sentence for, and which plan is best on held-out data: a smaller model differs."""
 
 

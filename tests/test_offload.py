@@ -1,6 +1,7 @@
 """Layers that wait or stay in files: the same numbers, less memory, and nothing left behind."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,8 +50,10 @@ def test_new_layers_stay_in_a_folder(tmp_path, case, form):
     assert all(t.is_meta for t in factors)
     stored = {record.parent.name for record in (tmp_path / "layers").rglob("layer.json")}
     assert stored == set(small.config.reparam["modules"])
+    # the pivots of a layer in memory are put in the order of its inputs, for many rows; of one in a file the inputs are
+    same = torch.equal if form == "pair" else partial(torch.allclose, atol=1e-6)
     for _ in range(2):
-        assert all(map(torch.equal, zoo.outputs(small, case.batch()), zoo.outputs(expected, case.batch())))
+        assert all(map(same, zoo.outputs(small, case.batch()), zoo.outputs(expected, case.batch())))
     small.save_pretrained(tmp_path / "saved")
     again = type(small).from_pretrained(tmp_path / "saved")
     assert all(map(torch.equal, tensors(again), tensors(expected)))

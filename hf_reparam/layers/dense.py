@@ -151,6 +151,12 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return n_in, n_out
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody has put hooks on a module, which a module in its place would not have."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def _linear(n_in: int, n_out: int, bias: bool, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return nn.utils.skip_init(nn.Linear, n_in, n_out, bias=bias, device=device, dtype=dtype)
 

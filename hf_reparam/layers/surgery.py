@@ -145,9 +145,3 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
                 held.clear()
                 held.update(then)
         raise
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody has put hooks on a module, which a module in its place would not have."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)

@@ -10,10 +10,18 @@ from torch.nn.parameter import is_lazy
 from hf_reparam.compat.marks import hook_of
 from hf_reparam.config import FORMS
 from hf_reparam.errors import WeightError
-from hf_reparam.layers.dense import build_dense, dense_matrix, dense_type, not_whole, registered_types, shape_of
+from hf_reparam.layers.dense import (
+    build_dense,
+    dense_matrix,
+    dense_type,
+    has_hooks,
+    not_whole,
+    registered_types,
+    shape_of,
+)
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.linear import LowRankLinear
-from hf_reparam.layers.surgery import factor, has_hooks, low_rank_like
+from hf_reparam.layers.surgery import factor, low_rank_like
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.multihead import unsplittable

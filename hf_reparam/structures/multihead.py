@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_reparam.layers.dense import has_hooks
 from hf_reparam.layers.factored import Factored
-from hf_reparam.layers.surgery import has_hooks, replace_modules
+from hf_reparam.layers.surgery import replace_modules
 
 
 class SplitMultiheadAttention(nn.Module):

@@ -36,6 +36,57 @@ def test_forward_is_the_dense_layer_of_the_product(make, bias):
     torch.testing.assert_close(layer(x), dense, atol=1e-6, rtol=1e-5)
 
 
+@pytest.fixture
+def pivoted():
+    return PivotedLinear(nn.Linear(9, 3, bias=False), nn.Linear(3, 8), order=torch.randperm(12))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.03)], ids=str
+)
+def test_many_rows_are_multiplied_as_few_are(pivoted, dtype, tolerance):
+    """Many by weights in the order of the inputs, few by inputs in the order of the weights; gradients, too."""
+    pivoted.to(dtype)
+    x = torch.randn(2, 3, 12, dtype=dtype, requires_grad=True)
+    rows = [row[None].detach().requires_grad_() for row in x.flatten(0, 1)]
+    assert pivoted._orders_weights(x)
+    assert not pivoted._orders_weights(rows[0])
+    many, few = pivoted(x), torch.cat([pivoted(row) for row in rows]).view(2, 3, 8)
+    torch.testing.assert_close(many, few, atol=tolerance, rtol=tolerance)
+    weights = list(pivoted.parameters())
+    of_x, *of_weights = torch.autograd.grad(many.square().sum(), [x, *weights])
+    of_rows = torch.autograd.grad(few.square().sum(), [*rows, *weights])
+    for one, other in zip([of_x.flatten(0, 1), *of_weights], [torch.cat(of_rows[:6]), *of_rows[6:]], strict=True):
+        torch.testing.assert_close(one, other, atol=20 * tolerance, rtol=20 * tolerance)
+
+
+class Doubling(nn.Linear):
+    """What an adapter does to a layer."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubling(linear):
+    other = Doubling(9, 3, bias=False)
+    other.weight = linear.weight
+    return other
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+@pytest.mark.parametrize("way", ["class", "hook", "forward"])
+def test_what_is_done_to_a_factor_counts_for_any_number_of_rows(pivoted, rows, way):
+    x, plain = torch.randn(rows, 12), pivoted.down
+    expected = pivoted.up(x[:, pivoted.order[:3]] + 2 * plain(x[:, pivoted.order[3:]]))
+    if way == "class":
+        pivoted.down = doubling(plain)
+    elif way == "hook":
+        plain.register_forward_hook(lambda module, args, out: 2 * out)
+    else:
+        plain.forward = lambda x: 2 * nn.functional.linear(x, plain.weight)
+    torch.testing.assert_close(pivoted(x), expected)
+
+
 def test_attributes_of_a_dense_layer(make):
     layer = make()
     assert (layer.in_features, layer.out_features, layer.rank) == (12, 8, 3)
