@@ -79,7 +79,7 @@ class Judgement:
         predicted: sum of its layers' errors, each cut alone, scaled by measured / sum of the other plans in its metric;
             None where that is not known.
         measured: plan -> divergence of the whole model.
-        examples: how many were held out, rows of long texts counted one by one.
+        examples: how many they were measured on, rows of long texts counted one by one.
     """
 
     unit: str
@@ -89,7 +89,7 @@ class Judgement:
     examples: int
 
     def __str__(self) -> str:
-        judged = f" on {self.examples} example{'s' * (self.examples != 1)}"
+        judged = f" on {self.examples} held-out example{'s' * (self.examples != 1)}"
         predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
         others = sorted((value, name) for name, value in self.measured.items() if name != self.chosen)
         tried = f"; also tried: {', '.join(f'{name} {value:.4g}' for value, name in others)}" if others else ""
@@ -171,7 +171,7 @@ class ConversionRecord:
             a layer that was low-rank already when it was converted.
         metrics: layer name -> metric, of layers that were not factored in the plan's: "svd" for one that saw no data,
             "activation" for one to which no gradient came.
-        judgement: how it does on held-out calibration data; None where it was not tried.
+        judgement: how the plan did on held-out calibration data; None where it was not tried.
         speed: how much faster it became, where that was asked.
 
     Raises:

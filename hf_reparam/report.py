@@ -152,7 +152,7 @@ class Report(Readable):
         parameters_before, parameters_after: of the *whole* model, shared parameters counted once.
         refitted_layers: how many layers were fitted once more after they were factored.
         dropped: names of tensors in the source's files for which the model's class has no place; of folders alone.
-        judgement: how it does on held-out calibration data; None where it was not tried.
+        judgement: how its plan did on held-out calibration data; None where it was not tried.
         speed: how much faster it became, where that was asked.
         tried: of a plan of `search_plan`, the dense model and the sizes that it tried, in their order.
 
@@ -240,8 +240,7 @@ class Report(Readable):
             ]
             again = [layer.name for layer in self.layers if layer.from_rank is not None]
             lines += _some("converted again:", again, "; how far they are from their dense weights is not known")
-            earlier = "before refitting, " if self.refitted_layers else ""
-            lines += [f"held-out data:    {earlier}{self.judgement}"] if self.judgement else []
+            lines += [f"when planned:     {self.judgement}"] if self.judgement else []  # whatever came afterwards
             lines += [f"speed:            {self.speed}"] if self.speed else []
             lines += [f"refitted:         {self.refitted_layers} layers"] if self.refitted_layers else []
         else:
@@ -271,8 +270,7 @@ class Report(Readable):
             whole = f"{self.parameters_before:,} parameters, {self.coverage:.0%} of them in these layers"
             return f"whole model:      {whole}"
         facts = [_change(self.parameters_before, self.parameters_after)]
-        earlier = " before refitting" if self.refitted_layers else ""
-        facts += [f"{self.judgement.brief}{earlier}"] if self.judgement else []
+        facts += [f"when planned, {self.judgement.brief}"] if self.judgement else []
         facts += [self.speed.brief] if self.speed else []
         return f"whole model:      {'; '.join(facts)}"
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import hf_reparam
 from hf_reparam import LowRankConfig, convert, make_plan, merge
+from hf_reparam.calibrate.inputs import same_draws
 from hf_reparam.errors import RankError, TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.model.checks import count_parameters
@@ -290,6 +291,18 @@ def test_nobody_elses_random_numbers_change(monkeypatch):
     merge(convert(dense, keep=0.6, calibration=batches))
     assert torch.equal(torch.get_rng_state(), before)
     assert not seeded
+
+
+def test_a_device_that_is_in_use_is_seeded_and_gets_its_own_numbers_back(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))  # whoever has one
+    for name, told in {"is_available": True, "device_count": 1, "get_rng_state": "its own"}.items():
+        monkeypatch.setattr(torch.mps, name, lambda *_, told=told: told)
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: done.append(seed))
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, _: done.append(state))
+    with same_draws(3):
+        assert done == [3]
+    assert done == [3, "its own"]
 
 
 def test_data_for_a_metric_without_data_is_an_error():

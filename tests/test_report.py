@@ -69,7 +69,9 @@ def test_lines_have_at_most_100_columns_and_lose_nothing():
 def test_long_lines_go_on_below_what_follows_their_title():
     lines = str(of_many(dropped=[f"{LONG.format(0)}.{kind}" for kind in ("first", "second")])).splitlines()
     (held,) = [
-        i for i, line in enumerate(lines) if line.startswith("held-out data:    0.125 nats per token on 40 examples")
+        i
+        for i, line in enumerate(lines)
+        if line.startswith("when planned:     0.125 nats per token on 40 held-out examples")
     ]
     assert re.match(r" {18}\S", lines[held + 1])
     (dropped,) = [
@@ -95,9 +97,9 @@ def test_errors_are_shown_where_there_are_any():
     assert "| <0.01..0.13 |" in replace(few, layers=errors).layer_table()
 
 
-def test_what_was_measured_before_refitting_is_called_so():
-    assert "before refitting" not in str(of_many())
-    assert " ".join(str(of_many(refitted_layers=3)).split()).count("before refitting") == 2
+def test_what_was_measured_of_the_conversion_is_called_so():
+    """Refitting, refining and training change the model, and not what was measured before."""
+    assert " ".join(str(of_many(refitted_layers=3)).split()).count("when planned") == 2
 
 
 def test_shared_weights_are_counted_once():
@@ -111,7 +113,7 @@ def test_shared_weights_are_counted_once():
     ("fields", "line"),
     [
         ({"judgement": None}, "10,000,000,000 -> 1,000,000,000 parameters (10.0%)"),
-        ({}, "(10.0%); held-out divergence 0.125 nats per token (predicted 0.1)"),
+        ({}, "(10.0%); when planned, held-out divergence 0.125 nats per token (predicted 0.1)"),
         ({"speed": Speed("cpu", 64, 1.5, 1.45, 1.25)}, "(predicted 0.1); 1.25 times as fast"),
         ({"judgement": None, "speed": Speed("cpu", 64, 1.5, 1.45)}, "(10.0%); targeted layers 1.45 times as fast"),
     ],

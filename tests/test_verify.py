@@ -152,9 +152,9 @@ def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
     small = convert(model, CONFIG, calibration=calibration)
     judged = make_plan(model, CONFIG, calibration).report.judgement
     assert hf_reparam.report(small).judgement == judged
-    line = next(line for line in str(hf_reparam.report(small)).splitlines() if line.startswith("held-out data:"))
-    assert f"{judged.measured[judged.chosen]:.4g} nats per token" in line
-    assert judged.chosen in line
+    _, _, told = " ".join(str(hf_reparam.report(small)).split()).partition("when planned: ")
+    assert told.startswith(f"{judged.measured[judged.chosen]:.4g} nats per token on 24 held-out examples (predicted")
+    assert f" with {judged.chosen}; also tried: " in told
     small.save_pretrained(tmp_path)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert hf_reparam.report(loaded).judgement == judged

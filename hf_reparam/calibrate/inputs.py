@@ -71,11 +71,14 @@ def same_draws(seed: int = 0) -> Iterator[None]:
 
     `torch.manual_seed` would also seed devices that are not in use yet, where nothing could undo it.
     """
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-    with torch.random.fork_rng(gpus):
+    kind = torch.accelerator.current_accelerator()
+    module: Any = None if kind is None else torch.get_device_module(kind)
+    used = module is not None and getattr(module, "is_initialized", module.is_available)()
+    devices = range(module.device_count() if used else 0)
+    with torch.random.fork_rng(devices, device_type="cuda" if kind is None else kind.type):
         torch.default_generator.manual_seed(seed)
-        if gpus:
-            torch.cuda.manual_seed_all(seed)
+        if devices:
+            getattr(module, "manual_seed_all", module.manual_seed)(seed)
         yield
 
 

@@ -12,8 +12,9 @@ from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.layers.dense import dense_like, has_hooks, not_whole
 from hf_reparam.layers.factored import Factored
 
-_MOVE_WIDE, _MOVE_HALF = 96, 256
-"""Multiply-adds in the time of moving one number, in float32 and in half precision: about so on CPUs and GPUs."""
+_MOVE_WIDE, _MOVE_HALF = 96, 512
+"""Multiply-adds in the time of moving one number, in float32 and in half precision."""
+_ORDERING = frozenset({"cpu", "cuda"})  # devices that put weights in order faster than they multiply
 
 
 class LowRankLinear(Factored):
@@ -95,10 +96,10 @@ class PivotedLinear(LowRankLinear):
 
     `order` (in,), int64, is a permutation of the inputs, pivots first; a buffer, stored with the weights.
 
-    Cost: r (in + out - r) multiply-adds for each row of x, and a gather of x. With at least 2 r rows, where multiplying
-    is cheaper than moving numbers, the columns of `down` are put in the order of x instead: r (in + out) multiply-adds.
+    Cost: r (in + out - r) multiply-adds for each row of x, and a gather of x. With many rows, where multiplying is
+    cheaper than moving numbers, `down` is put in the order of x instead: r (in + out) multiply-adds, and r * in moves.
 
-    Source: PIFA, arXiv 2501.19090, which pivots rows; columns need one gather instead of a copy and a gather.
+    Source: PIFA, arXiv 2501.19090, which pivots rows: that takes a copy and a gather.
 
     >>> layer = PivotedLinear(nn.Linear(14, 2, bias=False), nn.Linear(2, 8), order=torch.arange(16))
     >>> layer(torch.zeros(3, 16)).shape, layer.weight.shape, sum(p.numel() for p in layer.parameters())
@@ -133,17 +134,18 @@ class PivotedLinear(LowRankLinear):
     @torch.jit.unused
     def _orders_weights(self, x: Tensor) -> bool:
         """Whether `down` is put in the order of x, in the place of x in its order; not where it has to be called."""
-        if torch.compiler.is_compiling() or is_tracing() or type(x) is not Tensor or not _is_plain(self.down):
+        if torch.compiler.is_compiling() or is_tracing() or type(x) is not Tensor or x.device.type not in _ORDERING:
             return False
-        moves = _MOVE_WIDE if x.dtype.itemsize > 2 else _MOVE_HALF
-        return x.numel() >= 2 * self.rank * self.in_features and self.rank**2 <= moves * self.in_features
+        rows, moves = x.numel() // self.in_features, _MOVE_WIDE if x.dtype.itemsize > 2 else _MOVE_HALF
+        if self.rank**2 * rows >= moves * self.in_features * (rows - self.rank) or not _is_plain(self.down):
+            return False
+        return self.down.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled())  # else kept for it
 
     def _in_order(self, down: Tensor) -> Tensor:
         """`down` with the identity for the pivots, (r, in), in the order of the inputs."""
-        combined = down.new_zeros(self.rank, self.in_features)
-        combined.index_copy_(1, self.order[self.rank :], down)
-        combined[torch.arange(self.rank, device=down.device), self.order[: self.rank]] = 1
-        return combined
+        pivots, others = self.order[: self.rank, None], self.order[self.rank :].expand_as(down)
+        combined = down.new_zeros(self.rank, self.in_features).scatter_(1, others, down)
+        return combined.scatter_(1, pivots, 1.0)  # unlike an assignment, waits for no device
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         yield from super().fresh(deviation)
@@ -164,7 +166,7 @@ def _is_plain(linear: nn.Module) -> bool:
     """Whether calling a layer does nothing but multiply by its weight: no adapter, quantizer, hook or part of one."""
     if type(linear) is not nn.Linear or "forward" in vars(linear) or has_hooks(linear):
         return False
-    return type(linear.weight) in (nn.Parameter, Tensor)
+    return type(linear.weight) in (nn.Parameter, Tensor) and linear.bias is None
 
 
 def _check_order(order: Tensor, name: str) -> None:

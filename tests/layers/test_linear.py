@@ -60,6 +60,31 @@ def test_many_rows_are_multiplied_as_few_are(pivoted, dtype, tolerance):
         torch.testing.assert_close(one, other, atol=20 * tolerance, rtol=20 * tolerance)
 
 
+def test_weights_that_are_frozen_are_not_copied_for_a_backward_pass(pivoted):
+    x = torch.randn(24, 12, requires_grad=True)
+    assert pivoted._orders_weights(x)
+    pivoted.requires_grad_(False)
+    assert not pivoted._orders_weights(x)
+    assert pivoted._orders_weights(x.detach())
+    with torch.no_grad():
+        assert pivoted._orders_weights(x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of several models at once
+def test_many_rows_under_autocast_and_of_several_models_at_once(pivoted):
+    x = torch.randn(24, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pivoted(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), pivoted(x), atol=0.05, rtol=0.05)
+    layers = [pivoted, copy.deepcopy(pivoted)]
+    nn.init.normal_(layers[1].down.weight)
+    stacked = torch.func.stack_module_state(layers)
+    called = torch.func.vmap(lambda state, x: torch.func.functional_call(pivoted, state, (x,)), in_dims=(0, None))
+    expected = torch.stack([layer(x) for layer in layers])
+    torch.testing.assert_close(called(stacked, x), expected)
+
+
 class Doubling(nn.Linear):
     """What an adapter does to a layer."""
 
@@ -74,11 +99,14 @@ def doubling(linear):
 
 
 @pytest.mark.parametrize("rows", [1, 24])
-@pytest.mark.parametrize("way", ["class", "hook", "forward"])
+@pytest.mark.parametrize("way", ["class", "hook", "forward", "bias"])
 def test_what_is_done_to_a_factor_counts_for_any_number_of_rows(pivoted, rows, way):
     x, plain = torch.randn(rows, 12), pivoted.down
     expected = pivoted.up(x[:, pivoted.order[:3]] + 2 * plain(x[:, pivoted.order[3:]]))
-    if way == "class":
+    if way == "bias":
+        plain.bias = nn.Parameter(torch.randn(3))
+        expected = pivoted.up(x[:, pivoted.order[:3]] + plain(x[:, pivoted.order[3:]]))
+    elif way == "class":
         pivoted.down = doubling(plain)
     elif way == "hook":
         plain.register_forward_hook(lambda module, args, out: 2 * out)
