@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from hf_reparam.layers.linear import LowRankLinear, PivotedLinear
 
@@ -181,3 +182,12 @@ def test_compiled_forward_and_weight(make):
     layer, x = make(), torch.randn(3, 12)
     compiled = torch.compile(lambda v: layer(v.to(layer.weight.dtype)), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_compiled_layer_is_compiled_once_for_any_number_of_rows(pivoted):
+    counter = CompileCounter()
+    compiled = torch.compile(pivoted, backend=counter, dynamic=True)
+    for rows in (24, 2, 50):
+        x = torch.randn(rows, 12)
+        torch.testing.assert_close(compiled(x), pivoted(x))
+    assert counter.frame_count == 1
