@@ -86,6 +86,21 @@ def test_compiled(llama, form):
 
 
 @needs_cuda
+@pytest.mark.parametrize("rows", [1, 1024])
+@torch.no_grad()
+def test_a_layer_waits_for_nothing(rows):
+    """Whether a pivoted layer puts its input or its weights in order."""
+    small = convert(torch.nn.Linear(256, 256, device=DEVICE), LowRankConfig(rank=32, form="pivoted"))
+    x = torch.randn(rows, 256, device=DEVICE)
+    small(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        small(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
 @pytest.mark.parametrize("form", zoo.FORMS)
 @torch.no_grad()
 def test_cuda_graphs_with_a_static_cache(llama, form):
