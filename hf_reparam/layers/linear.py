@@ -134,10 +134,12 @@ class PivotedLinear(LowRankLinear):
     @torch.jit.unused
     def _orders_weights(self, x: Tensor) -> bool:
         """Whether `down` is put in the order of x, in the place of x in its order; not where it has to be called."""
-        if torch.compiler.is_compiling() or is_tracing() or type(x) is not Tensor or x.device.type not in _ORDERING:
+        if type(x) is not Tensor or torch.compiler.is_compiling() or is_tracing():
             return False
         rows, moves = x.numel() // self.in_features, _MOVE_WIDE if x.dtype.itemsize > 2 else _MOVE_HALF
-        if self.rank**2 * rows >= moves * self.in_features * (rows - self.rank) or not _is_plain(self.down):
+        if self.rank**2 * rows >= moves * self.in_features * (rows - self.rank):
+            return False
+        if x.device.type not in _ORDERING or not _is_plain(self.down):
             return False
         return self.down.weight.requires_grad or not (x.requires_grad and torch.is_grad_enabled())  # else kept for it
 
