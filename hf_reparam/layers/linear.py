@@ -13,7 +13,7 @@ from hf_reparam.layers.dense import dense_like, has_hooks, not_whole
 from hf_reparam.layers.factored import Factored
 
 _MOVE_WIDE, _MOVE_HALF = 96, 512
-"""Multiply-adds in the time of moving one number, in float32 and in half precision."""
+"""Multiply-adds in the time of moving one number, in float32 and in half precision: docs/decisions/0005."""
 _ORDERING = frozenset({"cpu", "cuda"})  # devices that put weights in order faster than they multiply
 
 
