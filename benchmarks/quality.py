@@ -58,7 +58,7 @@ from hf_reparam.model.checks import count_parameters
 from hf_reparam.model.host import opened
 from hf_reparam.model.sites import Found, select
 from hf_reparam.structures.heads import Heads
-from hf_reparam.structures.source import Kept, Source
+from hf_reparam.structures.source import Source
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -125,10 +125,8 @@ def peers(task: tasks.Task, calibration: Calibration) -> dict[str, Source]:
         return Metric(input_root=root(seen[name].input_products / seen[name].tokens, 1e-3))
 
     def source(metric: Callable[[str], Metric]) -> Source:
-        kept = Kept(room=0)
-        for layer in layers:
-            weight = dense_matrix(layer.site.module)
-            kept.known[layer.name, weight.shape] = decompose(weight, metric=metric(layer.name))
+        weights = {layer.name: dense_matrix(layer.site.module) for layer in layers}
+        kept = {(name, weight.shape): decompose(weight, metric=metric(name)) for name, weight in weights.items()}
         return Source("svd", kept=kept)
 
     return {"fwsvd": source(fwsvd), "asvd": source(asvd), "svdllm": source(svdllm)}

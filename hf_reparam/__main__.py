@@ -25,11 +25,6 @@ from hf_reparam.layers.processes import connected, is_first
 from hf_reparam.plan import RankPlan
 from hf_reparam_cli import parsed
 
-_READING = ("calibration", "max_length", "max_samples")
-_HUB = ("revision", "token")
-_LOADING = (*_HUB, "dtype", "device")
-_WRITING = ("stream", "max_shard_size", "force")
-
 
 def run(args: argparse.Namespace) -> int:
     """Run one command and return the exit code: 0, 2 for a user error (one line on stderr), 130 if interrupted.
@@ -97,37 +92,30 @@ def _saved(args: argparse.Namespace, result: Any) -> str:
 
 
 def _result(args: argparse.Namespace) -> Any:
+    """What was given goes, by its name, to the function of the command; fields of the configuration into one."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    given = {name: value for name, value in given.items() if name not in ("command", "json", "quiet")}
+    asked: Any = {field.name: given.pop(field.name) for field in fields(LowRankConfig) if field.name in given}
     match args.command:
         case "convert":
-            asked = _config(args) if args.plan is None else read_plan(args.plan)
-            options = _given(args, *_READING, "max_memory", "refit", *_LOADING, *_WRITING, "remote_code")
-            return convert_folder(args.source, args.out, asked, **options)
+            plan = given.pop("plan", None)
+            return convert_folder(config=LowRankConfig(**asked) if plan is None else read_plan(plan), **given)
         case "plan":
-            if args.out is not None:
-                check_new(args.out, force=bool(args.force))
-            found = plan_folder(args.source, _config(args), **_given(args, *_READING, *_LOADING))
-            if args.out is not None and isinstance(found, RankPlan) and is_first():
-                write_plan(found, args.out)
+            out, force = given.pop("out", None), given.pop("force", False)
+            if out is not None:
+                check_new(out, force=force)
+            found = plan_folder(config=LowRankConfig(**asked), **given)
+            if isinstance(found, RankPlan) and out is not None and is_first():
+                write_plan(found, out)
             return found
-        case "merge":
-            return merge_folder(args.source, args.out, **_given(args, *_HUB, *_WRITING))
-        case "inspect":
-            return inspect_folder(args.source, **_given(args, *_HUB))
         case "compare":
-            options = _given(args, "max_length", "max_samples", "times", "card", *_LOADING)
-            return compare_folders(args.source, args.out, args.texts, **options)
+            return compare_folders(given.pop("source"), given.pop("out"), **given)
+        case "merge":
+            return merge_folder(**given)
+        case "inspect":
+            return inspect_folder(**given)
         case "push":
-            options = _given(args, "private", "revision", "token", "commit_message", "create_pr")
-            return push_folder(args.folder, args.repo, **options)
-
-
-def _config(args: argparse.Namespace) -> LowRankConfig:
-    return LowRankConfig(**_given(args, *(field.name for field in fields(LowRankConfig))))
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options that were given, by the names that they have in Python."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+            return push_folder(**given)
 
 
 if __name__ == "__main__":

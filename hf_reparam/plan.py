@@ -6,7 +6,7 @@ With the base configuration it is all that is needed to build the skeleton of a 
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,14 @@ class Judgement:
     measured: Mapping[str, float]
     examples: int
 
+    def __post_init__(self) -> None:
+        numbers = isinstance(self.measured, Mapping) and all(map(_is_finite, self.measured.values()))
+        _check("judgement.measured", numbers, "an object of finite numbers")
+        _check("judgement.predicted", self.predicted is None or _is_finite(self.predicted), "a finite number, or null")
+        _check("judgement.examples", _is_count(self.examples), "an int of at least 0")
+        named = all(map(_is_brief, (self.unit, self.chosen, *self.measured))) and self.chosen in self.measured
+        _check("judgement", named, "of short texts for its unit and its plans")
+
     def __str__(self) -> str:
         judged = f" on {self.examples} held-out example{'s' * (self.examples != 1)}"
         predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
@@ -100,23 +108,6 @@ class Judgement:
         """What was measured and predicted, without the other plans."""
         predicted = "" if self.predicted is None else f" (predicted {self.predicted:.4g})"
         return f"held-out divergence {self.measured[self.chosen]:.4g} {self.unit}{predicted}"
-
-    @classmethod
-    def from_dict(cls, data: object) -> "Judgement":
-        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
-        known = sorted(f.name for f in fields(cls))
-        if not isinstance(data, Mapping) or set(data) != set(known):
-            raise PlanError(f"'reparam.record.judgement' must be an object of {known}, got {str(data)[:80]!r}")
-        measured, predicted = data["measured"], data["predicted"]
-        if not isinstance(measured, Mapping) or not all(map(_is_finite, measured.values())):
-            raise PlanError("'reparam.record.judgement.measured' must be an object of finite numbers")
-        if predicted is not None and not _is_finite(predicted):
-            raise PlanError("'reparam.record.judgement.predicted' must be a finite number, or null")
-        if not _is_count(data["examples"]):
-            raise PlanError("'reparam.record.judgement.examples' must be an integer of 0 or more")
-        if not all(map(_is_brief, (data["unit"], data["chosen"], *measured))) or data["chosen"] not in measured:
-            raise PlanError("'reparam.record.judgement' must name its unit and its plans in short texts")
-        return cls(**{**data, "measured": dict(measured)})
 
 
 @dataclass(frozen=True)
@@ -137,6 +128,11 @@ class Speed:
     layers: float
     model: float | None = None
 
+    def __post_init__(self) -> None:
+        numbers = (self.asked, self.layers, 0 if self.model is None else self.model)
+        known = _is_brief(self.device) and _is_count(self.tokens) and all(map(_is_finite, numbers))
+        _check("speed", known, "of a short text, an int and finite numbers")
+
     def __str__(self) -> str:
         whole = "" if self.model is None else f", the whole model {self.model:.2f} times on held-out data"
         call = f"{self.tokens} token{'s' * (self.tokens != 1)} a call on {self.device}"
@@ -146,17 +142,6 @@ class Speed:
     def brief(self) -> str:
         """How much faster the model became; its targeted layers, where it was not measured itself."""
         return f"{self.model:.2f} times as fast" if self.model else f"targeted layers {self.layers:.2f} times as fast"
-
-    @classmethod
-    def from_dict(cls, data: object) -> "Speed":
-        """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
-        known = sorted(f.name for f in fields(cls))
-        if not isinstance(data, Mapping) or set(data) != set(known):
-            raise PlanError(f"'reparam.record.speed' must be an object of {known}, got {str(data)[:80]!r}")
-        numbers = (data["asked"], data["layers"], *([] if data["model"] is None else [data["model"]]))
-        if not _is_brief(data["device"]) or not _is_count(data["tokens"]) or not all(map(_is_finite, numbers)):
-            raise PlanError("'reparam.record.speed' must be of a short text, an int and finite numbers")
-        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -190,18 +175,14 @@ class ConversionRecord:
     speed: Speed | None = None
 
     def __post_init__(self) -> None:
-        def check(name: str, ok: bool, what: str) -> None:
-            if not ok:
-                raise PlanError(f"'reparam.record.{name}' must be {what}")
-
         base, tokens, errors, metrics = self.base_model, self.calibration_tokens, self.errors, self.metrics
-        check("base_model", base is None or is_hub_id(base), "a Hub id such as 'google-bert/bert-base-uncased'")
-        check("calibration_tokens", tokens is None or _is_count(tokens), "an int of at least 0, or null")
-        check("refitted_layers", _is_count(self.refitted_layers), "an int of at least 0")
+        _check("base_model", base is None or is_hub_id(base), "a Hub id such as 'google-bert/bert-base-uncased'")
+        _check("calibration_tokens", tokens is None or _is_count(tokens), "an int of at least 0, or null")
+        _check("refitted_layers", _is_count(self.refitted_layers), "an int of at least 0")
         finite = isinstance(errors, Mapping) and all(e is None or (_is_finite(e) and e >= 0) for e in errors.values())
-        check("errors", finite, "an object of finite numbers of at least 0, or null")
+        _check("errors", finite, "an object of finite numbers of at least 0, or null")
         known = isinstance(metrics, Mapping) and all(value in METRICS for value in metrics.values())
-        check("metrics", known, f"an object of {list(METRICS)}")
+        _check("metrics", known, f"an object of {list(METRICS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -212,11 +193,11 @@ class ConversionRecord:
     @classmethod
     def from_dict(cls, data: object) -> "ConversionRecord":
         """Read the JSON form, believing nothing: PlanError for a wrong type or an unknown key."""
-        known = sorted(f.name for f in fields(cls))
-        if not isinstance(data, Mapping) or not set(data) <= set(known):
-            raise PlanError(f"'reparam.record' must be an object of {known}, got {str(data)[:80]!r}")
-        parts = {"judgement": Judgement.from_dict, "speed": Speed.from_dict}
-        return cls(**{**data, **{name: read(data[name]) for name, read in parts.items() if data.get(name) is not None}})
+        given: Any = _fields(cls, data, "record")
+        for name, kind in {"judgement": Judgement, "speed": Speed}.items():
+            if given.get(name) is not None:
+                given[name] = kind(**_fields(kind, given[name], f"record.{name}"))
+        return cls(**given)
 
 
 @dataclass(frozen=True, repr=False)
@@ -348,6 +329,19 @@ def is_hub_id(text: object) -> bool:
     (True, False, False)
     """
     return isinstance(text, str) and _HUB_ID.fullmatch(text) is not None and ".." not in text
+
+
+def _fields(kind: Any, data: object, name: str) -> dict[str, Any]:
+    known = {f.name: f for f in fields(kind)}
+    needed = {name for name, f in known.items() if f.default is f.default_factory is MISSING}
+    if not isinstance(data, Mapping) or not needed <= set(data) <= set(known):
+        raise PlanError(f"'reparam.{name}' must be an object of {sorted(known)}, got {str(data)[:80]!r}")
+    return dict(data)
+
+
+def _check(name: str, ok: bool, what: str) -> None:
+    if not ok:
+        raise PlanError(f"'reparam.record.{name}' must be {what}")
 
 
 def _is_count(value: object) -> bool:

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from itertools import groupby
+from posixpath import commonpath
 from typing import Any, TypeVar
 
 from hf_reparam.config import layer_kind
@@ -254,7 +255,11 @@ class Report(Readable):
             share = f"{bare / self.parameters_before:.0%} of the parameters"
             lines.append(f"bare parameters:  {share} are in no layer of their own (fused experts, as a rule) and stay")
         if self.dropped:
-            lines.append(f"{len(self.dropped)} tensors of the source are not in the result: {_starts(self.dropped)}")
+            groups = [list(g) for _, g in groupby(sorted(self.dropped), key=lambda name: name.partition(".")[0])]
+            same = [
+                commonpath([n.replace(".", "/") for n in g]).replace("/", ".") + ".*" * (len(g) > 1) for g in groups
+            ]
+            lines.append(f"{len(self.dropped)} tensors of the source are not in the result: {', '.join(same)}")
         return lines
 
     def _with_dense(self) -> list[str]:
@@ -326,13 +331,3 @@ def _some(title: str, names: Sequence[str], text: str) -> list[str]:
     """A line that names three of the layers; none without layers."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return [f"{title:<18}{len(names)} layers{text}: {', '.join(names[:3])}{more}"] if names else []
-
-
-def _starts(names: Sequence[str]) -> str:
-    """What names have in common: `mtp.layers.*` for `mtp.layers.0.weight` and `mtp.layers.1.weight`."""
-    groups: dict[str, list[list[str]]] = {}
-    for name in names:
-        groups.setdefault(name.partition(".")[0], []).append(name.split("."))
-    same = (takewhile(lambda parts: len({*parts}) == 1, zip(*group, strict=False)) for group in groups.values())
-    ends = ([] if len(group) == 1 else ["*"] for group in groups.values())
-    return ", ".join(".".join([*(part for part, *_ in parts), *end]) for parts, end in zip(same, ends, strict=True))

@@ -50,8 +50,8 @@ _OF_TEXTS = {"input_ids", "token_type_ids", "position_ids", "decoder_input_ids",
 _DIFFERENT = "the models predict different things: compare models of one task and one vocabulary"
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
-Call = tuple[Callable[[Any, Any], Any], Any, Callable[[float], float]]
-"""What is called with a model, what it is called with beside that, and what its seconds are shown as."""
+Call = tuple[Callable[[Any, Any], Any], Any]
+"""What is called with a model, and what it is called with beside that."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class Comparison(Readable):
         """What is printed: a table, and a line about data and machine."""
         rows = [["", "dense", "converted", "ratio"]]
         for name, (first, second) in self.figures.items():
-            rows.append([name, shown(first), shown(second), _ratio(first, second)])
+            ratio = f"{second / first:.2f}" if first and second is not None and abs(first) > _NEAR_ZERO else ""
+            rows.append([name, shown(first), shown(second), ratio])
         return [rows, f"Compared on {self.data}; {self.machine}."]
 
 
@@ -128,7 +129,8 @@ def compare(
     >>> found.figures["parameters"]
     (8320, 2176)
     """
-    for model in (dense, small):
+    both: list[Any] = [dense, small]
+    for model in both:
         check_model(model)
     pair = [called(dense), called(small)]
     tokenizer = checked_tokenizer(tokenizer or own_tokenizer(dense))
@@ -153,27 +155,23 @@ def compare(
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
         ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
         highest = max((int(some.max()) for some in ids if some.numel()), default=0)
-        if highest >= vocabulary(pair[0]):
-            known = f"{type(pair[0]).__name__} knows {vocabulary(pair[0]):.0f}"
-            raise TargetError(f"the data have token id {highest}, and {known}: give the tokenizer of this model")
-        if highest >= vocabulary(pair[1]):
-            raise TargetError(_DIFFERENT)
+        for model in pair:
+            if highest >= vocabulary(model):
+                known = f"{type(model).__name__} knows {vocabulary(model):.0f}"
+                raise TargetError(f"the data have token id {highest}, and {known}: give the tokenizer of this model")
         figures |= _predictions(pair, read)
-        if texts and all(hasattr(model, "encode") for model in (dense, small)):
-            figures["cosine of sentence embeddings"] = (None, _cosine_of_sentences(dense, small, texts))
+        if texts and all(hasattr(model, "encode") for model in both):
+            told: list[Any] = [torch.as_tensor(m.encode(texts, convert_to_tensor=True)).float().cpu() for m in both]
+            figures["cosine of sentence embeddings"] = (
+                None,
+                float(F.cosine_similarity(told[0], told[1], dim=-1).mean()),
+            )
         if evaluate is not None:
             figures |= _evaluated(dense, small, evaluate)
         if times:
             figures |= _times(pair, batches[0])
     length = next((value.shape[-1] for value in batches[0].values() if isinstance(value, Tensor) and value.dim()), 0)
     return Comparison(figures, what.format(sum(map(examples_in, batches)), length), _machine(pair[0]))
-
-
-def _ratio(first: float | None, second: float | None) -> str:
-    """An empty string where the first is zero but for rounding, or either is not known."""
-    if first is None or second is None or abs(first) <= _NEAR_ZERO:
-        return ""
-    return f"{second / first:.2f}"
 
 
 def shown(value: float | None) -> str:
@@ -220,13 +218,14 @@ def _predictions(pair: Sequence[nn.Module], read: Sequence[HeldOut]) -> dict[str
     """What the second model predicts beside the first, and what both lose where there are labels."""
     sums: dict[str, Tensor] = {}
     losses, weights = [0.0, 0.0], 0
-    for batch, masks in _told_apart(pair[0], read):
-        outputs = [same_draws()(_outputs)(model, batch) for model in pair]
-        parts = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
-        if len(parts) == len(pair):
+    for part in Padding(pair[0], {}).parts(each(read, "comparing", "batch")):  # examples alone where it cannot be told
+        batch, masks = part.batch, part.masks
+        outputs = [send_to_device(same_draws()(_run)(model, batch), "cpu") for model in pair]
+        own = [out.loss for out in outputs if isinstance(getattr(out, "loss", None), Tensor)]
+        if len(own) == len(pair):
             weight = _counted(pair[0], batch)
             if weight:  # the mean over no label is not a number
-                losses = [total + float(part.mean()) * weight for total, part in zip(losses, parts, strict=True)]
+                losses = [total + float(one.mean()) * weight for total, one in zip(losses, own, strict=True)]
                 weights += weight
         for name, value in _distances(pair[0], outputs, *send_to_device((batch, masks), "cpu")).items():
             sums[name] = sums.get(name, torch.zeros(2)) + value
@@ -239,23 +238,12 @@ def _predictions(pair: Sequence[nn.Module], read: Sequence[HeldOut]) -> dict[str
     return found | {name: (None, float(value[0] / value[1])) for name, value in sums.items()}
 
 
-def _told_apart(model: nn.Module, read: Sequence[HeldOut]) -> Iterator[HeldOut]:
-    """The batches, or their examples without padding, where masks do not tell which predictions are of padding."""
-    padding = Padding(model, {})
-    for one in each(read, "comparing", "batch"):
-        yield from ((part.batch, part.masks) for part in padding.parts([one]))
-
-
 def _counted(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Over how many labels the loss of a batch is a mean; examples, where it has no labels that are classes."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return examples_in(batch)
     return int(((labels[..., 1:] if predicts_next(model) else labels) != IGNORED).sum())
-
-
-def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    return send_to_device(_run(model, batch), "cpu")
 
 
 def _distances(
@@ -295,11 +283,6 @@ def _likeness(key: str, one: Tensor, other: Tensor) -> tuple[str, Tensor]:
     return f"cosine of {what}", F.cosine_similarity(one.float(), other.float(), dim=-1)
 
 
-def _cosine_of_sentences(dense: Any, small: Any, texts: list[str]) -> float:
-    one, other = (torch.as_tensor(m.encode(texts, convert_to_tensor=True)).float().cpu() for m in (dense, small))
-    return float(F.cosine_similarity(one, other, dim=-1).mean())
-
-
 def _evaluated(dense: nn.Module, small: nn.Module, evaluate: Evaluate) -> dict[str, Any]:
     found = [evaluate(model) for model in (dense, small)]
     first, second = (given if isinstance(given, Mapping) else {"evaluate": given} for given in found)
@@ -308,19 +291,21 @@ def _evaluated(dense: nn.Module, small: nn.Module, evaluate: Evaluate) -> dict[s
 
 def _times(pair: Sequence[nn.Module], batch: Mapping[str, Any]) -> dict[str, Any]:
     """Milliseconds of a forward pass, and tokens generated in a second."""
-    calls: dict[str, Call] = {}
     ids: Any = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not batch.keys() <= _OF_TEXTS:
-        calls["ms for a batch of the data"] = _outputs, batch, _milliseconds
-    else:
-        calls |= _calls_with_texts(pair, ids)
+    of_texts = isinstance(ids, Tensor) and ids.dim() == 2 and batch.keys() <= _OF_TEXTS
+    calls = _calls_with_texts(pair, ids) if of_texts else {"ms for a batch of the data": (_run, batch)}
+    devices = [execution_device(model) for model in pair]
+    device = next((device for device in devices if device.type != "cpu"), devices[0])
     times: dict[str, Any] = {}
-    for name, (call, given, shown_as) in each(calls.items(), "timing", "figure"):
+    for name, (call, given) in each(calls.items(), "timing", "figure"):
+        turns = {i: partial(call, model, given) for i, model in enumerate(pair)}
         try:
-            times[name] = tuple(map(shown_as, _in_turns(pair, call, given)))
+            took = medians(turns, device, wall=True).values()
         except CANNOT_BE_TRIED as error:  # a model that wants more than ids: this figure is left out
             if ran_out_of_memory(error):
                 raise
+            continue
+        times[name] = tuple(1000 * s if name.startswith("ms") else _NEW / s for s in took)
     return times
 
 
@@ -332,19 +317,11 @@ def _calls_with_texts(pair: Sequence[nn.Module], ids: Tensor) -> dict[str, Call]
     calls: dict[str, Call] = {}
     for count in _BATCHES:
         texts = "1 text" if count == 1 else f"{count} texts"
-        calls[f"ms for {texts} of {length} tokens"] = _run, dict.fromkeys(names, row.repeat(count, 1)), _milliseconds
+        calls[f"ms for {texts} of {length} tokens"] = _run, dict.fromkeys(names, row.repeat(count, 1))
     prompt = int(min(_NEW, length, *(positions(model) - _NEW for model in pair)))
     if prompt > 0 and all(getattr(model, "can_generate", bool)() for model in pair):
-        calls["tokens per second when generating"] = _generate, row[:, :prompt], _tokens_per_second
+        calls["tokens per second when generating"] = _generate, row[:, :prompt]
     return calls
-
-
-def _milliseconds(seconds: float) -> float:
-    return 1000 * seconds
-
-
-def _tokens_per_second(seconds: float) -> float:
-    return _NEW / seconds
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -355,12 +332,6 @@ def _generate(model: Any, prompt: Tensor) -> Any:
     return model.generate(
         prompt.to(execution_device(model)), min_new_tokens=_NEW, max_new_tokens=_NEW, do_sample=False, num_beams=1
     )
-
-
-def _in_turns(pair: Sequence[nn.Module], call: Callable[[Any, Any], Any], given: Any) -> list[float]:
-    devices = [execution_device(model) for model in pair]
-    device = next((device for device in devices if device.type != "cpu"), devices[0])
-    return [*medians({i: partial(call, model, given) for i, model in enumerate(pair)}, device, wall=True).values()]
 
 
 def _machine(model: nn.Module) -> str:

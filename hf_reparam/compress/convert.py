@@ -4,12 +4,12 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.collect import calibrate
 from hf_reparam.calibrate.fits import check_fit
@@ -19,14 +19,13 @@ from hf_reparam.compat.accelerate import is_offloaded, recall
 from hf_reparam.compress.planning import check_dense, plan_for, warn_without_data
 from hf_reparam.config import ONE_SIZE, LowRankConfig, Rank
 from hf_reparam.errors import TargetError
-from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.processes import distributed
 from hf_reparam.layers.progress import one_bar
-from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
+from hf_reparam.layers.surgery import check_copyable
 from hf_reparam.layers.warn import warn
 from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.auto import check_loadable
-from hf_reparam.model.build import Made, apply, install
+from hf_reparam.model.build import Made, apply, finished
 from hf_reparam.model.checks import (
     check_convertible,
     check_no_adapters,
@@ -35,12 +34,12 @@ from hf_reparam.model.checks import (
     optional_layers,
     outside_inference_mode,
 )
-from hf_reparam.model.host import check_model, layer_name, mark_offloaded, opened, unwrapped
-from hf_reparam.model.retype import retie, retype
+from hf_reparam.model.host import check_model, layer_name, opened, unwrapped
+from hf_reparam.model.retype import retype
 from hf_reparam.model.sites import Selection, check_forms, fit, live_sites, no_site, select
 from hf_reparam.plan import ConversionRecord, RankPlan
 from hf_reparam.report import Report
-from hf_reparam.structures import STRUCTURES, close_attentions
+from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 
 M = TypeVar("M", bound=nn.Module)
@@ -150,12 +149,12 @@ def carry_out(
     with outside_inference_mode(), same_draws(), one_bar(), ExitStack() as scratch:
         _check(model, inplace=inplace)
         work = opened(model)
-        selection = _selection(work.model, asked, plan)
+        selection = selection_of(work.model, asked, plan)
         if not inplace:
             parts = [found.site.module for found in selection.selected]  # of those shown in split form is no original
             check_copyable(unwrapped(model), [work.originals[part] for part in parts if part in work.originals])
         if not isinstance(calibration, Calibration) and calibration is not None:
-            wanted = _asked_of(selection)
+            wanted = asked_of(selection)
             calibration = calibrate(model, calibration, metric=asked.metric or "fisher", tokenizer=tokenizer, **wanted)
         if plan is None:
             warn_without_data(asked, calibration)
@@ -165,12 +164,18 @@ def carry_out(
         if plan is None:
             plan = plan_for(work.model, asked, source)
             source = replace(source, metric=plan.metric)
-        folder = _folder(workdir, scratch, temporary=inplace)
+        folder = None if workdir is None else Path(workdir)
+        if inplace and folder is None and not distributed():  # processes need not share their temporary folders
+            folder = Path(scratch.enter_context(TemporaryDirectory(prefix="hf_reparam-")))
         on_disk = workdir is not None and any(map(is_offloaded, model.modules()))
         made, source = apply(work, plan, source, folder)
         if not plan.modules:
             warn("nothing was factored: the size leaves every layer dense")
-        result = _finish(model, work, made, source, plan.report, inplace=inplace, on_disk=on_disk)
+        if not on_disk:
+            made.stored.clear()
+        record = _record(made, source, plan.report)
+        retyped = partial(retype, new=made.modules, metric=source.metric, record=record)
+        result = finished(model, work, made, retyped, inplace=inplace)
         if folder is not None and not on_disk:
             for module in made.modules:
                 recall(module)
@@ -186,12 +191,8 @@ def asked_for(config: LowRankConfig | RankPlan | None, **sizes: Any) -> tuple[Lo
     return LowRankConfig(metric=None if config.metric == "svd" else config.metric), config  # "svd": made without data
 
 
-def asked_of(model: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> dict[str, Any]:
-    """What `calibrate` is asked for where a configuration or a plan is to be carried out."""
-    return _asked_of(_selection(opened(model).model, config, plan))
-
-
-def _asked_of(selection: Selection) -> dict[str, Any]:
+def asked_of(selection: Selection) -> dict[str, Any]:
+    """What `calibrate` is asked for, for these sites."""
     names = [found.site.name for found in selection.selected if found.structure.option is None]
     options = {found.structure.option for found in selection.selected}
     return {"target_modules": names, "embeddings": "embeddings" in options}
@@ -211,7 +212,7 @@ def _check(model: nn.Module, *, inplace: bool) -> None:
         )
 
 
-def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> Selection:
+def selection_of(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) -> Selection:
     """The sites that may change, judged before any long work."""
     if plan is None:
         selection = select(work, config)
@@ -227,42 +228,6 @@ def _selection(work: nn.Module, config: LowRankConfig, plan: RankPlan | None) ->
         for structure in STRUCTURES:
             fit(plan, work, structure, strict=True)
     return select(work, config, {name for name in optional_layers(work) if layer_name(work, name) in plan.modules})
-
-
-def _folder(given: str | os.PathLike[str] | None, scratch: ExitStack, *, temporary: bool) -> Path | None:
-    """Where new layers go: the folder that was given, a temporary one, or None for into memory."""
-    if given is not None:
-        Path(given).mkdir(parents=True, exist_ok=True)
-        return Path(given)
-    if temporary and not distributed():  # processes need not share their temporary folders
-        return Path(scratch.enter_context(TemporaryDirectory(prefix="hf_reparam-")))
-    return None
-
-
-def _finish(
-    model: M,
-    work: WorkingCopy,
-    made: Made,
-    source: Source,
-    planned: Report | None,
-    *,
-    inplace: bool,
-    on_disk: bool,
-) -> M:
-    """Put everything in place, and give every Transformers model its derived class; all of it, or nothing."""
-    result = model if inplace else independent_copy(work.model, made.modules)
-    with undone_on_error(result):
-        if inplace:
-            install(model, work, made)
-        elif not isinstance(result, PreTrainedModel):
-            close_attentions(result)
-        retype(result, made.modules, source.metric, _record(made, source, planned))
-        if made.retie:
-            retie(result, made.modules)
-        if on_disk:
-            mark_offloaded(result, made.stored)
-    work.clear()
-    return result
 
 
 def _record(made: Made, source: Source, planned: Report | None) -> ConversionRecord:

@@ -9,14 +9,14 @@ from torch import nn
 from hf_reparam.calibrate.inputs import same_draws
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.factored import Factored
-from hf_reparam.layers.surgery import check_copyable, independent_copy, undone_on_error
-from hf_reparam.model.build import Made, build, install
+from hf_reparam.layers.surgery import check_copyable
+from hf_reparam.model.build import Made, build, finished
 from hf_reparam.model.checks import check_convertible, outside_inference_mode
 from hf_reparam.model.classes import ReparamMixin
-from hf_reparam.model.host import check_model, hosts, layer_name, mark_offloaded, opened, unwrapped
-from hf_reparam.model.retype import retie, to_stock
+from hf_reparam.model.host import check_model, hosts, layer_name, opened, unwrapped
+from hf_reparam.model.retype import to_stock
 from hf_reparam.model.sites import Found
-from hf_reparam.structures import STRUCTURES, close_attentions
+from hf_reparam.structures import STRUCTURES
 from hf_reparam.structures.source import Source
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,16 +73,10 @@ def merge(model: M, *, inplace: bool = False, workdir: str | os.PathLike[str] | 
         parts = {name: (Found(name, structure, site), None) for name, site in low.items()}
         if parts:
             build(work, structure, parts, Source("svd"), made, folder, desc="merging")
-    result = model if inplace else independent_copy(work.model, made.modules)
-    with undone_on_error(result):
-        if inplace:
-            install(model, work, made)
-        mark_offloaded(result, made.stored)
-        for start, host in hosts(result).items():
-            if not start or any(isinstance(module, ReparamMixin) for module in host.modules()):
-                to_stock(host)
-        if made.retie:
-            retie(result, made.modules)
-        if "" not in hosts(result):
-            close_attentions(result)
-        return result
+    return finished(model, work, made, _to_stock, inplace=inplace)
+
+
+def _to_stock(model: nn.Module) -> None:
+    for start, host in hosts(model).items():
+        if not start or any(isinstance(module, ReparamMixin) for module in host.modules()):
+            to_stock(host)

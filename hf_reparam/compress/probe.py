@@ -5,8 +5,7 @@ A quadratic model of the loss does not see that attention saturates, nor that er
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,17 +25,6 @@ _ROUNDS = 2
 _NEAR = 1.15  # a rank within this factor of one that was tried needs no trial
 _FAR = math.log(100)  # from the typical ratio: further off is rounding, at nearly full rank
 _TINY = 1e-30
-
-
-@contextmanager
-def installed(replacement: Replacement, model: nn.Module) -> Iterator[None]:
-    """Put a replacement in place until the block ends."""
-    attributes = [(owner, name, getattr(owner, name)) for owner, name, _ in replacement.attributes]
-    replacement.install(model)
-    try:
-        yield
-    finally:
-        Replacement({new: old for old, new in replacement.modules.items()}, attributes).install(model)
 
 
 @dataclass(frozen=True)
@@ -63,9 +51,13 @@ class Prober:
         if key not in self.known:
             item = self.found[name]
             entry = Entry(rank, item.structure.forms[0])
-            built = item.structure.build(name, item.site, entry, self.source)
-            with installed(built.replacement, self.model):
+            new = item.structure.build(name, item.site, entry, self.source).replacement
+            before = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in new.attributes]
+            new.install(self.model)
+            try:
                 self.known[key] = self.judge(self.model, item.site.module)
+            finally:
+                Replacement({made: old for old, made in new.modules.items()}, before).install(self.model)
         return self.known[key]
 
 

@@ -1,14 +1,14 @@
 """`search_plan`: the smallest size whose score is within a tolerance of the dense model's."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from hf_reparam.compress.planning import plan_for
-from hf_reparam.config import LowRankConfig
+from hf_reparam.config import LowRankConfig, is_number
 from hf_reparam.errors import RankError, TargetError
 from hf_reparam.layers.progress import each, one_bar
 from hf_reparam.linalg.calibration import Calibration
@@ -17,7 +17,7 @@ from hf_reparam.model.checks import check_no_adapters, count_parameters, outside
 from hf_reparam.model.host import check_model, opened
 from hf_reparam.plan import RankPlan
 from hf_reparam.report import TriedSize
-from hf_reparam.structures.source import Kept, Source
+from hf_reparam.structures.source import Source
 
 Evaluate = Callable[[Any], float]
 
@@ -63,10 +63,10 @@ def search_plan(
         raise TargetError("search_plan finds the size: give a LowRankConfig without one")
     if not callable(evaluate):
         raise TargetError(f"evaluate must be a function model -> number, got {evaluate!r}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+    if not is_number(tolerance) or not 0 <= tolerance < math.inf:
         raise RankError(f"tolerance must be a number of at least 0, got {tolerance!r}")
     with outside_inference_mode(), one_bar():
-        source = replace(Source.of(calibration, config.metric, config.solver), kept=Kept())
+        source = replace(Source.of(calibration, config.metric, config.solver), kept={})
         dense = TriedSize(1.0, count_parameters(model), aim := _score(evaluate, model))
         floor = aim - tolerance
         low, high, best, nearest = 0.0, 1.0, None, -math.inf
@@ -97,14 +97,12 @@ def search_plan(
 
 def _score(evaluate: Evaluate, model: nn.Module) -> float:
     """What `evaluate` gives, as one number; TargetError for anything else."""
-    score = evaluate(model)
-    advice = "return one number, higher is better, such as metrics['eval_accuracy'] or -metrics['eval_loss']"
-    if isinstance(score, Mapping):
-        raise TargetError(f"evaluate(model) gave a {type(score).__name__} of {sorted(map(str, score))}: {advice}")
+    score: Any = evaluate(model)
     try:
         number = float(score)
     except (TypeError, ValueError, RuntimeError):
-        raise TargetError(f"evaluate(model) gave {str(score)[:80]!r}, a {type(score).__name__}: {advice}") from None
+        number = math.nan
     if math.isnan(number):
-        raise TargetError(f"evaluate(model) gave NaN, which no size can be compared with: {advice}")
+        advice = "return one number, higher is better, such as metrics['eval_accuracy'] or -metrics['eval_loss']"
+        raise TargetError(f"evaluate(model) gave {str(score)[:80]!r}, a {type(score).__name__}: {advice}")
     return number

@@ -19,7 +19,7 @@ from hf_reparam.linalg.calibration import Calibration
 from hf_reparam.model.build import apply
 from hf_reparam.model.sites import select
 from hf_reparam.plan import Entry, Judgement, RankPlan
-from hf_reparam.structures.source import Kept, Source
+from hf_reparam.structures.source import Source
 
 _MEASURED = "measured ranks"
 
@@ -60,7 +60,7 @@ def best_plan(
         whole: whether whole plans are tried; without, the ranks by measured errors are taken.
     """
     calibration = source.calibration or Calibration(source.metric)
-    fitting, batches = replace(source, fitting=True, kept=Kept()), calibration.batches
+    fitting, batches = replace(source, fitting=True, kept={}), calibration.batches
     dense = frozen_copy(work)
     found = {item.name: item for item in select(dense, config).selected}
     judge = Judge(dense, few(batches), alone=True)

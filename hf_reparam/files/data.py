@@ -12,12 +12,13 @@ from torch import nn
 
 from hf_reparam.calibrate.batches import batched
 from hf_reparam.calibrate.collect import calibrate, size_in_bytes
-from hf_reparam.compress.convert import asked_of
+from hf_reparam.compress.convert import asked_of, selection_of
 from hf_reparam.config import LowRankConfig
 from hf_reparam.errors import CheckpointError, TargetError
 from hf_reparam.files.folder import lines_of
 from hf_reparam.layers.processes import is_first, own_share, wait_for_all
 from hf_reparam.linalg.calibration import Calibration
+from hf_reparam.model.host import opened
 from hf_reparam.plan import RankPlan
 
 
@@ -81,7 +82,7 @@ class CalibrationData:
             wait_for_all()
         batches = list(batched(model, self.texts, tokenizer, **self.reading))
         mine = own_share(batches)  # whole batches, as in one process
-        asked = {"metric": config.metric or "fisher", **asked_of(model, config, plan)}
+        asked = {"metric": config.metric or "fisher", **asked_of(selection_of(opened(model).model, config, plan))}
         return calibrate(model, mine, folder=folder, max_memory=self.max_memory, **asked)
 
 

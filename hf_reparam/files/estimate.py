@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,14 +24,7 @@ _KEEPS = (0.8, 0.6, 0.4)
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What one size would give.
-
-    Args:
-        keep: as in `LowRankConfig`.
-        parameters: of the whole model; None where no plan is as small as that.
-        megabytes: of these, in the model's dtype.
-        predicted, measured: divergence from the dense model on held-out calibration data; None without any.
-    """
+    """What one size would give; None where no plan is as small, or for divergences without held-out data."""
 
     keep: float
     parameters: int | None = None
@@ -41,14 +35,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates(Readable):
-    """What some sizes would give, beside the dense model.
-
-    Args:
-        model: class name.
-        parameters, megabytes: of the dense model.
-        unit: of divergences, as in a `Judgement`; None without held-out data.
-        sizes: what was estimated.
-    """
+    """What some sizes would give, beside the dense model; `unit` is that of divergences, as in a `Judgement`."""
 
     model: str
     parameters: int
@@ -63,15 +50,14 @@ class Estimates(Readable):
     def parts(self) -> list[Part]:
         """What is printed: a table of sizes, and what its losses are."""
 
-        def row(size: Estimate) -> list[str]:
-            if size.parameters is None:
-                return [f"keep {size.keep:g}", "cannot be reached", *[""] * 4]
+        rows = [["size", "parameters", "share", "MB", "predicted", "measured"]]
+        for size in (Estimate(1.0, self.parameters, self.megabytes), *self.sizes):
+            name = "dense" if size.keep == 1 else f"keep {size.keep:g}"
+            known = ["cannot be reached", "", ""]
+            if size.parameters is not None:
+                known = [f"{size.parameters:,}", f"{size.parameters / self.parameters:.1%}", f"{size.megabytes:,.1f}"]
             losses = ["" if loss is None else f"{loss:.4g}" for loss in (size.predicted, size.measured)]
-            share = f"{size.parameters / self.parameters:.1%}"
-            return [f"keep {size.keep:g}", f"{size.parameters:,}", share, f"{size.megabytes:,.1f}", *losses]
-
-        dense = ["dense", f"{self.parameters:,}", "100.0%", f"{self.megabytes:,.1f}", "", ""]
-        rows = [["size", "parameters", "share", "MB", "predicted", "measured"], dense, *map(row, self.sizes)]
+            rows.append([name, *known, *losses])
         if self.unit is None:
             advice = "Calibration data (--calibration TEXTS.txt) tell what each size is predicted to lose."
             return [self.model, [row[:-2] for row in rows], advice]
@@ -124,14 +110,12 @@ def _estimates(model: nn.Module, config: LowRankConfig, calibration: Calibration
     width = next(model.parameters()).element_size() / 1e6
     sizes, unit = [], None
     for keep in each(_KEEPS, "planning", "size"):
-        try:
+        found: list[Any] = []
+        with suppress(RankError):  # below the smallest size
             report: Any = make_plan(model, replace(config, keep=keep), calibration).report
-        except RankError:  # below the smallest size
-            sizes.append(Estimate(keep))
-            continue
-        found = Estimate(keep, report.parameters_after, report.parameters_after * width)
-        if (judged := report.judgement) is not None:
-            unit = judged.unit
-            found = replace(found, predicted=judged.predicted, measured=judged.measured[judged.chosen])
-        sizes.append(found)
+            found = [report.parameters_after, report.parameters_after * width]
+            if (judged := report.judgement) is not None:
+                unit = judged.unit
+                found += [judged.predicted, judged.measured[judged.chosen]]
+        sizes.append(Estimate(keep, *found))
     return Estimates(type(model).__name__, count, count * width, unit, sizes)

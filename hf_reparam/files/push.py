@@ -1,10 +1,8 @@
 """A converted model's folder, uploaded whole: what `hf-reparam push` does, for use from Python."""
 
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from hf_reparam.errors import CheckpointError, TargetError
@@ -69,10 +67,11 @@ def push_folder(
     if not isinstance(model.config, ReparamConfigMixin):
         raise TargetError(f"{folder} holds a {type(model).__name__}, which is not converted: push it by other means")
     card = card_of(source, strict=True) if (source / "README.md").is_file() else None
-    with TemporaryDirectory() as work, checked(f"{folder} cannot be pushed to {repo}"):
+    files = visible_files(source)
+    with checked(f"{folder} cannot be pushed to {repo}"):
         send = prepare_upload(
             model,
-            Path(work),
+            source,
             repo,
             card=card,
             commit_message=commit_message,
@@ -82,19 +81,6 @@ def push_folder(
             create_pr=create_pr,
             remote_code=(place / FILE).is_file(),
         )
-        files = _linked(source, Path(work))
-        done = send()
-    return Pushed(repo, str(getattr(done, "commit_url", done)), tuple(sorted({*files, "README.md"})))
-
-
-def _linked(source: Path, target: Path) -> list[str]:
-    """Have the files of a folder in another, without copies where the system has links; no card, nothing hidden."""
-    names = []
-    for relative in visible_files(source):  # the card is written anew
-        names.append(relative.as_posix())
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            (target / relative).symlink_to((source / relative).resolve())
-        except OSError:
-            shutil.copyfile(source / relative, target / relative)
-    return names
+        done = send([source / name for name in files])
+    names = sorted({*(name.as_posix() for name in files), "README.md"})
+    return Pushed(repo, str(getattr(done, "commit_url", done)), tuple(names))

@@ -4,21 +4,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_reparam.compat.accelerate import aligned, execution_device
 from hf_reparam.layers.copies import WorkingCopy
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.offload import build_layers
-from hf_reparam.layers.surgery import replace_modules, set_attribute
+from hf_reparam.layers.surgery import independent_copy, replace_modules, set_attribute, undone_on_error
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.model.host import mark_offloaded
+from hf_reparam.model.retype import retie
 from hf_reparam.model.sites import Found, fit
 from hf_reparam.plan import Entry, RankPlan
-from hf_reparam.structures import STRUCTURES, Structure, changed
+from hf_reparam.structures import STRUCTURES, Structure, changed, close_attentions
 from hf_reparam.structures.source import Source
 from hf_reparam.structures.structure import Built, Replacement
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -94,12 +100,11 @@ def build(
         shapes[name] = structure.skeleton(found.site, entry)
         return shapes[name].new()
 
-    def made_of(name: str) -> str:
-        return _made_of(name, *parts[name], source)
-
     devices = {name: execution_device(found.site.module) for name, (found, _) in parts.items()}
     costs = {name: found.structure.effort(name, found.site, source) for name, (found, _) in parts.items()}
-    layers = build_layers(costs, make, empty, devices, place, made_of=made_of, desc=desc)
+    layers = build_layers(
+        costs, make, empty, devices, place, made_of=lambda name: _made_of(name, *parts[name], source), desc=desc
+    )
     moments: dict[str, Callable[[], LayerMoments]] = {}
     gone: frozenset[str] = frozenset()
     origins: dict[str, str] = {}
@@ -110,7 +115,7 @@ def build(
             built = seen.get(name) or structure.build(name, found.site, entry, source)
             moments |= built.moments
             gone |= built.gone
-            origins |= dict.fromkeys(built.moments, made_of(name)) if place is not None else {}
+            origins |= dict.fromkeys(built.moments, _made_of(name, found, entry, source)) if place is not None else {}
         new.append((shapes.get(name) or structure.skeleton(found.site, entry)).of(modules))
         made.stored += found.site.names[:1] if place is not None else ()
         _note(found, entry, list(modules), error, source, made)
@@ -122,8 +127,7 @@ def build(
 def _note(
     found: Found, entry: Entry | None, modules: list[nn.Module], error: float | None, source: Source, made: Made
 ) -> None:
-    known = (source.metric_of(name) for name in found.moments)  # any that saw data
-    metric = next((m for m in known if m != "svd"), "svd") if found.site.weights else source.metric
+    metric = source.metric_of(found.name) if found.site.weights else source.metric
     for module in modules:
         if isinstance(module, Factored):
             module.error, module.metric = error, metric
@@ -140,6 +144,22 @@ def _made_of(name: str, found: Found, entry: Entry | None, source: Source) -> st
         weights = fingerprint(repr(module), getattr(module, "dense_type", None), module.state_dict())
     how = [source.metric, source.solver, found.site.entry, entry, version("hf-reparam")]
     return fingerprint(weights, source.made_of(name), *how)
+
+
+def finished(model: M, work: WorkingCopy, made: Made, retype: Callable[[M], None], *, inplace: bool) -> M:
+    """Put everything in place, and give every Transformers model its class; all of it, or nothing."""
+    result = model if inplace else independent_copy(work.model, made.modules)
+    with undone_on_error(result):
+        if inplace:
+            install(model, work, made)
+        retype(result)
+        if made.retie:
+            retie(result, made.modules)
+        mark_offloaded(result, made.stored)
+        if not isinstance(result, PreTrainedModel):
+            close_attentions(result)
+    work.clear()
+    return result
 
 
 def install(model: nn.Module, work: WorkingCopy, made: Made) -> None:

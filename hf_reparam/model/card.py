@@ -125,7 +125,7 @@ def prepare_upload(
     tags: Collection[str] = (),
     remote_code: bool = False,
     card: ModelCard | None = None,
-) -> Callable[[], Any]:
+) -> Callable[..., Any]:
     """Make a repository where it is not there, and the card, from this or the one that it has: what can fail before the
     long work fails here. What it returns commits the card and what has been written into the folder since."""
     api = HfApi(token=token, library_name="hf_reparam")
@@ -140,12 +140,14 @@ def prepare_upload(
 
     before = written()
 
-    def send() -> Any:
-        card.save(folder / "README.md")
-        changed = sorted(path for path, _ in written() - before)
+    def send(files: Iterable[Path] | None = None) -> Any:
+        if files is None:
+            card.save(folder / "README.md")
+            files = sorted(path for path, _ in written() - before)
+        content: dict[str, Any] = {path.relative_to(folder).as_posix(): path for path in files}
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in changed],
+            [CommitOperationAdd(*one) for one in (content | {"README.md": str(card).encode()}).items()],
             commit_message=commit_message,
             commit_description=commit_description,
             revision=revision,

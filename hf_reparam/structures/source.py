@@ -15,18 +15,7 @@ from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments
 from hf_reparam.linalg.tables import TableMoments
 
-
-@dataclass
-class Kept:
-    """Decompositions at full rank that serve several plans, while there is room for them.
-
-    Args:
-        room: bytes that are left.
-        known: name in a plan and shape, which narrower heads change -> decomposition.
-    """
-
-    room: int = 1 << 30
-    known: dict[tuple[str, torch.Size], Decomposition] = field(default_factory=dict)
+_ROOM = 1 << 30  # bytes for decompositions that are kept
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,8 @@ class Source:
         metric: "svd", "activation" or "fisher".
         calibration: what the metric is made of; None for "svd".
         solver: "exact" or "randomized".
-        kept: decompositions that were made before; None to keep none.
+        kept: name in a plan and shape, which narrower heads change -> decomposition at full rank, which serves several
+            plans; None to keep none.
         fitting: whether only the part of the data that is not held out is used, so that the rest can judge.
         origins: name in a plan -> fingerprint of what its weight and moments were computed from, where they were.
     """
@@ -45,7 +35,7 @@ class Source:
     metric: str
     calibration: Calibration | None = None
     solver: str = "exact"
-    kept: Kept | None = None
+    kept: dict[tuple[str, torch.Size], Decomposition] | None = None
     fitting: bool = False
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -80,10 +70,11 @@ class Source:
         return self.calibration.tables.get(name) if self.calibration is not None and self.metric == "fisher" else None
 
     def metric_of(self, name: str) -> str:
-        """The metric of a layer: "svd" if it saw no data, "activation" if no gradient came back to it."""
+        """The metric of a site: "svd" if it saw no data, "activation" if no gradient came back to it."""
         if self.table_moments(name) is not None:
             return "fisher"
-        moments = self.moments(name)
+        seen = (self.moments(known) for known in self._within(name))
+        moments = next((one for one in seen if one is not None), None)
         return "svd" if moments is None else self.metric if moments.has_gradient() else "activation"
 
     def curve(self, name: str, weight: Tensor, *, centred: bool) -> Curve:
@@ -100,24 +91,28 @@ class Source:
     def decomposition(self, name: str, weight: Tensor, *, centred: bool, max_rank: int) -> Decomposition:
         """The decomposition of a weight (out, in), up to `max_rank` or further, centred where there is a bias; errors
         as of `decompose`."""
-        key, size = (name, weight.shape), 8 * min(weight.shape) * sum(weight.shape)
-        if self.kept is not None and key in self.kept.known:
-            return self.kept.known[key]
+        key = (name, weight.shape)
+        if self.kept and key in self.kept:
+            return self.kept[key]
         moments, metric = self.moments(name), Metric()
         if moments is not None:
             shrinkage, device = self.curve(name, weight, centred=centred).shrinkage, working_device(weight)
             metric = moments.metric(self.metric_of(name), centred=centred, device=device, shrinkage=shrinkage)
-        if self.kept is None or size > self.kept.room:
+        size = sum(8 * min(shape) * sum(shape) for _, shape in (*(self.kept or ()), key))
+        if self.kept is None or size > _ROOM:
             return decompose(weight, max_rank=max_rank, metric=metric, solver=self.solver)
-        self.kept.room -= size
-        self.kept.known[key] = decompose(weight, metric=metric, solver=self.solver)
-        return self.kept.known[key]
+        self.kept[key] = decompose(weight, metric=metric, solver=self.solver)
+        return self.kept[key]
 
     def made_of(self, name: str) -> dict[str, str]:
         """Fingerprints of the moments that the metric has of a site and within it, or of what they were made from."""
+        layers = {} if self.calibration is None else self.calibration.layers
+        return {known: self.origins.get(known) or layers[known].fingerprint() for known in self._within(name)}
+
+    def _within(self, name: str) -> list[str]:
+        """The names of the moments that the metric has of a site: its own, or those of the matrices in it."""
         layers = {} if self.calibration is None or self.metric == "svd" else self.calibration.layers
-        names = [known for known in layers if known == name or known.startswith(f"{name}.")]
-        return {known: self.origins.get(known) or layers[known].fingerprint() for known in names}
+        return [name] if name in layers else [known for known in layers if known.startswith(f"{name}.")]
 
     def with_layers(
         self, new: Mapping[str, Callable[[], LayerMoments]], gone: frozenset[str], origins: Mapping[str, str]

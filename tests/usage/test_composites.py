@@ -315,7 +315,7 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch)
     config = inner.config
     before, shown, outputs = state(model), config.to_dict(), zoo.outputs(inner, batch)
     moments, plan, joint = planned(wrap)
-    module = "hf_reparam.compress.convert" if step == "retie" else "hf_reparam.model.retype"
+    module = "hf_reparam.model.build" if step == "retie" else "hf_reparam.model.retype"
     monkeypatch.setattr(sys.modules[module], step, fails)
     for chosen in (plan, joint) if step != "retie" else (plan,):
         with pytest.raises(LateError):
@@ -333,7 +333,7 @@ def test_a_merge_that_fails_leaves_the_model_as_it_was(step, monkeypatch):
 
     small = convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(keep=0.5, embeddings=True))
     before = state(small)
-    module = "hf_reparam.compress.merge" if step == "retie" else "hf_reparam.model.retype"
+    module = "hf_reparam.model.build" if step == "retie" else "hf_reparam.model.retype"
     monkeypatch.setattr(sys.modules[module], step, fails)
     with pytest.raises(LateError):
         merge(small, inplace=True)
