@@ -153,7 +153,7 @@ def calibrate(
                 Calibration.open_folder(folder)
             for number, group in enumerate(groups):
                 seen = _watch_group(work, group, data, metric, reading, loss_fn, alone=len(groups) == 1)
-                rows |= {name: layer.tokens for name, layer in seen.layers.items()}
+                rows |= {f.name: seen.layers[f.name].tokens for f in group if f.name in seen.layers}
                 if folder is not None:
                     (replace(seen, batches=()) if number else seen).save_part(folder, number, len(groups))
                     del seen  # before the next group takes its memory
@@ -179,7 +179,7 @@ def _groups(found: Sequence[Found], metric: str, max_memory: int | str | None) -
     room = 0
     for item in (item for item in found if item.structure.option is None):
         site = item.site
-        size = 16 * len(item.moments) * (site.in_features**2 + (site.out_features**2 if metric == "fisher" else 0))
+        size = 16 * site.matrices * (site.in_features**2 + (site.out_features**2 if metric == "fisher" else 0))
         if size > most:
             raise TargetError(f"{item.name}: its moments take {size:,} bytes, and max_memory allows {most:,}")
         if size > room:
@@ -317,7 +317,6 @@ def _of(kind: type[S], sums: Mapping[str, Mapping[str, Any]]) -> dict[str, S]:
 
 
 def _warn_of_little_data(rows: Mapping[str, int], inputs: Mapping[str, int]) -> None:
-    rows = {name: count for name, count in rows.items() if name in inputs}  # experts have theirs from all together
     unseen = [name for name, count in rows.items() if count == 0]
     if unseen:
         warn(f"{len(unseen)} layers saw no data and will get plain SVD: {unseen[:5]}")

@@ -20,8 +20,11 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
     if source.metric == "svd" or source.calibration is None:
         return
     targeted = [item for item in found if item.site.weights and item.structure.option is None]
-    named = {name: item.site for item in targeted for name in item.moments}
-    known = shapes_of_layers(source.calibration.layers)
+    named = {item.name: item.site for item in targeted}
+    every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)} | named.keys()
+    owners = {name: name.rpartition(".")[0] for name in source.calibration.layers if name not in every}
+    shapes = shapes_of_layers(source.calibration.layers).items()
+    known = {owners[name] if owners.get(name) in named else name: shape for name, shape in shapes}
     if not known:
         return
     for name in named.keys() & known.keys():
@@ -31,7 +34,6 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
             raise WeightError(
                 f"{name}: the calibration is of a layer of {shape}, and here it is {own[0]} x {own[1]}: {_OTHER}"
             )
-    every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)} | named.keys()
     missing, foreign = sorted(named.keys() - known.keys()), sorted(known.keys() - every)
     starts = list(hosts(model))
     if starts and named.keys() & known.keys():

@@ -113,7 +113,5 @@ def fill(tensor: torch.Tensor, value: torch.Tensor | float) -> None:
     """Give numbers to a tensor that was not loaded: these, or normal ones of this deviation; zeros for 0."""
     if isinstance(value, torch.Tensor):
         initialization.copy_(tensor, value)
-    elif value:
-        initialization.normal_(tensor, std=value)
     else:
-        initialization.zeros_(tensor)
+        initialization.normal_(tensor, std=value)

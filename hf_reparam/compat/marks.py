@@ -1,6 +1,5 @@
 """What Transformers and accelerate leave on the objects of others, under names that are not documented."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -53,17 +52,3 @@ def forget_conversions(model: Any) -> None:
 def hook_of(module: nn.Module) -> Any:
     """accelerate's hook on a module, which moves weights and inputs to where it computes; None if there is none."""
     return getattr(module, "_hf_hook", None)
-
-
-def is_spread(module: nn.Module) -> bool:
-    """Whether fused experts are spread over processes."""
-    return bool(getattr(module, "_is_expert_parallel", False))
-
-
-def one_by_one(config: Any) -> Any:
-    """A copy of a configuration with which experts run one after the other; None where it does not say how they run."""
-    if not hasattr(config, "_experts_implementation"):
-        return None
-    made = copy.copy(config)
-    made._experts_implementation_internal = "eager"
-    return made

@@ -71,11 +71,6 @@ def _known(kind: type[nn.Module]) -> DenseType:
     return entry
 
 
-def registered_types() -> tuple[type[nn.Module], ...]:
-    """Every class that is registered as such, not by its name."""
-    return tuple(kind for kind in _registry if isinstance(kind, type))
-
-
 def not_whole(module: nn.Module) -> str | None:
     """Why a dense or low-rank layer cannot be read in this process, its weights being in parts; None if it can."""
     layers = module.children() if isinstance(module, Factored) else (module,)
@@ -90,7 +85,7 @@ def not_whole(module: nn.Module) -> str | None:
             )
         if hasattr(weight, "placements"):
             return f"its weight is a DTensor, {weight.placements}: do this before the model is sharded"
-        if weight.dim() != 2:
+        if weight.dim() < 2:
             return (
                 f"its weight has the shape {tuple(weight.shape)}, and a matrix is needed: FSDP flattens and shards "
                 "weights; do this before the model is wrapped"

@@ -101,10 +101,10 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute; a module may take the place of a parameter, and a parameter that of a module."""
-    if isinstance(value, (nn.Module, nn.Parameter)):
+    """Set an attribute; a module may take the place of a parameter, and a parameter, in a list, that of a module."""
+    if isinstance(value, nn.Module):
         delattr(module, name)
-    setattr(module, name, value)
+    setattr(module, name, value[0] if isinstance(value, nn.ParameterList) else value)
 
 
 def independent_copy(model: M, shared: Iterable[nn.Module | Tensor]) -> M:

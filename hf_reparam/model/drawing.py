@@ -59,21 +59,20 @@ def deviations(model: PreTrainedModel, layers: list[Any]) -> dict[nn.Module, flo
         mine: dict[str, Any] = {key: child for key, child in owner._modules.items() if child in layers}
         if not mine:
             continue
-        stand_ins: dict[str, Any] = {key: low.stand_in() for key, low in mine.items()}
-        tensors = {key: value for key, value in stand_ins.items() if isinstance(value, torch.Tensor)}
-        owner._modules.update({key: None if key in tensors else value for key, value in stand_ins.items()})
-        vars(owner).update(tensors)
+        held, stand_ins = dict(owner._modules), {key: low.stand_in() for key, low in mine.items()}
+        for key, stand_in in stand_ins.items():  # a module, or a parameter
+            setattr(owner, key, stand_in)
         try:
             for part in [*stand_ins.values(), owner]:
                 if isinstance(part, nn.Module):
                     draw_as_class(holder, part)
             for key, low in mine.items():
-                weight = getattr(stand_ins[key], "weight", stand_ins[key])  # a tensor stands for itself
-                found[low] = float(weight.float().std())
+                found[low] = float(getattr(stand_ins[key], "weight", stand_ins[key]).float().std())
         finally:
-            owner._modules.update(mine)
-            for key in tensors:
-                del vars(owner)[key]
+            for key in mine:
+                delattr(owner, key)
+            owner._modules.clear()
+            owner._modules.update(held)
     return found
 
 

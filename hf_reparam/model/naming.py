@@ -71,10 +71,9 @@ def renamed(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Any]:
-    """The name that a weight of each module has, or would have -> the module; and of each stack of matrices."""
-    modules: dict[str, Any] = {f"{path}.weight": m for path, m in model.named_modules(remove_duplicate=False)}
-    stacks = {f"{name}.weight": p for name, p in model.named_parameters(remove_duplicate=False) if p.dim() == 3}
-    return modules | stacks
+    """The name that a weight of each module has, or would have -> the module; and of each bare parameter."""
+    parts = (*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
+    return {f"{name}.weight": part for name, part in parts}
 
 
 def local_names(model: PreTrainedModel, entries: Mapping[str, V]) -> dict[str, V]:

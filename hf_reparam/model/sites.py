@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_reparam.config import LowRankConfig, check_used, first_match
 from hf_reparam.errors import PlanError, RankError, TargetError, WeightError
+from hf_reparam.layers.dense import not_whole
 from hf_reparam.model.checks import optional_layers, protected_layers
 from hf_reparam.model.config import ReparamConfigMixin, plan_of
 from hf_reparam.model.host import layer_name
@@ -27,11 +28,6 @@ class Found:
     name: str
     structure: Structure
     site: Site
-
-    @property
-    def moments(self) -> list[str]:
-        """The names of the moments that calibration has of it."""
-        return self.structure.moments_of(self.name, self.site)
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def select(model: nn.Module, config: LowRankConfig, asked: Container[str] = ()) 
     for structure, site in found:
         reason = reason_for(structure, site)
         if reason is None:
-            if (parts := site.in_parts()) is not None:
+            if (parts := not_whole(site.module)) is not None:
                 raise WeightError(f"{site.name}: {parts}")
             selected.append(Found(layer_name(model, site.name), structure, site))
         elif structure.option is None or site.weights + site.others:  # heads hold numbers in their layers alone
@@ -176,7 +172,7 @@ def fit(
             continue
         site = sites.get(path)
         if site is None:
-            kind = type(modules[path]).__name__
+            kind = type(modules[path]).__name__ if path in modules else "Parameter"
             what = ", not a dense layer" if structure.option is None else f"; of such there are {sorted(sites)[:3]}"
             raise PlanError(f"{name}: the plan holds it as {entry.form!r}, and it is of type {kind}{what}")
         if site.entry == entry:

@@ -10,15 +10,7 @@ from torch.nn.parameter import is_lazy
 from hf_reparam.compat.marks import hook_of
 from hf_reparam.config import FORMS
 from hf_reparam.errors import WeightError
-from hf_reparam.layers.dense import (
-    build_dense,
-    dense_matrix,
-    dense_type,
-    has_hooks,
-    not_whole,
-    registered_types,
-    shape_of,
-)
+from hf_reparam.layers.dense import build_dense, dense_matrix, dense_type, has_hooks, not_whole, shape_of
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.surgery import factor, low_rank_like
@@ -79,7 +71,7 @@ class Linears(Structure):
 def _looks_dense(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight is not None
-    return isinstance(module, (LowRankLinear, *registered_types())) or dense_type(type(module)) is not None
+    return isinstance(module, LowRankLinear) or any(map(dense_type, type(module).__mro__))
 
 
 def _site(model: nn.Module, module: Any, names: list[str], owners: Counter[int]) -> Site:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from hf_reparam.compat.accelerate import aligned
 from hf_reparam.errors import RankError, WeightError
-from hf_reparam.layers.dense import not_whole
 from hf_reparam.layers.processes import spread
 from hf_reparam.layers.surgery import replace_modules, set_attribute
 from hf_reparam.linalg.allocate import Options, Way
@@ -23,7 +22,6 @@ from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.plan import Entry
 from hf_reparam.structures.source import Source
 
-_NEW = (nn.Module, nn.Parameter)
 CAUTION = 1.5  # what narrower heads and tables lose counts for so much more: it meets the errors of other layers
 
 
@@ -64,9 +62,10 @@ class Site:
     def full_rank(self) -> int:
         return min(self.in_features, self.out_features)
 
-    def in_parts(self) -> str | None:
-        """Why its weights cannot be read in this process; None if they can."""
-        return not_whole(self.module)
+    @property
+    def matrices(self) -> int:
+        """How many of this shape it holds, each with moments of its own."""
+        return max(self.weights // max(self.in_features * self.out_features, 1), 1)
 
     def dense_numbers(self, entry: Entry | None) -> int:
         """Numbers of the dense model that an entry stands for."""
@@ -79,8 +78,8 @@ class Replacement:
 
     Args:
         modules: old module -> new one, wherever it hangs.
-        attributes: (module, name, value) of what is set beside: a number, such as the width of heads, or a module or
-            parameter in the place of another.
+        attributes: (module, name, value) of what is set beside: a number, such as the width of heads, or a module in
+            the place of another, or of a parameter; an nn.ParameterList of one stands for that parameter.
     """
 
     modules: Mapping[nn.Module, nn.Module]
@@ -94,15 +93,15 @@ class Replacement:
 
     def new(self) -> nn.ModuleList:
         """All that is new, in one module."""
-        beside = [value for _, _, value in self.attributes if isinstance(value, _NEW)]
-        new = (*self.modules.values(), *beside)
-        return nn.ModuleList(nn.ParameterList([one]) if isinstance(one, nn.Parameter) else one for one in new)
+        beside = [value for _, _, value in self.attributes if isinstance(value, nn.Module)]
+        return nn.ModuleList([*self.modules.values(), *beside])
 
     def of(self, new: nn.ModuleList) -> "Replacement":
-        """The same places with other new modules and parameters, as `new` gives them."""
-        held = iter([one[0] if isinstance(one, nn.ParameterList) else one for one in new])
+        """The same places with other new modules, as `new` gives them."""
+        held = iter(new)
         modules = {old: next(held) for old in self.modules}
-        return Replacement(modules, [(m, n, next(held) if isinstance(v, _NEW) else v) for m, n, v in self.attributes])
+        attributes = [(m, n, next(held) if isinstance(v, nn.Module) else v) for m, n, v in self.attributes]
+        return Replacement(modules, attributes)
 
     def install(self, model: nn.Module) -> None:
         replace_modules(model, self.modules)
@@ -236,15 +235,11 @@ class Structure(Protocol):
         """Name -> empty sums over calibration data: LayerMoments, or TableMoments."""
         return {}
 
-    def moments_of(self, name: str, site: Any) -> list[str]:
-        """The names of the LayerMoments that calibration has of it."""
-        return [name]
-
     def effort(self, name: str, site: Any, source: Source) -> float:
         """Relative cost of decomposing all of it: products, the eigenproblem, and the roots of moments."""
         n_in, n_out, rank = site.in_features, site.out_features, site.full_rank
         roots = 0.0 if source.metric == "svd" else (n_in**3 + n_out**3) / 3
-        return float(rank**2 * (n_in + n_out + 10 * rank) + roots + 1) * len(self.moments_of(name, site))
+        return float(rank**2 * (n_in + n_out + 10 * rank) + roots + 1) * site.matrices
 
     def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> None:
         """Put hooks on what is there that add to the sums, with `Watcher.watch`."""

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hf_reparam import Entry, LowRankConfig, convert, make_plan, report, save
-from hf_reparam.errors import WeightError
+from hf_reparam import Entry, LowRankConfig, RankPlan, convert, make_plan, report, save
+from hf_reparam.errors import PlanError, WeightError
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
 from hf_reparam.structures.experts.modules import LowRankExperts
@@ -160,7 +160,9 @@ def moments_of(model, inputs, mask=None, gradients=True):
     seen = copy.deepcopy(model)
     found = sites(seen)
     moments = {
-        name: [LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients) for _ in range(site.parts)]
+        name: [
+            LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients) for _ in range(site.matrices)
+        ]
         for name, site in found.items()
     }
     batch = Pass(() if mask is None else (mask.bool(),))
@@ -261,7 +263,7 @@ def test_sites_say_what_is_there():
     found = sites(model_of(mixtral))
     assert list(found) == [f"model.layers.{i}.mlp.experts.{p}" for i in (0, 1) for p in ("gate_up_proj", "down_proj")]
     up, down = list(found.values())[:2]
-    assert (up.parts, up.in_features, up.out_features, up.transposed, up.entry) == (4, 32, 48, False, None)
+    assert (up.matrices, up.in_features, up.out_features, up.transposed, up.entry) == (4, 32, 48, False, None)
     assert (down.in_features, down.out_features, down.weights) == (24, 32, 4 * 24 * 32)
     assert (Experts().cost(down, None), Experts().cost(down, Entry(3))) == (4 * 24 * 32, 4 * 3 * (24 + 32))
     model = model_of(gpt_oss)
@@ -285,8 +287,16 @@ def test_experts_that_cannot_be_served_have_a_reason():
         == reasons[start.format(1, "down_proj")]
         == ("experts that are tied to others")
     )
-    assert "quantize or shard afterwards" in reasons[start.format(1, "gate_up_proj")]
+    assert "quantize or distribute afterwards" in reasons[start.format(1, "gate_up_proj")]
     assert list(sites(model)) == [start.format(0, "gate_up_proj")]
+
+
+def test_a_plan_that_takes_experts_for_a_layer_is_refused():
+    with torch.device("meta"):
+        model = tf.AutoModelForCausalLM.from_config(gpt_oss())
+    plan = RankPlan({"layers.0.mlp.experts.gate_up_proj": Entry(3, "pair")})
+    with pytest.raises(PlanError, match="as 'pair', and it is of type Parameter, not a dense layer"):
+        convert(model, plan)
 
 
 def test_a_skeleton_needs_no_numbers():
@@ -363,7 +373,7 @@ def test_watching_changes_nothing(family):
     model = model_of(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = {
-        name: [LayerMoments.zeros(s.in_features, s.out_features, gradients=True) for _ in range(s.parts)]
+        name: [LayerMoments.zeros(s.in_features, s.out_features, gradients=True) for _ in range(s.matrices)]
         for name, s in sites(model).items()
     }
     plain = model(ids()).logits

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_reparam.compat.marks import is_spread
 from hf_reparam.linalg.factorize import decompose, spectrum, working_device
 from hf_reparam.linalg.metric import Metric
 from hf_reparam.linalg.moments import LayerMoments
@@ -39,13 +38,11 @@ class ExpertSite(Site):
         owner: the experts that have it.
         parameter: its name there.
         transposed: whether it is (experts, in, out) and not (experts, out, in).
-        parts: how many matrices.
     """
 
     owner: nn.Module
     parameter: str
     transposed: bool
-    parts: int
 
     @property
     def held(self) -> Any:
@@ -59,12 +56,10 @@ class ExpertSite(Site):
         weight: Tensor = self.held.detach()[expert]
         return weight.mT if self.transposed else weight
 
-    def in_parts(self) -> None:
-        """Nothing: what is spread over processes stays dense."""
-
     def replaced(self, new: nn.Module | nn.Parameter) -> Replacement:
         """What puts something else in the parameter's place."""
-        return Replacement({}, [(self.owner, self.parameter, new)])
+        module = nn.ParameterList([new]) if isinstance(new, nn.Parameter) else new
+        return Replacement({}, [(self.owner, self.parameter, module)])
 
 
 class Experts(Structure):
@@ -83,7 +78,7 @@ class Experts(Structure):
         ]
 
     def cost(self, site: ExpertSite, entry: Entry | None) -> int:
-        return super().cost(site, entry) * (1 if entry is None else site.parts)
+        return super().cost(site, entry) * (1 if entry is None else site.matrices)
 
     def losses(self, name: str, site: ExpertSite, source: Source) -> Tensor | None:
         """The sum over experts; None without gradients in the fisher metric: there is no unit of other layers then."""
@@ -98,14 +93,11 @@ class Experts(Structure):
 
     def sums(self, name: str, site: ExpertSite, *, gradients: bool) -> dict[str, Any]:
         shape = (site.in_features, site.out_features)
-        dense = self.moments_of(name, site) if site.entry is None else []
-        return {known: LayerMoments.zeros(*shape, gradients=gradients) for known in dense}
-
-    def moments_of(self, name: str, site: ExpertSite) -> list[str]:
-        return [f"{name}.{i}" for i in range(site.parts)]
+        dense = range(site.matrices) if site.entry is None else ()
+        return {f"{name}.{i}": LayerMoments.zeros(*shape, gradients=gradients) for i in dense}
 
     def _moments(self, name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
-        return [source.moments(known) for known in self.moments_of(name, site)]
+        return [source.moments(f"{name}.{i}") for i in range(site.matrices)]
 
     def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> None:
         if sums:
@@ -120,8 +112,8 @@ class Experts(Structure):
 
         if entry is None:
             return site.replaced(empty(*held.shape))
-        down = empty(site.parts, entry.rank, site.in_features)
-        up = empty(site.parts, site.out_features, entry.rank)
+        down = empty(site.matrices, entry.rank, site.in_features)
+        up = empty(site.matrices, site.out_features, entry.rank)
         return site.replaced(LowRankExperts(down, up, transposed=site.transposed).train(site.owner.training))
 
     @torch.no_grad()
@@ -147,7 +139,7 @@ class Experts(Structure):
 
 def _site(model: nn.Module, module: nn.Module, parameter: str, held: Any, paths: Sequence[str]) -> ExpertSite:
     low, transposed = isinstance(held, LowRankExperts), bool(_is_transposed(module))
-    experts, n_out, n_in = held.shape
+    _, n_out, n_in = held.shape
     if transposed:
         n_out, n_in = n_in, n_out
     return ExpertSite(
@@ -159,7 +151,6 @@ def _site(model: nn.Module, module: nn.Module, parameter: str, held: Any, paths:
         weights=held.shape.numel(),
         entry=held.entry if low else None,
         reason=None if low else _why_not(held, module, model),
-        parts=experts,
         owner=module,
         parameter=parameter,
         transposed=transposed,
@@ -176,9 +167,7 @@ def _is_transposed(module: nn.Module) -> bool | None:
 
 def _why_not(held: nn.Parameter, module: nn.Module, model: nn.Module) -> str | None:
     if type(held) is not nn.Parameter or held.dtype not in _DTYPES:
-        return f"experts in {type(held).__name__} of {held.dtype}: convert first, quantize or shard afterwards"
-    if is_spread(module):
-        return "experts that are spread over processes: convert first, distribute afterwards"
+        return f"experts in {type(held).__name__} of {held.dtype}: convert first, quantize or distribute afterwards"
     if min(held.shape[1:]) < 2:
         return "experts of one row or column"
     owners = {m for m in model.modules() for p in m._parameters.values() if p is held}

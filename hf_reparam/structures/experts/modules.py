@@ -122,8 +122,8 @@ class LowRankExperts(_Weights, Factored):
         return up @ down
 
     def stand_in(self) -> Any:
-        """Zeros of the shape that it stands for, for one expert."""
-        return torch.zeros(1, *self.shape[1:])
+        """A parameter of the shape that it stands for, for one expert."""
+        return nn.Parameter(torch.zeros(1, *self.shape[1:]))
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         yield self.down, deviation

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from hf_reparam.compat.marks import one_by_one
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg.moments import LayerMoments
 
@@ -33,9 +33,9 @@ class ExpertWatch:
         self.chosen: Tensor | None = None  # (choices, tokens) the experts of each token in the present pass
         self.hook = module.register_forward_pre_hook(self._routed, with_kwargs=True)
         self.shadows: dict[str, Any] = {parameter: _Watched(module.get_parameter(parameter), self)}
-        config = one_by_one(getattr(module, "config", None))
-        if config is not None:
-            self.shadows["config"] = config
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):  # experts run one after the other
+            self.shadows["config"] = type(config).from_dict(config.to_dict(), experts_implementation="eager")
         self.before = {name: value for name, value in vars(module).items() if name in self.shadows}
         vars(module).update(self.shadows)
 

@@ -69,14 +69,14 @@ class Tables(Structure):
 
     def skeleton(self, site: TableSite, entry: Entry | None) -> Replacement:
         """Modules with factors of their own: what is missing in a file would be taken for tied."""
-        held: Any = site.module
-        like, shape = held.weight if entry is not None else held.up.weight, _shape(held)
         modules: dict[nn.Module, nn.Module] = {}
-        for module in set(site.members.values()):
+        members: set[Any] = set(site.members.values())
+        for module in members:
             if entry is None:
-                modules[module] = stock_table(module, nn.Parameter(like.new_empty(shape)))
+                modules[module] = module.stand_in()
             else:
-                modules[module] = low_rank_table(module, *(nn.Parameter(like.new_empty(n, entry.rank)) for n in shape))
+                parts = (nn.Parameter(module.weight.new_empty(n, entry.rank)) for n in _shape(module))
+                modules[module] = low_rank_table(module, *parts)
         return Replacement(modules, _ties(site.host, modules))
 
     @torch.no_grad()

@@ -46,9 +46,9 @@ class LowRankTable(Factored):
         (self.out_features, self.rank), self.in_features = table.weight.shape, len(up.weight)
 
     def stand_in(self) -> nn.Module:
-        """An embedding (tokens, width); its values are not set."""
-        like, shape = self.up.weight, (self.out_features, self.in_features)
-        return nn.utils.skip_init(nn.Embedding, *shape, dtype=like.dtype, device=like.device)
+        """An Embedding (tokens, width) or a Linear (width -> tokens); its values are not set."""
+        like = self.up.weight
+        return stock_table(self, nn.Parameter(like.new_empty(self.out_features, self.in_features), like.requires_grad))
 
     def fresh(self, deviation: float) -> Iterator[tuple[Tensor, float | Tensor]]:
         yield self.table.weight, deviation
@@ -103,11 +103,6 @@ class LowRankHead(LowRankTable):
     def __init__(self, table: nn.Parameter, up: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__(Factor(table), Factor(up, transposed=True))
         self.bias = bias
-
-    def stand_in(self) -> nn.Module:
-        """A Linear (width -> tokens); its values are not set."""
-        like, shape = self.up.weight, (self.in_features, self.out_features)
-        return nn.utils.skip_init(nn.Linear, *shape, self.bias is not None, dtype=like.dtype, device=like.device)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the name that the dense layer gives it
         return self.table(self.up(input), self.bias)
