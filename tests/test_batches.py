@@ -7,7 +7,7 @@ import transformers as tf
 from transformers import AutoTokenizer
 
 from hf_reparam import Calibration, calibrate, convert, merge
-from hf_reparam.calibrate.batches import batched
+from hf_reparam.calibrate.batches import prepare
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.linear import LowRankLinear
 from tests import zoo
@@ -133,7 +133,7 @@ def test_texts_are_masked_for_models_that_fill_masks(tokenizer):
     texts = [f"{text} {i}" for i, text in enumerate(TEXTS)]
     shape = {**zoo.BERT_LIKE, "vocab_size": len(tokenizer)}
     plain, seen, classified = (
-        list(batched(getattr(tf, kind)(tf.BertConfig(**shape)), texts, tokenizer))
+        [batch for batch, _ in prepare(getattr(tf, kind)(tf.BertConfig(**shape)), texts, tokenizer)]
         for kind in ("BertModel", "BertForMaskedLM", "BertForSequenceClassification")
     )
     words = hidden = 0
@@ -151,7 +151,7 @@ def test_what_masks_itself_stays_as_it_is(tokenizer):
     model = zoo.BY_BASE["BertForMaskedLM"].build()
     ids = tokenizer(TEXTS[1])["input_ids"]
     masked = [[*ids[:3], tokenizer.mask_token_id, *ids[4:]]] * 40
-    seen = torch.cat([b["input_ids"] for b in batched(model, [{"input_ids": row} for row in masked], tokenizer)])
+    seen = torch.cat([b["input_ids"] for b, _ in prepare(model, [{"input_ids": row} for row in masked], tokenizer)])
     assert torch.equal(seen, torch.tensor(masked))
 
 

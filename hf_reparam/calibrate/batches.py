@@ -71,19 +71,6 @@ def prepare(
         advance(max(0, (total or 0) - read))  # empty texts
 
 
-def batched(
-    model: nn.Module,
-    data: Batches,
-    tokenizer: Any = None,
-    *,
-    max_length: int | None = None,
-    max_samples: int | None = None,
-) -> Iterator[Mapping[str, Any]]:
-    """Batches as `prepare` makes them of any data, not yet moved to a device."""
-    reader = _Reader(model, tokenizer, max_length, count(data, max_samples))
-    return (batch for batch, _, _ in reader.read(data, max_samples))
-
-
 class _Reader:
     """Makes batches for one model."""
 

@@ -18,7 +18,7 @@ from hf_reparam.calibrate.inputs import fills_masks, forward_names, same_draws, 
 from hf_reparam.calibrate.items import DECODED, INPUTS, check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
-from hf_reparam.calibrate.watch import watching
+from hf_reparam.calibrate.watch import Watcher
 from hf_reparam.compat.accelerate import ran_out_of_memory
 from hf_reparam.config import METRICS, LowRankConfig
 from hf_reparam.errors import ReparamError, TargetError
@@ -210,7 +210,8 @@ def _watch_group(
     if loss_fn is None and fills_masks(inner):  # labels of masked tokens alone say less than drawn ones of all
         read = ((unlabelled(inner, batch), masks) for batch, masks in read)
     parts = _enough(Padding(inner, plain).parts(read))
-    with watching() as watcher:
+    with ExitStack() as hooks, torch.enable_grad():
+        watcher = Watcher(hooks)
         for found in group:
             found.structure.watch(found.name, found.site, sums[found.name], watcher)
         for part, last in _held_out_last(parts):
@@ -284,30 +285,25 @@ def _held_out_last(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
     A part's own content says whether it is, so that neither order nor processes matter: about one of five, and if that
     is none, or all, the one with the lowest number.
     """
-    held: list[Part] = []
-    spare: Any = None
-    count, lowest = 0, 0
+
+    def number(part: Part) -> int:
+        return sum(part.seeds)
+
+    held, others, count = list[Part](), list[Part](), 0  # others: the lowest of those that are not held out
     for part in parts:
         count += 1
-        number = sum(part.seeds)
-        if number % _HOLD_OUT == 0 and sum(examples_in(other.batch) for other in held) < _MOST_HELD:
+        if number(part) % _HOLD_OUT == 0 and sum(examples_in(other.batch) for other in held) < _MOST_HELD:
             held.append(part)
-        elif spare is None:
-            lowest, spare = number, part
-        elif number < lowest:
-            yield spare, False
-            lowest, spare = number, part
         else:
-            yield part, False
+            lowest, *passed = sorted([*others, part], key=number)
+            others = [lowest]
+            yield from ((one, False) for one in passed)
     if int(total(torch.tensor(count))) < _LEAST_PARTS:
-        yield from ((part, False) for part in held)
-        held = []
+        held, others = [], held + others
     elif len(held) in (0, count) and not distributed():
-        first, *others = sorted(held or [spare], key=lambda part: sum(part.seeds))
-        yield from ((part, False) for part in others)
-        held, spare = [first], None
-    if spare is not None:
-        yield spare, False
+        first, *others = sorted(held + others, key=number)
+        held = [first]
+    yield from ((part, False) for part in others)
     yield from ((part, True) for part in held)
 
 

@@ -6,10 +6,9 @@ states, or else of all that it returns. Draws depend on an example's own content
 order nor padding changes a result. With labels every head's own loss is taken, as a sum over what it counts.
 """
 
-import functools
 import inspect
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +45,9 @@ def _flat_mask(mask: Tensor) -> Tensor:
     return mask.bool().reshape(-1, mask.shape[-1])
 
 
+_LOSSES = {f for f in vars(F).values() if inspect.isfunction(f) and "reduction" in inspect.signature(f).parameters}
+
+
 class SummedLosses(TorchFunctionMode):
     """PyTorch's losses as sums while the block lasts, in the place of means.
 
@@ -63,24 +65,12 @@ class SummedLosses(TorchFunctionMode):
         self.met = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        signature = _loss_signature(func)
-        if signature is not None:
-            called = signature.bind(*args, **(kwargs or {}))
-            called.apply_defaults()
+        kwargs = dict(kwargs or {})
+        if func in _LOSSES:
             self.met = True
-            if called.arguments["reduction"] in ("mean", "batchmean"):
-                called.arguments["reduction"] = "sum"
-            args, kwargs = called.args, called.kwargs
-        return func(*args, **(kwargs or {}))
-
-
-@functools.cache
-def _loss_signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """How a loss of `torch.nn.functional` is called; None for any other function."""
-    if getattr(function, "__module__", None) != F.__name__ or not inspect.isfunction(function):
-        return None
-    signature = inspect.signature(function)
-    return signature if "reduction" in signature.parameters else None
+            if kwargs.get("reduction", "mean") != "none":
+                kwargs["reduction"] = "sum"
+        return func(*args, **kwargs)
 
 
 def objective(
@@ -141,7 +131,7 @@ def projection(outputs: Any, seeds: Sequence[int], masks: tuple[Tensor, ...]) ->
     found = _floating(outputs)
     if not found:
         raise TargetError("the model returned no loss and no floating-point tensor: give a loss_fn(model, batch)")
-    return torch.stack([(_mask(v, masks) * _noise(v, seeds, masks)).sum() for v in found.values()]).sum()
+    return torch.stack([_projected(v, seeds, masks) for v in found.values()]).sum()
 
 
 def examples_in(batch: Mapping[str, Any]) -> int:
@@ -294,30 +284,23 @@ def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
 
 
 def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
-    """Negative log-likelihood of labels drawn from the predictions, summed."""
-    if key.endswith("answers"):
-        return _drawn_answers(logits, seeds, masks)
-    if key.endswith("values") or logits.shape[-1] == 1:  # a regression
-        return _drawn_numbers(logits, seeds, masks)
+    """Negative log-likelihood of labels drawn from the predictions, summed, but for a constant.
+
+    Of answers a yes or no is drawn for each, of numbers one from a normal distribution of unit variance.
+    """
+    answers = key.endswith("answers")
+    if not answers and (key.endswith("values") or logits.shape[-1] == 1):  # a regression
+        return _projected(logits, seeds, masks)
     if key in ("start_logits", "end_logits"):
         logits = _over_positions(logits, masks)
-    log_p = logits.float().log_softmax(-1)
-    uniform = uniforms(log_p, 1, seeds, masks)
+    logits = logits.float()
+    uniform = uniforms(logits, logits.shape[-1] if answers else 1, seeds, masks)
+    if answers:
+        drawn = (uniform < logits.detach().sigmoid()).float()
+        return _mask(F.binary_cross_entropy_with_logits(logits, drawn, reduction="none"), masks).sum()
+    log_p = logits.log_softmax(-1)
     labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
     return -_mask(log_p.gather(-1, labels), masks).sum()
-
-
-def _drawn_numbers(logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
-    """Negative log-likelihood of numbers drawn from normal distributions of unit variance, but for a constant."""
-    return (_mask(logits, masks) * _noise(logits, seeds, masks)).sum()
-
-
-def _drawn_answers(logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
-    """Negative log-likelihood of a yes or no drawn for each logit, summed."""
-    logits = logits.float()
-    uniform = uniforms(logits, logits.shape[-1], seeds, masks)
-    losses = F.binary_cross_entropy_with_logits(logits, (uniform < logits.detach().sigmoid()).float(), reduction="none")
-    return _mask(losses, masks).sum()
 
 
 _SEGMENTS = "segmentation"
@@ -368,14 +351,10 @@ def uniforms(like: Tensor, width: int, seeds: Sequence[int], masks: tuple[Tensor
     shape, mask = like.shape[:-1], position_mask(like, masks)
     if not shape or shape[0] != len(seeds):
         seeds, shape, mask = [zlib.crc32(repr(list(seeds)).encode())], torch.Size([1, *shape]), None
-    if mask is None:
-        places = torch.arange(shape[1:].numel(), device=like.device).reshape(1, *shape[1:])
-    else:
-        known = mask.dim()
-        places = mask.to(like.device).flatten(1).cumsum(1).sub(1)
-        places = places.reshape(*mask.shape, *[1] * (len(shape) - known))
-        inner = torch.arange(shape[known:].numel(), device=like.device).reshape(shape[known:])
-        places = places * shape[known:].numel() + inner
+    real = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+    inner = shape[real.dim() :]
+    places = real.to(like.device).reshape(len(seeds), -1).cumsum(1).sub(1).reshape(*real.shape, *[1] * len(inner))
+    places = places * inner.numel() + torch.arange(inner.numel(), device=like.device).reshape(inner)
     columns = torch.arange(width, device=like.device)
     seed = torch.tensor(seeds).to(like.device).reshape(-1, *[1] * len(shape))
     bits = _mixed(_mixed(seed) + (places[..., None] * width + columns) * _STEP)
@@ -392,7 +371,11 @@ def _mixed(number: Tensor) -> Tensor:
     return number
 
 
+def _projected(values: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
+    """The sum over real positions of values times standard normal numbers."""
+    return (_mask(values, masks) * _noise(values, seeds, masks)).sum()
+
+
 def _noise(like: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
     """Standard normal numbers of the shape and dtype of `like`."""
-    uniform = uniforms(like, like.shape[-1], seeds, masks)
-    return torch.special.ndtri(uniform).to(like.dtype)
+    return torch.special.ndtri(uniforms(like, like.shape[-1], seeds, masks)).to(like.dtype)

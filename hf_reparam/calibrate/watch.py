@@ -129,6 +129,8 @@ def order_of(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> list
 class Watcher:
     """Tells of every forward and backward pass what goes into modules and what gradient comes back, without padding.
 
+    Every forward pass goes into a block of `seeing`.
+
     Args:
         hooks: what `watch` has put on modules; it is taken away when the stack is closed.
     """
@@ -203,10 +205,3 @@ class Watcher:
 
         self.hooks.enter_context(module.register_forward_pre_hook(inputs, with_kwargs=True))
         self.hooks.enter_context(module.register_forward_hook(output))
-
-
-@contextmanager
-def watching() -> Iterator[Watcher]:
-    """Watch modules until the block ends, however it ends. Every forward pass goes into a block of `seeing`."""
-    with ExitStack() as hooks, torch.enable_grad():
-        yield Watcher(hooks)

@@ -155,10 +155,11 @@ def compare(
             raise TargetError("there is no data to compare the models on: give at least one text or batch")
         ids = [batch["input_ids"] for batch in batches if isinstance(batch.get("input_ids"), Tensor)]
         highest = max((int(some.max()) for some in ids if some.numel()), default=0)
-        for model in pair:
-            if highest >= vocabulary(model):
-                known = f"{type(model).__name__} knows {vocabulary(model):.0f}"
-                raise TargetError(f"the data have token id {highest}, and {known}: give the tokenizer of this model")
+        if highest >= vocabulary(pair[0]):
+            known = f"{type(pair[0]).__name__} knows {vocabulary(pair[0]):.0f}"
+            raise TargetError(f"the data have token id {highest}, and {known}: give the tokenizer of this model")
+        if highest >= vocabulary(pair[1]):
+            raise TargetError(_DIFFERENT)
         figures |= _predictions(pair, read)
         if texts and all(hasattr(model, "encode") for model in both):
             told: list[Any] = [torch.as_tensor(m.encode(texts, convert_to_tensor=True)).float().cpu() for m in both]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_reparam.calibrate.batches import batched
+from hf_reparam.calibrate.batches import prepare
 from hf_reparam.calibrate.collect import calibrate, size_in_bytes
 from hf_reparam.compress.convert import asked_of, selection_of
 from hf_reparam.config import LowRankConfig
@@ -80,7 +80,7 @@ class CalibrationData:
             if is_first():
                 shutil.rmtree(folder, ignore_errors=True)
             wait_for_all()
-        batches = list(batched(model, self.texts, tokenizer, **self.reading))
+        batches = [batch for batch, _ in prepare(model, self.texts, tokenizer, desc="reading", **self.reading)]
         mine = own_share(batches)  # whole batches, as in one process
         asked = {"metric": config.metric or "fisher", **asked_of(selection_of(opened(model).model, config, plan))}
         return calibrate(model, mine, folder=folder, max_memory=self.max_memory, **asked)

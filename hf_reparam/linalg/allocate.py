@@ -4,9 +4,10 @@ min sum_l error_l(j_l) subject to sum_l cost_l(j_l) <= budget is solved by its L
 lambda bisected to the budget; what is left is spent greedily, so that no option that still fits would lower the error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,6 @@ from torch import Tensor
 from hf_reparam.errors import RankError
 
 _HIGHEST = 100.0  # natural logarithm of lambda
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ def allocate(groups: Mapping[str, Sequence[Way]], budget: float) -> dict[str, An
     """The entries of the chosen options, and of what the chosen ways decide beside, by their names.
 
     The total cost never exceeds the budget. Optimal whenever the Lagrangian's own choice uses up the budget, and
-    otherwise short of optimal by no more than what one step of one part would gain; ways are chosen first.
+    otherwise short of optimal by no more than what one step of one part would gain; ways are not changed then.
 
     Args:
         groups: name -> ways to build the group. No name of a site is in two groups.
@@ -65,7 +64,7 @@ def allocate(groups: Mapping[str, Sequence[Way]], budget: float) -> dict[str, An
     Raises:
         RankError: even the cheapest options exceed the budget.
 
-    Cost: about 60 passes over all options, and as many more where there are several ways.
+    Cost: about 60 passes over all options.
 
     >>> steps = Options([1, 2, 3], torch.tensor([4.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 3.0]))
     >>> flat = Options([1, 2, 3], torch.tensor([1.0, 0.9, 0.8]), torch.tensor([1.0, 2.0, 3.0]))
@@ -76,68 +75,47 @@ def allocate(groups: Mapping[str, Sequence[Way]], budget: float) -> dict[str, An
     >>> allocate({"a": [small, large]}, budget=2), allocate({"a": [small, large]}, budget=4)
     ({'heads': 8, 'a': 2}, {'a': 4})
     """
-    ways = _ways(groups, budget).values()
-    sites = {name: options for way in ways for name, options in way.sites.items()}
-    least = sum(float(o.costs[0]) for o in sites.values())
-    if least > budget:
-        total = sum(float(o.costs[-1]) for o in sites.values())
-        raise RankError(
-            f"the budget of {budget:,.0f} parameters is below the smallest size, {least:,.0f}: "
-            f"keep at least {least / total:.3f}"
-        )
-    chosen = _bisect(lambda price: _cheapest(sites, price), dict.fromkeys(sites, 0), budget)
-    left = budget - _cost(sites, chosen)
-    while (step := _best_step(sites, chosen, left)) is not None:
-        name, option = step
-        left -= float(sites[name].costs[option] - sites[name].costs[chosen[name]])
-        chosen[name] = option
-    entries: dict[str, Any] = {}
-    for way in ways:
-        entries |= way.entries
-        entries |= {name: options.entries[chosen[name]] for name, options in way.sites.items()}
-    return entries
 
-
-def _ways(groups: Mapping[str, Sequence[Way]], budget: float) -> dict[str, Way]:
-    """The way of each group at the price that meets the budget; the cheapest ones where none does."""
-    if all(len(ways) == 1 for ways in groups.values()):
-        return {name: ways[0] for name, ways in groups.items()}
-
-    def at(price: Tensor) -> tuple[dict[str, Way], float]:
-        chosen, cost = {}, 0.0
+    def at(logarithm: float) -> tuple[dict[str, tuple[Way, dict[str, int]]], float]:
+        """Each group's way of least error and price, with the options of its sites, and what all of them cost."""
+        price, found, total = torch.tensor(logarithm, dtype=torch.float64).exp(), {}, 0.0
         for name, ways in groups.items():
             priced = []
             for way in ways:
-                picks, spent = _cheapest(way.sites, price)
-                lost = sum(float(way.sites[site].errors[i]) for site, i in picks.items())
-                priced.append((way.error + lost + float(price) * spent, spent, way))
-            _, spent, chosen[name] = min(priced, key=lambda known: known[0])
-            cost += spent
-        return chosen, cost
+                picks = {site: int(torch.argmin(o.errors + price * o.costs)) for site, o in way.sites.items()}
+                lost = way.error + sum(float(o.errors[picks[site]]) for site, o in way.sites.items())
+                cost = sum(float(o.costs[picks[site]]) for site, o in way.sites.items())
+                priced.append((lost + float(price) * cost, cost, way, picks))
+            _, cost, way, picks = min(priced, key=itemgetter(0))
+            found[name] = way, picks
+            total += cost
+        return found, total
 
-    return _bisect(at, at(torch.tensor(_HIGHEST, dtype=torch.float64).exp())[0], budget)
-
-
-def _bisect(at: Callable[[Tensor], tuple[C, float]], first: C, budget: float) -> C:
-    """What is chosen at the lowest price that meets the budget; `first` if none does."""
-    low, high, chosen = -_HIGHEST, _HIGHEST, first  # natural logarithm of lambda; the high end always fits, up to ties
+    low, high = -_HIGHEST, _HIGHEST  # natural logarithm of lambda
+    best, cost = at(high)
+    if cost > budget:
+        total = sum(float(o.costs[-1]) for way, _ in best.values() for o in way.sites.values())
+        raise RankError(
+            f"the budget of {budget:,.0f} parameters is below the smallest size, {cost:,.0f}: "
+            f"keep at least {cost / total:.3f}"
+        )
     while low < (middle := (low + high) / 2) < high:  # neighbours have none between them
-        found, cost = at(torch.tensor(middle, dtype=torch.float64).exp())
-        if cost <= budget:
-            high, chosen = middle, found
+        found, spent = at(middle)
+        if spent <= budget:
+            high, best, cost = middle, found, spent
         else:
             low = middle
-    return chosen
-
-
-def _cheapest(sites: Mapping[str, Options], price: Tensor) -> tuple[dict[str, int], float]:
-    """The options of least error and price, and what they cost."""
-    chosen = {name: int(torch.argmin(o.errors + price * o.costs)) for name, o in sites.items()}
-    return chosen, _cost(sites, chosen)
-
-
-def _cost(sites: Mapping[str, Options], chosen: Mapping[str, int]) -> float:
-    return sum(float(sites[name].costs[option]) for name, option in chosen.items())
+    sites = {site: options for way, _ in best.values() for site, options in way.sites.items()}
+    chosen = {site: option for _, picks in best.values() for site, option in picks.items()}
+    while (step := _best_step(sites, chosen, budget - cost)) is not None:
+        name, option = step
+        cost += float(sites[name].costs[option] - sites[name].costs[chosen[name]])
+        chosen[name] = option
+    entries: dict[str, Any] = {}
+    for way, _ in best.values():
+        entries |= way.entries
+        entries |= {name: options.entries[chosen[name]] for name, options in way.sites.items()}
+    return entries
 
 
 def _best_step(sites: Mapping[str, Options], chosen: Mapping[str, int], left: float) -> tuple[str, int] | None:

@@ -133,12 +133,8 @@ def _listening(student: PreTrainedModel, *, states: bool) -> Iterator[dict[str, 
             return outputs
         return type(outputs)(**{k: v for k, v in outputs.items() if k not in found})
 
-    handles = [student.register_forward_pre_hook(remember, with_kwargs=True), student.register_forward_hook(take)]
-    try:
+    with student.register_forward_pre_hook(remember, with_kwargs=True), student.register_forward_hook(take):
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _positions(
