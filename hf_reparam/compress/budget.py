@@ -26,20 +26,14 @@ Ways = Mapping[str, list[Way]]
 class Budget:
     """What parts of a model may cost together.
 
-    Args:
-        found: the targeted sites.
-        share: of what they cost dense.
-        steps: the ranks that may be chosen.
-        unit: in which costs are counted.
-
     Raises:
         RankError: even the least ranks exceed it.
     """
 
-    found: Sequence[Found]
-    share: float
-    steps: Steps
-    unit: Unit
+    found: Sequence[Found]  # the targeted sites
+    share: float  # of what they cost dense
+    steps: Steps  # the ranks that may be chosen
+    unit: Unit  # in which costs are counted
 
     def __post_init__(self) -> None:
         total, least = self._dense(self.found), sum(map(self._least, self.found))

@@ -29,21 +29,13 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Prober:
-    """Measures what layers lose when each is cut alone.
+    """Measures what layers lose when each is cut alone."""
 
-    Args:
-        found: name in a plan -> site of a frozen copy of the dense model.
-        model: that copy.
-        judge: of it.
-        source: from the part of the data that is not held out.
-        known: measured before: (judge, metric, name, rank) -> divergence.
-    """
-
-    found: Mapping[str, Found]
-    model: nn.Module
-    judge: Judge
-    source: Source
-    known: dict[Any, float]
+    found: Mapping[str, Found]  # name in a plan -> site of a frozen copy of the dense model
+    model: nn.Module  # that copy
+    judge: Judge  # of it
+    source: Source  # from the part of the data that is not held out
+    known: dict[Any, float]  # measured before: (judge, metric, name, rank) -> divergence
 
     def measured(self, name: str, rank: int) -> float:
         """The divergence with one part of this rank."""

@@ -21,15 +21,10 @@ _TOKENS = 1024  # of a call: 8 texts of 128 tokens
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers that a site holds, biases not counted.
+    """Numbers that a site holds, biases not counted."""
 
-    Args:
-        form: of dense layers.
-        least_saving: share of its parameters that a layer has to save, or it stays dense.
-    """
-
-    form: str
-    least_saving: float
+    form: str  # of dense layers
+    least_saving: float  # share of its parameters that a layer has to save, or it stays dense
 
     def entry(self, item: Found, rank: int) -> Entry:
         """How a site is held at a rank."""
@@ -62,15 +57,10 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one call, as a clock measured it; the faster form is taken at every rank.
+    """Time of one call, as a clock measured it; the faster form is taken at every rank."""
 
-    Args:
-        clock: of the model's device.
-        forms: that may be taken.
-    """
-
-    clock: Clock
-    forms: Sequence[str]
+    clock: Clock  # of the model's device
+    forms: Sequence[str]  # that may be taken
 
     def entry(self, item: Found, rank: int) -> Entry:
         return min((Entry(rank, form) for form in self.forms), key=lambda entry: self.cost(item, entry))

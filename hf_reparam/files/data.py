@@ -24,19 +24,12 @@ from hf_reparam.plan import RankPlan
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """What a folder's model is calibrated with.
+    """What a folder's model is calibrated with."""
 
-    Args:
-        known: a Calibration, or where one is stored; None for texts, or for nothing.
-        texts: the lines of a text file.
-        reading: how they are read, as for `calibrate`.
-        max_memory: as for `calibrate`.
-    """
-
-    known: Any = None
-    texts: list[str] | None = None
-    reading: Mapping[str, Any] = field(default_factory=dict)
-    max_memory: int | str | None = None
+    known: Any = None  # a Calibration, or where one is stored; None for texts, or for nothing
+    texts: list[str] | None = None  # the lines of a text file
+    reading: Mapping[str, Any] = field(default_factory=dict)  # how they are read, as for `calibrate`
+    max_memory: int | str | None = None  # as for `calibrate`
 
     @classmethod
     def of(

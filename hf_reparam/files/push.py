@@ -15,17 +15,11 @@ from hf_reparam.model.remote import FILE
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded.
+    """What was uploaded."""
 
-    Args:
-        repo: Hub id.
-        url: of the commit.
-        files: names in the repository.
-    """
-
-    repo: str
-    url: str
-    files: tuple[str, ...]
+    repo: str  # Hub id
+    url: str  # of the commit
+    files: tuple[str, ...]  # names in the repository
 
     def to_dict(self) -> dict[str, Any]:
         """Plain strings, ready for JSON."""

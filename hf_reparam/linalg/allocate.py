@@ -19,17 +19,11 @@ _HIGHEST = 100.0  # natural logarithm of lambda
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What one part of a model can become, from the cheapest option to the dearest.
+    """What one part of a model can become, from the cheapest option to the dearest."""
 
-    Args:
-        entries: what each option is.
-        errors: (options,) float64, not increasing.
-        costs: (options,) float64, strictly increasing.
-    """
-
-    entries: Sequence[Any]
-    errors: Tensor
-    costs: Tensor
+    entries: Sequence[Any]  # what each option is
+    errors: Tensor  # (options,) float64, not increasing
+    costs: Tensor  # (options,) float64, strictly increasing
 
     def of(self, kept: list[int]) -> "Options":
         """Some of them, by their places."""
@@ -38,17 +32,11 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to build some parts together.
+    """One way to build some parts together."""
 
-    Args:
-        error: predicted loss of this way with all of them at full rank.
-        sites: name in a plan -> what it can become.
-        entries: name in a plan -> entry, of what this way decides beside.
-    """
-
-    error: float
-    sites: Mapping[str, Options]
-    entries: Mapping[str, Any] = field(default_factory=dict)
+    error: float  # predicted loss of this way with all of them at full rank
+    sites: Mapping[str, Options]  # name in a plan -> what it can become
+    entries: Mapping[str, Any] = field(default_factory=dict)  # name in a plan -> entry, of what this way decides beside
 
 
 def allocate(groups: Mapping[str, Sequence[Way]], budget: float) -> dict[str, Any]:

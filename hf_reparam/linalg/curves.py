@@ -20,15 +20,10 @@ _TINY = 1e-300
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a layer loses at every rank.
+    """What a layer loses at every rank."""
 
-    Args:
-        losses: (min(out, in),) float64 on the CPU: what dropping each direction adds, per token.
-        shrinkage: of the moments, with which it was made; factors are to be made with it, too.
-    """
-
-    losses: Tensor
-    shrinkage: Shrinkage
+    losses: Tensor  # (min(out, in),) float64 on the CPU: what dropping each direction adds, per token
+    shrinkage: Shrinkage  # of the moments, with which it was made; factors are to be made with it, too
 
 
 @torch.no_grad()

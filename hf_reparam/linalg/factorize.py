@@ -27,19 +27,12 @@ _NO_FLOAT64 = ("mps",)  # devices whose weights are decomposed on the CPU
 
 @dataclass(frozen=True, slots=True)
 class Decomposition:
-    """W = left @ diag(singular_values) @ right + what was not computed.
+    """W = left @ diag(singular_values) @ right + what was not computed."""
 
-    Args:
-        left: (out, k) float64, L_G^-T U with orthonormal U.
-        singular_values: (k,) float64, descending.
-        right: (k, in) float64, V L_C^-1 with orthonormal V (zero where the singular value is zero).
-        energy: ||W||_F^2, the sum of *all* squared singular values.
-    """
-
-    left: Tensor
-    singular_values: Tensor
-    right: Tensor
-    energy: float
+    left: Tensor  # (out, k) float64, L_G^-T U with orthonormal U
+    singular_values: Tensor  # (k,) float64, descending
+    right: Tensor  # (k, in) float64, V L_C^-1 with orthonormal V (zero where the singular value is zero)
+    energy: float  # ||W||_F^2, the sum of *all* squared singular values
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """Factors up (out, r) and down (r, in) float64 of the best approximation of this rank.

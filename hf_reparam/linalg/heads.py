@@ -63,13 +63,6 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 class HeadMoments:
     """What decides how narrow heads of one attention can be: second moments of a token, (heads d, heads d) float64.
 
-    Args:
-        heads: how many.
-        keys: covariance of the keys.
-        queries: second moment of the gradient at the keys; without gradients that of the queries.
-        values: covariance of what the output projection gets.
-        outputs: W_O^T G W_O, with G the second moment of the gradient at the output; without gradients W_O^T W_O.
-
     >>> eye = torch.eye(4, dtype=torch.float64)
     >>> moments = HeadMoments(2, eye, eye, eye, eye)
     >>> maps = moments.maps()
@@ -79,11 +72,11 @@ class HeadMoments:
     [2.0, 2.0]
     """
 
-    heads: int
-    keys: Tensor
-    queries: Tensor
-    values: Tensor
-    outputs: Tensor
+    heads: int  # how many
+    keys: Tensor  # covariance of the keys
+    queries: Tensor  # second moment of the gradient at the keys; without gradients that of the queries
+    values: Tensor  # covariance of what the output projection gets
+    outputs: Tensor  # W_O^T G W_O, with G the second moment of the gradient at the output; without gradients W_O^T W_O
 
     def maps(self) -> HeadMaps:
         """The maps of full width, the best directions first.

@@ -13,15 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Coordinates in which a weight is decomposed; None stands for the identity.
+    """Coordinates in which a weight is decomposed; None stands for the identity."""
 
-    Args:
-        input_root: L_C (in, in), float64, lower triangular.
-        output_root: L_G (out, out), float64, lower triangular.
-    """
-
-    input_root: Tensor | None = None
-    output_root: Tensor | None = None
+    input_root: Tensor | None = None  # L_C (in, in), float64, lower triangular
+    output_root: Tensor | None = None  # L_G (out, out), float64, lower triangular
 
     def apply(self, weight: Tensor) -> Tensor:
         """M = L_G^T W L_C, a new tensor, for W (out, in) float64."""

@@ -24,21 +24,13 @@ _COLUMN_SHRINKAGE = 1e-2
 
 @dataclass
 class TableMoments:
-    """Sums over tokens for one embedding table, float64; on the CPU, but for the time in which rows are added.
+    """Sums over tokens for one embedding table, float64; on the CPU, but for the time in which rows are added."""
 
-    Args:
-        counts: (tokens,) how often each came.
-        gradients: (d, d) sum of g g^T at the embedding.
-        head_gradients: (tokens,) sum of squared gradients at the logits of a tied head; zero without one.
-        head_inputs: (d, d) sum of h h^T of what the head got.
-        head_tokens: () how many h.
-    """
-
-    counts: Tensor
-    gradients: Tensor
-    head_gradients: Tensor
-    head_inputs: Tensor
-    head_tokens: Tensor
+    counts: Tensor  # (tokens,) how often each came
+    gradients: Tensor  # (d, d) sum of g g^T at the embedding
+    head_gradients: Tensor  # (tokens,) sum of squared gradients at the logits of a tied head; zero without one
+    head_inputs: Tensor  # (d, d) sum of h h^T of what the head got
+    head_tokens: Tensor  # () how many h
 
     @classmethod
     def zeros(cls, tokens: int, width: int) -> "TableMoments":
@@ -98,17 +90,11 @@ class TableMoments:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table E (tokens, d) in coordinates of its metric.
+    """A table E (tokens, d) in coordinates of its metric."""
 
-    Args:
-        squares: (d,) what dropping each direction loses, for one token, descending.
-        vectors: (d, d) their directions, as columns.
-        column_root: L (d, d).
-    """
-
-    squares: Tensor
-    vectors: Tensor
-    column_root: Tensor
+    squares: Tensor  # (d,) what dropping each direction loses, for one token, descending
+    vectors: Tensor  # (d, d) their directions, as columns
+    column_root: Tensor  # L (d, d)
 
     def cut(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Factors (tokens, r) and up (d, r) float64 of E, the best of this rank; the columns of `up` are orthonormal.

@@ -32,17 +32,11 @@ _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSite(Site):
-    """A parameter with one matrix for each expert, dense or low-rank.
+    """A parameter with one matrix for each expert, dense or low-rank."""
 
-    Args:
-        owner: the experts that have it.
-        parameter: its name there.
-        transposed: whether it is (experts, in, out) and not (experts, out, in).
-    """
-
-    owner: nn.Module
-    parameter: str
-    transposed: bool
+    owner: nn.Module  # the experts that have it
+    parameter: str  # its name there
+    transposed: bool  # whether it is (experts, in, out) and not (experts, out, in)
 
     @property
     def held(self) -> Any:

@@ -88,17 +88,11 @@ class FusedProjections(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Site):
-    """An attention of a registered type in a model; the rank of its entry is the width of each head.
+    """An attention of a registered type in a model; the rank of its entry is the width of each head."""
 
-    Args:
-        known: its entry in the registry.
-        heads: how many it has.
-        width: of one head, now; `out_features` is the width that its class was built with.
-    """
-
-    known: AttentionType
-    heads: int
-    width: int
+    known: AttentionType  # its entry in the registry
+    heads: int  # how many it has
+    width: int  # of one head, now; `out_features` is the width that its class was built with
 
     def within(self, role: str, *, split: bool) -> str:
         """Where the layer of a role is in the attention; with `split`, of one of the three in a fused layer's place."""

@@ -21,15 +21,10 @@ from hf_reparam.structures.table.modules import LowRankEmbedding, LowRankTable, 
 
 @dataclass(frozen=True, kw_only=True)
 class TableSite(Site):
-    """Modules that hold one table.
+    """Modules that hold one table."""
 
-    Args:
-        host: the Transformers model that they are in.
-        members: path in the host -> module, for this one and all that are tied to it.
-    """
-
-    host: PreTrainedModel
-    members: Mapping[str, nn.Module]
+    host: PreTrainedModel  # the Transformers model that they are in
+    members: Mapping[str, nn.Module]  # path in the host -> module, for this one and all that are tied to it
 
 
 class Tables(Structure):
