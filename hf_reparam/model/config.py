@@ -16,7 +16,7 @@ from hf_reparam.plan import RankPlan
 MODEL_TYPE = "hf_reparam"
 """`model_type` on disk. In memory a configuration has its base's, by which Transformers chooses code."""
 PREFIX = "Reparam"
-PUBLIC_MODULE = __name__.partition(".model.")[0]
+PUBLIC_MODULE = __name__.removesuffix(".model.config")
 """Where generated classes are published: the package, or the one file for where it is not installed."""
 HEAD = "."
 """Before the name of a head's layer in a plan where the base model has a module that begins with the same name."""

@@ -7,6 +7,7 @@ model, one after the other. What only conversions need is left out.
 import ast
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -61,6 +62,7 @@ def write_module(folder: Path) -> None:
     (folder / FILE).write_text(text, encoding="utf-8")
 
 
+@cache
 def _composed() -> str:
     """The modules behind the front door, in the order in which they import each other."""
     trees: dict[str, ast.Module] = {}

@@ -106,14 +106,17 @@ def loaded_without(tmp_path_factory):
     """By case: the folder, as one process that cannot import the package left it, and what that process said."""
     root = tmp_path_factory.mktemp("remote")
     broken = {("BertModel", f"broken {number}"): change for number, (change, _) in enumerate(BROKEN)}
-    folders = {case: root / "-".join(case).replace(" ", "-") for case in [*CASES, *broken]}
+    # Transformers names what it imports by the folder's last name, in which "model" is no package of ours, and the file:
+    # it does so twice, for all cases
+    folders = {case: root / "-".join(case).replace(" ", "-") / "model" for case in [*CASES, *broken]}
+    whole = root / "whole" / "model"
     for base, form in CASES:
         made(base, form).save_pretrained(folders[base, form], remote_code=True)
         torch.save(BY_BASE[base].batch(), folders[base, form] / "batch.pt")
-    made("BertModel", "pair").save_pretrained(root / "whole", remote_code=True)
-    torch.save(BY_BASE["BertModel"].batch(), root / "whole" / "batch.pt")
+    made("BertModel", "pair").save_pretrained(whole, remote_code=True)
+    torch.save(BY_BASE["BertModel"].batch(), whole / "batch.pt")
     for case, change in broken.items():
-        shutil.copytree(root / "whole", folders[case])
+        shutil.copytree(whole, folders[case])
         config = json.loads((folders[case] / "config.json").read_text())
         change(config)
         (folders[case] / "config.json").write_text(json.dumps(config))
