@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = str(Path(__file__).parents[1])
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "transformers.modeling_utils", "transformers.generation.utils"])
+TRANSFORMERS = ["modeling_utils", "generation.utils", "processing_utils", "models.auto.modeling_auto"]
+SERVER.set_forkserver_preload(["pytest", *(f"transformers.{name}" for name in TRANSFORMERS)])
 
 
 class Started:

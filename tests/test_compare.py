@@ -38,6 +38,7 @@ def words():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_clock")
 @pytest.mark.parametrize(
     "base", ["BertForMaskedLM", "BertForSequenceClassification", "GPT2LMHeadModel", "T5ForConditionalGeneration"]
 )

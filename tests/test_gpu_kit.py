@@ -5,10 +5,13 @@ import json
 import pytest
 
 from benchmarks import gpu
+from hf_reparam.compress import clock
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_clock")
 def test_every_part_runs_small_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "medians", clock.medians)
     parts = [part for part in gpu.PARTS if part is not gpu.tests]  # they run here anyway
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr("sys.argv", ["gpu", "--small", "--out", str(tmp_path / "found.json")])

@@ -1,6 +1,8 @@
 """Narrower heads: exact at full width, first-class below, stock again after a merge."""
 
 import copy
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -331,17 +333,16 @@ def test_the_output_bias_takes_the_mean_back():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DIFFERENT, indirect=True)
-@pytest.mark.parametrize("keep", [0.3, 0.8])
-def test_the_budget_holds(family, keep):
+def test_the_budget_holds(family):
     model, _, moments = family
-    small = convert(model, LowRankConfig(keep=keep, min_rank=1, heads=True), calibration=moments)
+    small = convert(model, LowRankConfig(keep=0.3, min_rank=1, heads=True), calibration=moments)
     report = hf_reparam.report(small)
     biases = sum(item.site.others for item in select(model, LowRankConfig()).selected)
     targeted = moments.layers.keys()
     total = sum(layer.input_sum.numel() * layer.gradient_products.shape[0] for layer in moments.layers.values())
     saved = report.parameters_before - report.parameters_after
     assert len(targeted) > 4
-    assert saved >= (1 - keep) * total - biases
+    assert saved >= 0.7 * total - biases
 
 
 @pytest.mark.slow
@@ -371,11 +372,19 @@ def cache_numbers(cache):
     return sum(layer.keys.numel() + layer.values.numel() for c in caches for layer in c.layers)
 
 
+@functools.cache
+def moments_of_bert():
+    return calibrate(zoo.BY_BASE["BertForMaskedLM"].build(), data_of_bert())
+
+
+def data_of_bert():
+    return [{"input_ids": torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(i))} for i in range(6)]
+
+
 def bert():
-    case = zoo.BY_BASE["BertForMaskedLM"]
-    model = case.build()
-    data = [{"input_ids": torch.randint(3, 90, (8, 9), generator=torch.Generator().manual_seed(i))} for i in range(6)]
-    return model, data, calibrate(model, data)
+    """A model that is always the same, data and their moments, which no test may change."""
+    moments = dataclasses.replace(moments_of_bert(), curves={}, probes={}, times={})
+    return zoo.BY_BASE["BertForMaskedLM"].build(), data_of_bert(), moments
 
 
 @pytest.mark.slow
@@ -386,7 +395,7 @@ def test_widths_are_chosen_where_they_are_predicted_to_be_better():
             for linear in (layer.attention.self.query, layer.attention.self.value):
                 linear.weight.view(4, 8, 32)[:, 2:] *= 1e-4
                 linear.bias.view(4, 8)[:, 2:] *= 1e-4
-    moments = calibrate(model, bert()[1])
+    moments = calibrate(model, data_of_bert())
     joint, separate = (
         make_plan(model, LowRankConfig(keep=0.4, min_rank=1, heads=joint), calibration=moments)
         for joint in (True, False)
@@ -449,7 +458,8 @@ def test_a_failure_leaves_the_model_alone(monkeypatch):
 
 
 def test_numbers_that_are_not_finite_are_named():
-    model, _, moments = bert()
+    model, data, _ = bert()
+    moments = calibrate(model, data)
     moments.layers["encoder.layer.1.attention.self.key"].gradient_products[0, 0] = float("nan")
     with pytest.raises(WeightError, match="encoder.layer.1.attention"):
         heads_of_layer(model, moments, layer="encoder.layer.1.attention").prepare()

@@ -159,7 +159,7 @@ def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
 
 hf_reparam.convert(nn.Sequential(nn.Linear(8192, 128)), rank=100, inplace=True)
-net = nn.Sequential(*[nn.Linear(8192, 128) for _ in range(40)])
+net = nn.Sequential(*[nn.Linear(8192, 128) for _ in range(16)])
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 net = hf_reparam.convert(net, rank=100, inplace=sys.argv[1] == "inplace")
@@ -171,14 +171,14 @@ print(status("VmHWM") - before, status("VmRSS") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_in_place_needs_a_few_layers_more_than_the_model():
-    """40 layers of 8192 x 128 (168 MB) become pairs of rank 100 (133 MB); one layer in float64 has 8.4 MB."""
+    """16 layers of 8192 x 128 (67 MB) become pairs of rank 100 (53 MB); one layer in float64 has 8.4 MB."""
     peaks = {}
     for how in ("inplace", "copy"):
         printed = launch("-c", MEMORY, how, processes=1)
         peaks[how], after = (float(x) for x in printed.split())
         assert after < 0
     assert peaks["inplace"] < 4 * 8.4
-    assert peaks["copy"] > 131
+    assert peaks["copy"] > 52
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Wheel and source distribution: built, checked, and used from where nothing else of the project is."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,17 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import launch
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*_cache", ".conformance", ".census")
 USE = """
-import sys, torch, hf_reparam
-from torch import nn
+import sys
+place, out, project = sys.argv[1:]
+sys.path[:] = [place, *(path for path in sys.path if path not in ("", project))]
+import hf_reparam
 from transformers import BertConfig, BertModel
-assert hf_reparam.__file__.startswith(sys.argv[1]), hf_reparam.__file__
+assert hf_reparam.__file__.startswith(place), hf_reparam.__file__
 shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
 small = hf_reparam.convert(BertModel(BertConfig(**shape)), rank=4)
-small.save_pretrained(sys.argv[2], remote_code=True)
+small.save_pretrained(out, remote_code=True)
 print(type(BertModel).__name__, type(small).__name__)
 """
 
@@ -58,8 +61,7 @@ def test_the_wheel_works_by_itself(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     place, out = tmp_path / "site", tmp_path / "out"
     call("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", place, wheel)
-    settings = {**os.environ, "PYTHONPATH": str(place)}
-    assert "ReparamBertModel" in call("-W", "ignore", "-c", USE, place, out, cwd=tmp_path, env=settings)
+    assert "ReparamBertModel" in launch("-c", USE, place, out, ROOT, processes=1)
     assert (out / "modeling_reparam.py").exists()
 
 

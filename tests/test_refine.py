@@ -72,7 +72,6 @@ def test_the_best_epoch_is_kept(dense, monkeypatch):
 @pytest.mark.parametrize(
     ("rates", "first", "spread"),
     [
-        ((3.0, 1e-3, 1e-9), 1, 0.02),
         ((6.0, 5.0, 3.0, 1e-3, 1e-9), 2, 0.02),
         ((1e-3, 1e-6, 1e-9), 1, 0.3),  # of a divergence of 1e-6, as with weights of 0.02, these two differ by rounding
     ],
@@ -120,9 +119,8 @@ def test_an_interruption_leaves_the_best_weights(dense, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_is_the_same_twice(dense, monkeypatch):
-    monkeypatch.setattr(module, "_RATES", (1e-3, 2e-3))
-    monkeypatch.setattr(module, "_FIRST", 0)
+@pytest.mark.usefixtures("one_rate")
+def test_it_is_the_same_twice(dense):
     found = []
     for _ in range(2):
         small = convert(dense, rank=6)
@@ -141,10 +139,12 @@ def test_epochs_are_counted(dense, epochs):
 def test_none_of_the_batches_that_chose_the_fits_of_refit_judge(dense, monkeypatch):
     seen = []
 
-    class Seen(module._Refining):
+    class Seen:
         def __init__(self, model, dense, judging, *others):
             seen.extend(part.batch["input_ids"] for part in judging)
-            super().__init__(model, dense, judging, *others)
+
+        def run(self, epochs):
+            """Nothing: only the batches are looked at."""
 
     monkeypatch.setattr(module, "_Refining", Seen)
     data = batches()
@@ -194,19 +194,19 @@ def test_steps_are_relative_to_the_size_of_a_factor(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_rate")
 def test_dense_predictions_are_made_once_where_there_is_room(dense, monkeypatch):
-    monkeypatch.setattr(module, "_RATES", (1e-3,))
-    monkeypatch.setattr(module, "_FIRST", 0)
+    monkeypatch.setattr(module, "_STEPS", 1)
     original, reports, calls = module.compared, [], []
     for room in (2**30, 0):
         made = []
         monkeypatch.setattr(module, "_CACHE", room)
         monkeypatch.setattr(module, "compared", lambda *given, made=made: made.append(1) or original(*given))
-        reports.append(refine(convert(dense, rank=6), dense, batches(), epochs=2))
+        reports.append(refine(convert(dense, rank=6), dense, batches(), epochs=2, synthetic=1))
         calls.append(len(made))
     assert reports[0] == reports[1]
-    # two batches are held out, eight are learned from, and four for each of these are made anew for each epoch
-    assert calls == [2 + 8 + 2 * 8 * 4, 2 + 2 * (8 + 8 * 4)]
+    # two batches are held out, eight are learned from, and one for each of these is made anew for each epoch
+    assert calls == [2 + 8 + 2 * 8, 2 + 2 * (8 + 8)]
 
 
 def test_batches_are_split_into_rows():
@@ -259,14 +259,13 @@ def test_matrices_are_left_to_muon_and_the_rest_to_adamw():
 
 
 @pytest.mark.slow
-def test_every_dtype_is_trained_as_well_as_float32(monkeypatch):
-    monkeypatch.setattr(module, "_RATES", (2e-3,))
-    monkeypatch.setattr(module, "_FIRST", 0)
+@pytest.mark.usefixtures("one_rate")
+def test_every_dtype_is_trained_as_well_as_float32():
     found = {}
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         torch.manual_seed(0)
         dense = zoo.BY_BASE["BertForMaskedLM"].build(initializer_range=0.3).to(dtype)
-        report = refine(convert(dense, rank=6), dense, batches(), epochs=1)
+        report = refine(convert(dense, rank=6), dense, batches(), epochs=1, synthetic=0)
         found[dtype] = report.after / report.before
     assert found[torch.float32] < 0.7
     assert all(ratio == pytest.approx(found[torch.float32], rel=0.05) for ratio in found.values())
@@ -306,9 +305,8 @@ def test_modules_of_ones_own_that_take_token_ids(make, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_language_model_that_returns_more_than_tokens_writes_texts(monkeypatch):
-    monkeypatch.setattr(module, "_RATES", (1e-3,))
-    monkeypatch.setattr(module, "_FIRST", 0)
+@pytest.mark.usefixtures("short_refine")
+def test_a_language_model_that_returns_more_than_tokens_writes_texts():
     dense = zoo.BY_BASE["GPT2LMHeadModel"].build()
     dense.generation_config.return_dict_in_generate = True
     texts = synthetic_parts(dense, parts_of(dense, {}, [(batch, ()) for batch in batches(6)]), 1)(0)
@@ -316,6 +314,7 @@ def test_a_language_model_that_returns_more_than_tokens_writes_texts(monkeypatch
     assert refine(convert(dense, rank=4), dense, batches(6), epochs=1).before > 0
 
 
+@pytest.mark.usefixtures("short_refine")
 def test_a_model_that_draws_is_compared_on_the_same_draws():
     """Masked image modelling draws which patches it sees: a model beside its own copy is no distance away."""
     dense = masked_images()

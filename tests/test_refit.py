@@ -16,7 +16,7 @@ from hf_reparam.recover.refit import __name__ as REFIT
 from tests import zoo
 
 
-def data(count=10, rows=16, seed=0):
+def data(count=5, rows=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, 90, (rows, 9), generator=generator)} for _ in range(count)]
 
@@ -73,7 +73,7 @@ def test_what_is_complete_is_not_computed_again(base, share, monkeypatch):
     """Also not where a fit is refused, and without a change in any factor; ALBERT's one block runs several times."""
     dense = sharp(base)
     start = convert(dense, rank=4)
-    batches = data(10)
+    batches = data()
     fitted, calls = [], []
     for room in (0, 1 << 30):
         small, count = copy.deepcopy(start), 0

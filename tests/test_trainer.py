@@ -1,6 +1,7 @@
 """The unmodified Trainer on converted models: the loss falls, resuming is exact, two processes agree."""
 
 import itertools
+import runpy
 
 import pytest
 import torch
@@ -130,12 +131,13 @@ trainer.accelerator.end_training()  # without it, gloo may abort a process that 
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_the_same_model(tmp_path):
+def test_two_processes_train_to_the_same_model(tmp_path, monkeypatch):
     """Every step sees all 32 examples, so the order in which samplers draw them does not matter."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    for processes in (2, 1):
-        launch(script, tmp_path, 32 // processes, processes=processes)
+    launch(script, tmp_path, 16, processes=2)
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path), "32"])
+    runpy.run_path(str(script), run_name="__main__")
     two = [torch.load(tmp_path / f"rank{r}-of-2.pt") for r in (0, 1)]
     one = torch.load(tmp_path / "rank0-of-1.pt")
     start = convert(zoo.BY_BASE["BertForSequenceClassification"].build(), rank=6).state_dict()

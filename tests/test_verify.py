@@ -1,5 +1,6 @@
 """Plans from a budget are judged on held-out calibration data: layers alone, and the whole beside equal ranks."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -163,6 +164,12 @@ def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def stored(model, calibration):
+    """What a converted model's configuration holds."""
+    return convert(model, CONFIG, calibration=calibration).config.reparam
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -180,8 +187,8 @@ def test_report_and_folder_remember_the_judgement(model, calibration, tmp_path):
         ("more", 1),
     ],
 )
-def test_a_judgement_from_a_file_is_checked(model, calibration, key, value):
-    stored = convert(model, CONFIG, calibration=calibration).config.reparam
+def test_a_judgement_from_a_file_is_checked(stored, key, value):
+    stored = copy.deepcopy(stored)
     stored["record"]["judgement"][key] = value
     with pytest.raises(PlanError, match=r"reparam\.record\.judgement"):
         RankPlan.from_dict(stored)

@@ -85,7 +85,7 @@ def refine(
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     >>> small = convert(net, rank=2)
-    >>> report = refine(small, net, [{"input": torch.randn(50, 8)} for _ in range(10)])
+    >>> report = refine(small, net, [{"input": torch.randn(50, 8)} for _ in range(10)], epochs=1)
     >>> report.after < report.before
     True
     """

@@ -1,6 +1,7 @@
 """Derived classes: published, importable, picklable, known to the Auto classes; hostile plans are refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,10 +101,16 @@ def test_a_users_own_model_class():
     assert isinstance(again.fc, LowRankLinear)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    place = tmp_path_factory.mktemp("whole")
+    small_bert().save_pretrained(place)
+    return place
+
+
 @pytest.fixture
-def saved(tmp_path):
-    small_bert().save_pretrained(tmp_path)
-    return tmp_path
+def saved(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "saved")
 
 
 def edit(folder, change):

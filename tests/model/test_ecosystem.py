@@ -58,12 +58,9 @@ def test_gradient_checkpointing(base, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("base", "form"), [("BertForMaskedLM", "pair"), ("BertForMaskedLM", "pivoted"), ("LlamaForCausalLM", "pair")]
-)
-def test_compile(base, form):
-    case = zoo.BY_BASE[base]
-    small = convert(case.build(), LowRankConfig(rank=6, form=form))
+def test_compile():
+    case = zoo.BY_BASE["BertForMaskedLM"]
+    small = convert(case.build(), LowRankConfig(rank=6, form="pivoted"))
     expected = zoo.outputs(small, case.batch())
     compiled = torch.compile(small, backend="aot_eager")
     for a, b in zip(zoo.outputs(compiled, case.batch()), expected, strict=True):

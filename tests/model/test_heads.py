@@ -39,9 +39,8 @@ def test_the_trainer_saves_and_resumes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["BertForMaskedLM", "GPT2LMHeadModel"])
-def test_it_compiles(base):
-    small, batch = halved(base)
+def test_it_compiles():
+    small, batch = halved("GPT2LMHeadModel")
     expected = logits(small, batch)
     compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, batch), expected, atol=1e-6, rtol=0)

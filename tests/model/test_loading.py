@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 
 import pytest
 import torch
@@ -48,27 +49,27 @@ FORMS_OF_CASES = [("pair", case) for case in zoo.ALL] + [("pivoted", zoo.DIFFERE
 
 @pytest.fixture(scope="module")
 def saved_cases(tmp_path_factory):
-    """A folder of every case, by form and case."""
-    folder = tmp_path_factory.mktemp("fresh")
+    """A folder of every case, by form and case, and the models that were saved."""
+    folder, models = tmp_path_factory.mktemp("fresh"), {}
     for form, case in FORMS_OF_CASES:
-        convert(case.build(), LowRankConfig(rank=RANK, form=form)).save_pretrained(folder / form / case.id)
-    return folder
+        models[form, case] = convert(case.build(), LowRankConfig(rank=RANK, form=form))
+        models[form, case].save_pretrained(folder / form / case.id)
+    return folder, models
 
 
 @pytest.fixture(scope="module")
 def fresh(saved_cases):
     """Load them all in one new process, and bring the outputs back."""
-    folders = [str(saved_cases / form / case.id) for form, case in FORMS_OF_CASES]
-    launch("-c", FRESH, *folders, processes=1)
-    return dict(zip(FORMS_OF_CASES, torch.load(saved_cases / "results.pt", weights_only=True).values(), strict=True))
+    place, _ = saved_cases
+    launch("-c", FRESH, *[str(place / form / case.id) for form, case in FORMS_OF_CASES], processes=1)
+    return dict(zip(FORMS_OF_CASES, torch.load(place / "results.pt", weights_only=True).values(), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "case"), FORMS_OF_CASES, ids=lambda value: getattr(value, "id", value))
-def test_fresh_process_is_bit_equal(fresh, form, case):
-    small = convert(case.build(), LowRankConfig(rank=RANK, form=form))
-    result = fresh[form, case]
-    base = type(case.build().config)
+def test_fresh_process_is_bit_equal(saved_cases, fresh, form, case):
+    small, result = saved_cases[1][form, case], fresh[form, case]
+    base = small.base_class.config_class
     assert result["classes"] == [f"Reparam{base.__name__}", f"Reparam{case.base}", base.model_type]
     for got, expected in zip(result["outputs"], zoo.outputs(small, case.batch()), strict=True):
         assert torch.equal(got, expected)
@@ -84,7 +85,7 @@ def test_fresh_process_is_bit_equal(fresh, form, case):
 @pytest.mark.parametrize(("form", "case"), FORMS_OF_CASES, ids=lambda value: getattr(value, "id", value))
 def test_stock_class_fails_loudly(saved_cases, form, case):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        getattr(transformers, case.base).from_pretrained(saved_cases / form / case.id)
+        getattr(transformers, case.base).from_pretrained(saved_cases[0] / form / case.id)
 
 
 @pytest.mark.slow
@@ -213,12 +214,21 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folders of pairs and of pivoted layers."""
+    place = tmp_path_factory.mktemp("whole")
+    for name, config in {
+        "pair": LowRankConfig(rank=RANK, target_modules="*"),
+        "pivoted": LowRankConfig(rank=RANK, form="pivoted"),
+    }.items():
+        convert(zoo.BY_BASE["BertForMaskedLM"].build(), config).save_pretrained(place / name)
+    return place
+
+
 @pytest.fixture
-def saved(tmp_path):
-    convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(rank=RANK, target_modules="*")).save_pretrained(
-        tmp_path
-    )
-    return tmp_path
+def saved(whole, tmp_path):
+    return shutil.copytree(whole / "pair", tmp_path / "pair")
 
 
 LAYER = "bert.encoder.layer.1.output.dense"
@@ -233,9 +243,8 @@ def test_missing_factor_is_an_error(saved):
 
 
 @pytest.fixture
-def saved_pivoted(tmp_path):
-    convert(zoo.BY_BASE["BertForMaskedLM"].build(), LowRankConfig(rank=RANK, form="pivoted")).save_pretrained(tmp_path)
-    return tmp_path
+def saved_pivoted(whole, tmp_path):
+    return shutil.copytree(whole / "pivoted", tmp_path / "pivoted")
 
 
 def test_missing_order_is_an_error(saved_pivoted):

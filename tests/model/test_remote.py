@@ -106,8 +106,8 @@ def loaded_without(tmp_path_factory):
     """By case: the folder, as one process that cannot import the package left it, and what that process said."""
     root = tmp_path_factory.mktemp("remote")
     broken = {("BertModel", f"broken {number}"): change for number, (change, _) in enumerate(BROKEN)}
-    # Transformers names what it imports by the folder's last name, in which "model" is no package of ours, and the file:
-    # it does so twice, for all cases
+    # Transformers names what it imports by the folder's last name, here that of a package of ours, and by the file: it
+    # does so twice, for all cases
     folders = {case: root / "-".join(case).replace(" ", "-") / "model" for case in [*CASES, *broken]}
     whole = root / "whole" / "model"
     for base, form in CASES:

@@ -300,9 +300,15 @@ def planned(wrap):
     )
 
 
+def itself(model):
+    return model
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["itself", "in a wrapper"])
-@pytest.mark.parametrize("step", LATE)
+@pytest.mark.parametrize(
+    ("step", "wrap"),
+    [*((step, itself) for step in LATE), ("register", nn.Sequential), ("retie", nn.Sequential)],
+)
 def test_an_error_at_the_end_leaves_the_model_as_it_was(step, wrap, monkeypatch):
     """Whatever fails after the layers are made: classes, configurations, ties and layers are put back."""
 

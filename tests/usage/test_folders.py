@@ -272,8 +272,9 @@ def changed_in_place(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["cli", "python"])
-@pytest.mark.parametrize("change", ["nothing", "weights", "rank"])
+@pytest.mark.parametrize(
+    ("change", "how"), [("nothing", "cli"), ("nothing", "python"), ("weights", "python"), ("rank", "python")]
+)
 def test_a_run_after_a_broken_one_mixes_nothing(tmp_path, dense, monkeypatch, how, change):
     if how == "cli":
         factor, made = linear.factor, []

@@ -357,6 +357,7 @@ def time_series():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_refine")
 def test_time_series_are_judged_by_what_is_predicted_and_not_by_the_mean_of_the_past():
     torch.manual_seed(0)
     model = time_series()
@@ -524,6 +525,7 @@ class Ruled(nn.Module):
         return {"logits": scores.masked_fill(torch.arange(32) == 3, -torch.inf)}
 
 
+@pytest.mark.usefixtures("short_refine")
 def test_a_class_that_is_ruled_out_does_not_count():
     torch.manual_seed(0)
     model, data = Ruled(), [{"x": torch.randn(8, 32)} for _ in range(12)]
@@ -535,6 +537,7 @@ def test_a_class_that_is_ruled_out_does_not_count():
     assert hf_reparam.refine(small, model, data, epochs=1).before < 1
 
 
+@pytest.mark.usefixtures("short_refine")
 def test_padding_of_texts_to_choose_from_is_not_counted():
     """Masks of several texts for an example have a dimension more, and so have the tokens that are predicted."""
     torch.manual_seed(0)
@@ -563,6 +566,7 @@ def test_padding_of_texts_to_choose_from_is_not_counted():
 KL = "divergence from dense, nats per token"
 
 
+@pytest.mark.usefixtures("short_refine")
 def test_labels_of_models_that_give_tuples_are_seen():
     named, tuples = (zoo.BY_BASE["BertForSequenceClassification"].build() for _ in range(2))
     tuples.config.return_dict = False

@@ -290,6 +290,7 @@ def test_padding_that_cannot_be_told_is_warned_of():
         calibrate(Packed(), [{"x": x, "attention_mask": mask}], metric="activation")
 
 
+@pytest.mark.usefixtures("short_refine")
 def test_predictions_of_padded_sound_are_neither_compared_nor_learned(monkeypatch):
     """The masks are of samples and the predictions of frames, so that no shape tells which of them are padding."""
     model = build(tf.Wav2Vec2ForCTC, tf.Wav2Vec2Config(**WAVE, vocab_size=99))

@@ -13,6 +13,7 @@ import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, make_plan, merge, refit
 from hf_reparam.errors import TargetError, WeightError
 from hf_reparam.layers.linear import LowRankLinear
+from hf_reparam.model.host import called, hosts
 from tests import zoo
 
 
@@ -60,7 +61,10 @@ WRAPPERS = {
     "published": (Published, lambda w: w.pretrained_model),
     "deep": (lambda m: nn.ModuleList([nn.ModuleDict({"x": nn.Sequential(m)})]), lambda w: w[0]["x"][0]),
 }
-wrappers = pytest.mark.parametrize("name", WRAPPERS)
+CALLED = [name for name in WRAPPERS if name not in ("value head", "policy", "published")]
+# A model is found in every other object by the same walk over its modules.
+wrappers = pytest.mark.parametrize("name", ["deep", "compile", "compiled replicas", "value head", "published"])
+called_wrappers = pytest.mark.parametrize("name", ["Sequential", "deep", "compiled replicas"])
 
 
 def equal(model, other, batch=None):
@@ -135,13 +139,22 @@ def batches():
     return [{"input_ids": zoo._ids(seed=seed)} for seed in range(4)]
 
 
-CALLED = [name for name in WRAPPERS if name not in ("value head", "policy", "published")]
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_what_is_called(name):
+    """The model itself in what cannot be called with a batch, and an object with a `forward` of its own."""
+    wrap, inner = WRAPPERS[name]
+    model = bert()
+    wrapped = wrap(model)
+    assert inner(wrapped) is model
+    assert list(hosts(wrapped).values()) == [model]
+    assert called(wrapped) is (model if name in CALLED else wrapped)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "joint"), [(name, name == "Sequential") for name in CALLED])
-def test_calibration_through_a_wrapper(name, joint):
+@called_wrappers
+def test_calibration_through_a_wrapper(name):
     wrap, inner = WRAPPERS[name]
+    joint = name == "Sequential"
     alone, model = bert("BertForMaskedLM"), wrap(bert("BertForMaskedLM"))
     path = next(n for n, m in model.named_modules() if m is inner(model))
     expected, moments = calibrate(alone, batches()), calibrate(model, batches())
@@ -173,7 +186,7 @@ def test_calibration_of_a_wrapper_that_is_called_itself():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALLED)
+@called_wrappers
 def test_refit_through_a_wrapper(name):
     wrap, inner = WRAPPERS[name]
     model = wrap(bert())
