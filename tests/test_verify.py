@@ -217,7 +217,7 @@ def test_layers_are_tried_once_for_a_calibration(model, calibration, tmp_path, m
     first = make_plan(model, CONFIG, fresh)
     known = dict(fresh.probes)
     assert len(known) >= 12
-    monkeypatch.setattr(probe, "installed", None)  # nothing is put in place any more
+    monkeypatch.setattr(probe, "Replacement", None)  # nothing is put in place any more
     assert make_plan(model, CONFIG, fresh) == first
     assert fresh.probes == known
     fresh.save(tmp_path / "seen.safetensors")

@@ -178,8 +178,9 @@ def _groups(found: Sequence[Found], metric: str, max_memory: int | str | None) -
     groups: list[list[Found]] = []
     room = 0
     for item in (item for item in found if item.structure.option is None):
-        site = item.site
-        size = 16 * site.matrices * (site.in_features**2 + (site.out_features**2 if metric == "fisher" else 0))
+        site, squares = item.site, item.site.in_features**2
+        squares += site.out_features**2 if metric == "fisher" else 0
+        size = 16 * len(site.moments(item.name)) * squares
         if size > most:
             raise TargetError(f"{item.name}: its moments take {size:,} bytes, and max_memory allows {most:,}")
         if size > room:

@@ -20,11 +20,8 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
     if source.metric == "svd" or source.calibration is None:
         return
     targeted = [item for item in found if item.site.weights and item.structure.option is None]
-    named = {item.name: item.site for item in targeted}
-    every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)} | named.keys()
-    owners = {name: name.rpartition(".")[0] for name in source.calibration.layers if name not in every}
-    shapes = shapes_of_layers(source.calibration.layers).items()
-    known = {owners[name] if owners.get(name) in named else name: shape for name, shape in shapes}
+    named = {name: item.site for item in targeted for name in item.site.moments(item.name)}
+    known = shapes_of_layers(source.calibration.layers)
     if not known:
         return
     for name in named.keys() & known.keys():
@@ -34,6 +31,7 @@ def check_fit(model: nn.Module, found: Iterable[Found], source: Source) -> None:
             raise WeightError(
                 f"{name}: the calibration is of a layer of {shape}, and here it is {own[0]} x {own[1]}: {_OTHER}"
             )
+    every = {layer_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)} | named.keys()
     missing, foreign = sorted(named.keys() - known.keys()), sorted(known.keys() - every)
     starts = list(hosts(model))
     if starts and named.keys() & known.keys():

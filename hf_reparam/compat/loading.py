@@ -113,5 +113,7 @@ def fill(tensor: torch.Tensor, value: torch.Tensor | float) -> None:
     """Give numbers to a tensor that was not loaded: these, or normal ones of this deviation; zeros for 0."""
     if isinstance(value, torch.Tensor):
         initialization.copy_(tensor, value)
-    else:
+    elif value:
         initialization.normal_(tensor, std=value)
+    else:
+        initialization.zeros_(tensor)

@@ -200,9 +200,23 @@ def _save(model: Any, source: Path, work: Path, options: dict[str, Any]) -> bool
 
 def _same_work(source: Path, data: CalibrationData, options: list[Any]) -> str:
     """The same for the same work: source files, calibration data and options."""
-    places = [source, model_place(source), *([data.known] if isinstance(data.known, Path) else [])]
-    files = {file for place in places for file in (place.iterdir() if place.is_dir() else [place]) if file.is_file()}
-    states = [(file.name, file.stat()) for file in sorted(files)]
-    stamps = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states]  # the last cannot be set back
-    moments = data.known.fingerprint() if isinstance(data.known, Calibration) else None
-    return fingerprint(version("hf-reparam"), options, data.texts, stamps, moments)[:12]
+    parts: list[Any] = [version("hf-reparam"), options, data.texts]
+    parts += map(_stamp, sorted({*_files(source), *_files(model_place(source))}))
+    if isinstance(data.known, Calibration):
+        parts.append(data.known.fingerprint())
+    elif data.known is not None:
+        parts += map(_stamp, _files(data.known))
+    return fingerprint(parts)[:12]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """What changes with a file; the time of its last change of any kind cannot be set back, as a copy's other can."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    return path.name, state.st_size, state.st_mtime_ns, state.st_ctime_ns

@@ -61,8 +61,8 @@ def push_folder(
     if not isinstance(model.config, ReparamConfigMixin):
         raise TargetError(f"{folder} holds a {type(model).__name__}, which is not converted: push it by other means")
     card = card_of(source, strict=True) if (source / "README.md").is_file() else None
-    files = visible_files(source)
     with checked(f"{folder} cannot be pushed to {repo}"):
+        files = visible_files(source)
         send = prepare_upload(
             model,
             source,

@@ -74,7 +74,7 @@ def _known(kind: type[nn.Module]) -> DenseType:
 def not_whole(module: nn.Module) -> str | None:
     """Why a dense or low-rank layer cannot be read in this process, its weights being in parts; None if it can."""
     layers = module.children() if isinstance(module, Factored) else (module,)
-    for weight in (layer._parameters.get("weight") for layer in layers):
+    for layer, weight in ((layer, layer._parameters.get("weight")) for layer in layers):
         if weight is None:
             continue
         whole = getattr(weight, "ds_shape", None)
@@ -85,7 +85,7 @@ def not_whole(module: nn.Module) -> str | None:
             )
         if hasattr(weight, "placements"):
             return f"its weight is a DTensor, {weight.placements}: do this before the model is sharded"
-        if weight.dim() < 2:
+        if weight.dim() < 2 or (weight.dim() > 2 and dense_type(type(layer)) is not None):
             return (
                 f"its weight has the shape {tuple(weight.shape)}, and a matrix is needed: FSDP flattens and shards "
                 "weights; do this before the model is wrapped"

@@ -43,7 +43,7 @@ def allocate(groups: Mapping[str, Sequence[Way]], budget: float) -> dict[str, An
     """The entries of the chosen options, and of what the chosen ways decide beside, by their names.
 
     The total cost never exceeds the budget. Optimal whenever the Lagrangian's own choice uses up the budget, and
-    otherwise short of optimal by no more than what one step of one part would gain; ways are not changed then.
+    otherwise, where every group has one way, short of optimal by no more than what one step of one part would gain.
 
     Args:
         groups: name -> ways to build the group. No name of a site is in two groups.
@@ -80,7 +80,8 @@ def allocate(groups: Mapping[str, Sequence[Way]], budget: float) -> dict[str, An
         return found, total
 
     low, high = -_HIGHEST, _HIGHEST  # natural logarithm of lambda
-    best, cost = at(high)
+    best = {name: (way, dict.fromkeys(way.sites, 0)) for name, (way, _) in at(high)[0].items()}
+    cost = sum(float(o.costs[0]) for way, _ in best.values() for o in way.sites.values())
     if cost > budget:
         total = sum(float(o.costs[-1]) for way, _ in best.values() for o in way.sites.values())
         raise RankError(

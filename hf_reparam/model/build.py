@@ -127,7 +127,8 @@ def build(
 def _note(
     found: Found, entry: Entry | None, modules: list[nn.Module], error: float | None, source: Source, made: Made
 ) -> None:
-    metric = source.metric_of(found.name) if found.site.weights else source.metric
+    known = (source.metric_of(name) for name in found.site.moments(found.name))  # any that saw data
+    metric = next((m for m in known if m != "svd"), "svd") if found.site.weights else source.metric
     for module in modules:
         if isinstance(module, Factored):
             module.error, module.metric = error, metric

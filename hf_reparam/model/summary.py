@@ -74,7 +74,8 @@ def planned(model: nn.Module, plan: RankPlan, selection: Selection) -> Report:
             taken.update(found.site.names)
             if structure.changes_moments:
                 structure.skeleton(found.site, entry).install(work)
-    free = {name for structure in STRUCTURES for site in structure.sites(work) for name in site.names} - taken
+    there = {name for named in (work.named_modules, work.named_parameters) for name, _ in named(remove_duplicate=False)}
+    free = there - taken
     dense = [found for found in selection.selected if found.site.weights and found.site.name in free]
     left = (*_left(dense), *(item for item in selection.skipped if item.name not in taken))
     before = count_parameters(model)

@@ -70,11 +70,10 @@ class Source:
         return self.calibration.tables.get(name) if self.calibration is not None and self.metric == "fisher" else None
 
     def metric_of(self, name: str) -> str:
-        """The metric of a site: "svd" if it saw no data, "activation" if no gradient came back to it."""
+        """The metric of a layer: "svd" if it saw no data, "activation" if no gradient came back to it."""
         if self.table_moments(name) is not None:
             return "fisher"
-        seen = (self.moments(known) for known in self._within(name))
-        moments = next((one for one in seen if one is not None), None)
+        moments = self.moments(name)
         return "svd" if moments is None else self.metric if moments.has_gradient() else "activation"
 
     def curve(self, name: str, weight: Tensor, *, centred: bool) -> Curve:
@@ -106,13 +105,9 @@ class Source:
 
     def made_of(self, name: str) -> dict[str, str]:
         """Fingerprints of the moments that the metric has of a site and within it, or of what they were made from."""
-        layers = {} if self.calibration is None else self.calibration.layers
-        return {known: self.origins.get(known) or layers[known].fingerprint() for known in self._within(name)}
-
-    def _within(self, name: str) -> list[str]:
-        """The names of the moments that the metric has of a site: its own, or those of the matrices in it."""
         layers = {} if self.calibration is None or self.metric == "svd" else self.calibration.layers
-        return [name] if name in layers else [known for known in layers if known.startswith(f"{name}.")]
+        names = [known for known in layers if known == name or known.startswith(f"{name}.")]
+        return {known: self.origins.get(known) or layers[known].fingerprint() for known in names}
 
     def with_layers(
         self, new: Mapping[str, Callable[[], LayerMoments]], gone: frozenset[str], origins: Mapping[str, str]

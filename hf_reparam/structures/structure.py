@@ -62,10 +62,9 @@ class Site:
     def full_rank(self) -> int:
         return min(self.in_features, self.out_features)
 
-    @property
-    def matrices(self) -> int:
-        """How many of this shape it holds, each with moments of its own."""
-        return max(self.weights // max(self.in_features * self.out_features, 1), 1)
+    def moments(self, name: str) -> list[str]:
+        """The names of the LayerMoments that calibration has of it, by its name in a plan."""
+        return [name]
 
     def dense_numbers(self, entry: Entry | None) -> int:
         """Numbers of the dense model that an entry stands for."""
@@ -239,7 +238,7 @@ class Structure(Protocol):
         """Relative cost of decomposing all of it: products, the eigenproblem, and the roots of moments."""
         n_in, n_out, rank = site.in_features, site.out_features, site.full_rank
         roots = 0.0 if source.metric == "svd" else (n_in**3 + n_out**3) / 3
-        return float(rank**2 * (n_in + n_out + 10 * rank) + roots + 1) * site.matrices
+        return float(rank**2 * (n_in + n_out + 10 * rank) + roots + 1) * len(site.moments(name))
 
     def watch(self, name: str, site: Any, sums: Mapping[str, Any], watcher: Any) -> None:
         """Put hooks on what is there that add to the sums, with `Watcher.watch`."""

@@ -33,6 +33,12 @@ def problems(draw):
     return layers
 
 
+def test_an_error_without_bound_is_an_option_to_avoid():
+    known = Options([1, 2, 3], torch.tensor([torch.inf, 1.0, 0.0]).double(), torch.tensor([1.0, 2.0, 3.0]).double())
+    assert allocate({"a": known}, 2) == {"a": 2}
+    assert allocate({"a": known}, 1) == {"a": 1}
+
+
 def total(layers, chosen, field):
     return sum(float(getattr(layers[n], field)[j]) for n, j in chosen.items())
 

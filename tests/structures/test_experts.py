@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from hf_reparam import Entry, LowRankConfig, RankPlan, convert, make_plan, report, save
+from hf_reparam import Entry, LowRankConfig, RankPlan, calibrate, convert, make_plan, report, save
 from hf_reparam.errors import PlanError, WeightError
 from hf_reparam.linalg.moments import LayerMoments
 from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
@@ -160,9 +160,7 @@ def moments_of(model, inputs, mask=None, gradients=True):
     seen = copy.deepcopy(model)
     found = sites(seen)
     moments = {
-        name: [
-            LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients) for _ in range(site.matrices)
-        ]
+        name: [LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients) for _ in site.moments("")]
         for name, site in found.items()
     }
     batch = Pass(() if mask is None else (mask.bool(),))
@@ -263,7 +261,7 @@ def test_sites_say_what_is_there():
     found = sites(model_of(mixtral))
     assert list(found) == [f"model.layers.{i}.mlp.experts.{p}" for i in (0, 1) for p in ("gate_up_proj", "down_proj")]
     up, down = list(found.values())[:2]
-    assert (up.matrices, up.in_features, up.out_features, up.transposed, up.entry) == (4, 32, 48, False, None)
+    assert (len(up.moments("")), up.in_features, up.out_features, up.transposed, up.entry) == (4, 32, 48, False, None)
     assert (down.in_features, down.out_features, down.weights) == (24, 32, 4 * 24 * 32)
     assert (Experts().cost(down, None), Experts().cost(down, Entry(3))) == (4 * 24 * 32, 4 * 3 * (24 + 32))
     model = model_of(gpt_oss)
@@ -373,7 +371,7 @@ def test_watching_changes_nothing(family):
     model = model_of(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = {
-        name: [LayerMoments.zeros(s.in_features, s.out_features, gradients=True) for _ in range(s.matrices)]
+        name: [LayerMoments.zeros(s.in_features, s.out_features, gradients=True) for _ in s.moments("")]
         for name, s in sites(model).items()
     }
     plain = model(ids()).logits
@@ -411,6 +409,28 @@ def test_what_checkpointing_computes_again_does_not_count():
         model(ids()).logits.square().sum().backward()
     assert sum(own.tokens for own in moments) == 0
     assert any(own.has_gradient() for own in moments)
+
+
+def test_a_configuration_may_hold_anything():
+    """What its class would refuse, or cannot write: layers that were dropped, and objects."""
+    model = model_of(gpt_oss)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers, model.config.note = 1, object()
+    model.set_experts_implementation("grouped_mm")
+    before = model.config
+    assert calibrate(model, [{"input_ids": ids()}]).layers["layers.0.mlp.experts.gate_up_proj.0"].tokens
+    assert model.config is before
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize(("seen", "there"), [(2, 4), (4, 2)])
+def test_calibration_of_another_number_of_experts_is_refused(seen, there):
+    config, models = mixtral(), []
+    for config.num_local_experts in (seen, there):
+        models.append(tf.AutoModelForCausalLM.from_config(config))
+    one, other = models
+    with pytest.raises(WeightError, match="the calibration does not fit"):
+        convert(other, rank=4, calibration=calibrate(one, [{"input_ids": ids()}]))
 
 
 def test_calibration_refuses_uses_that_it_does_not_know():

@@ -18,7 +18,8 @@ import hf_reparam
 import hf_reparam_cli
 from hf_reparam import Calibration, Entry, LowRankConfig, RankPlan, calibrate, convert, merge
 from hf_reparam.errors import CheckpointError, TargetError
-from hf_reparam.files.convert import inspect_folder
+from hf_reparam.files.convert import _same_work, inspect_folder
+from hf_reparam.files.data import CalibrationData
 from hf_reparam.files.folder import model_place
 from hf_reparam.layers.processes import alone
 from hf_reparam.structures import linear
@@ -298,6 +299,16 @@ def test_a_run_after_a_broken_one_mixes_nothing(tmp_path, dense, monkeypatch, ho
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "direct"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_work_with_other_data_is_other_work(tmp_path):
+    """Wherever the data are stored: here beside the weights."""
+    for name in ("weights.safetensors", "one.safetensors", "other.safetensors"):
+        (tmp_path / name).write_bytes(b"the same size")
+    data = [None, tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    assert len({_same_work(tmp_path, CalibrationData(known), []) for known in data}) == 3
+    with pytest.raises(CheckpointError, match="gone.safetensors cannot be read"):
+        _same_work(tmp_path, CalibrationData(tmp_path / "gone.safetensors"), [])
 
 
 @pytest.mark.parametrize("how", ["gradients", "products"])

@@ -271,6 +271,11 @@ def flattened(linear):
     linear.weight = nn.Parameter(linear.weight.detach().flatten()[:7])
 
 
+def stacked(linear):
+    """Several matrices in the place of one."""
+    linear.weight = nn.Parameter(linear.weight.detach().expand(2, -1, -1).clone())
+
+
 def sharded(linear):
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
@@ -289,7 +294,10 @@ def _no_processes():
 
 
 @pytest.mark.usefixtures("_no_processes")
-@pytest.mark.parametrize(("part", "why"), [(partitioned, "ZeRO-3"), (flattened, "FSDP"), (sharded, "DTensor")])
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [(partitioned, "ZeRO-3"), (flattened, "FSDP"), (stacked, "a matrix is needed"), (sharded, "DTensor")],
+)
 def test_weights_in_parts_are_refused_by_name(part, why):
     net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     small = convert(net, rank=4)

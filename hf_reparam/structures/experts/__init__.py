@@ -38,6 +38,10 @@ class ExpertSite(Site):
     parameter: str  # its name there
     transposed: bool  # whether it is (experts, in, out) and not (experts, out, in)
 
+    def moments(self, name: str) -> list[str]:
+        """Those of one expert each."""
+        return [f"{name}.{i}" for i in range(self.held.shape[0])]
+
     @property
     def held(self) -> Any:
         """The parameter, or the LowRankExperts in its place."""
@@ -72,7 +76,7 @@ class Experts(Structure):
         ]
 
     def cost(self, site: ExpertSite, entry: Entry | None) -> int:
-        return super().cost(site, entry) * (1 if entry is None else site.matrices)
+        return super().cost(site, entry) * (1 if entry is None else site.held.shape[0])
 
     def losses(self, name: str, site: ExpertSite, source: Source) -> Tensor | None:
         """The sum over experts; None without gradients in the fisher metric: there is no unit of other layers then."""
@@ -87,11 +91,11 @@ class Experts(Structure):
 
     def sums(self, name: str, site: ExpertSite, *, gradients: bool) -> dict[str, Any]:
         shape = (site.in_features, site.out_features)
-        dense = range(site.matrices) if site.entry is None else ()
-        return {f"{name}.{i}": LayerMoments.zeros(*shape, gradients=gradients) for i in dense}
+        dense = site.moments(name) if site.entry is None else []
+        return {known: LayerMoments.zeros(*shape, gradients=gradients) for known in dense}
 
     def _moments(self, name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
-        return [source.moments(f"{name}.{i}") for i in range(site.matrices)]
+        return [source.moments(known) for known in site.moments(name)]
 
     def watch(self, name: str, site: ExpertSite, sums: Mapping[str, Any], watcher: Any) -> None:
         if sums:
@@ -106,8 +110,8 @@ class Experts(Structure):
 
         if entry is None:
             return site.replaced(empty(*held.shape))
-        down = empty(site.matrices, entry.rank, site.in_features)
-        up = empty(site.matrices, site.out_features, entry.rank)
+        down = empty(held.shape[0], entry.rank, site.in_features)
+        up = empty(held.shape[0], site.out_features, entry.rank)
         return site.replaced(LowRankExperts(down, up, transposed=site.transposed).train(site.owner.training))
 
     @torch.no_grad()

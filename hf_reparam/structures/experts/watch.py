@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg.moments import LayerMoments
@@ -33,9 +32,8 @@ class ExpertWatch:
         self.chosen: Tensor | None = None  # (choices, tokens) the experts of each token in the present pass
         self.hook = module.register_forward_pre_hook(self._routed, with_kwargs=True)
         self.shadows: dict[str, Any] = {parameter: _Watched(module.get_parameter(parameter), self)}
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):  # experts run one after the other
-            self.shadows["config"] = type(config).from_dict(config.to_dict(), experts_implementation="eager")
+        if hasattr(module, "config"):
+            self.shadows["config"] = _Eager(module.config)
         self.before = {name: value for name, value in vars(module).items() if name in self.shadows}
         vars(module).update(self.shadows)
 
@@ -77,6 +75,16 @@ class ExpertWatch:
         if every:
             return x.any(-1) if mask is None else x.any(-1) & mask
         return slice(None) if mask is None or tokens is None or len(tokens) != len(x) else mask[tokens]
+
+
+class _Eager:
+    """A configuration with which experts run one after the other."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return "eager" if name.endswith("experts_implementation") else getattr(self.config, name)
 
 
 class _Watched:
