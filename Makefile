@@ -16,7 +16,7 @@ check: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
-# Six to twelve minutes on two cores: a third of it trains, converts and runs what README, pages and notebooks show
+# About six minutes on two cores: a quarter of it trains, converts and runs what README, pages and notebooks show
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

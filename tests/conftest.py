@@ -7,12 +7,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one thread for each worker, and for the p
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import gc
 import shutil
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+gc.set_threshold(20_000, 10, 20)  # a collection walks through all of torch and Transformers: a tenth of the time
 
 # torch and Transformers are imported where they are used: the process that hands tests to workers needs neither
 

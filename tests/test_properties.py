@@ -121,7 +121,7 @@ def check_names(model, report):
 
 
 @pytest.mark.slow
-@examples(150)
+@examples(100)
 @given(model=plain_models(), rank=ranks(), form=forms, larger=st.booleans())
 def test_any_chain_of_layers(model, rank, form, larger):
     x = torch.randn(3, model.layers[0].in_features, dtype=model.layers[0].weight.dtype)
@@ -152,7 +152,7 @@ def test_any_chain_of_layers(model, rank, form, larger):
 
 
 @pytest.mark.slow
-@examples(80)
+@examples(60)
 @given(
     model=plain_models(),
     keep=st.floats(0.2, 1.0) | st.floats(0.6, 1.0),  # many a small size is refused
@@ -247,7 +247,7 @@ def tied_groups(model):
 
 
 @pytest.mark.slow
-@examples(40)
+@examples(30)
 @given(
     model=transformers_models(), rank=ranks(), form=forms, inplace=st.booleans(), shard=st.sampled_from(["2KB", "1GB"])
 )
