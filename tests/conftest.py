@@ -26,6 +26,7 @@ def _quiet():
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    gc.freeze()  # what is imported stays
 
 
 @pytest.fixture(autouse=True)
