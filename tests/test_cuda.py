@@ -67,25 +67,10 @@ def test_recovery_stays_on_the_device(llama):
     assert {tensor.device.type for tensor in small.state_dict().values()} == {DEVICE}
 
 
-# On a CPU other tests convert every dtype.
-@pytest.mark.parametrize(
-    ("form", "dtype"),
-    [
-        ("pair", torch.bfloat16),
-        ("pivoted", torch.float16),
-        *(
-            pytest.param(form, dtype, marks=needs_cuda)
-            for form, dtype in [
-                ("pair", torch.float32),
-                ("pair", torch.float16),
-                ("pivoted", torch.float32),
-                ("pivoted", torch.bfloat16),
-            ]
-        ),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", zoo.FORMS)
 @torch.no_grad()
-def test_every_dtype(llama, form, dtype):
+def test_every_dtype(llama, dtype, form):
     dense = llama.to(dtype)
     small = convert(dense, LowRankConfig(keep=0.9, min_rank=1, form=form), calibration=data())
     far = (small(ids()).logits.float() - dense(ids()).logits.float()).norm() / dense(ids()).logits.float().norm()

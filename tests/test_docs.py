@@ -97,6 +97,12 @@ PAGES = [page for page, text in RUN.items() if "```python" in text]
 COMMANDED = [page for page, text in RUN.items() if "\nhf-reparam " in text]
 
 
+def test_sizes_that_pages_ask_for_are_known():
+    pages = {"14_500_000": "README.md", "12_000_000": "docs/how-to/choose-a-size.md"}
+    assert pages.keys() == SIZES.keys()
+    assert all(size in "\n".join(blocks("python", page)) for size, page in pages.items())
+
+
 def test_pages_with_code_are_found():
     assert {ENGLISH, "docs/big-models.md", "docs/how-to/share.md"} <= set(PAGES)
 

@@ -216,11 +216,12 @@ def unplanned(moments):
 @pytest.mark.parametrize("metric", ["activation", "fisher"])
 def test_plans_of_one_calibration_judge_a_weight_once(bert, metric, monkeypatch):
     model, moments, _ = bert
-    options = {"min_rank": 1, "metric": metric, "allocation": "global", "verify": False}
+    options = {"min_rank": 1, "metric": metric, "allocation": "global"}
     expected = [make_plan(model, LowRankConfig(keep=k, **options), unplanned(moments)) for k in (0.3, 0.6)]
     calls, fresh = counted(monkeypatch, "curve"), unplanned(moments)
     assert [make_plan(model, LowRankConfig(keep=k, **options), fresh) for k in (0.3, 0.6)] == expected
-    assert len(calls) == 12  # two blocks of six layers
+    metrics = {"activation": 1, "fisher": 2}[metric]  # equal ranks are judged in the activation metric, too
+    assert len(calls) == 12 * metrics  # two blocks of six layers
     weight = model.bert.encoder.layer[0].output.dense.weight
     with torch.no_grad():
         weight.mul_(2)
@@ -228,7 +229,7 @@ def test_plans_of_one_calibration_judge_a_weight_once(bert, metric, monkeypatch)
             make_plan(model, LowRankConfig(keep=0.3, **options), fresh)
         finally:
             weight.div_(2)
-    assert len(calls) == 13  # of the layer that changed
+    assert len(calls) == 13 * metrics  # of the layer that changed
 
 
 @pytest.mark.slow
@@ -330,7 +331,7 @@ def test_tolerance_that_no_size_holds(bert):
     for wrong in (-1, math.nan, "1", True):
         with pytest.raises(RankError, match="tolerance must be a number"):
             search_plan(bert[0], len, wrong)
-    for score, message in (({"loss": 1.0}, "a dict"), ("high", "'high', a str"), (math.nan, "'nan', a float")):
+    for score, message in (({"loss": 1.0}, r"a dict of \['loss'\]"), ("high", "'high', a str"), (math.nan, "NaN")):
         with pytest.raises(TargetError, match=message):
             search_plan(bert[0], lambda m, score=score: score, 0.1)
 

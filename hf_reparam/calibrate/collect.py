@@ -205,8 +205,7 @@ def _watch_group(
     fisher, inner = metric == "fisher", called(work)
     sums = {found.name: found.structure.sums(found.name, found.site, gradients=fisher) for found in group}
     plain = {f.name: f.site.module for f in group if f.structure.of_rows}
-    seen, before = list[Part](), dict[str, LayerMoments]()  # without their numbers
-    held: list[Part] = []
+    seen, held, before = list[Part](), list[Part](), dict[str, LayerMoments]()  # seen: without their numbers
     read = prepare(inner, data, with_labels=loss_fn is not None, **reading)
     if loss_fn is None and fills_masks(inner):  # labels of masked tokens alone say less than drawn ones of all
         read = ((unlabelled(inner, batch), masks) for batch, masks in read)

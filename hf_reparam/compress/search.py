@@ -1,7 +1,7 @@
 """`search_plan`: the smallest size whose score is within a tolerance of the dense model's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -97,12 +97,14 @@ def search_plan(
 
 def _score(evaluate: Evaluate, model: nn.Module) -> float:
     """What `evaluate` gives, as one number; TargetError for anything else."""
-    score: Any = evaluate(model)
+    score = evaluate(model)
+    advice = "return one number, higher is better, such as metrics['eval_accuracy'] or -metrics['eval_loss']"
+    if isinstance(score, Mapping):
+        raise TargetError(f"evaluate(model) gave a {type(score).__name__} of {sorted(map(str, score))}: {advice}")
     try:
         number = float(score)
     except (TypeError, ValueError, RuntimeError):
-        number = math.nan
+        raise TargetError(f"evaluate(model) gave {str(score)[:80]!r}, a {type(score).__name__}: {advice}") from None
     if math.isnan(number):
-        advice = "return one number, higher is better, such as metrics['eval_accuracy'] or -metrics['eval_loss']"
-        raise TargetError(f"evaluate(model) gave {str(score)[:80]!r}, a {type(score).__name__}: {advice}")
+        raise TargetError(f"evaluate(model) gave NaN, which no size can be compared with: {advice}")
     return number

@@ -290,11 +290,11 @@ def test_layers_that_cannot_be_refitted_are_named():
     [
         (
             {"eval_accuracy": 0.5, "eval_loss": 1.0},
-            "'eval_loss': 1.0}\", a dict: return one number",
+            r"gave a dict of \['eval_accuracy', 'eval_loss'\]: return one number",
         ),
         ("good", "gave 'good', a str: return one number"),
         (torch.ones(2), "a Tensor: return one number"),
-        (float("nan"), "gave 'nan', a float"),
+        (float("nan"), "gave NaN"),
     ],
 )
 def test_scores_that_are_no_number(score, message):
