@@ -65,9 +65,7 @@ class Killer:
         torch.manual_seed(SEED)
         shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 6}
         transformers.BertModel(transformers.BertConfig(vocab_size=99, **shape)).save_pretrained(self.source)
-        start = time.perf_counter()
-        self._start(wait=None)
-        self.takes = time.perf_counter() - start
+        self.takes = min(self._whole_run() for _ in range(2))  # other programs may have slowed one down
         self.whole = digest(self.out)
 
     def run(self, kills: int) -> Counter[str]:
@@ -92,6 +90,13 @@ class Killer:
         for path in self.out.parent.iterdir():
             if path != self.source:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _whole_run(self) -> float:
+        """Seconds that it takes."""
+        self._clear()
+        start = time.perf_counter()
+        self._start(wait=None)
+        return time.perf_counter() - start
 
     def _start(self, wait: float | None) -> None:
         """Do the work in a process of its own; kill it after so many seconds."""

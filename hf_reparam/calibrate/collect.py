@@ -27,7 +27,7 @@ from hf_reparam.layers.processes import alone, distributed, total
 from hf_reparam.layers.progress import one_bar
 from hf_reparam.layers.warn import warn
 from hf_reparam.linalg.calibration import Calibration, HeldOut
-from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.moments import LayerMoments, LayerSums
 from hf_reparam.linalg.tables import TableMoments
 from hf_reparam.model.checks import check_has_data, check_no_adapters, check_unsharded, outside_inference_mode
 from hf_reparam.model.host import called, check_model, hosts, opened, own_tokenizer
@@ -38,7 +38,7 @@ _LEAST_PARTS = 3  # batches, of which some can be held out
 _PIECES = 10  # into which fewer, if they are large, are split
 _MOST_HELD = 256  # examples
 
-S = TypeVar("S", LayerMoments, TableMoments)
+S = TypeVar("S", LayerSums, TableMoments)
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
@@ -113,8 +113,8 @@ def calibrate(
         CheckpointError: `folder` holds moments already, cannot be written, or another process is filling it.
 
     Cost: one forward pass for each batch, and one backward pass for "fisher", for each group of layers; tokens *
-    (in^2 + out^2) multiply-adds and 2 (in^2 + out^2) float64 numbers for each layer. While data are read, half of them
-    are on the layer's device as long as a quarter of its memory stays free; no batch waits for a copy to the CPU.
+    (in^2 + out^2) multiply-adds and 16 (in^2 + out^2) bytes for each layer. While data are read, half of them are on
+    the layer's device as long as a quarter of its memory stays free; no batch waits for a copy to the CPU.
 
     Source: K-FAC, J. Martens and R. Grosse, arXiv 1503.05671.
 
@@ -215,8 +215,8 @@ def _watch_group(
         for found in group:
             found.structure.watch(found.name, found.site, sums[found.name], watcher)
         for part, last in _held_out_last(parts):
-            if last and not held:  # a copy, which further batches do not change
-                before = {n: m.map(lambda t: t.to("cpu", copy=True)) for n, m in _of(LayerMoments, sums).items()}
+            if last and not held:
+                before = {name: known.take() for name, known in _of(LayerSums, sums).items()}
             if last:
                 held.append(part)
             seen.append(replace(part, batch={}, masks=()))
@@ -236,10 +236,10 @@ def _watch_group(
     for host in hosts(work).values():
         if "disk" in (getattr(host, "hf_device_map", None) or {}).values():
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
-    layers = {name: known.map(Tensor.cpu) for name, known in _of(LayerMoments, sums).items()}
+    layers = {name: known.take() for name, known in _of(LayerSums, sums).items()}
     tables = {name: known.map(Tensor.cpu) for name, known in _of(TableMoments, sums).items()}
     for name, layer in layers.items() if total(torch.tensor(len(held))) else ():
-        layer.held = layer - before.pop(name, layer)
+        layers[name] = replace(before.pop(name) + layer, held=layer) if held else replace(layer, held=layer - layer)
     every: list[Any] = [*layers.values(), *tables.values()]
     for known in every if distributed() else ():
         vars(known).update(vars(known.map(total)))

@@ -42,9 +42,10 @@ class Calibration:
         curves, probes, times: what was found of weights that were planned with it, and of layers like them; a cache, of
             which `probes`, which cost forward passes, are stored.
 
-    >>> import torch
-    >>> a = Calibration("activation", {"fc": LayerMoments.zeros(4, 3, gradients=False)})
-    >>> a.layers["fc"].add_inputs(torch.ones(5, 4))
+    >>> from hf_reparam.linalg.moments import LayerSums
+    >>> sums = LayerSums(4, 3, gradients=False)
+    >>> sums.add_inputs(torch.ones(5, 4))
+    >>> a = Calibration("activation", {"fc": sums.take()})
     >>> a + a
     Calibration(metric='activation', layers=1, tokens=10)
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_reparam.errors import WeightError
 from hf_reparam.linalg.fingerprint import fingerprint
 from hf_reparam.linalg.metric import Metric, root
-from hf_reparam.linalg.sums import add_gram, add_rows, widened
+from hf_reparam.linalg.sums import Gram, add_rows, widened
 
 Shrinkage = tuple[float, float]
 """Share of the mean variance, and of the mean squared gradient, that is mixed into the moments."""
@@ -18,9 +18,39 @@ SHRINKAGES: tuple[Shrinkage, ...] = ((1e-3, 1e-2), (1e-2, 1e-1), (1e-1, 5e-1))
 _NOT_FINITE = "of this layer are not finite: look for NaN in the weights and the data"
 
 
+class LayerSums:
+    """What is summed for one layer (out, in) while data are read; its gradients, too, if they are asked for."""
+
+    def __init__(self, n_in: int, n_out: int, *, gradients: bool) -> None:
+        self.tokens = 0
+        self.input_sum = torch.zeros(n_in, dtype=torch.float64)
+        self.input_products, self.gradient_products = Gram(n_in), Gram(n_out) if gradients else None
+
+    def add_inputs(self, x: Tensor) -> None:
+        """Add rows x (tokens, in)."""
+        x = widened(x)
+        self.tokens += x.shape[0]
+        self.input_sum = add_rows(self.input_sum, x)
+        self.input_products.add(x)
+
+    def add_gradients(self, g: Tensor) -> None:
+        """Add rows g (tokens, out)."""
+        if self.gradient_products is None:
+            raise WeightError("these moments were made without gradients")
+        self.gradient_products.add(widened(g))
+
+    def take(self) -> "LayerMoments":
+        """The sums, which begin anew."""
+        inputs, gradients = self.input_products, self.gradient_products
+        total = None if gradients is None else gradients.take()
+        taken = LayerMoments(self.tokens, self.input_sum.cpu(), inputs.take(), total)
+        self.tokens, self.input_sum = 0, torch.zeros_like(self.input_sum)
+        return taken
+
+
 @dataclass
 class LayerMoments:
-    """Sums over tokens for one layer, all float64; on the CPU, but for the time in which rows are added.
+    """Sums over tokens for one layer, all float64, on the CPU.
 
     Args:
         tokens: rows of x that were seen.
@@ -37,28 +67,9 @@ class LayerMoments:
     held: "LayerMoments | None" = None
 
     @classmethod
-    def zeros(cls, n_in: int, n_out: int, *, gradients: bool) -> "LayerMoments":
-        """No tokens yet."""
-        square = torch.zeros(n_out, n_out, dtype=torch.float64) if gradients else None
-        return cls(0, torch.zeros(n_in, dtype=torch.float64), torch.zeros(n_in, n_in, dtype=torch.float64), square)
-
-    @classmethod
     def of(cls, sums: Mapping[str, Tensor], held: "LayerMoments | None" = None) -> "LayerMoments":
         """From sums by their names, as `tensors` gives them."""
         return cls(**{**sums, "tokens": int(sums["tokens"])}, held=held)  # type: ignore[arg-type]  # of tensors
-
-    def add_inputs(self, x: Tensor) -> None:
-        """Add rows x (tokens, in). Products in float32 or better, sums in float64."""
-        x = widened(x)
-        self.tokens += x.shape[0]
-        self.input_sum = add_rows(self.input_sum, x)
-        self.input_products = add_gram(self.input_products, x)
-
-    def add_gradients(self, g: Tensor) -> None:
-        """Add rows g (tokens, out)."""
-        if self.gradient_products is None:
-            raise WeightError("these moments were made without gradients")
-        self.gradient_products = add_gram(self.gradient_products, widened(g))
 
     def __add__(self, other: "LayerMoments") -> "LayerMoments":
         if (self.gradient_products is None) != (other.gradient_products is None):

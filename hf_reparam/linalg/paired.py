@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.moments import Shrinkage
-from hf_reparam.linalg.sums import add, add_gram, add_rows, widened
+from hf_reparam.linalg.sums import add, add_rows, widened
 
 
 @dataclass
@@ -45,7 +45,7 @@ class PairedMoments:
         self.dense_sum = add_rows(self.dense_sum, dense)
         self.low_sum = add_rows(self.low_sum, low)
         self.cross = add(self.cross, dense.T @ low)
-        self.products = add_gram(self.products, low)
+        self.products = add(self.products, low.T @ low)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """E x and E x', (in,)."""

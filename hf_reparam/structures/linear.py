@@ -14,7 +14,7 @@ from hf_reparam.layers.dense import build_dense, dense_matrix, dense_type, has_h
 from hf_reparam.layers.factored import Factored
 from hf_reparam.layers.linear import LowRankLinear
 from hf_reparam.layers.surgery import factor, low_rank_like
-from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.moments import LayerSums
 from hf_reparam.plan import Entry
 from hf_reparam.structures.multihead import unsplittable
 from hf_reparam.structures.source import Source
@@ -41,10 +41,10 @@ class Linears(Structure):
         return curve.losses * (1 if moments is None else moments.tokens)
 
     def sums(self, name: str, site: Site, *, gradients: bool) -> dict[str, Any]:
-        return {name: LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients)}
+        return {name: LayerSums(site.in_features, site.out_features, gradients=gradients)}
 
     def watch(self, name: str, site: Site, sums: Mapping[str, Any], watcher: Any) -> None:
-        layer: LayerMoments = sums[name]
+        layer: LayerSums = sums[name]
         back = None if layer.gradient_products is None else lambda g: layer.add_gradients(watcher.real(name, g))
         watcher.watch(site.module, lambda x: layer.add_inputs(watcher.rows(name, x)), back)
 

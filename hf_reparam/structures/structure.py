@@ -231,7 +231,7 @@ class Structure(Protocol):
         return Options([*entries, None], errors, torch.tensor(costs, dtype=torch.float64))
 
     def sums(self, name: str, site: Any, *, gradients: bool) -> dict[str, Any]:
-        """Name -> empty sums over calibration data: LayerMoments, or TableMoments."""
+        """Name -> empty sums over calibration data: LayerSums, or TableMoments."""
         return {}
 
     def effort(self, name: str, site: Any, source: Source) -> float:

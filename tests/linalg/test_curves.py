@@ -5,7 +5,7 @@ import torch
 
 from hf_reparam.linalg.curves import curve
 from hf_reparam.linalg.factorize import decompose
-from hf_reparam.linalg.moments import SHRINKAGES, LayerMoments
+from hf_reparam.linalg.moments import SHRINKAGES, LayerSums
 
 N_IN, N_OUT = 24, 16
 
@@ -13,11 +13,11 @@ N_IN, N_OUT = 24, 16
 def moments(rows, seed, *, gradients=True):
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(N_IN, N_IN, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    found = LayerMoments.zeros(N_IN, N_OUT, gradients=gradients)
+    found = LayerSums(N_IN, N_OUT, gradients=gradients)
     found.add_inputs(torch.randn(rows, N_IN, generator=generator, dtype=torch.float64) @ mixed + 1)
     if gradients:
         found.add_gradients(torch.randn(rows, N_OUT, generator=generator, dtype=torch.float64))
-    return found
+    return found.take()
 
 
 def split(rows, held, **options):

@@ -7,16 +7,18 @@ from safetensors.torch import save_file
 
 from hf_reparam.errors import CheckpointError, WeightError
 from hf_reparam.linalg import calibration as calibration_module
+from hf_reparam.linalg import sums as sums_module
 from hf_reparam.linalg.calibration import Calibration
-from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.moments import LayerSums
+from hf_reparam.linalg.sums import Gram
 
 
 def layer(x, g=None):
-    moments = LayerMoments.zeros(x.shape[1], 3, gradients=g is not None)
-    moments.add_inputs(x)
+    sums = LayerSums(x.shape[1], 3, gradients=g is not None)
+    sums.add_inputs(x)
     if g is not None:
-        moments.add_gradients(g)
-    return moments
+        sums.add_gradients(g)
+    return sums.take()
 
 
 def test_sums():
@@ -28,15 +30,42 @@ def test_sums():
     torch.testing.assert_close(m.gradient_products, g.double().T @ g.double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [511, 512, 514, 777])
+@pytest.mark.parametrize("width", [191, 192, 193, 386])
 def test_products_of_wide_inputs_are_whole_and_symmetric(width):
     x = torch.randn(9, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    moments = LayerMoments.zeros(width, width, gradients=True)
+    sums = LayerSums(width, width, gradients=True)
     for part in x.split(4):
-        moments.add_inputs(part)
-        moments.add_gradients(-part)
+        sums.add_inputs(part)
+        sums.add_gradients(-part)
+    moments = sums.take()
     torch.testing.assert_close(moments.input_products, x.T @ x)
     torch.testing.assert_close(moments.gradient_products, x.T @ x)
+
+
+def test_sums_that_are_taken_begin_anew():
+    x = torch.randn(8, 4)
+    sums = LayerSums(4, 4, gradients=True)
+    for part in x.split(4):
+        sums.add_inputs(part)
+        sums.add_gradients(part)
+        moments = sums.take()
+        assert moments.tokens == 4
+        torch.testing.assert_close(moments.input_sum, part.double().sum(0))
+        for products in (moments.input_products, moments.gradient_products):
+            torch.testing.assert_close(products, part.double().T @ part.double(), rtol=1e-5, atol=1e-5)
+    empty = sums.take()
+    assert empty.tokens == 0
+    assert not empty.input_sum.any()
+    assert not empty.input_products.any()
+
+
+def test_a_long_sum_of_float32_products_is_as_exact_as_one_in_float64(monkeypatch):
+    monkeypatch.setattr(sums_module, "_MOST_ROWS", 1)
+    gram = Gram(1)
+    gram.add(torch.full((1, 1), 2.0**13))
+    for _ in range(100):
+        gram.add(torch.ones(1, 1))  # 2^26 + 1 is 2^26 in float32
+    assert gram.take().item() == 2**26 + 100
 
 
 def test_halves_merged_are_the_whole():
@@ -66,7 +95,7 @@ def test_what_cannot_be_done():
     with pytest.raises(WeightError, match="needs gradients"):
         layer(x).metric("fisher", centred=True)
     with pytest.raises(WeightError, match="without gradients"):
-        layer(x).add_gradients(g)
+        LayerSums(4, 3, gradients=False).add_gradients(g)
     with pytest.raises(WeightError, match="cannot be merged"):
         layer(x) + layer(x, g)
     with pytest.raises(WeightError, match="cannot be merged"):

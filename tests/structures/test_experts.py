@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_reparam import Entry, LowRankConfig, RankPlan, calibrate, convert, make_plan, report, save
 from hf_reparam.errors import PlanError, WeightError
-from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.moments import LayerSums
 from hf_reparam.structures.experts import Experts, dense_experts, expert_moments
 from hf_reparam.structures.experts.modules import LowRankExperts
 from hf_reparam.structures.experts.watch import ExpertWatch
@@ -160,7 +160,7 @@ def moments_of(model, inputs, mask=None, gradients=True):
     seen = copy.deepcopy(model)
     found = sites(seen)
     moments = {
-        name: [LayerMoments.zeros(site.in_features, site.out_features, gradients=gradients) for _ in site.moments("")]
+        name: [LayerSums(site.in_features, site.out_features, gradients=gradients) for _ in site.moments("")]
         for name, site in found.items()
     }
     batch = Pass(() if mask is None else (mask.bool(),))
@@ -170,7 +170,7 @@ def moments_of(model, inputs, mask=None, gradients=True):
         logits = seen(inputs, attention_mask=mask).logits
         weights = 1.0 if mask is None else mask[..., None]
         (logits * weights).square().sum().backward()
-    return {f"{name}.{i}": each for name, many in moments.items() for i, each in enumerate(many)}
+    return {f"{name}.{i}": each.take() for name, many in moments.items() for i, each in enumerate(many)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -371,7 +371,7 @@ def test_watching_changes_nothing(family):
     model = model_of(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = {
-        name: [LayerMoments.zeros(s.in_features, s.out_features, gradients=True) for _ in s.moments("")]
+        name: [LayerSums(s.in_features, s.out_features, gradients=True) for _ in s.moments("")]
         for name, s in sites(model).items()
     }
     plain = model(ids()).logits
@@ -381,8 +381,9 @@ def test_watching_changes_nothing(family):
         seen = model(ids()).logits
         seen.square().sum().backward()
     torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-4)
-    assert sum(m.tokens for m in found[name]) > 0
-    assert all(m.has_gradient() for m in found[name] if m.tokens)
+    taken = [sums.take() for sums in found[name]]
+    assert sum(m.tokens for m in taken) > 0
+    assert all(m.has_gradient() for m in taken if m.tokens)
     assert site.owner.__dict__.get("config") is config
     assert list(sites(model)) == list(found)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -404,9 +405,10 @@ def test_of_experts_that_get_every_token_the_zeros_do_not_count():
 def test_what_checkpointing_computes_again_does_not_count():
     model = model_of(mixtral)
     site = next(iter(sites(model).values()))
-    moments = [LayerMoments.zeros(site.in_features, site.out_features, gradients=True) for _ in range(4)]
-    with watching(site, moments, Pass(counting=False)):
+    sums = [LayerSums(site.in_features, site.out_features, gradients=True) for _ in range(4)]
+    with watching(site, sums, Pass(counting=False)):
         model(ids()).logits.square().sum().backward()
+    moments = [own.take() for own in sums]
     assert sum(own.tokens for own in moments) == 0
     assert any(own.has_gradient() for own in moments)
 
@@ -509,9 +511,10 @@ def test_losses_need_gradients_in_the_fisher_metric():
 
 
 def test_experts_that_saw_little_take_what_all_saw():
-    many, few = (LayerMoments.zeros(4, 3, gradients=False) for _ in range(2))
+    many, few = (LayerSums(4, 3, gradients=False) for _ in range(2))
     many.add_inputs(torch.randn(10, 4))
     few.add_inputs(torch.randn(3, 4))
+    many, few = many.take(), few.take()
     first, second, third = expert_moments([many, few, None], 4)
     assert first is many
     assert second.tokens == third.tokens == 13

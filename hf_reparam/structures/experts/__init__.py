@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_reparam.linalg.factorize import decompose, spectrum, working_device
 from hf_reparam.linalg.metric import Metric
-from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.moments import LayerMoments, LayerSums
 from hf_reparam.plan import Entry
 from hf_reparam.structures.experts.modules import LowRankExperts
 from hf_reparam.structures.experts.watch import ExpertWatch
@@ -92,7 +92,7 @@ class Experts(Structure):
     def sums(self, name: str, site: ExpertSite, *, gradients: bool) -> dict[str, Any]:
         shape = (site.in_features, site.out_features)
         dense = site.moments(name) if site.entry is None else []
-        return {known: LayerMoments.zeros(*shape, gradients=gradients) for known in dense}
+        return {known: LayerSums(*shape, gradients=gradients) for known in dense}
 
     def _moments(self, name: str, site: ExpertSite, source: Source) -> list[LayerMoments | None]:
         return [source.moments(known) for known in site.moments(name)]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_reparam.errors import WeightError
-from hf_reparam.linalg.moments import LayerMoments
+from hf_reparam.linalg.moments import LayerSums
 
 
 class ExpertWatch:
-    """Adds what each expert multiplies, and the gradients of that, to its moments until `remove` is called.
+    """Adds what each expert multiplies, and the gradients of that, to its sums until `remove` is called.
 
     A stand-in shadows the parameter in the experts' own attributes: it multiplies by the same numbers, and tells of it.
     The experts run in the eager implementation meanwhile, which asks for one expert's weight at a time. Rows that are
@@ -22,13 +22,13 @@ class ExpertWatch:
     Args:
         module: the experts; their attributes are changed for the while, so that they should be a copy.
         parameter: name of the dense parameter.
-        moments: what to add to for each expert, with gradients or without.
+        sums: what to add to for each expert, with gradients or without.
         watcher: a `Watcher`, whose `masks` (batch, length) say which rows are no padding, and whose `counting` whether
             inputs count: not what checkpointing computes again in the backward pass.
     """
 
-    def __init__(self, module: nn.Module, parameter: str, moments: Sequence[LayerMoments], watcher: Any) -> None:
-        self.module, self.moments, self.watcher = module, moments, watcher
+    def __init__(self, module: nn.Module, parameter: str, sums: Sequence[LayerSums], watcher: Any) -> None:
+        self.module, self.sums, self.watcher = module, sums, watcher
         self.chosen: Tensor | None = None  # (choices, tokens) the experts of each token in the present pass
         self.hook = module.register_forward_pre_hook(self._routed, with_kwargs=True)
         self.shadows: dict[str, Any] = {parameter: _Watched(module.get_parameter(parameter), self)}
@@ -52,19 +52,19 @@ class ExpertWatch:
         self.chosen = choices[0].T if choices else None
 
     def see(self, expert: int, x: Tensor, multiply: Callable[[Tensor], Tensor], *, every: bool = False) -> Tensor:
-        """multiply(x), x (rows, in), with rows and gradients added to the moments of an expert.
+        """multiply(x), x (rows, in), with rows and gradients added to the sums of an expert.
 
         `every` says that all tokens go to every expert, those that are not meant for it as zeros.
         """
-        moments, kept = self.moments[expert], self._kept(expert, x.detach(), every)
+        seen, kept = self.sums[expert], self._kept(expert, x.detach(), every)
         if self.watcher.counting:
-            moments.add_inputs(x.detach()[kept])
+            seen.add_inputs(x.detach()[kept])
         out = multiply(x)
-        if moments.gradient_products is None or not torch.is_grad_enabled():
+        if seen.gradient_products is None or not torch.is_grad_enabled():
             return out
         if not out.requires_grad:  # parameters are frozen: the first experts to be reached start the graph
             out = out.detach().requires_grad_()
-        out.register_hook(lambda gradient: moments.add_gradients(gradient[kept]))
+        out.register_hook(lambda gradient: seen.add_gradients(gradient[kept]))
         return out
 
     def _kept(self, expert: int, x: Tensor, every: bool) -> Any:
