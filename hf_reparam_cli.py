@@ -90,7 +90,11 @@ _RANKS: Options = {
         "help": "with a budget, ranks are multiples of this (8, or 1 for small layers)",
     },
     "min-rank": {"metavar": "N", "type": int, "help": "with a budget, choose no lower rank (8)"},
-    "least-saving": {"metavar": "SHARE", "type": float, "help": "layers that would save less stay dense (0.1)"},
+    "least-saving": {
+        "metavar": "SHARE",
+        "type": float,
+        "help": "with global allocation, layers that would save less stay dense (0.1)",
+    },
     "verify": {
         "action": argparse.BooleanOptionalAction,
         "help": "with a budget and --calibration, measure layers and plans on held-out texts (default)",
@@ -166,7 +170,7 @@ COMMANDS: Mapping[str, Command] = {
         "convert SRC and save the result in OUT",
         [
             "hf-reparam convert SRC OUT --keep 0.6 --calibration TEXTS.txt",
-            'hf-reparam convert SRC OUT --rank 64 --exclude-modules "*pooler*"',
+            'hf-reparam convert SRC OUT --rank 64 --exclude-modules "*.layer.0.*"',
             'hf-reparam convert SRC OUT --rank "*.query=32" --rank "*.dense=0.25"',
             "hf-reparam convert SRC OUT --plan plan.json --calibration TEXTS.txt",
             "hf-reparam convert Qwen/Qwen3-8B OUT --keep 0.8 --calibration TEXTS.txt --max-memory 8GB --stream",

@@ -80,7 +80,7 @@ def decompose(
         solver: "exact", or "randomized": the leading vectors of a random sketch of 2 r + 32 columns for r = max_rank,
             after two power iterations. Its squared error at rank r is expected to be below 3 times the optimum (before
             the iterations: 2 + r / (r + 31) times; of a Gaussian 4096 x 11008 at rank 128 it is 1.009 times). The error
-            that is reported is that of the factors. Where the sketch is no narrower than half of min(out, in) the exact
+            that is reported is that of the factors. Where the sketch is wider than half of min(out, in), the exact
             solver is used.
 
     Returns:
