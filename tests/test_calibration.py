@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from hf_reparam import Calibration, LowRankConfig, calibrate, convert
-from hf_reparam.calibrate.objective import seeds_of
+from hf_reparam.calibrate.objective import objective, seeds_of
 from hf_reparam.errors import TargetError
 from tests import zoo
 
@@ -128,6 +128,17 @@ def test_drawn_answers_of_a_multi_label_head_give_the_fisher_information():
     layer = calibrate(model, batches, target_modules="classifier").layers["classifier"]
     p = model(input_ids=ids[:100]).logits.sigmoid().mean(0).detach().double()
     torch.testing.assert_close(layer.gradient_products / 4000, torch.diag(p * (1 - p)), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [(9.0, 0.0, 0.0), (2.0, 0.0, -2.0), (200.0, 0.0, 0.0)])
+def test_the_fisher_information_of_sure_predictions_needs_few_examples(bias):
+    """Of labels drawn by the predictions themselves, less than one of 3,000 is of another class than the first."""
+    logits = torch.tensor(bias).expand(3000, 3).clone().requires_grad_()
+    objective({"logits": logits}, {}, (), seeds=range(3000)).backward()
+    p = logits[0].detach().softmax(-1)
+    expected = torch.diag(p) - torch.outer(p, p)
+    torch.testing.assert_close(logits.grad.T @ logits.grad / 3000, expected, atol=0.05 * float(expected.max()), rtol=0)
+    assert logits.grad.mean(0).norm() <= 3 * logits.grad.norm() / 3000  # what is drawn at two places is independent
 
 
 @pytest.mark.slow

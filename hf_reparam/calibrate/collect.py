@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.inputs import fills_masks, forward_names, same_draws, without_cache
-from hf_reparam.calibrate.items import DECODED, INPUTS, check_data
+from hf_reparam.calibrate.items import DECODED, check_data
 from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
 from hf_reparam.calibrate.watch import Watcher
@@ -239,7 +239,10 @@ def _watch_group(
     layers = {name: known.take() for name, known in _of(LayerSums, sums).items()}
     tables = {name: known.map(Tensor.cpu) for name, known in _of(TableMoments, sums).items()}
     for name, layer in layers.items() if total(torch.tensor(len(held))) else ():
-        layers[name] = replace(before.pop(name) + layer, held=layer) if held else replace(layer, held=layer - layer)
+        if held:
+            layers[name] = before.pop(name)
+            layers[name] += layer
+        layers[name].held = layer if held else layer - layer
     every: list[Any] = [*layers.values(), *tables.values()]
     for known in every if distributed() else ():
         vars(known).update(vars(known.map(total)))
@@ -262,7 +265,7 @@ def _noting(batch: Mapping[str, Any]) -> Iterator[None]:
     except (IndexError, RuntimeError, ValueError) as error:
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         given = ", ".join(f"{k} {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in tensors.items())
-        advice = "" if any(key in INPUTS for key in batch) else " One example is a batch of one: give tensor[None]."
+        advice = " If that is one example, make it a batch of one: tensor[None]."
         if ran_out_of_memory(error):
             advice = " Memory ran out: give smaller batches, or shorter texts by max_length=."
         if not isinstance(error, ReparamError):

@@ -1,6 +1,6 @@
 """The scalar whose gradient the Fisher metric measures: the log-likelihood of labels, summed over tokens.
 
-Without labels they are drawn from the model's own predictions, which makes the second moment of the gradient the true
+Without labels they are drawn from the model's own predictions, so that the second moment of the gradient is the true
 Fisher information; a model without logits gets a random projection of what its head gives, or else of its last hidden
 states, or else of all that it returns. Draws depend on an example's own content alone, so that neither batch size nor
 order nor padding changes a result. With labels every head's own loss is taken, as a sum over what it counts.
@@ -24,7 +24,7 @@ IGNORED = -100  # Transformers' label of positions without a label
 MASKS = ("decoder_attention_mask", "attention_mask")
 _PARAMETERS = ("params", "prediction_outputs")  # of the distributions that time series are drawn from
 _OF_INPUTS = ("loc", "scale", "static_features", "encoder_last_hidden_state")
-_OF_HEADS = ("_embeds", "_preds", "_predictions", "prediction_output", "prediction_outputs")
+_OF_HEADS = ("_embeds", "_preds", "_predictions", "prediction_output", "prediction_outputs", "regression_outputs")
 _STEP = -0x61C8864680B583EB  # of SplitMix64, 2^64 over the golden ratio
 
 
@@ -176,7 +176,8 @@ def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
     """Every kind of logits that a model returned, (..., classes), by its name.
 
     Independent yes-or-no answers and numbers, as `problem` says, are called "answers" and "values". Of segmentation,
-    masks are answers, and a map (batch, classes, height, width) has its classes last here.
+    masks are answers, and a map (batch, classes, height, width) has its classes last here. One answer for each token
+    or pixel, and one number for each example, has a last dimension of 1 here.
     """
     found = {}
     for key, value in outputs.items():
@@ -185,17 +186,26 @@ def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
             if problem == _SEGMENTS and value.dim() == 4:
                 masks = "mask" in key or value.shape[1] == 1
                 kind, value = ("answers", value) if masks else ("pixel_logits", value.movedim(1, -1))
+            elif problem == _SEGMENTS and key == "logits" and value.dim() == 3:  # of CLIPSeg, one mask for each text
+                kind, value = "pixel_answers", value[..., None]
+            elif value.dim() == 1 or (problem == _TOKENS and value.dim() == 2):
+                value = value[..., None]
             found[key.removesuffix("logits") + kind] = value
     return found
 
 
 def problem_of(model: Any) -> str | None:
     """What a model's logits are, where its class or configuration says it: "multi_label_classification", independent
-    yes-or-no answers; "regression", numbers; "segmentation", maps; or classes."""
-    name = type(model).__name__
+    yes-or-no answers; "tokens", one such for each token; "regression", numbers; "segmentation", maps; or classes."""
+    name = type(model).__name__.removeprefix("Reparam")
     if "Segmentation" in name:
         return _SEGMENTS
-    if name.endswith("ForPreTraining") and getattr(model, "main_input_name", None) == "pixel_values":  # of ViTMAE
+    if name in _OF_TOKENS:
+        return _TOKENS
+    if name.endswith("ForObjectDetection") and name not in _OF_ONE_CLASS:
+        return "multi_label_classification"
+    images = getattr(model, "main_input_name", None) == "pixel_values"
+    if name.endswith("ForOpticalFlow") or (name.endswith("ForPreTraining") and images):  # images: of ViTMAE
         return "regression"
     return getattr(getattr(model, "config", None), "problem_type", None)
 
@@ -268,7 +278,7 @@ def unit_of(reference: Mapping[str, Tensor], masks: tuple[Tensor, ...]) -> tuple
     mask = position_mask(value, masks)
     count = max(float(value.shape[:-1].numel() if mask is None else mask.sum()), 1.0)
     if predicts(key, value):
-        place = "pixel" if key.endswith("pixel_logits") else "token" if value.dim() > 2 else "example"
+        place = "pixel" if "pixel_" in key else "token" if value.dim() > 2 else "example"
         return f"nats per {place}", count
     squares = sum(float(_squares(widened(v), torch.zeros_like(v), masks)) for v in reference.values())
     what = "hidden states" if key == "last_hidden_state" else "outputs"
@@ -284,9 +294,11 @@ def _over_positions(logits: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
 
 
 def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, ...]) -> Tensor:
-    """Negative log-likelihood of labels drawn from the predictions, summed, but for a constant.
+    """A sum whose gradient has the second moment of that of the log-likelihood of labels drawn from the predictions.
 
-    Of answers a yes or no is drawn for each, of numbers one from a normal distribution of unit variance.
+    Of classes, one is drawn with probability q ~ p (1 - p), and its log-likelihood gets the weight +-(p / q)^1/2, with
+    a sign of its own: p alone nearly always draws the class that a model is sure of, whose gradient vanishes. Answers
+    get +- their standard deviation, numbers a normal one.
     """
     answers = key.endswith("answers")
     if not answers and (key.endswith("values") or logits.shape[-1] == 1):  # a regression
@@ -294,17 +306,27 @@ def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, 
     if key in ("start_logits", "end_logits"):
         logits = _over_positions(logits, masks)
     logits = logits.float()
-    uniform = uniforms(logits, logits.shape[-1] if answers else 1, seeds, masks)
+    uniform = uniforms(logits, logits.shape[-1] if answers else 2, seeds, masks)
+    signs = torch.where(uniform < 0.5, -1.0, 1.0)
     if answers:
-        drawn = (uniform < logits.detach().sigmoid()).float()
-        return _mask(F.binary_cross_entropy_with_logits(logits, drawn, reduction="none"), masks).sum()
+        yes = logits.detach().sigmoid()
+        deviation = (yes * (1 - yes)).sqrt()
+        return _mask(logits.masked_fill(deviation == 0, 0) * signs * deviation, masks).sum()
     log_p = logits.log_softmax(-1)
-    labels = (log_p.detach().exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
-    return -_mask(log_p.gather(-1, labels), masks).sum()
+    others = -torch.expm1(log_p.detach())  # 1 - p
+    sums = log_p.detach().exp().mul_(others).cumsum(-1)
+    labels = (sums < uniform[..., :1] * sums[..., -1:]).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
+    least = torch.finfo(others.dtype).tiny  # of a class that the model is certain of
+    weights = (sums[..., -1:] / others.gather(-1, labels).clamp_min(least)).clamp_max(2).sqrt()  # p / q is at most 2
+    return _mask(log_p.gather(-1, labels) * weights * signs[..., 1:], masks).sum()
 
 
 _SEGMENTS = "segmentation"
-_LOGITS = {"multi_label_classification": "answers", "regression": "values"}
+_TOKENS = "tokens"
+_LOGITS = {"multi_label_classification": "answers", _TOKENS: "answers", "regression": "values"}
+_OF_TOKENS = {"ElectraForPreTraining", "FunnelForPreTraining", "TapasForQuestionAnswering"}
+_OF_ONE_CLASS = {f"{family}ForObjectDetection" for family in ("Detr", "TableTransformer", "Yolos")}
+"""Detectors whose classes, one of which is none, exclude each other."""
 
 
 def seeds_of(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:

@@ -77,6 +77,9 @@ class LayerMoments:
         held = self.held + other.held if self.held and other.held else self.held or other.held
         return self._with(other, torch.add, held)
 
+    def __iadd__(self, other: "LayerMoments") -> "LayerMoments":
+        return self._with(other, Tensor.add_, self.held)
+
     def __sub__(self, other: "LayerMoments") -> "LayerMoments":
         """Without a part of the data."""
         return self._with(other, torch.sub, None)

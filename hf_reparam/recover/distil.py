@@ -169,7 +169,7 @@ def _soft_loss(kind: str, mine: Tensor, theirs: Tensor, temperature: float) -> T
 
 def _hard_loss(kind: str, mine: Tensor, labels: Tensor) -> Tensor:
     if kind.endswith("answers"):
-        return F.binary_cross_entropy_with_logits(mine, labels.float())
+        return F.binary_cross_entropy_with_logits(mine, labels.float().reshape(mine.shape))
     if kind.endswith("values"):
         return F.mse_loss(mine, labels.to(mine.dtype).reshape(mine.shape))
     return F.cross_entropy(mine, labels, ignore_index=IGNORED)

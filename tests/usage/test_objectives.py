@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, refit, report
-from hf_reparam.calibrate.objective import compared, logits_of, uniforms
+from hf_reparam.calibrate.objective import compared, logits_of, problem_of, uniforms
 from hf_reparam.errors import TargetError, WeightError
 from tests import zoo
 from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
@@ -337,7 +337,7 @@ def test_weights_made_inside_inference_mode():
 @torch.no_grad()
 def test_several_numbers_and_answers_are_judged_as_such(problem, unit, apart):
     model = zoo.BY_BASE["BertForSequenceClassification"].build(problem_type=problem, initializer_range=0.3)
-    batches = [{k: v.roll(i, 1) for k, v in zoo.BY_BASE["BertModel"].batch().items()} for i in range(8)]
+    batches = [{k: v.roll(i, 1) for k, v in zoo.BY_BASE["BertModel"].batch().items()} for i in range(24)]
     calibration = calibrate(model, batches)
     small = convert(model, LowRankConfig(keep=0.5, min_rank=2), calibration=calibration)
     judged = hf_reparam.report(small).judgement
@@ -433,6 +433,41 @@ def test_masks_of_queries_are_yes_or_no_answers():
 
 
 @pytest.mark.parametrize(
+    ("name", "shape", "kind", "judged"),
+    [
+        ("ElectraForPreTraining", (2, 7), "answers", (2, 7, 1)),
+        ("TapasForQuestionAnswering", (2, 7), "answers", (2, 7, 1)),
+        ("ConditionalDetrForObjectDetection", (2, 5, 3), "answers", (2, 5, 3)),
+        ("ReparamOwlViTForObjectDetection", (2, 5, 3), "answers", (2, 5, 3)),
+        ("ReparamDetrForObjectDetection", (2, 5, 4), "logits", (2, 5, 4)),
+        ("YolosForObjectDetection", (2, 5, 4), "logits", (2, 5, 4)),
+        ("CLIPSegForImageSegmentation", (2, 8, 8), "pixel_answers", (2, 8, 8, 1)),
+        ("PerceiverForOpticalFlow", (2, 8, 8, 2), "values", (2, 8, 8, 2)),
+        ("XLMForQuestionAnswering", (2,), "logits", (2, 1)),
+        ("BertForSequenceClassification", (2, 7), "logits", (2, 7)),
+    ],
+)
+def test_what_logits_are(name, shape, kind, judged):
+    model = type(name, (nn.Module,), {})()
+    found = logits_of({"logits": torch.randn(shape)}, problem_of(model))
+    assert {key: value.shape for key, value in found.items()} == {kind: judged}
+
+
+def test_answers_for_tokens_are_judged_each_and_padding_is_left_out():
+    torch.manual_seed(0)
+    model = tf.ElectraForPreTraining(tf.ElectraConfig(**SMALL, vocab_size=99, embedding_size=32)).eval()
+    small = convert(model, rank=8).eval()
+    batch = {"input_ids": torch.randint(3, 90, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.int64)}
+    more = {key: F.pad(value, (0, 11)) for key, value in batch.items()}
+    plain, wide = (hf_reparam.compare(model, small, [b], times=False).figures for b in (batch, more))
+    name = "divergence from dense, nats per token"
+    assert wide[name][1] == pytest.approx(plain[name][1], rel=1e-3)
+    with torch.no_grad():
+        small.discriminator_predictions.dense_prediction.bias += 20
+    assert hf_reparam.compare(model, small, [batch], times=False).figures[name][1] > 1  # no softmax sees a shift
+
+
+@pytest.mark.parametrize(
     ("kind", "config", "batch", "predicted"),
     [
         (
@@ -468,7 +503,8 @@ def test_an_example_without_a_batch_dimension_is_told_of():
     with pytest.raises((IndexError, RuntimeError, ValueError)) as error:
         calibrate(time_series(), [{"past_values": torch.randn(16, 2)} for _ in range(3)])
     (note,) = error.value.__notes__
-    assert note == "It was called with past_values (16, 2) float32. One example is a batch of one: give tensor[None]."
+    assert note.startswith("It was called with past_values (16, 2) float32. ")
+    assert note.endswith(" If that is one example, make it a batch of one: tensor[None].")
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
