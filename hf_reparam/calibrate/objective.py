@@ -106,7 +106,8 @@ def objective(
     seeds = seeds or seeds_of(batch, masks)
     logits = logits_of(outputs, problem)
     if logits:
-        return torch.stack([_drawn(key, value, seeds, masks) for key, value in logits.items()]).sum()
+        heads = enumerate(logits.items())  # which draw apart
+        return torch.stack([_drawn(k, value, [s + i for s in seeds], masks) for i, (k, value) in heads]).sum()
     return projection(_without_logits(outputs), seeds, masks)
 
 
@@ -131,7 +132,7 @@ def projection(outputs: Any, seeds: Sequence[int], masks: tuple[Tensor, ...]) ->
     found = _floating(outputs)
     if not found:
         raise TargetError("the model returned no loss and no floating-point tensor: give a loss_fn(model, batch)")
-    return torch.stack([_projected(v, seeds, masks) for v in found.values()]).sum()
+    return torch.stack([_projected(v, [s + i for s in seeds], masks) for i, v in enumerate(found.values())]).sum()
 
 
 def examples_in(batch: Mapping[str, Any]) -> int:
@@ -181,12 +182,13 @@ def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
     """
     found = {}
     for key, value in outputs.items():
-        if key.endswith("logits") and isinstance(value, Tensor):
+        beside = "coord" in key or key.startswith(("enc_", "intermediate_"))  # boxes, and earlier guesses, of detectors
+        if key.endswith("logits") and isinstance(value, Tensor) and not beside:
             kind = _LOGITS.get(problem or "", "logits")
             if problem == _SEGMENTS and value.dim() == 4:
                 masks = "mask" in key or value.shape[1] == 1
                 kind, value = ("answers", value) if masks else ("pixel_logits", value.movedim(1, -1))
-            elif problem == _SEGMENTS and key == "logits" and value.dim() == 3:  # of CLIPSeg, one mask for each text
+            elif problem == _SEGMENTS and key == "logits" and value.dim() == 3 and "pred_masks" not in outputs:
                 kind, value = "pixel_answers", value[..., None]
             elif value.dim() == 1 or (problem == _TOKENS and value.dim() == 2):
                 value = value[..., None]
@@ -202,7 +204,7 @@ def problem_of(model: Any) -> str | None:
         return _SEGMENTS
     if name in _OF_TOKENS:
         return _TOKENS
-    if name.endswith("ForObjectDetection") and name not in _OF_ONE_CLASS:
+    if name == "ViltForQuestionAnswering" or (name.endswith("ForObjectDetection") and name not in _OF_ONE_CLASS):
         return "multi_label_classification"
     images = getattr(model, "main_input_name", None) == "pixel_values"
     if name.endswith("ForOpticalFlow") or (name.endswith("ForPreTraining") and images):  # images: of ViTMAE
@@ -318,7 +320,8 @@ def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, 
     labels = (sums < uniform[..., :1] * sums[..., -1:]).sum(-1, keepdim=True).clamp_max(log_p.shape[-1] - 1)
     least = torch.finfo(others.dtype).tiny  # of a class that the model is certain of
     weights = (sums[..., -1:] / others.gather(-1, labels).clamp_min(least)).clamp_max(2).sqrt()  # p / q is at most 2
-    return _mask(log_p.gather(-1, labels) * weights * signs[..., 1:], masks).sum()
+    chosen = log_p.gather(-1, labels).clamp_min(torch.finfo(log_p.dtype).min)  # minus infinity times 0 is NaN
+    return _mask(chosen * weights * signs[..., 1:], masks).sum()
 
 
 _SEGMENTS = "segmentation"

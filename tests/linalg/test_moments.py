@@ -58,6 +58,14 @@ def test_sums_that_are_taken_begin_anew():
     assert not empty.input_products.any()
 
 
+def test_autocast_lowers_no_product():
+    x, plain, cast = torch.randn(50, 4), Gram(4), Gram(4)
+    plain.add(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(x)
+    assert torch.equal(plain.take(), cast.take())
+
+
 def test_products_of_float32_are_summed_in_float64():
     gram = Gram(1)
     gram.add(torch.full((1, 1), 2.0**13))

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, refit, report
-from hf_reparam.calibrate.objective import compared, logits_of, problem_of, uniforms
+from hf_reparam.calibrate.objective import compared, logits_of, objective, problem_of, uniforms
 from hf_reparam.errors import TargetError, WeightError
 from tests import zoo
 from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
@@ -442,6 +442,7 @@ def test_masks_of_queries_are_yes_or_no_answers():
         ("ReparamDetrForObjectDetection", (2, 5, 4), "logits", (2, 5, 4)),
         ("YolosForObjectDetection", (2, 5, 4), "logits", (2, 5, 4)),
         ("CLIPSegForImageSegmentation", (2, 8, 8), "pixel_answers", (2, 8, 8, 1)),
+        ("ViltForQuestionAnswering", (2, 9), "answers", (2, 9)),
         ("PerceiverForOpticalFlow", (2, 8, 8, 2), "values", (2, 8, 8, 2)),
         ("XLMForQuestionAnswering", (2,), "logits", (2, 1)),
         ("BertForSequenceClassification", (2, 7), "logits", (2, 7)),
@@ -451,6 +452,33 @@ def test_what_logits_are(name, shape, kind, judged):
     model = type(name, (nn.Module,), {})()
     found = logits_of({"logits": torch.randn(shape)}, problem_of(model))
     assert {key: value.shape for key, value in found.items()} == {kind: judged}
+
+
+def test_of_detectors_classes_are_judged_alone():
+    """Beside them are boxes and masks, and what earlier layers guess."""
+    beside = {"enc_outputs_coord_logits": torch.randn(2, 5, 4), "intermediate_logits": torch.randn(2, 3, 5, 3)}
+    logits = {"logits": torch.randn(2, 5, 3)}
+    assert list(logits_of(logits | beside, "multi_label_classification")) == ["answers"]
+    assert list(logits_of(logits | {"pred_masks": torch.randn(2, 5, 8, 8)}, "segmentation")) == ["logits"]
+
+
+def test_heads_draw_apart():
+    """Gradients of two heads do not correlate."""
+    start, end = (torch.zeros(2000, 1, 3, requires_grad=True) for _ in range(2))
+    for outputs in ({"start_logits": start[:, 0], "end_logits": end[:, 0]}, {"a_embeds": start, "b_embeds": end}):
+        start.grad = end.grad = None
+        objective(outputs, {}, (), seeds=range(2000)).backward()
+        both = start.grad[:, 0].T @ end.grad[:, 0] / 2000
+        alone = start.grad[:, 0].T @ start.grad[:, 0] / 2000
+        assert both.norm() < 0.15 * alone.norm()
+
+
+def test_classes_that_are_ruled_out_leave_the_loss_finite():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).requires_grad_()
+    loss = objective({"logits": logits}, {}, (), seeds=[0])
+    loss.backward()
+    assert loss.isfinite()
+    assert not logits.grad.any()
 
 
 def test_answers_for_tokens_are_judged_each_and_padding_is_left_out():
