@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.inputs import fills_masks, forward_names, same_draws, without_cache
 from hf_reparam.calibrate.items import DECODED, check_data
-from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, problem_of, projection
+from hf_reparam.calibrate.objective import SummedLosses, examples_in, objective, projection
 from hf_reparam.calibrate.padding import Padding, Part, decodes, unlabelled, warn_of_repeats
+from hf_reparam.calibrate.predictions import problem_of
 from hf_reparam.calibrate.watch import Watcher
 from hf_reparam.compat.accelerate import ran_out_of_memory
 from hf_reparam.config import METRICS, LowRankConfig
@@ -238,11 +239,8 @@ def _watch_group(
             host.tie_weights()  # accelerate puts new meta parameters in the place of those that it has read
     layers = {name: known.take() for name, known in _of(LayerSums, sums).items()}
     tables = {name: known.map(Tensor.cpu) for name, known in _of(TableMoments, sums).items()}
-    for name, layer in layers.items() if total(torch.tensor(len(held))) else ():
-        if held:
-            layers[name] = before.pop(name)
-            layers[name] += layer
-        layers[name].held = layer if held else layer - layer
+    if total(torch.tensor(len(held))):
+        layers = {name: _with_held(layer, before.pop(name, None)) for name, layer in layers.items()}
     every: list[Any] = [*layers.values(), *tables.values()]
     for known in every if distributed() else ():
         vars(known).update(vars(known.map(total)))
@@ -308,6 +306,14 @@ def _held_out_last(parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
         held = [first]
     yield from ((part, False) for part in others)
     yield from ((part, True) for part in held)
+
+
+def _with_held(layer: LayerMoments, rest: LayerMoments | None) -> LayerMoments:
+    """All that a layer saw: what was held out, and the rest; None if this process held nothing out."""
+    if rest is None:
+        return replace(layer, held=layer - layer)
+    rest += layer
+    return replace(rest, held=layer)
 
 
 def _of(kind: type[S], sums: Mapping[str, Mapping[str, Any]]) -> dict[str, S]:

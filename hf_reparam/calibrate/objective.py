@@ -17,14 +17,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hf_reparam.calibrate.items import INPUTS, LABELS
+from hf_reparam.calibrate.predictions import by_name, compared, floating, logits_of, without_logits
 from hf_reparam.errors import TargetError
 from hf_reparam.linalg.sums import widened
 
 IGNORED = -100  # Transformers' label of positions without a label
 MASKS = ("decoder_attention_mask", "attention_mask")
-_PARAMETERS = ("params", "prediction_outputs")  # of the distributions that time series are drawn from
-_OF_INPUTS = ("loc", "scale", "static_features", "encoder_last_hidden_state")
-_OF_HEADS = ("_embeds", "_preds", "_predictions", "prediction_output", "prediction_outputs", "regression_outputs")
 _STEP = -0x61C8864680B583EB  # of SplitMix64, 2^64 over the golden ratio
 
 
@@ -96,7 +94,7 @@ def objective(
     Raises:
         TargetError: the outputs hold no floating-point tensor.
     """
-    outputs = _named(outputs)
+    outputs = by_name(outputs)
     spans = _span_losses(outputs, batch, masks)
     if spans:
         return torch.stack(spans).sum()
@@ -108,7 +106,7 @@ def objective(
     if logits:
         heads = enumerate(logits.items())  # which draw apart
         return torch.stack([_drawn(k, value, [s + i for s in seeds], masks) for i, (k, value) in heads]).sum()
-    return projection(_without_logits(outputs), seeds, masks)
+    return projection(without_logits(outputs), seeds, masks)
 
 
 def _span_losses(outputs: Mapping[str, Any], batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[Tensor]:
@@ -129,7 +127,7 @@ def projection(outputs: Any, seeds: Sequence[int], masks: tuple[Tensor, ...]) ->
     Raises:
         TargetError: that is nothing.
     """
-    found = _floating(outputs)
+    found = floating(outputs)
     if not found:
         raise TargetError("the model returned no loss and no floating-point tensor: give a loss_fn(model, batch)")
     return torch.stack([_projected(v, [s + i for s in seeds], masks) for i, v in enumerate(found.values())]).sum()
@@ -138,78 +136,6 @@ def projection(outputs: Any, seeds: Sequence[int], masks: tuple[Tensor, ...]) ->
 def examples_in(batch: Mapping[str, Any]) -> int:
     """How many examples a batch holds: the length of its first tensor."""
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 1)
-
-
-def _named(outputs: Any) -> Mapping[str, Any]:
-    """A model's outputs by their names; those of a plain tensor or tuple by their place."""
-    if isinstance(outputs, Mapping):
-        return outputs
-    return {f"output_{i}": v for i, v in enumerate(outputs if isinstance(outputs, (tuple, list)) else [outputs])}
-
-
-def _floating(outputs: Any) -> dict[str, Tensor]:
-    """Tensors of floating-point numbers, those inside the outputs of a part if there are no others.
-
-    Passed over, where there is something else: similarities of one example with the others of its batch (CLIP's
-    `logits_per_text`), which depend on what is batched together, and what a head gets: the mean and scale of a time
-    series' past, the encoder's states.
-    """
-    named = _named(outputs)
-    several = {k: v for k, v in named.items() if k in _PARAMETERS and isinstance(v, (tuple, list))}
-    named = {**{f"{k}.{i}": part for k, v in several.items() for i, part in enumerate(v)}, **named}
-    found = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point() and v.dim()}
-    alone = {k: v for k, v in found.items() if not k.startswith("logits_per_") and k not in _OF_INPUTS}
-    if found:
-        return alone or found
-    parts = {k: _floating(v) for k, v in named.items() if isinstance(v, Mapping) and "cache" not in k}
-    return {f"{part}.{k}": v for part, inner in parts.items() for k, v in inner.items()}
-
-
-def _without_logits(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a model predicts that has no logits: what a head gives (embeddings of CLIP's towers, actions, forecasts), or
-    else hidden states, or else all that is of floating-point numbers."""
-    found = _floating({key: value for key, value in outputs.items() if key != "loss"})
-    hidden = {key: value for key, value in found.items() if key == "last_hidden_state"}
-    return {key: value for key, value in found.items() if key.partition(".")[0].endswith(_OF_HEADS)} or hidden or found
-
-
-def logits_of(outputs: Any, problem: str | None) -> dict[str, Tensor]:
-    """Every kind of logits that a model returned, (..., classes), by its name.
-
-    Independent yes-or-no answers and numbers, as `problem` says, are called "answers" and "values". Of segmentation,
-    masks are answers, and a map (batch, classes, height, width) has its classes last here. One answer for each token
-    or pixel, and one number for each example, has a last dimension of 1 here.
-    """
-    found = {}
-    for key, value in outputs.items():
-        beside = "coord" in key or key.startswith(("enc_", "intermediate_"))  # boxes, and earlier guesses, of detectors
-        if key.endswith("logits") and isinstance(value, Tensor) and not beside:
-            kind = _LOGITS.get(problem or "", "logits")
-            if problem == _SEGMENTS and value.dim() == 4:
-                masks = "mask" in key or value.shape[1] == 1
-                kind, value = ("answers", value) if masks else ("pixel_logits", value.movedim(1, -1))
-            elif problem == _SEGMENTS and key == "logits" and value.dim() == 3 and "pred_masks" not in outputs:
-                kind, value = "pixel_answers", value[..., None]
-            elif value.dim() == 1 or (problem == _TOKENS and value.dim() == 2):
-                value = value[..., None]
-            found[key.removesuffix("logits") + kind] = value
-    return found
-
-
-def problem_of(model: Any) -> str | None:
-    """What a model's logits are, where its class or configuration says it: "multi_label_classification", independent
-    yes-or-no answers; "tokens", one such for each token; "regression", numbers; "segmentation", maps; or classes."""
-    name = type(model).__name__.removeprefix("Reparam")
-    if "Segmentation" in name:
-        return _SEGMENTS
-    if name in _OF_TOKENS:
-        return _TOKENS
-    if name == "ViltForQuestionAnswering" or (name.endswith("ForObjectDetection") and name not in _OF_ONE_CLASS):
-        return "multi_label_classification"
-    images = getattr(model, "main_input_name", None) == "pixel_values"
-    if name.endswith("ForOpticalFlow") or (name.endswith("ForPreTraining") and images):  # images: of ViTMAE
-        return "regression"
-    return getattr(getattr(model, "config", None), "problem_type", None)
 
 
 def divergence(outputs: Any, reference: Mapping[str, Tensor], masks: tuple[Tensor, ...], problem: str | None) -> Tensor:
@@ -230,21 +156,6 @@ def divergence(outputs: Any, reference: Mapping[str, Tensor], masks: tuple[Tenso
     mine = compared(outputs, problem)
     apart = [_distance(k, widened(v), widened(reference[k]), masks) for k, v in mine.items()]
     return torch.stack(apart).sum().clamp_min(0)  # below zero by rounding alone
-
-
-def compared(outputs: Any, problem: str | None) -> dict[str, Tensor]:
-    """What `divergence` compares: logits, as `logits_of` gives them, or else what `_without_logits` finds.
-
-    Raises:
-        TargetError: there is nothing of these.
-    """
-    if isinstance(outputs, Tensor):
-        return {"output": outputs}
-    named = _named(outputs)
-    found = logits_of(named, problem) or _without_logits(named)
-    if not found:
-        raise TargetError("the model returned no floating-point tensor: its predictions cannot be compared")
-    return found
 
 
 def _distance(key: str, value: Tensor, reference: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
@@ -322,14 +233,6 @@ def _drawn(key: str, logits: Tensor, seeds: Sequence[int], masks: tuple[Tensor, 
     weights = (sums[..., -1:] / others.gather(-1, labels).clamp_min(least)).clamp_max(2).sqrt()  # p / q is at most 2
     chosen = log_p.gather(-1, labels).clamp_min(torch.finfo(log_p.dtype).min)  # minus infinity times 0 is NaN
     return _mask(chosen * weights * signs[..., 1:], masks).sum()
-
-
-_SEGMENTS = "segmentation"
-_TOKENS = "tokens"
-_LOGITS = {"multi_label_classification": "answers", _TOKENS: "answers", "regression": "values"}
-_OF_TOKENS = {"ElectraForPreTraining", "FunnelForPreTraining", "TapasForQuestionAnswering"}
-_OF_ONE_CLASS = {f"{family}ForObjectDetection" for family in ("Detr", "TableTransformer", "Yolos")}
-"""Detectors whose classes, one of which is none, exclude each other."""
 
 
 def seeds_of(batch: Mapping[str, Any], masks: tuple[Tensor, ...]) -> list[int]:

@@ -21,15 +21,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_reparam.calibrate.inputs import fills_masks, forward_names, same_draws
-from hf_reparam.calibrate.objective import (
-    IGNORED,
-    MASKS,
-    batch_masks,
-    compared,
-    examples_in,
-    problem_of,
-    seeds_of,
-)
+from hf_reparam.calibrate.objective import IGNORED, MASKS, batch_masks, examples_in, seeds_of
+from hf_reparam.calibrate.predictions import compared, problem_of
 from hf_reparam.calibrate.watch import Layout, layouts, shapes_of
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.layers.warn import warn

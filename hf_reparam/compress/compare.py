@@ -20,15 +20,14 @@ from hf_reparam.calibrate.objective import (
     IGNORED,
     MASKS,
     batch_masks,
-    compared,
     divergence,
     examples_in,
     position_mask,
     predicts,
-    problem_of,
     unit_of,
 )
 from hf_reparam.calibrate.padding import ANSWERS, CANNOT_BE_TRIED, Padding, decodes, predicts_next
+from hf_reparam.calibrate.predictions import compared, problem_of
 from hf_reparam.calibrate.texts import checked_tokenizer
 from hf_reparam.compat.accelerate import execution_device, ran_out_of_memory
 from hf_reparam.compress.clock import medians

@@ -10,16 +10,9 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_reparam.calibrate.inputs import same_draws, without_cache
-from hf_reparam.calibrate.objective import (
-    IGNORED,
-    compared,
-    divergence,
-    examples_in,
-    position_mask,
-    problem_of,
-    unit_of,
-)
+from hf_reparam.calibrate.objective import IGNORED, divergence, examples_in, position_mask, unit_of
 from hf_reparam.calibrate.padding import decodes, predicts_next, rows_of, splits, taken_by
+from hf_reparam.calibrate.predictions import compared, problem_of
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.compat.accelerate import execution_device
 from hf_reparam.linalg.calibration import HeldOut

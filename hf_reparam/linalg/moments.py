@@ -19,7 +19,10 @@ _NOT_FINITE = "of this layer are not finite: look for NaN in the weights and the
 
 
 class LayerSums:
-    """What is summed for one layer (out, in) while data are read; its gradients, too, if they are asked for."""
+    """What is summed for one layer (out, in) while data are read; its gradients, too, if they are asked for.
+
+    Products are made in float32 or better, and those of all batches are summed in float64.
+    """
 
     def __init__(self, n_in: int, n_out: int, *, gradients: bool) -> None:
         self.tokens = 0

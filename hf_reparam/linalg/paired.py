@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_reparam.linalg.metric import Metric, root
 from hf_reparam.linalg.moments import Shrinkage
-from hf_reparam.linalg.sums import add, add_rows, widened
+from hf_reparam.linalg.sums import add, add_rows, product, widened
 
 
 @dataclass
@@ -44,8 +44,8 @@ class PairedMoments:
         self.tokens += dense.shape[0]
         self.dense_sum = add_rows(self.dense_sum, dense)
         self.low_sum = add_rows(self.low_sum, low)
-        self.cross = add(self.cross, dense.T @ low)
-        self.products = add(self.products, low.T @ low)
+        self.cross = add(self.cross, product(dense, low))
+        self.products = add(self.products, product(low, low))
 
     def means(self) -> tuple[Tensor, Tensor]:
         """E x and E x', (in,)."""

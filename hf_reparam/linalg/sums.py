@@ -46,11 +46,11 @@ class Gram:
         if self.sum is None:
             self.sum = torch.zeros(self.n, self.n, dtype=torch.float64)
         if x.device.type != "cpu" or self.sum.device != x.device:
-            self.sum = add(self.sum, _product(x, x))
+            self.sum = add(self.sum, product(x, x))
             return
         for start in range(0, self.n, _BLOCK):
             end = start + _BLOCK
-            self.sum[start:end, start:] += _product(x[:, start:end], x[:, start:])
+            self.sum[start:end, start:] += product(x[:, start:end], x[:, start:])
 
     def take(self) -> Tensor:
         """The sum, on the CPU; it begins anew, and takes no memory until then."""
@@ -63,7 +63,7 @@ class Gram:
         return total
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b, in their precision also where the caller's autocast would lower it."""
     return a.new_empty(a.shape[1], b.shape[1]).addmm_(a.T, b, beta=0)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_reparam.errors import RankError, WeightError
 from hf_reparam.linalg.metric import root
-from hf_reparam.linalg.sums import add, add_rows, widened
+from hf_reparam.linalg.sums import add, add_rows, product, widened
 
 ROW_SHRINKAGE = 0.1
 """Share of the mean weight that is mixed into the weights of rows: most tokens do not come in calibration data."""
@@ -52,13 +52,13 @@ class TableMoments:
     def add_gradients(self, g: Tensor) -> None:
         """Add rows (n, d) of the gradient at the embedding."""
         g = widened(g)
-        self.gradients = add(self.gradients, g.T @ g)
+        self.gradients = add(self.gradients, product(g, g))
 
     def add_head(self, inputs: Tensor | None, gradients: Tensor | None) -> None:
         """Add rows (n, d) of what the head got, or (n, tokens) of the gradient at its logits."""
         if inputs is not None:
             inputs = widened(inputs)
-            self.head_inputs = add(self.head_inputs, inputs.T @ inputs)
+            self.head_inputs = add(self.head_inputs, product(inputs, inputs))
             self.head_tokens += len(inputs)
         if gradients is not None:
             self.head_gradients = add_rows(self.head_gradients, widened(gradients).square())

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_reparam.calibrate.objective import IGNORED, batch_masks, expected, logits_of, position_mask, problem_of
+from hf_reparam.calibrate.objective import IGNORED, batch_masks, expected, position_mask
 from hf_reparam.calibrate.padding import predicts_next
+from hf_reparam.calibrate.predictions import logits_of, problem_of
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 

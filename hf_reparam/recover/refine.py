@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.inputs import same_draws, with_names
-from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
+from hf_reparam.calibrate.objective import divergence, examples_in, unit_of
 from hf_reparam.calibrate.padding import Part, warn_of_repeats
+from hf_reparam.calibrate.predictions import compared, problem_of
 from hf_reparam.errors import TargetError
 from hf_reparam.layers.copies import frozen_copy
 from hf_reparam.layers.factored import Factored

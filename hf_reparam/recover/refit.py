@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from hf_reparam.calibrate.batches import Batches, prepare
 from hf_reparam.calibrate.fits import check_fit
 from hf_reparam.calibrate.inputs import same_draws, without_cache
-from hf_reparam.calibrate.objective import compared, divergence, examples_in, problem_of, unit_of
+from hf_reparam.calibrate.objective import divergence, examples_in, unit_of
 from hf_reparam.calibrate.padding import Padding, Part, unlabelled, warn_of_repeats
+from hf_reparam.calibrate.predictions import compared, problem_of
 from hf_reparam.calibrate.replay import Replay
 from hf_reparam.calibrate.watch import inputs_of, order_of, rows
 from hf_reparam.config import LowRankConfig

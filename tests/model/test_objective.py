@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, QuestionAnsweringModelOutput
 
-from hf_reparam.calibrate.objective import _noise, compared, divergence, uniforms, unit_of
+from hf_reparam.calibrate.objective import _noise, divergence, uniforms, unit_of
+from hf_reparam.calibrate.predictions import compared
 from hf_reparam.errors import TargetError
 
 MASK = torch.tensor([[True, True, True, False], [True, True, False, False]])

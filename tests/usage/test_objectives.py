@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_reparam
 from hf_reparam import LowRankConfig, calibrate, convert, refit, report
-from hf_reparam.calibrate.objective import compared, logits_of, objective, problem_of, uniforms
+from hf_reparam.calibrate.objective import objective, uniforms
+from hf_reparam.calibrate.predictions import compared, logits_of, problem_of
 from hf_reparam.errors import TargetError, WeightError
 from tests import zoo
 from tests.usage.test_padding import SMALL, WAVE, assert_same, build, padded, texts, waves, with_labels
